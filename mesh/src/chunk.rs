@@ -1,0 +1,237 @@
+//! The chunk: the unit of splitting and the unit of summation.
+//!
+//! Every dimension is cut into canonical chunks that depend on its name and size alone, never on a
+//! layout. A shard is a run of whole chunks. A sum over one or more dimensions adds up each box of
+//! chunks ("leaf") in index order and combines the leaves by one fixed binary [`Tree`], so that a
+//! device which owns some of the leaves computes the complete subtrees it owns ("nodes"), a
+//! collective exchanges those, and everybody finishes the same tree: the same bits on every layout.
+
+use std::ops::Range;
+
+/// How many chunks a dimension of size `n` has: `min(n / grain, chunks)`, at least 1.
+pub fn chunk_count(n: usize, grain: usize, chunks: usize) -> usize {
+    (n / grain.max(1)).min(chunks).max(1)
+}
+
+/// The elements of chunk `i` of `count` in a dimension of size `n`: `[floor(i n / C), floor((i+1) n / C))`.
+pub fn chunk_range(n: usize, count: usize, i: usize) -> Range<usize> {
+    i * n / count..(i + 1) * n / count
+}
+
+/// The chunks that shard `i` of `shards` holds: runs whose lengths differ by one at most, longer ones first.
+pub fn shard_chunks(count: usize, shards: usize, i: usize) -> Range<usize> {
+    (i * count).div_ceil(shards)..((i + 1) * count).div_ceil(shards)
+}
+
+/// One reduced dimension of a tree: its size and the number of its chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TreeDim {
+    /// Elements.
+    pub size: usize,
+    /// Chunks.
+    pub chunks: usize,
+}
+
+/// A box of chunks: one range of chunk indices a reduced dimension.
+pub type ChunkBox = Vec<Range<usize>>;
+
+/// The summation tree over one or more reduced dimensions.
+///
+/// The root holds all chunks. A box is halved along one dimension at a time, the dimensions taking
+/// turns in their order (one with a single chunk left passes); the left half of L chunks is the
+/// largest power of two below L. Taking turns keeps the parts that a 1-, 2- or 3-axis split owns
+/// few: `x=2,y=2,z=2` owns one node a device.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Tree {
+    /// The reduced dimensions, in the program's order.
+    pub dims: Vec<TreeDim>,
+}
+
+/// A node: a box of chunks and the dimension whose turn it is to be halved.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Node {
+    /// Chunk ranges, one a dimension.
+    pub chunks: ChunkBox,
+    turn: usize,
+}
+
+/// One instruction of the stack machine that evaluates a node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Sum this box of *elements* (global indices, one range a reduced dimension) in row-major order and push it.
+    Leaf(Vec<Range<usize>>),
+    /// Pop right, then left; push left + right.
+    Combine,
+}
+
+impl Tree {
+    /// The node that holds everything.
+    pub fn root(&self) -> Node {
+        Node { chunks: self.dims.iter().map(|d| 0..d.chunks).collect(), turn: 0 }
+    }
+
+    /// The two halves of a node, or None for a leaf.
+    pub fn halves(&self, node: &Node) -> Option<(Node, Node)> {
+        let n = self.dims.len();
+        let at = (0..n).map(|i| (node.turn + i) % n).find(|&d| node.chunks[d].len() > 1)?;
+        let r = &node.chunks[at];
+        let left = (r.len().next_power_of_two() / 2).max(1);
+        let (mut a, mut b) = (node.clone(), node.clone());
+        a.chunks[at] = r.start..r.start + left;
+        b.chunks[at] = r.start + left..r.end;
+        (a.turn, b.turn) = ((at + 1) % n, (at + 1) % n);
+        Some((a, b))
+    }
+
+    /// The largest complete subtrees inside `owned`, in the tree's order. Empty if `owned` is empty.
+    pub fn nodes(&self, owned: &[Range<usize>]) -> Vec<Node> {
+        let mut found = Vec::new();
+        self.collect(self.root(), owned, &mut found);
+        found
+    }
+
+    fn collect(&self, node: Node, owned: &[Range<usize>], found: &mut Vec<Node>) {
+        let overlaps = node.chunks.iter().zip(owned).all(|(c, o)| c.start < o.end && o.start < c.end);
+        if !overlaps {
+            return;
+        }
+        if node.chunks.iter().zip(owned).all(|(c, o)| o.start <= c.start && c.end <= o.end) {
+            found.push(node);
+            return;
+        }
+        if let Some((a, b)) = self.halves(&node) {
+            self.collect(a, owned, found);
+            self.collect(b, owned, found);
+        }
+    }
+
+    /// The program of the stack machine for one node: leaves and combinations in post-order.
+    pub fn events(&self, node: &Node) -> Vec<Event> {
+        let mut out = Vec::new();
+        self.visit(node, &mut out);
+        out
+    }
+
+    fn visit(&self, node: &Node, out: &mut Vec<Event>) {
+        match self.halves(node) {
+            None => out.push(Event::Leaf(self.elements(&node.chunks))),
+            Some((a, b)) => {
+                self.visit(&a, out);
+                self.visit(&b, out);
+                out.push(Event::Combine);
+            }
+        }
+    }
+
+    /// The elements of a box of chunks.
+    pub fn elements(&self, chunks: &[Range<usize>]) -> Vec<Range<usize>> {
+        chunks.iter().zip(&self.dims).map(|(c, d)| c.start * d.size / d.chunks..c.end * d.size / d.chunks).collect()
+    }
+
+    /// The chunks of a box of elements whose ends are ends of chunks; None if they are not.
+    pub fn chunks_of(&self, elements: &[Range<usize>]) -> Option<ChunkBox> {
+        elements
+            .iter()
+            .zip(&self.dims)
+            .map(|(e, d)| {
+                let edge = |x: usize| (0..=d.chunks).find(|i| i * d.size / d.chunks == x);
+                if e.is_empty() { Some(0..0) } else { Some(edge(e.start)?..edge(e.end)?) }
+            })
+            .collect()
+    }
+
+    /// The stack machine that finishes the tree from nodes that several owners computed.
+    ///
+    /// `owned` is the box of chunks of each owner; a leaf is (owner, index among that owner's [`Tree::nodes`]).
+    pub fn finish(&self, owned: &[ChunkBox]) -> Vec<Finish> {
+        let mut next = vec![0; owned.len()];
+        let mut out = Vec::new();
+        self.finish_node(&self.root(), owned, &mut next, &mut out);
+        out
+    }
+
+    fn finish_node(&self, node: &Node, owned: &[ChunkBox], next: &mut [usize], out: &mut Vec<Finish>) {
+        let inside = |o: &ChunkBox| node.chunks.iter().zip(o).all(|(c, o)| o.start <= c.start && c.end <= o.end);
+        if let Some(owner) = owned.iter().position(inside) {
+            out.push(Finish::Take { owner, node: next[owner] });
+            next[owner] += 1;
+        } else {
+            let (a, b) = self.halves(node).expect("owners cover every leaf");
+            self.finish_node(&a, owned, next, out);
+            self.finish_node(&b, owned, next, out);
+            out.push(Finish::Combine);
+        }
+    }
+}
+
+/// One instruction of the stack machine that finishes a distributed sum.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// Push node `node` of owner `owner`.
+    Take {
+        /// Index of the owner.
+        owner: usize,
+        /// Index among its nodes.
+        node: usize,
+    },
+    /// Pop right, then left; push left + right.
+    Combine,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn eight_chunks_over_three_devices_are_3_3_2() {
+        let lens: Vec<_> = (0..3).map(|i| shard_chunks(8, 3, i).len()).collect();
+        assert_eq!(lens, [3, 3, 2]);
+    }
+
+    #[test]
+    fn a_split_on_three_axes_owns_one_node_a_device() {
+        let tree = Tree { dims: vec![TreeDim { size: 64, chunks: 8 }; 3] };
+        for d in 0..8 {
+            let half = |bit: usize| if d >> bit & 1 == 0 { 0..4 } else { 4..8 };
+            assert_eq!(tree.nodes(&[half(2), half(1), half(0)]).len(), 1);
+        }
+    }
+
+    /// A sum as text, so that its order shows.
+    fn text(tree: &Tree, node: &Node) -> String {
+        let mut stack: Vec<String> = Vec::new();
+        for e in tree.events(node) {
+            match e {
+                Event::Leaf(b) => stack.push(format!("{b:?}")),
+                Event::Combine => {
+                    let (r, l) = (stack.pop().unwrap(), stack.pop().unwrap());
+                    stack.push(format!("({l}+{r})"));
+                }
+            }
+        }
+        stack.pop().unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn every_split_finishes_the_same_sum(sizes in prop::collection::vec((1usize..20, 1usize..5), 1..4)) {
+            let tree = Tree { dims: sizes.iter().map(|&(n, _)| TreeDim { size: n, chunks: chunk_count(n, 1, 8) }).collect() };
+            let shards: Vec<usize> = sizes.iter().zip(&tree.dims).map(|(&(_, p), d)| p.min(d.chunks)).collect();
+            let owners: usize = shards.iter().product();
+            let owned: Vec<ChunkBox> = (0..owners).map(|mut o| {
+                let mut b: ChunkBox = shards.iter().zip(&tree.dims).rev().map(|(&p, d)| { let i = o % p; o /= p; shard_chunks(d.chunks, p, i) }).collect();
+                b.reverse();
+                b
+            }).collect();
+            let mut stack: Vec<String> = Vec::new();
+            for f in tree.finish(&owned) {
+                match f {
+                    Finish::Take { owner, node } => stack.push(text(&tree, &tree.nodes(&owned[owner])[node])),
+                    Finish::Combine => { let (r, l) = (stack.pop().unwrap(), stack.pop().unwrap()); stack.push(format!("({l}+{r})")); }
+                }
+            }
+            prop_assert_eq!(stack.pop().unwrap(), text(&tree, &tree.root()));
+        }
+    }
+}

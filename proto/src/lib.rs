@@ -1,0 +1,1 @@
+//! The wire protocol between coordinator, workers and clients.
