@@ -1,3 +1,21 @@
 //! Named tensors on a mesh of devices.
+//!
+//! A model program builds functions of a [`graph`] with named dimensions ([`dim`]) from primitive [`ops`] (what an op
+//! is: [`op`]) and layers ([`nn`]); `Graph::gradients` adds the backward pass, [`optim`] the update; [`program`] holds
+//! the functions and their variables. [`reference`] evaluates a function by scalar loops: it defines what everything
+//! means. A [`layout`] maps dimension names to the axes of a mesh; [`spmd`] lowers function and layout to one list of
+//! instructions for all devices; [`plan`] fuses and orders it and gives every buffer its place. [`chunk`], [`region`]
+//! and [`rng`] are what makes the result independent of the layout. Nothing here does I/O.
+
+pub mod array;
+pub mod body;
 pub mod chunk;
+pub mod dim;
+pub mod error;
+pub mod graph;
+pub mod op;
+pub mod ops;
+pub mod program;
+pub mod reference;
+pub mod region;
 pub mod rng;

@@ -4,6 +4,8 @@
 //! carried from one draw to the next, so a shard of a tensor draws exactly the values that the whole
 //! tensor would hold there, on any layout and in any order.
 
+use crate::ops::source::Distribution;
+
 const M0: u32 = 0xD251_1F53;
 const M1: u32 = 0xCD9E_8D57;
 const W0: u32 = 0x9E37_79B9;
@@ -45,10 +47,76 @@ impl Stream {
         philox([block as u32, (block >> 32) as u32, self.step, self.key], [self.seed as u32, (self.seed >> 32) as u32])
     }
 
+    /// Element `index` of a tensor of such numbers, in double precision: what the kernels approximate in single.
+    pub fn draw(&self, distribution: Distribution, index: u64) -> f64 {
+        let u = |i| f64::from(self.uniform(i));
+        match distribution {
+            Distribution::Uniform => u(index),
+            Distribution::Normal => {
+                let pair = box_muller(u(index & !1), u(index | 1));
+                if index % 2 == 0 { pair.0 } else { pair.1 }
+            }
+            Distribution::TruncatedNormal => {
+                normal_quantile(BELOW_MINUS_TWO + u(index) * (1.0 - 2.0 * BELOW_MINUS_TWO))
+            }
+            Distribution::Bernoulli(p) => f64::from(self.uniform(index) < p),
+        }
+    }
+
     /// Uniform in [0, 1), 24 bits.
     #[inline(always)]
     pub fn uniform(&self, index: u64) -> f32 {
         unit(self.bits(index))
+    }
+}
+
+/// The standard normal pair that two uniform numbers give (Box and Muller 1958): elements `2p` and `2p + 1` of a tensor
+/// of normal numbers come from the bits of just these elements.
+pub fn box_muller(u0: f64, u1: f64) -> (f64, f64) {
+    let r = (-2.0 * (1.0 - u0).ln()).sqrt();
+    let angle = std::f64::consts::TAU * u1;
+    (r * angle.cos(), r * angle.sin())
+}
+
+/// The probability that a standard normal number is below -2.
+pub const BELOW_MINUS_TWO: f64 = 0.022_750_131_948_179_21;
+
+/// The inverse of the standard normal distribution function, to 1e-9 (Acklam's rational approximation).
+pub fn normal_quantile(p: f64) -> f64 {
+    const A: [f64; 6] = [
+        -3.969_683_028_665_376e1,
+        2.209_460_984_245_205e2,
+        -2.759_285_104_469_687e2,
+        1.383_577_518_672_69e2,
+        -3.066_479_806_614_716e1,
+        2.506_628_277_459_239,
+    ];
+    const B: [f64; 5] = [
+        -5.447_609_879_822_406e1,
+        1.615_858_368_580_409e2,
+        -1.556_989_798_598_866e2,
+        6.680_131_188_771_972e1,
+        -1.328_068_155_288_572e1,
+    ];
+    const C: [f64; 6] = [
+        -7.784_894_002_430_293e-3,
+        -3.223_964_580_411_365e-1,
+        -2.400_758_277_161_838,
+        -2.549_732_539_343_734,
+        4.374_664_141_464_968,
+        2.938_163_982_698_783,
+    ];
+    const D: [f64; 4] =
+        [7.784_695_709_041_462e-3, 3.224_671_290_700_398e-1, 2.445_134_137_142_996, 3.754_408_661_907_416];
+    let poly = |c: &[f64], x: f64| c.iter().fold(0.0, |s, c| s * x + c);
+    let tail = |q: f64| poly(&C, q) / (poly(&D, q) * q + 1.0);
+    if p < 0.02425 {
+        tail((-2.0 * p.ln()).sqrt())
+    } else if p > 1.0 - 0.02425 {
+        -tail((-2.0 * (1.0 - p).ln()).sqrt())
+    } else {
+        let (q, r) = (p - 0.5, (p - 0.5) * (p - 0.5));
+        poly(&A, r) * q / (poly(&B, r) * r + 1.0)
     }
 }
 

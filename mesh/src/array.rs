@@ -1,0 +1,60 @@
+//! Host arrays: what is fed to a program and fetched from it.
+
+use crate::dim::DType;
+use ndarray::ArrayD;
+
+/// An array of one of the dtypes that cross the API's edge, its dimensions in a tensor type's order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Array {
+    /// `f32`
+    F32(ArrayD<f32>),
+    /// `i32`
+    I32(ArrayD<i32>),
+    /// `bool`
+    Bool(ArrayD<bool>),
+}
+
+impl Array {
+    /// Its element type.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Array::F32(_) => DType::F32,
+            Array::I32(_) => DType::I32,
+            Array::Bool(_) => DType::Bool,
+        }
+    }
+    /// Its extents.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Array::F32(a) => a.shape(),
+            Array::I32(a) => a.shape(),
+            Array::Bool(a) => a.shape(),
+        }
+    }
+    /// An `f32` scalar.
+    pub fn scalar(value: f32) -> Array {
+        Array::F32(ndarray::arr0(value).into_dyn())
+    }
+    /// The `f32` array, if it is one.
+    pub fn as_f32(&self) -> Option<&ArrayD<f32>> {
+        match self {
+            Array::F32(a) => Some(a),
+            Array::I32(_) | Array::Bool(_) => None,
+        }
+    }
+    /// The single `f32` element, if there is just one.
+    pub fn to_f32(&self) -> Option<f32> {
+        self.as_f32().filter(|a| a.len() == 1).and_then(|a| a.first().copied())
+    }
+}
+
+impl<D: ndarray::Dimension> From<ndarray::Array<f32, D>> for Array {
+    fn from(a: ndarray::Array<f32, D>) -> Self {
+        Array::F32(a.into_dyn())
+    }
+}
+impl<D: ndarray::Dimension> From<ndarray::Array<i32, D>> for Array {
+    fn from(a: ndarray::Array<i32, D>) -> Self {
+        Array::I32(a.into_dyn())
+    }
+}

@@ -1,0 +1,332 @@
+//! Errors: what was wrong, where, and what to do.
+
+use crate::dim::Name;
+use std::fmt;
+use std::panic::Location;
+
+/// A place in the user's source.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// File as the compiler names it.
+    pub file: &'static str,
+    /// Line, from 1.
+    pub line: u32,
+    /// Column, from 1.
+    pub column: u32,
+}
+
+impl Place {
+    /// The caller's place.
+    #[track_caller]
+    pub fn here() -> Place {
+        Location::caller().into()
+    }
+}
+impl From<&Location<'static>> for Place {
+    fn from(l: &Location<'static>) -> Self {
+        Place { file: l.file(), line: l.line(), column: l.column() }
+    }
+}
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.file, self.line, self.column)
+    }
+}
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Why an op refuses its inputs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refusal {
+    /// The numbered constraint of the op's file: `C2`.
+    pub constraint: &'static str,
+    /// What was wrong, in words.
+    pub message: String,
+    /// What to do; may be empty.
+    pub help: String,
+}
+
+/// An op refuses its inputs: `refuse("C1", "..", "..")`.
+pub fn refuse<T>(constraint: &'static str, message: impl Into<String>, help: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { constraint, message: message.into(), help: help.into() })
+}
+
+/// The causes of an error.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Cause {
+    /// An op refused its inputs.
+    #[error("`{op}` {}", refusal.message)]
+    Op {
+        /// Name of the op.
+        op: &'static str,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// A variable is declared twice with unlike types.
+    #[error("variable `{name}` is {first} and cannot be {second} as well")]
+    VariableType {
+        /// The variable.
+        name: Name,
+        /// The first declaration's type.
+        first: String,
+        /// The second one's.
+        second: String,
+    },
+    /// Two inputs, outputs or functions of one name.
+    #[error("there are two {what} called `{name}`")]
+    TwiceNamed {
+        /// "inputs", "outputs", ..
+        what: &'static str,
+        /// The name.
+        name: Name,
+    },
+    /// Text that is not of the form it should have.
+    #[error("`{text}` is not {expected}")]
+    Syntax {
+        /// The text.
+        text: String,
+        /// What was expected, with an example.
+        expected: String,
+    },
+    /// A layout rule names an axis that the mesh does not have.
+    #[error("layout rule `{rule}` names the axis `{axis}`, which the mesh `{mesh}` does not have")]
+    UnknownAxis {
+        /// The rule.
+        rule: String,
+        /// The axis.
+        axis: Name,
+        /// The mesh.
+        mesh: String,
+        /// The nearest axis.
+        nearest: Option<Name>,
+    },
+    /// A layout rule names a dimension that no tensor of the program has.
+    #[error("layout rule `{rule}` names the dimension `{dim}`, which no tensor of the program has")]
+    UnknownDimension {
+        /// The rule.
+        rule: String,
+        /// The dimension.
+        dim: Name,
+        /// The nearest dimension.
+        nearest: Option<Name>,
+    },
+    /// A layout has two rules for one dimension.
+    #[error("the layout has two rules for dimension `{dim}`")]
+    TwoRules {
+        /// The dimension.
+        dim: Name,
+    },
+    /// Two dimensions of one tensor lie on one axis.
+    #[error("dimensions `{first}` and `{second}` of {tensor} both lie on the mesh axis `{axis}`")]
+    AxisTwice {
+        /// The tensor: op and type.
+        tensor: String,
+        /// The axis.
+        axis: Name,
+        /// One dimension.
+        first: Name,
+        /// The other one.
+        second: Name,
+    },
+    /// The mesh does not have as many places as there are devices.
+    #[error("the mesh `{mesh}` has {size} places, but there are {devices} devices")]
+    MeshSize {
+        /// The mesh.
+        mesh: String,
+        /// Its size.
+        size: usize,
+        /// The devices.
+        devices: usize,
+    },
+    /// A dimension has fewer chunks than its axis has devices.
+    #[error(
+        "dimension `{dim}` (size {size}, {chunks} chunks) of {tensor} cannot be split over the mesh axis `{axis}` (size {shards})"
+    )]
+    MoreShardsThanChunks {
+        /// The tensor: op and type.
+        tensor: String,
+        /// The dimension.
+        dim: Name,
+        /// Its size.
+        size: usize,
+        /// Its chunks.
+        chunks: usize,
+        /// The axis.
+        axis: Name,
+        /// The axis' size.
+        shards: usize,
+    },
+    /// The plan does not fit into the memory allowed.
+    #[error("device {device} needs {needed} bytes, but {budget} are allowed")]
+    OverMemory {
+        /// The device with the highest need.
+        device: usize,
+        /// Its peak.
+        needed: usize,
+        /// The budget.
+        budget: usize,
+        /// The largest tensors alive at the peak: name, bytes, place.
+        largest: Vec<(String, usize, Place)>,
+    },
+    /// Something fed or fetched is not what the program says.
+    #[error("{what}")]
+    Feed {
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        help: String,
+    },
+    /// Not there yet in this version.
+    #[error("{what} is not supported yet")]
+    NotYet {
+        /// What.
+        what: String,
+        /// What to use instead.
+        help: String,
+    },
+}
+
+impl Cause {
+    /// The error's code; `L` for layouts, `P` for programs, `M` for memory.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Cause::Op { .. } => "P0001",
+            Cause::VariableType { .. } => "P0002",
+            Cause::TwiceNamed { .. } => "P0003",
+            Cause::Feed { .. } => "P0004",
+            Cause::NotYet { .. } => "P0005",
+            Cause::Syntax { .. } => "L0001",
+            Cause::UnknownAxis { .. } => "L0002",
+            Cause::UnknownDimension { .. } => "L0003",
+            Cause::TwoRules { .. } => "L0004",
+            Cause::AxisTwice { .. } => "L0005",
+            Cause::MeshSize { .. } => "L0006",
+            Cause::MoreShardsThanChunks { .. } => "L0007",
+            Cause::OverMemory { .. } => "M0001",
+        }
+    }
+
+    /// What to do about it.
+    pub fn help(&self) -> String {
+        let nearest = |n: &Option<Name>| n.as_ref().map(|n| format!("did you mean `{n}`?"));
+        match self {
+            Cause::Op { refusal, .. } => refusal.help.clone(),
+            Cause::VariableType { .. } => "give one of them another name or scope".into(),
+            Cause::TwiceNamed { .. } => "give one of them another name".into(),
+            Cause::Feed { help, .. } | Cause::NotYet { help, .. } => help.clone(),
+            Cause::Syntax { .. } => String::new(),
+            Cause::UnknownAxis { nearest: n, .. } => {
+                nearest(n).unwrap_or("add the axis to the mesh, or take the rule out".into())
+            }
+            Cause::UnknownDimension { nearest: n, .. } => nearest(n).unwrap_or("take the rule out".into()),
+            Cause::TwoRules { .. } => "keep one of them".into(),
+            Cause::AxisTwice { first, second, .. } => {
+                format!("map only one of `{first}` and `{second}` to this axis, or override this tensor's layout")
+            }
+            Cause::MeshSize { devices, .. } => {
+                format!("make the axis sizes multiply to {devices}, or change the number of devices")
+            }
+            Cause::MoreShardsThanChunks { chunks, axis, .. } => {
+                format!("use a mesh with {axis}={chunks} or less, or do not split this dimension")
+            }
+            Cause::OverMemory { .. } => {
+                "split more dimensions over more devices, use a smaller crop or batch, put the large ones in a \
+                                         recompute region, or raise the budget"
+                    .into()
+            }
+        }
+    }
+}
+
+/// An error with its place in the user's source.
+#[derive(Clone, PartialEq)]
+pub struct Error {
+    /// What was wrong.
+    pub cause: Cause,
+    /// The user's source line, where there is one.
+    pub place: Option<Place>,
+    /// Further facts, a line each.
+    pub notes: Vec<String>,
+}
+
+impl Error {
+    /// An error without a place.
+    pub fn new(cause: Cause) -> Error {
+        Error { cause, place: None, notes: vec![] }
+    }
+    /// The error at that place.
+    pub fn at(mut self, place: Place) -> Error {
+        self.place.get_or_insert(place);
+        self
+    }
+    /// The error with one more fact.
+    pub fn note(mut self, note: impl Into<String>) -> Error {
+        self.notes.push(note.into());
+        self
+    }
+}
+
+impl From<Cause> for Error {
+    fn from(cause: Cause) -> Self {
+        Error::new(cause)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error[{}]: {}", self.cause.code(), self.cause)?;
+        if let Some(p) = &self.place {
+            write!(f, "\n  --> {p}")?;
+        }
+        if let Cause::Op { refusal, .. } = &self.cause {
+            write!(f, "\n  = constraint {} of the op", refusal.constraint)?;
+        }
+        if let Cause::OverMemory { largest, .. } = &self.cause {
+            for (name, bytes, place) in largest {
+                write!(f, "\n  = {bytes} bytes: {name} ({place})")?;
+            }
+        }
+        for n in &self.notes {
+            write!(f, "\n  = {n}")?;
+        }
+        let help = self.cause.help();
+        if !help.is_empty() {
+            write!(f, "\n  help: {help}")?;
+        }
+        Ok(())
+    }
+}
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+impl std::error::Error for Error {}
+
+/// The nearest of some names to a mistyped one, if any is near (edit distance at most a third of its length, at least 2).
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .into_iter()
+        .map(|k| (edit_distance(word, k), k))
+        .filter(|(d, k)| *d <= (k.chars().count() / 3).max(2))
+        .min()
+        .map(|(_, k)| k)
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let substitute = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,531 @@
+//! The graph and its builder: [`Tensor`] handles with methods that chain.
+//!
+//! A method never fails on the spot. The first mistake is kept with its place in the user's source and returned by
+//! [`crate::program::ProgramBuilder::function`]; what is built after it does not matter any more.
+
+use crate::dim::{DType, Dim, Name, Type};
+use crate::error::{Cause, Error, Place};
+use crate::op::GradContext;
+use crate::ops::{self, Prim};
+use crate::program::{Init, VarId, Variables};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// Index of a node in its graph; inputs come before their users.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct NodeId(pub u32);
+
+impl NodeId {
+    /// As an index.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// An op applied to inputs.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The op.
+    pub op: Prim,
+    /// Its inputs.
+    pub inputs: Vec<NodeId>,
+    /// Type of its result.
+    pub ty: Type,
+    /// Where the user's source made it.
+    pub place: Place,
+    /// Path of the scopes around it: `encoder.0/conv`.
+    pub scope: Name,
+    /// Layout rules for this tensor alone, as text (`"x:x, channel:model"`).
+    pub layout: Option<Name>,
+}
+
+type CustomGrad = Rc<dyn Fn(&Tensor) -> Vec<Option<Tensor>>>;
+
+pub(crate) struct State {
+    pub nodes: Vec<Node>,
+    pub variables: Rc<RefCell<Variables>>,
+    pub inputs: Vec<(Name, NodeId)>,
+    pub outputs: Vec<(Name, NodeId)>,
+    pub assigns: Vec<(VarId, NodeId)>,
+    pub reads: HashMap<VarId, NodeId>,
+    scopes: Vec<Name>,
+    pub error: Option<Error>,
+    custom: HashMap<NodeId, (Vec<NodeId>, CustomGrad)>,
+    recompute: Option<u32>,
+    regions: HashMap<NodeId, u32>,
+    randoms: HashMap<Name, u32>,
+    backward: Option<Backward>,
+}
+
+/// State while a backward pass is built: forward values that are cheap to make again are made again instead of kept.
+struct Backward {
+    boundary: NodeId,
+    clones: HashMap<NodeId, NodeId>,
+}
+
+/// A graph under construction. Cheap to clone: all clones are the same graph.
+#[derive(Clone)]
+pub struct Graph(pub(crate) Rc<RefCell<State>>);
+
+/// A value of the graph.
+#[derive(Clone)]
+pub struct Tensor {
+    graph: Graph,
+    id: NodeId,
+}
+
+impl Graph {
+    pub(crate) fn new(variables: Rc<RefCell<Variables>>) -> Graph {
+        Graph(Rc::new(RefCell::new(State {
+            nodes: vec![],
+            variables,
+            inputs: vec![],
+            outputs: vec![],
+            assigns: vec![],
+            reads: HashMap::new(),
+            scopes: vec![],
+            error: None,
+            custom: HashMap::new(),
+            recompute: None,
+            regions: HashMap::new(),
+            randoms: HashMap::new(),
+            backward: None,
+        })))
+    }
+
+    /// The path of the scopes that are open.
+    pub fn scope(&self) -> Name {
+        let s = self.0.borrow();
+        s.scopes.iter().map(|n| &**n).collect::<Vec<_>>().join("/").into()
+    }
+
+    /// Runs `build` inside the scope `name`: variables and nodes made there carry its path.
+    pub fn scoped<T>(&self, name: impl Into<Name>, build: impl FnOnce() -> T) -> T {
+        self.0.borrow_mut().scopes.push(name.into());
+        let out = build();
+        self.0.borrow_mut().scopes.pop();
+        out
+    }
+
+    /// Runs `build`, whose values are made again in the backward pass instead of kept for it. What goes into the
+    /// region is kept. Regions do not nest: the outermost one counts.
+    pub fn recompute<T>(&self, build: impl FnOnce() -> T) -> T {
+        let outer = {
+            let mut s = self.0.borrow_mut();
+            let id = s.nodes.len() as u32;
+            let outer = s.recompute;
+            s.recompute = outer.or(Some(id));
+            outer
+        };
+        let out = build();
+        self.0.borrow_mut().recompute = outer;
+        out
+    }
+
+    /// Notes a mistake; the first one counts.
+    pub fn fail(&self, error: Error) {
+        self.0.borrow_mut().error.get_or_insert(error);
+    }
+
+    /// Applies an op. A refusal is noted and a scalar stands in for the result.
+    #[track_caller]
+    pub fn apply(&self, op: impl Into<Prim>, inputs: &[&Tensor]) -> Tensor {
+        let ids: Vec<NodeId> = inputs.iter().map(|t| t.id).collect();
+        self.push(op.into(), &ids, Place::here())
+    }
+
+    fn push(&self, op: Prim, inputs: &[NodeId], place: Place) -> Tensor {
+        let scope = self.scope();
+        let inputs: Vec<NodeId> = inputs.iter().map(|&i| self.again(i)).collect();
+        let mut s = self.0.borrow_mut();
+        let ty = {
+            let types: Vec<&Type> = inputs.iter().map(|i| &s.nodes[i.index()].ty).collect();
+            let inferred = op.op().infer(&types).and_then(|ty| match ty.duplicate() {
+                None => Ok(ty),
+                Some(n) => crate::error::refuse(
+                    "C0",
+                    format!("would give {ty}, with `{n}` twice"),
+                    format!("rename one `{n}` first"),
+                ),
+            });
+            match inferred {
+                Ok(ty) => ty,
+                Err(refusal) => {
+                    let mut e = Error::new(Cause::Op { op: op.op().name(), refusal }).at(place);
+                    e = types.iter().enumerate().fold(e, |e, (i, t)| e.note(format!("input {i} is {t}")));
+                    if !scope.is_empty() {
+                        e = e.note(format!("in scope `{scope}`"));
+                    }
+                    s.error.get_or_insert(e);
+                    Type::scalar(DType::F32)
+                }
+            }
+        };
+        let id = NodeId(s.nodes.len() as u32);
+        if let (Some(r), None) = (s.recompute, &s.backward) {
+            s.regions.insert(id, r);
+        }
+        s.nodes.push(Node { op, inputs, ty, place, scope, layout: None });
+        drop(s);
+        Tensor { graph: self.clone(), id }
+    }
+
+    /// In a backward pass: the value to use in place of the forward value `id`.
+    fn again(&self, id: NodeId) -> NodeId {
+        let node = {
+            let s = self.0.borrow();
+            let Some(b) = &s.backward else { return id };
+            if id >= b.boundary {
+                return id;
+            }
+            if let Some(&c) = b.clones.get(&id) {
+                return c;
+            }
+            if !s.is_remade(id) {
+                return id;
+            }
+            s.nodes[id.index()].clone()
+        };
+        let inputs: Vec<NodeId> = node.inputs.iter().map(|&i| self.again(i)).collect();
+        let mut s = self.0.borrow_mut();
+        let clone = NodeId(s.nodes.len() as u32);
+        s.nodes.push(Node { inputs, ..node });
+        if let Some(b) = &mut s.backward {
+            b.clones.insert(id, clone);
+        }
+        clone
+    }
+
+    /// The tensor that a node computes.
+    pub(crate) fn tensor(&self, id: NodeId) -> Tensor {
+        Tensor { graph: self.clone(), id }
+    }
+
+    /// A feed of the function: the caller gives it a value every time.
+    #[track_caller]
+    pub fn input(&self, name: impl Into<Name>, dtype: DType, dims: &[Dim]) -> Tensor {
+        let name = name.into();
+        if self.0.borrow().inputs.iter().any(|(n, _)| *n == name) {
+            self.fail(Error::new(Cause::TwiceNamed { what: "inputs", name: name.clone() }).at(Place::here()));
+        }
+        let t = self.apply(ops::source::Input { name: name.clone(), ty: Type::new(dtype, dims) }, &[]);
+        self.0.borrow_mut().inputs.push((name, t.id));
+        t
+    }
+
+    /// A fetch of the function: the caller gets its value every time.
+    #[track_caller]
+    pub fn output(&self, name: impl Into<Name>, value: &Tensor) {
+        let name = name.into();
+        if self.0.borrow().outputs.iter().any(|(n, _)| *n == name) {
+            self.fail(Error::new(Cause::TwiceNamed { what: "outputs", name: name.clone() }).at(Place::here()));
+        }
+        self.0.borrow_mut().outputs.push((name, value.id));
+    }
+
+    /// The variable `name` (below the open scopes), declared on first use; its value at the function's start.
+    #[track_caller]
+    pub fn variable(&self, name: &str, dims: &[Dim], init: Init) -> Tensor {
+        self.declare(name, dims, init, true)
+    }
+
+    /// A variable that optimizers leave alone: running statistics, optimizer slots, counters.
+    #[track_caller]
+    pub fn state(&self, name: &str, dims: &[Dim], init: Init) -> Tensor {
+        self.declare(name, dims, init, false)
+    }
+
+    #[track_caller]
+    fn declare(&self, name: &str, dims: &[Dim], init: Init, trainable: bool) -> Tensor {
+        let scope = self.scope();
+        let path: Name = if scope.is_empty() { name.into() } else { format!("{scope}/{name}").into() };
+        let variables = self.0.borrow().variables.clone();
+        let id = variables.borrow_mut().declare(path, Type::new(DType::F32, dims), init, trainable, Place::here());
+        match id {
+            Ok(id) => self.read(id),
+            Err(e) => {
+                self.fail(e);
+                self.scalar(0.0)
+            }
+        }
+    }
+
+    /// The value of a variable at the function's start.
+    #[track_caller]
+    pub fn read(&self, id: VarId) -> Tensor {
+        if let Some(&n) = self.0.borrow().reads.get(&id) {
+            return self.tensor(n);
+        }
+        let ty = self.0.borrow().variables.borrow().list[id.index()].ty.clone();
+        let t = self.apply(ops::source::Read { var: id, ty }, &[]);
+        self.0.borrow_mut().reads.insert(id, t.id);
+        t
+    }
+
+    /// Sets the variable that `variable` reads to `value` at the function's end. The last assignment counts.
+    #[track_caller]
+    pub fn assign(&self, variable: &Tensor, value: &Tensor) {
+        let var = match &self.0.borrow().nodes[variable.id.index()].op {
+            Prim::Read(r) => Some(r.var),
+            _ => None,
+        };
+        match var {
+            Some(var) => {
+                if let Err(refusal) = ops::source::Assign::check(&variable.ty(), &value.ty()) {
+                    self.fail(Error::new(Cause::Op { op: "assign", refusal }).at(Place::here()));
+                    return;
+                }
+                let names: Vec<Name> = variable.ty().dims.into_iter().map(|d| d.name).collect();
+                let value = value.reorder(&names.iter().map(|n| &**n).collect::<Vec<_>>());
+                let done = self.apply(ops::source::Assign { var }, &[&value]);
+                let mut s = self.0.borrow_mut();
+                s.assigns.retain(|(v, _)| *v != var);
+                s.assigns.push((var, done.id));
+            }
+            None => self.fail(
+                Error::new(Cause::Feed {
+                    what: "assign needs a variable to assign to".into(),
+                    help: "pass what `variable` returned".into(),
+                })
+                .at(Place::here()),
+            ),
+        }
+    }
+
+    /// The variables that optimizers train and that this graph reads, in order of declaration.
+    pub fn trainable(&self) -> Vec<(VarId, Tensor)> {
+        let s = self.0.borrow();
+        let vars = s.variables.borrow();
+        (0..vars.list.len() as u32)
+            .map(VarId)
+            .filter(|v| vars.list[v.index()].trainable)
+            .filter_map(|v| s.reads.get(&v).map(|&n| (v, self.tensor(n))))
+            .collect()
+    }
+
+    /// Name of a variable.
+    pub fn variable_name(&self, id: VarId) -> Name {
+        self.0.borrow().variables.borrow().list[id.index()].name.clone()
+    }
+
+    /// The step that runs, an `i32` scalar from 0.
+    #[track_caller]
+    pub fn step(&self) -> Tensor {
+        self.apply(ops::source::Step, &[])
+    }
+
+    /// An `f32` scalar.
+    #[track_caller]
+    pub fn scalar(&self, value: f32) -> Tensor {
+        self.apply(ops::source::Constant { value: f64::from(value), dtype: DType::F32 }, &[])
+    }
+
+    /// An `i32` scalar.
+    #[track_caller]
+    pub fn scalar_i32(&self, value: i32) -> Tensor {
+        self.apply(ops::source::Constant { value: f64::from(value), dtype: DType::I32 }, &[])
+    }
+
+    /// 0, 1, 2, .. along one dimension, `i32[dim]`.
+    #[track_caller]
+    pub fn iota(&self, dim: &Dim) -> Tensor {
+        self.apply(ops::source::Iota { dim: dim.clone() }, &[])
+    }
+
+    /// Random numbers, `f32[dims]`: a function of the run's seed, the step, this call's place in the program and the
+    /// element's index alone, so the same on every layout.
+    #[track_caller]
+    pub fn random(&self, distribution: ops::source::Distribution, dims: &[Dim]) -> Tensor {
+        let scope = self.scope();
+        let count = {
+            let mut s = self.0.borrow_mut();
+            let c = s.randoms.entry(scope.clone()).or_insert(0);
+            *c += 1;
+            *c
+        };
+        self.random_keyed(distribution, dims, crate::rng::key_of(&format!("{scope}#{count}")))
+    }
+
+    /// [`Graph::random`] with a key of the caller's.
+    #[track_caller]
+    pub fn random_keyed(&self, distribution: ops::source::Distribution, dims: &[Dim], key: u32) -> Tensor {
+        self.apply(ops::source::Random { distribution, key, dims: dims.to_vec() }, &[])
+    }
+
+    /// Fixes the grain of a dimension: chunks of it hold at least so many elements. The largest grain asked for counts.
+    pub fn grain(&self, name: impl Into<Name>, grain: usize) {
+        let variables = self.0.borrow().variables.clone();
+        variables.borrow_mut().chunking.raise_grain(name.into(), grain);
+    }
+
+    /// Replaces the gradient of `output`: instead of following the ops between, the backward pass calls `rule` with the
+    /// gradient of `output` and takes what it returns as the gradients of `inputs`.
+    pub fn with_grad(
+        &self,
+        inputs: &[&Tensor],
+        output: &Tensor,
+        rule: impl Fn(&Tensor) -> Vec<Option<Tensor>> + 'static,
+    ) {
+        let ids = inputs.iter().map(|t| t.id).collect();
+        self.0.borrow_mut().custom.insert(output.id, (ids, Rc::new(rule)));
+    }
+
+    /// The gradients of the scalar `loss` by each of `wrt`: zeros where the loss does not depend on it.
+    #[track_caller]
+    pub fn gradients(&self, loss: &Tensor, wrt: &[&Tensor]) -> Vec<Tensor> {
+        let place = Place::here();
+        if !loss.ty().dims.is_empty() {
+            let what = format!("gradients need a loss without dimensions, and this one is {}", loss.ty());
+            self.fail(Error::new(Cause::Feed { what, help: "take its mean or sum first".into() }).at(place));
+            return wrt.iter().map(|t| t.zeros_like()).collect();
+        }
+        let len = self.0.borrow().nodes.len();
+        let mut wanted = vec![false; len];
+        wrt.iter().for_each(|t| wanted[t.id.index()] = true);
+        for i in 0..len {
+            let s = self.0.borrow();
+            let custom = s.custom.get(&NodeId(i as u32)).map(|(ids, _)| ids.clone());
+            let from = custom.as_deref().unwrap_or(&s.nodes[i].inputs);
+            wanted[i] |= s.nodes[i].ty.dtype.is_float() && from.iter().any(|n| wanted[n.index()]);
+        }
+        self.0.borrow_mut().backward = Some(Backward { boundary: NodeId(len as u32), clones: HashMap::new() });
+        let one = self.scalar(1.0);
+        let mut sums: HashMap<NodeId, Tensor> = HashMap::from([(loss.id, one)]);
+        for i in (0..=loss.id.index()).rev() {
+            let id = NodeId(i as u32);
+            if !wanted[i] || wrt.iter().any(|t| t.id == id) && self.is_source(id) {
+                continue;
+            }
+            let Some(dy) = sums.get(&id).cloned() else { continue };
+            let (inputs, grads) = self.one_gradient(id, &dy);
+            for (input, grad) in inputs.into_iter().zip(grads) {
+                if let (true, Some(grad)) = (wanted[input.index()], grad) {
+                    let sum = match sums.remove(&input) {
+                        Some(sum) => sum.add(&grad),
+                        None => grad,
+                    };
+                    sums.insert(input, sum);
+                }
+            }
+        }
+        let out = wrt.iter().map(|t| sums.get(&t.id).cloned().unwrap_or_else(|| t.zeros_like())).collect();
+        self.0.borrow_mut().backward = None;
+        out
+    }
+
+    fn is_source(&self, id: NodeId) -> bool {
+        self.0.borrow().nodes[id.index()].inputs.is_empty()
+    }
+
+    fn one_gradient(&self, id: NodeId, dy: &Tensor) -> (Vec<NodeId>, Vec<Option<Tensor>>) {
+        let (node, custom) = {
+            let s = self.0.borrow();
+            (s.nodes[id.index()].clone(), s.custom.get(&id).cloned())
+        };
+        let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![node.scope.clone()]);
+        let result = match custom {
+            Some((ids, rule)) => (ids, rule(dy)),
+            None => {
+                let inputs = node.inputs.iter().map(|&i| self.tensor(i)).collect();
+                let cx = GradContext { inputs, output: self.tensor(id), dy: dy.clone() };
+                let grads = node.op.op().grad(&cx);
+                (node.inputs, grads)
+            }
+        };
+        self.0.borrow_mut().scopes = outer;
+        result
+    }
+}
+
+impl State {
+    /// Whether the backward pass makes this forward value again instead of keeping it: what a recompute region holds,
+    /// and elementwise chains (and copies) from at most one large kept value. Keeping both ends of a
+    /// normalisation or activation would double the memory of a network for nothing.
+    fn is_remade(&self, id: NodeId) -> bool {
+        const SMALL: usize = 4096;
+        let node = &self.nodes[id.index()];
+        if node.inputs.is_empty() {
+            return matches!(node.op, Prim::Random(_) | Prim::Iota(_) | Prim::Constant(_));
+        }
+        if self.regions.contains_key(&id) {
+            return true;
+        }
+        if node.ty.elements() < SMALL {
+            return false;
+        }
+        let op = node.op.op();
+        op.copies() || op.elementwise() && self.large_roots(id, &mut vec![]) <= 1
+    }
+
+    /// How many kept values of about this value's size its elementwise chain starts from.
+    fn large_roots(&self, id: NodeId, seen: &mut Vec<NodeId>) -> usize {
+        let node = &self.nodes[id.index()];
+        let large = node.ty.elements() / 2;
+        node.inputs
+            .iter()
+            .map(|&i| {
+                let input = &self.nodes[i.index()];
+                if seen.contains(&i) || input.ty.elements() <= large || input.inputs.is_empty() && self.is_remade(i) {
+                    return 0;
+                }
+                seen.push(i);
+                if input.op.op().elementwise() && !input.inputs.is_empty() { self.large_roots(i, seen) } else { 1 }
+            })
+            .sum()
+    }
+}
+
+impl Tensor {
+    /// The graph it belongs to.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+    /// Its node.
+    pub fn id(&self) -> NodeId {
+        self.id
+    }
+    /// Its type.
+    pub fn ty(&self) -> Type {
+        self.graph.0.borrow().nodes[self.id.index()].ty.clone()
+    }
+    /// Its dimension of that name; a missing one is noted as a mistake and has size 1.
+    #[track_caller]
+    pub fn dim(&self, name: &str) -> Dim {
+        let ty = self.ty();
+        match ty.dims.iter().find(|d| d.name == *name) {
+            Some(d) => d.clone(),
+            None => {
+                let what = format!("{ty} has no dimension `{name}`");
+                let help = match crate::error::nearest(name, ty.dims.iter().map(|d| &*d.name)) {
+                    Some(n) => format!("did you mean `{n}`?"),
+                    None => String::new(),
+                };
+                self.graph.fail(Error::new(Cause::Feed { what, help }).at(Place::here()));
+                crate::dim::dim(name, 1)
+            }
+        }
+    }
+    /// Applies an op to this value alone.
+    #[track_caller]
+    pub fn apply(&self, op: impl Into<Prim>) -> Tensor {
+        self.graph.apply(op, &[self])
+    }
+    /// Rules for the layout of this tensor alone, in place of the layout's: `"x:x, channel:model"`; `""` replicates it.
+    pub fn with_layout(self, rules: &str) -> Tensor {
+        self.graph.0.borrow_mut().nodes[self.id.index()].layout = Some(rules.into());
+        self
+    }
+    /// The same value, through which no gradient flows.
+    pub fn stop_gradient(&self) -> Tensor {
+        let out = self.apply(ops::unary::Unary { f: ops::unary::UnaryFn::Identity });
+        self.graph.with_grad(&[], &out, |_| vec![]);
+        out
+    }
+    /// Zeros of this type.
+    #[track_caller]
+    pub fn zeros_like(&self) -> Tensor {
+        let ty = self.ty();
+        self.graph.apply(ops::source::Constant { value: 0.0, dtype: ty.dtype }, &[]).broadcast(&ty.dims)
+    }
+}

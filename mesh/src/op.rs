@@ -1,0 +1,64 @@
+//! What an op is: everything there is to say about it, in one file of [`crate::ops`] each.
+
+use crate::dim::{Dim, Type};
+use crate::error::Refusal;
+use crate::graph::Tensor;
+use crate::region::Region;
+use ndarray::ArrayD;
+
+/// Host array in which the reference evaluation computes, whatever the dtype: exact for `i32` and `bool`
+/// (0 or 1), and precise enough in place of `f32` that finite differences mean something.
+pub type Reference = ArrayD<f64>;
+
+/// What an op's gradient rule sees.
+pub struct GradContext {
+    /// The op's inputs.
+    pub inputs: Vec<Tensor>,
+    /// The op's result.
+    pub output: Tensor,
+    /// The gradient of the loss by the result; of the result's type.
+    pub dy: Tensor,
+}
+
+/// A primitive op.
+///
+/// An op iterates over the dimensions of its result and over those of [`Op::reduced`]; [`Op::needs`] says which part
+/// of an input a part of that iteration space reads. That is its sharding rule: a device computes the part of the
+/// result that it owns, whatever it must read for it is fetched (halo, gather, nothing), and where a reduced
+/// dimension is split the partial sums are finished by a collective.
+pub trait Op: std::fmt::Debug {
+    /// Its name in plans and errors.
+    fn name(&self) -> &'static str;
+    /// The result's type, or which numbered constraint the inputs break.
+    fn infer(&self, inputs: &[&Type]) -> Result<Type, Refusal>;
+    /// The gradients of the inputs; None where none flows.
+    fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>>;
+    /// The dimensions that are summed over (or maximised), in the order of the summation tree.
+    fn reduced(&self, inputs: &[&Type]) -> Vec<Dim> {
+        let _ = inputs;
+        vec![]
+    }
+    /// The region of input `i` that the iteration region `at` (over the result's and the reduced dimensions) reads.
+    /// As given here: the same range in dimensions of the same name, all of the others.
+    fn needs(&self, i: usize, inputs: &[&Type], output: &Type, at: &Region) -> Region {
+        let _ = output;
+        at.of(inputs[i])
+    }
+    /// Names of result dimensions that must not be split, whatever the layout says; their rule is ignored there.
+    fn whole(&self, inputs: &[&Type], output: &Type) -> Vec<crate::dim::Name> {
+        let _ = (inputs, output);
+        vec![]
+    }
+    /// Floating-point operations for inputs and a result of these (local) types; a multiply-add counts two.
+    fn flops(&self, inputs: &[&Type], output: &Type) -> u64;
+    /// Whether each element of the result is a function of the elements at the same names' indices of the inputs.
+    fn elementwise(&self) -> bool {
+        false
+    }
+    /// Whether the result only holds elements of the inputs (and padding), so that making it again costs a copy.
+    fn copies(&self) -> bool {
+        false
+    }
+    /// The meaning of the op, evaluated by scalar loops over whole tensors.
+    fn reference(&self, inputs: &[&Reference], types: &[&Type], output: &Type) -> Reference;
+}

@@ -1,0 +1,48 @@
+//! `cast`: the same values in another dtype. Floats to `i32` are cut towards zero; `bool` is 0 or 1, and true is
+//! whatever is not 0.
+
+use crate::dim::{DType, Type};
+use crate::error::Refusal;
+use crate::graph::Tensor;
+use crate::op::{GradContext, Op, Reference};
+
+/// Another dtype.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cast {
+    /// The dtype.
+    pub to: DType,
+}
+
+impl Op for Cast {
+    fn name(&self) -> &'static str {
+        "cast"
+    }
+    fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
+        Ok(x[0].with_dtype(self.to))
+    }
+    fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
+        let from = cx.inputs[0].ty().dtype;
+        vec![(from.is_float() && self.to.is_float()).then(|| cx.dy.cast(from))]
+    }
+    fn flops(&self, _: &[&Type], _: &Type) -> u64 {
+        0
+    }
+    fn elementwise(&self) -> bool {
+        true
+    }
+    fn reference(&self, x: &[&Reference], _: &[&Type], _: &Type) -> Reference {
+        x[0].mapv(|v| match self.to {
+            DType::F32 | DType::Bf16 => v,
+            DType::I32 => v.trunc(),
+            DType::Bool => f64::from(v != 0.0),
+        })
+    }
+}
+
+impl Tensor {
+    /// The same values in another dtype; itself if it has that one.
+    #[track_caller]
+    pub fn cast(&self, to: DType) -> Tensor {
+        if self.ty().dtype == to { self.clone() } else { self.apply(Cast { to }) }
+    }
+}

@@ -1,0 +1,61 @@
+//! The primitive ops: one file and one line of the table each.
+
+pub mod binary;
+pub mod broadcast;
+pub mod cast;
+pub mod compare;
+pub mod reduce;
+pub mod select;
+pub mod source;
+pub mod unary;
+
+use crate::op::Op;
+
+macro_rules! table {
+    ($($(#[$doc:meta])* $variant:ident($ty:ty)),* $(,)?) => {
+        /// An op: the closed set that programs consist of.
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum Prim { $($(#[$doc])* $variant($ty)),* }
+
+        impl Prim {
+            /// What there is to say about the op.
+            pub fn op(&self) -> &dyn Op {
+                match self { $(Prim::$variant(op) => op),* }
+            }
+        }
+        $(impl From<$ty> for Prim {
+            fn from(op: $ty) -> Prim { Prim::$variant(op) }
+        })*
+    };
+}
+
+table! {
+    /// A feed.
+    Input(source::Input),
+    /// A variable's value at the function's start.
+    Read(source::Read),
+    /// A variable's value from the function's end on.
+    Assign(source::Assign),
+    /// A scalar constant.
+    Constant(source::Constant),
+    /// The number of the step.
+    Step(source::Step),
+    /// 0, 1, 2, ..
+    Iota(source::Iota),
+    /// Counter-based random numbers.
+    Random(source::Random),
+    /// A function of one value.
+    Unary(unary::Unary),
+    /// A function of two values.
+    Binary(binary::Binary),
+    /// A comparison.
+    Compare(compare::Compare),
+    /// One of two values by a condition.
+    Select(select::Select),
+    /// Another dtype.
+    Cast(cast::Cast),
+    /// More dimensions.
+    Broadcast(broadcast::Broadcast),
+    /// Sum, maximum or minimum over dimensions.
+    Reduce(reduce::Reduce),
+}

@@ -1,0 +1,272 @@
+//! A program: a set of named functions over one set of named variables.
+
+use crate::chunk;
+use crate::dim::{Name, Type};
+use crate::error::{Cause, Error, Place};
+use crate::graph::{Graph, Node, NodeId};
+use crate::ops::source::Distribution;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// Index of a variable in its program.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct VarId(pub u32);
+
+impl VarId {
+    /// As an index.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// How a variable starts: `scale * draw + offset`, drawn by the counter-based generator under the variable's name.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Init {
+    /// One value everywhere.
+    Constant(f32),
+    /// Draws times `scale`.
+    Random {
+        /// What is drawn.
+        distribution: Distribution,
+        /// Factor.
+        scale: f32,
+        /// Summand.
+        offset: f32,
+    },
+}
+
+impl Init {
+    /// Zeros.
+    pub fn zeros() -> Init {
+        Init::Constant(0.0)
+    }
+    /// Ones.
+    pub fn ones() -> Init {
+        Init::Constant(1.0)
+    }
+}
+
+/// A variable: a tensor that lives from step to step.
+#[derive(Clone, Debug)]
+pub struct Variable {
+    /// Path: `encoder.0/conv.0/filter`.
+    pub name: Name,
+    /// Type.
+    pub ty: Type,
+    /// How it starts.
+    pub init: Init,
+    /// Whether optimizers train it.
+    pub trainable: bool,
+    /// Where it is declared.
+    pub place: Place,
+}
+
+/// The variables of a program under construction, and what else its functions share.
+#[derive(Default, Debug)]
+pub struct Variables {
+    /// In order of declaration.
+    pub list: Vec<Variable>,
+    /// The program's chunks.
+    pub chunking: Chunking,
+}
+
+impl Variables {
+    pub(crate) fn declare(
+        &mut self,
+        name: Name,
+        ty: Type,
+        init: Init,
+        trainable: bool,
+        place: Place,
+    ) -> Result<VarId, Error> {
+        if let Some(i) = self.list.iter().position(|v| v.name == name) {
+            let first = &self.list[i];
+            if first.ty != ty {
+                let cause = Cause::VariableType { name, first: first.ty.to_string(), second: ty.to_string() };
+                return Err(Error::new(cause).at(place).note(format!("declared first at {}", first.place)));
+            }
+            return Ok(VarId(i as u32));
+        }
+        self.list.push(Variable { name, ty, init, trainable, place });
+        Ok(VarId(self.list.len() as u32 - 1))
+    }
+}
+
+/// How dimensions are cut into chunks; a property of the program, never of a layout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chunking {
+    /// The most chunks a dimension has.
+    pub chunks: usize,
+    grain: BTreeMap<Name, usize>,
+}
+
+impl Default for Chunking {
+    fn default() -> Self {
+        Chunking { chunks: 8, grain: BTreeMap::new() }
+    }
+}
+
+impl Chunking {
+    /// Number of chunks of a dimension.
+    pub fn count(&self, name: &Name, size: usize) -> usize {
+        chunk::chunk_count(size, self.grain.get(name).copied().unwrap_or(1), self.chunks)
+    }
+    /// Makes chunks of the dimension hold at least `grain` elements.
+    pub fn raise_grain(&mut self, name: Name, grain: usize) {
+        let g = self.grain.entry(name).or_insert(1);
+        *g = grain.max(*g);
+    }
+    /// The summation tree over some dimensions.
+    pub fn tree(&self, dims: &[crate::dim::Dim]) -> chunk::Tree {
+        let dims = dims.iter().map(|d| chunk::TreeDim { size: d.size, chunks: self.count(&d.name, d.size) });
+        chunk::Tree { dims: dims.collect() }
+    }
+}
+
+/// One function of a program.
+#[derive(Clone, Debug)]
+pub struct Function {
+    /// Its name.
+    pub name: Name,
+    /// Nodes that its results depend on, inputs before users.
+    pub nodes: Vec<Node>,
+    /// Feeds.
+    pub inputs: Vec<(Name, NodeId)>,
+    /// Fetches.
+    pub outputs: Vec<(Name, NodeId)>,
+    /// Variables it sets; the node is an `assign`.
+    pub assigns: Vec<(VarId, NodeId)>,
+}
+
+impl Function {
+    /// The node of that id.
+    pub fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[id.index()]
+    }
+    /// The types of a node's inputs.
+    pub fn input_types(&self, node: &Node) -> Vec<&Type> {
+        node.inputs.iter().map(|&i| &self.node(i).ty).collect()
+    }
+    /// Floating-point operations of one run, counted on the whole tensors.
+    pub fn flops(&self) -> u64 {
+        self.nodes.iter().map(|n| n.op.op().flops(&self.input_types(n), &n.ty)).sum()
+    }
+}
+
+/// A finished program.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Variables in order of declaration.
+    pub variables: Vec<Variable>,
+    /// Functions by name; `init` sets every variable to its start.
+    pub functions: BTreeMap<Name, Function>,
+    /// How dimensions are cut into chunks.
+    pub chunking: Chunking,
+}
+
+impl Program {
+    /// The function of that name.
+    pub fn function(&self, name: &str) -> Result<&Function, Error> {
+        self.functions.get(&Name::from(name)).ok_or_else(|| {
+            let known: Vec<&str> = self.functions.keys().map(|n| &**n).collect();
+            Error::new(Cause::Feed {
+                what: format!("the program has no function `{name}`"),
+                help: format!("it has {}", known.join(", ")),
+            })
+        })
+    }
+    /// The variable of that name.
+    pub fn variable(&self, name: &str) -> Option<VarId> {
+        self.variables.iter().position(|v| v.name == *name).map(|i| VarId(i as u32))
+    }
+    /// Number of trained parameters.
+    pub fn parameters(&self) -> usize {
+        self.variables.iter().filter(|v| v.trainable).map(|v| v.ty.elements()).sum()
+    }
+}
+
+/// Builds a program function by function.
+#[derive(Default)]
+pub struct ProgramBuilder {
+    variables: Rc<RefCell<Variables>>,
+    functions: BTreeMap<Name, Function>,
+}
+
+impl ProgramBuilder {
+    /// An empty program.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a function. `build` makes its graph and names its outputs; what it returns is handed back.
+    ///
+    /// # Errors
+    /// The first mistake `build` made, with its place; or a second function of that name.
+    #[track_caller]
+    pub fn function<T>(&mut self, name: impl Into<Name>, build: impl FnOnce(&Graph) -> T) -> Result<T, Error> {
+        let name = name.into();
+        let place = Place::here();
+        if self.functions.contains_key(&name) {
+            return Err(Error::new(Cause::TwiceNamed { what: "functions", name }).at(place));
+        }
+        let graph = Graph::new(self.variables.clone());
+        let out = build(&graph);
+        let function = finish(name.clone(), &graph)?;
+        self.functions.insert(name, function);
+        Ok(out)
+    }
+
+    /// The finished program, with the function `init` added.
+    pub fn finish(mut self) -> Result<Program, Error> {
+        let list = self.variables.borrow().list.clone();
+        self.function("init", |g| {
+            for (i, v) in list.iter().enumerate() {
+                let value = match &v.init {
+                    Init::Constant(c) => g.scalar(*c).broadcast(&v.ty.dims),
+                    Init::Random { distribution, scale, offset } => {
+                        let draw = g.random_keyed(*distribution, &v.ty.dims, crate::rng::key_of(&v.name));
+                        draw.mul_scalar(*scale).add_scalar(*offset)
+                    }
+                };
+                g.assign(&g.read(VarId(i as u32)), &value);
+            }
+        })?;
+        let variables = self.variables.borrow();
+        Ok(Program {
+            variables: variables.list.clone(),
+            functions: self.functions,
+            chunking: variables.chunking.clone(),
+        })
+    }
+}
+
+/// Takes what the results depend on out of the graph.
+fn finish(name: Name, graph: &Graph) -> Result<Function, Error> {
+    let s = graph.0.borrow();
+    if let Some(e) = &s.error {
+        return Err(e.clone());
+    }
+    let mut live = vec![false; s.nodes.len()];
+    let kept = s.inputs.iter().chain(&s.outputs).map(|(_, n)| n).chain(s.assigns.iter().map(|(_, n)| n));
+    kept.for_each(|n| live[n.index()] = true);
+    for i in (0..s.nodes.len()).rev() {
+        if live[i] {
+            s.nodes[i].inputs.iter().for_each(|n| live[n.index()] = true);
+        }
+    }
+    let mut new = vec![NodeId(0); s.nodes.len()];
+    let mut nodes = Vec::new();
+    for (i, node) in s.nodes.iter().enumerate().filter(|(i, _)| live[*i]) {
+        new[i] = NodeId(nodes.len() as u32);
+        nodes.push(Node { inputs: node.inputs.iter().map(|n| new[n.index()]).collect(), ..node.clone() });
+    }
+    let renumber = |list: &[(Name, NodeId)]| list.iter().map(|(n, id)| (n.clone(), new[id.index()])).collect();
+    Ok(Function {
+        name,
+        nodes,
+        inputs: renumber(&s.inputs),
+        outputs: renumber(&s.outputs),
+        assigns: s.assigns.iter().map(|(v, id)| (*v, new[id.index()])).collect(),
+    })
+}
