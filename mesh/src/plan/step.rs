@@ -1,0 +1,238 @@
+//! What a device executes: steps over one arena, everything resolved to offsets.
+
+use crate::body::{Loop, Reduction};
+use crate::chunk::{self, ChunkBox, Tree};
+use crate::dim::{DType, Name, Type};
+use crate::error::Place;
+use crate::graph::NodeId;
+use crate::ops::Prim;
+use crate::ops::reduce::ReduceFn;
+use crate::region::Region;
+
+/// A stretch of the arena. Offsets are multiples of [`ALIGN`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Buffer {
+    /// First byte.
+    pub offset: usize,
+    /// Length in bytes.
+    pub bytes: usize,
+}
+
+/// Alignment of buffers in bytes: a cache line, and the widest vector.
+pub const ALIGN: usize = 64;
+
+/// A tensor, or the part of it that a device holds: contiguous, row-major in the type's order of dimensions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// The whole tensor's type.
+    pub ty: Type,
+    /// What is held.
+    pub region: Region,
+}
+
+/// One device's step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// What to do.
+    pub work: Work,
+    /// Buffers read, in the work's order.
+    pub inputs: Vec<Buffer>,
+    /// Buffers written. One may be an input's where the work allows it.
+    pub outputs: Vec<Buffer>,
+    /// Room for intermediate results, as large as the backend asked for.
+    pub scratch: Buffer,
+    /// Where it comes from.
+    pub label: Label,
+}
+
+/// Where a step comes from, for plans, traces and errors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Label {
+    /// Name of the op, or of the collective.
+    pub op: Name,
+    /// Scope in the program.
+    pub scope: Name,
+    /// Place in the user's source.
+    pub place: Place,
+    /// Node of the function.
+    pub node: NodeId,
+}
+
+/// What a step does.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    /// A fused elementwise loop; one output per result of its body.
+    Map(Loop),
+    /// A fused reduction; one output per result of its body.
+    Reduce(Reduction),
+    /// A primitive op on parts of its inputs.
+    Op(OpWork),
+    /// Copies of boxes within the device; what no box covers is `fill`.
+    Copy(CopyWork),
+    /// Moves boxes between devices.
+    Exchange(Exchange),
+    /// Finishes sums (maxima, minima) whose parts several devices hold: an all-reduce along the summation tree.
+    AllReduce(AllReduce),
+}
+
+/// A primitive op on parts of its inputs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OpWork {
+    /// The op.
+    pub op: Prim,
+    /// What is held of each input: at least what the op needs for `at`.
+    pub inputs: Vec<Part>,
+    /// What is computed: the result's type and the region of it.
+    pub output: Part,
+    /// For an op that sums over dimensions: its tree and the chunks summed here. The output then is
+    /// `[nodes, region..]` for the tree's nodes inside those chunks.
+    pub sum: Option<(Tree, ChunkBox)>,
+}
+
+/// Copies of boxes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CopyWork {
+    /// Bytes of an element.
+    pub element: usize,
+    /// The element (in its first `element` bytes) that fills the output first; None if the boxes cover everything.
+    pub fill: Option<[u8; 4]>,
+    /// Which input each box comes from, and the box.
+    pub boxes: Vec<(usize, BoxCopy)>,
+}
+
+/// A box copied from one row-major array to another; offsets and strides in elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BoxCopy {
+    /// Extents, outermost first.
+    pub extents: Vec<usize>,
+    /// First element read.
+    pub from: usize,
+    /// Strides read.
+    pub from_strides: Vec<usize>,
+    /// First element written.
+    pub to: usize,
+    /// Strides written.
+    pub to_strides: Vec<usize>,
+}
+
+/// Boxes that move between devices: halo exchange, all-gather, all-to-all, permute, slice. One input, one output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Exchange {
+    /// What the pattern is called.
+    pub kind: ExchangeKind,
+    /// Bytes of an element.
+    pub element: usize,
+    /// Boxes that stay on the device: input to output.
+    pub local: Vec<BoxCopy>,
+    /// Messages to others, by peer. Both sides list the messages between a pair in the same order.
+    pub sends: Vec<Message>,
+    /// Messages from others, by peer.
+    pub recvs: Vec<Message>,
+}
+
+/// The pattern of an exchange, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ExchangeKind {
+    /// Devices fetch the rim of their block from neighbours.
+    Halo,
+    /// Devices end up with more than they had, all of it along some dimension.
+    AllGather,
+    /// One dimension's split becomes another's.
+    AllToAll,
+    /// Blocks change owners.
+    Permute,
+    /// Nothing is sent: devices keep a part of what they have.
+    Slice,
+}
+
+/// A message: a box of the sender's input that becomes a box of the receiver's output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Message {
+    /// The other device.
+    pub peer: usize,
+    /// Bytes on the wire.
+    pub bytes: usize,
+    /// Where the bytes lie.
+    pub at: Wire,
+}
+
+/// Where a message's bytes lie.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Wire {
+    /// The box is contiguous in the tensor's buffer, from this byte on: sent from and received into its place.
+    InPlace(usize),
+    /// The box is packed into (or unpacked from) the step's scratch, from that byte on.
+    Staged {
+        /// First byte in the scratch.
+        scratch: usize,
+        /// Tensor to scratch for a send, scratch to tensor for a receive (offsets on the scratch side from its byte above).
+        copy: BoxCopy,
+    },
+}
+
+/// An all-reduce along the summation tree.
+///
+/// Participant `p` holds `[nodes[p], elements]`; everyone gets `[elements]`, combined by `order`. Small ones are sent
+/// to everyone at once. Large ones are cut into one segment a participant ([`AllReduce::segment`]), which finishes it
+/// and sends the result to the others; the bits are the same, since each element is combined by the same tree.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AllReduce {
+    /// How parts are combined.
+    pub f: ReduceFn,
+    /// Element type (`f32`, `i32` or `bool`).
+    pub dtype: DType,
+    /// Elements of the result.
+    pub elements: usize,
+    /// Devices that take part, in order.
+    pub devices: Vec<usize>,
+    /// Nodes that each holds.
+    pub nodes: Vec<usize>,
+    /// Which participant this device is.
+    pub me: usize,
+    /// The combination: a stack machine over (participant, node).
+    pub order: Vec<chunk::Finish>,
+    /// Whether it goes by segments.
+    pub segmented: bool,
+}
+
+impl AllReduce {
+    /// Elements of the result that participant `p` finishes.
+    pub fn segment(&self, p: usize) -> std::ops::Range<usize> {
+        if self.segmented { chunk::chunk_range(self.elements, self.devices.len(), p) } else { 0..self.elements }
+    }
+
+    /// Bytes of scratch: what is received from the others, participant after participant, node after node.
+    pub fn scratch_bytes(&self) -> usize {
+        let others: usize = (0..self.devices.len()).filter(|p| *p != self.me).map(|p| self.nodes[p]).sum();
+        others * self.segment(self.me).len() * self.dtype.bytes()
+    }
+
+    /// Bytes that this device sends.
+    pub fn sent_bytes(&self) -> usize {
+        let others = (0..self.devices.len()).filter(|p| *p != self.me);
+        let parts: usize = others.clone().map(|p| self.nodes[self.me] * self.segment(p).len()).sum();
+        let results = if self.segmented { others.count() * self.segment(self.me).len() } else { 0 };
+        (parts + results) * self.dtype.bytes()
+    }
+}
+
+/// What the planner asks of a backend.
+pub trait Backend {
+    /// Scratch bytes that the backend needs for an op, a map or a reduction on a device.
+    fn scratch_bytes(&self, work: &Work) -> usize;
+    /// Bytes of the workspaces that a device keeps for its threads, whatever it runs.
+    fn workspace_bytes(&self) -> usize;
+}
+
+/// The plan of one device for one function.
+#[derive(Clone, Debug, Default)]
+pub struct DevicePlan {
+    /// Steps in order.
+    pub steps: Vec<Step>,
+    /// Bytes of the arena that the function uses, from its start: variables, feeds, values and scratch.
+    pub arena_bytes: usize,
+    /// Feeds: name, part held and buffer.
+    pub inputs: Vec<(Name, Part, Buffer)>,
+    /// Fetches: name, part held and buffer.
+    pub outputs: Vec<(Name, Part, Buffer)>,
+}
