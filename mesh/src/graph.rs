@@ -55,6 +55,7 @@ pub(crate) struct State {
     recompute: Option<u32>,
     regions: HashMap<NodeId, u32>,
     randoms: HashMap<Name, u32>,
+    place: Option<Place>,
     backward: Option<Backward>,
 }
 
@@ -90,6 +91,7 @@ impl Graph {
             recompute: None,
             regions: HashMap::new(),
             randoms: HashMap::new(),
+            place: None,
             backward: None,
         })))
     }
@@ -105,6 +107,31 @@ impl Graph {
         self.0.borrow_mut().scopes.push(name.into());
         let out = build();
         self.0.borrow_mut().scopes.pop();
+        out
+    }
+
+    /// [`Graph::scoped`] for the inside of a layer: what `build` makes counts as made by the layer's caller.
+    #[track_caller]
+    pub(crate) fn layer<T>(&self, name: impl Into<Name>, build: impl FnOnce() -> T) -> T {
+        let place = self.place();
+        let outer = self.0.borrow_mut().place.replace(place);
+        let out = self.scoped(name, build);
+        self.0.borrow_mut().place = outer;
+        out
+    }
+
+    /// The caller's place, or that of the caller of the layer that is being built.
+    #[track_caller]
+    fn place(&self) -> Place {
+        self.0.borrow().place.unwrap_or(Place::here())
+    }
+
+    /// [`Graph::scoped`] with `path` in place of the scopes that are open: what belongs to a variable (its gradient's
+    /// use, its optimizer slots) goes where the variable is.
+    pub fn scoped_at<T>(&self, path: impl Into<Name>, build: impl FnOnce() -> T) -> T {
+        let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![path.into()]);
+        let out = build();
+        self.0.borrow_mut().scopes = outer;
         out
     }
 
@@ -132,7 +159,7 @@ impl Graph {
     #[track_caller]
     pub fn apply(&self, op: impl Into<Prim>, inputs: &[&Tensor]) -> Tensor {
         let ids: Vec<NodeId> = inputs.iter().map(|t| t.id).collect();
-        self.push(op.into(), &ids, Place::here())
+        self.push(op.into(), &ids, self.place())
     }
 
     fn push(&self, op: Prim, inputs: &[NodeId], place: Place) -> Tensor {
@@ -207,7 +234,7 @@ impl Graph {
     pub fn input(&self, name: impl Into<Name>, dtype: DType, dims: &[Dim]) -> Tensor {
         let name = name.into();
         if self.0.borrow().inputs.iter().any(|(n, _)| *n == name) {
-            self.fail(Error::new(Cause::TwiceNamed { what: "inputs", name: name.clone() }).at(Place::here()));
+            self.fail(Error::new(Cause::TwiceNamed { what: "inputs", name: name.clone() }).at(self.place()));
         }
         let t = self.apply(ops::source::Input { name: name.clone(), ty: Type::new(dtype, dims) }, &[]);
         self.0.borrow_mut().inputs.push((name, t.id));
@@ -219,7 +246,7 @@ impl Graph {
     pub fn output(&self, name: impl Into<Name>, value: &Tensor) {
         let name = name.into();
         if self.0.borrow().outputs.iter().any(|(n, _)| *n == name) {
-            self.fail(Error::new(Cause::TwiceNamed { what: "outputs", name: name.clone() }).at(Place::here()));
+            self.fail(Error::new(Cause::TwiceNamed { what: "outputs", name: name.clone() }).at(self.place()));
         }
         self.0.borrow_mut().outputs.push((name, value.id));
     }
@@ -241,7 +268,7 @@ impl Graph {
         let scope = self.scope();
         let path: Name = if scope.is_empty() { name.into() } else { format!("{scope}/{name}").into() };
         let variables = self.0.borrow().variables.clone();
-        let id = variables.borrow_mut().declare(path, Type::new(DType::F32, dims), init, trainable, Place::here());
+        let id = variables.borrow_mut().declare(path, Type::new(DType::F32, dims), init, trainable, self.place());
         match id {
             Ok(id) => self.read(id),
             Err(e) => {
@@ -273,7 +300,7 @@ impl Graph {
         match var {
             Some(var) => {
                 if let Err(refusal) = ops::source::Assign::check(&variable.ty(), &value.ty()) {
-                    self.fail(Error::new(Cause::Op { op: "assign", refusal }).at(Place::here()));
+                    self.fail(Error::new(Cause::Op { op: "assign", refusal }).at(self.place()));
                     return;
                 }
                 let names: Vec<Name> = variable.ty().dims.into_iter().map(|d| d.name).collect();
@@ -288,7 +315,7 @@ impl Graph {
                     what: "assign needs a variable to assign to".into(),
                     help: "pass what `variable` returned".into(),
                 })
-                .at(Place::here()),
+                .at(self.place()),
             ),
         }
     }
@@ -374,7 +401,7 @@ impl Graph {
     /// The gradients of the scalar `loss` by each of `wrt`: zeros where the loss does not depend on it.
     #[track_caller]
     pub fn gradients(&self, loss: &Tensor, wrt: &[&Tensor]) -> Vec<Tensor> {
-        let place = Place::here();
+        let place = self.place();
         if !loss.ty().dims.is_empty() {
             let what = format!("gradients need a loss without dimensions, and this one is {}", loss.ty());
             self.fail(Error::new(Cause::Feed { what, help: "take its mean or sum first".into() }).at(place));
@@ -414,6 +441,12 @@ impl Graph {
         out
     }
 
+    /// Drops the rules of [`Graph::with_grad`]: they hold tensors, and those hold the graph.
+    pub(crate) fn drop_rules(&self) {
+        let rules = std::mem::take(&mut self.0.borrow_mut().custom);
+        drop(rules);
+    }
+
     fn is_source(&self, id: NodeId) -> bool {
         self.0.borrow().nodes[id.index()].inputs.is_empty()
     }
@@ -423,7 +456,10 @@ impl Graph {
             let s = self.0.borrow();
             (s.nodes[id.index()].clone(), s.custom.get(&id).cloned())
         };
-        let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![node.scope.clone()]);
+        let (scopes, place) = {
+            let mut s = self.0.borrow_mut();
+            (std::mem::replace(&mut s.scopes, vec![node.scope.clone()]), s.place.replace(node.place))
+        };
         let result = match custom {
             Some((ids, rule)) => (ids, rule(dy)),
             None => {
@@ -433,7 +469,9 @@ impl Graph {
                 (node.inputs, grads)
             }
         };
-        self.0.borrow_mut().scopes = outer;
+        let mut s = self.0.borrow_mut();
+        (s.scopes, s.place) = (scopes, place);
+        drop(s);
         result
     }
 }
@@ -501,7 +539,7 @@ impl Tensor {
                     Some(n) => format!("did you mean `{n}`?"),
                     None => String::new(),
                 };
-                self.graph.fail(Error::new(Cause::Feed { what, help }).at(Place::here()));
+                self.graph.fail(Error::new(Cause::Feed { what, help }).at(self.graph.place()));
                 crate::dim::dim(name, 1)
             }
         }

@@ -212,7 +212,9 @@ impl ProgramBuilder {
         }
         let graph = Graph::new(self.variables.clone());
         let out = build(&graph);
-        let function = finish(name.clone(), &graph)?;
+        let function = finish(name.clone(), &graph);
+        graph.drop_rules();
+        let function = function?;
         self.functions.insert(name, function);
         Ok(out)
     }

@@ -133,9 +133,8 @@ impl Op for Binary {
         let (a, b, y, dy) = (&cx.inputs[0], &cx.inputs[1], &cx.output, &cx.dy);
         // Ties share the gradient, so that it sums to one.
         let share = |x: &Tensor| {
-            let g = dy.graph();
-            let tie = a.equal(b).select(&g.scalar(0.5), &g.scalar(1.0));
-            dy.mul(&x.equal(y).select(&tie, &g.scalar(0.0)))
+            let tie = a.equal(b).select(&dy.number(0.5), &dy.number(1.0));
+            dy.mul(&x.equal(y).select(&tie, &dy.number(0.0)))
         };
         let (da, db) = match self.f {
             BinaryFn::Add => (dy.clone(), dy.clone()),
@@ -198,15 +197,21 @@ methods! {
 }
 
 impl Tensor {
+    /// A scalar of this value's dtype if that is a float, else an `f32` one.
+    #[track_caller]
+    pub fn number(&self, c: f32) -> Tensor {
+        let dtype = Some(self.ty().dtype).filter(|t| t.is_float()).unwrap_or(DType::F32);
+        self.graph().apply(super::source::Constant { value: f64::from(c), dtype }, &[])
+    }
     /// x + c
     #[track_caller]
     pub fn add_scalar(&self, c: f32) -> Tensor {
-        self.add(&self.graph().scalar(c))
+        self.add(&self.number(c))
     }
     /// x * c
     #[track_caller]
     pub fn mul_scalar(&self, c: f32) -> Tensor {
-        self.mul(&self.graph().scalar(c))
+        self.mul(&self.number(c))
     }
     /// x^2
     #[track_caller]
@@ -257,14 +262,14 @@ macro_rules! operators {
             type Output = Tensor;
             #[track_caller]
             fn $method(self, other: f32) -> Tensor {
-                Tensor::$method(self, &self.graph().scalar(other))
+                Tensor::$method(self, &self.number(other))
             }
         }
         impl std::ops::$trait<f32> for Tensor {
             type Output = Tensor;
             #[track_caller]
             fn $method(self, other: f32) -> Tensor {
-                Tensor::$method(&self, &self.graph().scalar(other))
+                Tensor::$method(&self, &self.number(other))
             }
         }
     )*};

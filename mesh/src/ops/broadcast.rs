@@ -51,7 +51,10 @@ impl Tensor {
     /// dimensions by name, and lay out their inputs as they want them.
     #[track_caller]
     pub fn reorder(&self, names: &[&str]) -> Tensor {
-        let dims: Vec<Dim> = names.iter().map(|n| self.dim(n)).collect();
+        let mut dims = Vec::with_capacity(names.len());
+        for n in names {
+            dims.push(self.dim(n));
+        }
         self.broadcast(&dims)
     }
 }

@@ -69,7 +69,7 @@ impl Op for Reduce {
             ReduceFn::Sum => cx.dy.broadcast(&dims),
             // Ties share the gradient, so that it sums to one.
             ReduceFn::Max | ReduceFn::Min => {
-                let hit = x.equal(&cx.output).cast(DType::F32);
+                let hit = x.equal(&cx.output).cast(cx.dy.ty().dtype);
                 let over: Vec<&str> = self.over.iter().map(|n| &**n).collect();
                 hit.mul(&cx.dy.div(&hit.sum(&over)))
             }
@@ -130,8 +130,11 @@ impl Tensor {
     /// The mean over the dimensions named.
     #[track_caller]
     pub fn mean(&self, over: &[&str]) -> Tensor {
-        let count: usize = over.iter().map(|n| self.dim(n).size).product();
-        self.sum(over).mul_scalar(1.0 / count.max(1) as f32)
+        let mut count = 1;
+        for n in over {
+            count *= self.dim(n).size;
+        }
+        self.sum(over).div(&self.number(count.max(1) as f32))
     }
     /// The sum over all dimensions.
     #[track_caller]

@@ -34,7 +34,7 @@ impl Op for Select {
         }
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
-        let zero = cx.dy.graph().scalar(0.0);
+        let zero = cx.dy.number(0.0);
         let da = cx.inputs[0].select(&cx.dy, &zero).sum_to(&cx.inputs[1].ty());
         let db = cx.inputs[0].select(&zero, &cx.dy).sum_to(&cx.inputs[2].ty());
         vec![None, Some(da), Some(db)]

@@ -154,7 +154,7 @@ impl Op for Unary {
             UnaryFn::Tanh => dy.mul(&y.mul(y).neg().add_scalar(1.0)),
             UnaryFn::Sigmoid => dy.mul(&y.mul(&y.neg().add_scalar(1.0))),
             UnaryFn::Erf => dy.mul(&x.mul(x).neg().exp()).mul_scalar(std::f32::consts::FRAC_2_SQRT_PI),
-            UnaryFn::Relu => x.greater(&x.graph().scalar(0.0)).select(dy, &x.graph().scalar(0.0)),
+            UnaryFn::Relu => x.greater(&x.number(0.0)).select(dy, &dy.number(0.0)),
             UnaryFn::Sin => dy.mul(&x.cos()),
             UnaryFn::Cos => dy.mul(&x.sin()).neg(),
         };

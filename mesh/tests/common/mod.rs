@@ -28,7 +28,9 @@ pub fn evaluate(inputs: &[(&[Dim], Reference)], build: impl Fn(&Graph, &[Tensor]
     .unwrap();
     let p = p.finish().unwrap();
     let feeds: Values = inputs.iter().enumerate().map(|(i, (_, v))| (Name::from(format!("x{i}")), v.clone())).collect();
-    reference::run(&p, p.function("f").unwrap(), &feeds, &mut Values::new(), 1, 0).remove(&Name::from("y")).unwrap()
+    reference::run(&p, p.function("f").unwrap(), &feeds, &mut reference::init(&p, 1), 1, 0)
+        .remove(&Name::from("y"))
+        .unwrap()
 }
 
 /// Holds the gradients of `build` by its `f32` inputs against central differences of its reference evaluation.

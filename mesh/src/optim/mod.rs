@@ -1,0 +1,131 @@
+//! Optimizers: what a training step does with the gradients.
+//!
+//! An optimizer's [`Rule`] turns a variable's gradient and slots into an update; [`Schedule`] gives the learning rate.
+//! Slots are variables beside the one they belong to (`conv/filter/adam.m` for `conv/filter`), so that layout rules by
+//! name reach both.
+
+pub mod adafactor;
+pub mod adam;
+pub mod schedule;
+
+pub use adafactor::Adafactor;
+pub use adam::{Adam, Sgd};
+pub use schedule::Schedule;
+
+use crate::graph::{Graph, Tensor};
+
+/// How a gradient becomes an update.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Rule {
+    /// Gradient descent, with or without momentum.
+    Sgd(Sgd),
+    /// Adam; with weight decay AdamW, with a trust ratio LAMB.
+    Adam(Adam),
+    /// Adafactor.
+    Adafactor(Adafactor),
+}
+
+/// An optimizer: `variable -= rate * (update + decay * variable)`.
+#[derive(Clone, Debug)]
+pub struct Optimizer {
+    /// How a gradient becomes an update.
+    pub rule: Rule,
+    /// The learning rate.
+    pub rate: Schedule,
+    /// All gradients are multiplied by `min(1, clip_norm / norm)`, with the norm of all of them together.
+    pub clip_norm: Option<f32>,
+    /// Weight decay apart from the gradient (Loshchilov and Hutter 2019).
+    pub decay: f32,
+    /// Which variables decay, by path; as given all but biases and the scales of norms.
+    pub decays: fn(&str) -> bool,
+}
+
+/// Whether a variable of that path decays: not a `bias` and not a norm's `scale`.
+pub fn decays(path: &str) -> bool {
+    !matches!(path.rsplit('/').next(), Some("bias" | "scale"))
+}
+
+/// What a training step may show of its update.
+pub struct Update {
+    /// The norm of all gradients together, before clipping; `f32` scalar. Costs nothing where it is not used.
+    pub grad_norm: Tensor,
+    /// The learning rate; `f32` scalar.
+    pub rate: Tensor,
+}
+
+impl Optimizer {
+    fn new(rule: Rule, rate: impl Into<Schedule>) -> Optimizer {
+        Optimizer { rule, rate: rate.into(), clip_norm: None, decay: 0.0, decays }
+    }
+    /// Gradient descent without momentum.
+    pub fn sgd(rate: impl Into<Schedule>) -> Optimizer {
+        Optimizer::new(Rule::Sgd(Sgd::default()), rate)
+    }
+    /// Gradient descent with momentum: the gradients' running sum, `m = momentum * m + gradient`.
+    pub fn momentum(rate: impl Into<Schedule>, momentum: f32) -> Optimizer {
+        Optimizer::new(Rule::Sgd(Sgd { momentum, nesterov: false }), rate)
+    }
+    /// Adam (Kingma and Ba 2015) with its usual constants.
+    pub fn adam(rate: impl Into<Schedule>) -> Optimizer {
+        Optimizer::new(Rule::Adam(Adam::default()), rate)
+    }
+    /// Adam with weight decay apart from the gradient.
+    pub fn adamw(rate: impl Into<Schedule>, decay: f32) -> Optimizer {
+        Optimizer { decay, ..Optimizer::adam(rate) }
+    }
+    /// LAMB (You et al. 2020): AdamW whose update has each variable's own norm.
+    pub fn lamb(rate: impl Into<Schedule>, decay: f32) -> Optimizer {
+        let rule = Rule::Adam(Adam { eps: 1e-6, trust: true, ..Adam::default() });
+        Optimizer { decay, ..Optimizer::new(rule, rate) }
+    }
+    /// Adafactor (Shazeer and Stern 2018) with its usual constants; the rate is relative to each variable's size.
+    pub fn adafactor(rate: impl Into<Schedule>) -> Optimizer {
+        Optimizer::new(Rule::Adafactor(Adafactor::default()), rate)
+    }
+    /// This optimizer with the gradients clipped to a global norm.
+    pub fn clipped(self, norm: f32) -> Optimizer {
+        Optimizer { clip_norm: Some(norm), ..self }
+    }
+
+    /// Adds the backward pass of `loss` and one step on every trained variable that the graph reads.
+    ///
+    /// Without clipping the update of a variable depends on no other one's gradient, which can go as soon as it is used.
+    #[track_caller]
+    pub fn apply(&self, g: &Graph, loss: &Tensor) -> Update {
+        let variables = g.trainable();
+        let wrt: Vec<&Tensor> = variables.iter().map(|(_, t)| t).collect();
+        let grads = g.gradients(loss, &wrt);
+        g.layer("optimizer", || {
+            let squares = grads.iter().map(|grad| grad.square().sum_all());
+            let grad_norm = squares.reduce(|a, b| a.add(&b)).unwrap_or(g.scalar(0.0)).sqrt();
+            let factor = self.clip_norm.map(|most| {
+                // A norm of 0 must not give 0 / 0.
+                g.scalar(most).div(&grad_norm.maximum(&g.scalar(most)))
+            });
+            let rate = self.rate.rate(g);
+            for ((id, variable), grad) in variables.iter().zip(&grads) {
+                let path = g.variable_name(*id);
+                let grad = match &factor {
+                    Some(factor) => grad.mul(factor),
+                    None => grad.clone(),
+                };
+                g.scoped_at(&path, || self.step(g, &path, variable, &grad, &rate));
+            }
+            Update { grad_norm, rate }
+        })
+    }
+
+    fn step(&self, g: &Graph, path: &str, variable: &Tensor, grad: &Tensor, rate: &Tensor) {
+        let decay = if (self.decays)(path) { self.decay } else { 0.0 };
+        let decayed = |update: Tensor| match decay {
+            0.0 => update,
+            _ => update.add(&variable.mul_scalar(decay)),
+        };
+        let update = match &self.rule {
+            Rule::Sgd(rule) => decayed(rule.update(g, grad)),
+            Rule::Adam(rule) => rule.trusted(variable, decayed(rule.update(g, grad))),
+            Rule::Adafactor(rule) => decayed(rule.update(g, variable, grad)),
+        };
+        g.assign(variable, &variable.sub(&update.mul(rate)));
+    }
+}
