@@ -1,4 +1,5 @@
 //! Helpers of the integration tests.
+#![allow(dead_code, reason = "each test uses some of them")]
 
 use mesh::dim::{DType, Dim, Name};
 use mesh::graph::{Graph, Tensor};
