@@ -23,3 +23,4 @@ pub mod program;
 pub mod reference;
 pub mod region;
 pub mod rng;
+pub mod spmd;

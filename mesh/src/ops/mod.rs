@@ -4,10 +4,15 @@ pub mod binary;
 pub mod broadcast;
 pub mod cast;
 pub mod compare;
+pub mod contract;
+pub mod conv;
+pub mod max_pool;
+pub mod movement;
 pub mod reduce;
 pub mod select;
 pub mod source;
 pub mod unary;
+pub mod window;
 
 use crate::op::Op;
 
@@ -58,4 +63,26 @@ table! {
     Broadcast(broadcast::Broadcast),
     /// Sum, maximum or minimum over dimensions.
     Reduce(reduce::Reduce),
+    /// Sum of products.
+    Contract(contract::Contract),
+    /// Convolution.
+    Conv(conv::Conv),
+    /// Transposed convolution.
+    ConvTranspose(conv::ConvTranspose),
+    /// Gradient of a convolution by its filter.
+    ConvWeightGrad(conv::ConvWeightGrad),
+    /// Largest value of each window.
+    MaxPool(max_pool::MaxPool),
+    /// Its gradient.
+    MaxPoolGrad(max_pool::MaxPoolGrad),
+    /// Another name for a dimension.
+    Rename(movement::Rename),
+    /// Some elements of a dimension.
+    Slice(movement::Slice),
+    /// More elements of one value.
+    Pad(movement::Pad),
+    /// One after another.
+    Concat(movement::Concat),
+    /// Moved along a dimension.
+    Shift(movement::Shift),
 }

@@ -1,29 +1,120 @@
-//! Planning: from a function and a layout to one static list of steps per device.
+//! Planning: from a program and a layout to one static list of steps per device and function.
+//!
+//! [`fuse`] decides what is stored and what is computed inside the loops that use it; `body` makes the loops,
+//! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
+//! puts them together into [`step`]s. The peak that a plan predicts is what execution uses, byte for byte, because
+//! execution has no other memory than the plan's.
 
+mod body;
+mod copies;
+mod exchange;
+mod function;
+pub mod fuse;
+pub mod memory;
 pub mod step;
 
 use crate::dim::Name;
-use crate::layout::Mesh;
+use crate::error::{Cause, Error};
+use crate::layout::{Layout, Mesh, Placement};
+use crate::program::Program;
+use crate::spmd;
+pub use function::Timeline;
 use std::collections::BTreeMap;
 pub use step::{
     ALIGN, AllReduce, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message, OpWork,
     Part, Step, Wire, Work,
 };
 
+/// What a plan has to keep to.
+#[derive(Clone, Debug, Default)]
+pub struct PlanOptions {
+    /// Bytes of memory that each device may use; None for no limit.
+    pub memory: Option<usize>,
+    /// Devices there are, where that is given beside the mesh.
+    pub devices: Option<usize>,
+}
+
 /// The plans of all functions of a program over one set of variables.
 #[derive(Clone, Debug)]
 pub struct ProgramPlan {
     /// The mesh.
     pub mesh: Mesh,
+    /// The layout.
+    pub layout: Layout,
     /// By device: part held and buffer of each variable. The buffers lie at the start of the arena, for every function.
     pub variables: Vec<Vec<(Part, Buffer)>>,
     /// By function: the plan of each device.
     pub functions: BTreeMap<Name, Vec<DevicePlan>>,
+    /// By function: the memory of each device over time.
+    pub timelines: BTreeMap<Name, Vec<Timeline>>,
+    /// Bytes that the backend needs on each device beside the arena.
+    pub workspace_bytes: usize,
 }
 
 impl ProgramPlan {
     /// Bytes of the arena of a device: what its most demanding function uses.
     pub fn arena_bytes(&self, device: usize) -> usize {
-        self.functions.values().map(|f| f[device].arena_bytes).max().unwrap_or(0)
+        let variables = self.variables[device].iter().map(|(_, b)| b.offset + b.bytes.next_multiple_of(ALIGN)).max();
+        self.functions.values().map(|f| f[device].arena_bytes).max().unwrap_or(0).max(variables.unwrap_or(0))
     }
+    /// The predicted peak of a device in bytes: its arena and the workspaces of its threads.
+    pub fn peak_bytes(&self, device: usize) -> usize {
+        self.arena_bytes(device) + self.workspace_bytes
+    }
+}
+
+/// Plans every function of a program.
+///
+/// # Errors
+/// A layout that names what is not there or cannot be applied to some tensor; a mesh of another size than there are
+/// devices; a device that would need more memory than it may use.
+pub fn plan_program(
+    program: &Program,
+    mesh: &Mesh,
+    layout: &Layout,
+    options: &PlanOptions,
+    backend: &dyn Backend,
+) -> Result<ProgramPlan, Error> {
+    if let Some(devices) = options.devices.filter(|d| *d != mesh.size()) {
+        return Err(Cause::MeshSize { mesh: mesh.to_string(), size: mesh.size(), devices }.into());
+    }
+    layout.check(mesh, program)?;
+    let placement = Placement { mesh, layout, chunking: &program.chunking };
+    let mut variables: Vec<Vec<(Part, Buffer)>> = vec![vec![]; mesh.size()];
+    let mut base = vec![0; mesh.size()];
+    for v in &program.variables {
+        let spec = placement.spec("variable", &v.ty, None, &[], v.place)?;
+        for (d, region) in placement.regions(&v.ty, &spec).into_iter().enumerate() {
+            let bytes = region.elements() * v.ty.dtype.bytes();
+            variables[d].push((Part { ty: v.ty.clone(), region }, Buffer { offset: base[d], bytes }));
+            base[d] += bytes.next_multiple_of(ALIGN);
+        }
+    }
+    let names: Vec<Name> = program.variables.iter().map(|v| v.name.clone()).collect();
+    let workspace_bytes = backend.workspace_bytes();
+    let mut out = ProgramPlan {
+        mesh: mesh.clone(),
+        layout: layout.clone(),
+        variables,
+        functions: BTreeMap::new(),
+        timelines: BTreeMap::new(),
+        workspace_bytes,
+    };
+    for (name, function) in &program.functions {
+        let spmd = spmd::lower(function, &placement)?;
+        let cx = function::Context {
+            function,
+            spmd: &spmd,
+            variables: &out.variables,
+            names: &names,
+            base: &base,
+            backend,
+            budget: options.memory.map(|m| m.saturating_sub(workspace_bytes)),
+        };
+        let (plans, timelines) =
+            function::plan(&cx).map_err(|e| e.note(format!("in function `{name}`")))?.into_iter().unzip();
+        out.functions.insert(name.clone(), plans);
+        out.timelines.insert(name.clone(), timelines);
+    }
+    Ok(out)
 }

@@ -1,0 +1,350 @@
+//! `conv`: convolution over one to three named spatial dimensions, with its two gradients as ops of their own.
+//!
+//! With windows `w` (see [`Window`]), input channels `i` and output channels `o`:
+//! - `conv`: `y[.., s, o] = sum over taps j and i of x[.., s * stride - lo + j * dilation, i] * f[j, i, o]`
+//! - `conv_transpose`: its adjoint in `x`, which is the transposed convolution: `x[.., s', i] = sum of y * f` over the
+//!   same triples;
+//! - `conv_weight_grad`: its adjoint in `f`: sums over batch and space.
+//!
+//! C1. One to three windows over dimensions of the input, each named once; sizes, strides and dilations at least 1,
+//!     padding smaller than the window's span.
+//! C2. The filter is `[k.<dim> .., input, output]` with the windows' sizes; its input size times `groups` is the
+//!     input's channels, and `groups` divides the output channels.
+//! C3. Input and output channel have unlike names, and the input has no dimension of the output channel's name.
+//! C4. In memory the channel comes last and the spatial dimensions before it in the windows' order (the builder sees
+//!     to it).
+//! C5. Floats of one dtype.
+//! C6. The spatial sizes fit: the input is at least as large as the windows need for one output; a transposed
+//!     convolution's sizes give the outputs that there are.
+
+use super::window::Window;
+use crate::dim::{Dim, Name, Type, dim};
+use crate::error::{Refusal, refuse};
+use crate::graph::Tensor;
+use crate::op::{GradContext, Op, Reference};
+use crate::region::Region;
+
+/// A convolution.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conv {
+    /// Windows, one a spatial dimension.
+    pub windows: Vec<Window>,
+    /// Name of the input channel.
+    pub input: Name,
+    /// Name of the output channel.
+    pub output: Name,
+    /// Groups of channels that do not mix.
+    pub groups: usize,
+}
+
+/// The gradient of a convolution by its input: the transposed convolution.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvTranspose {
+    /// The convolution.
+    pub conv: Conv,
+    /// Its input's spatial sizes.
+    pub sizes: Vec<usize>,
+}
+
+/// The gradient of a convolution by its filter, from its input and the gradient of its result.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvWeightGrad {
+    /// The convolution.
+    pub conv: Conv,
+}
+
+impl Conv {
+    fn check(&self, x: &Type, channel: &Name) -> Result<(), Refusal> {
+        if self.windows.is_empty() || self.windows.len() > 3 {
+            return refuse("C1", format!("has {} windows", self.windows.len()), "give it one to three");
+        }
+        for (i, w) in self.windows.iter().enumerate() {
+            w.check("C1")?;
+            if !x.has(&w.dim) || self.windows[..i].iter().any(|v| v.dim == w.dim) {
+                let near = crate::error::nearest(&w.dim, x.dims.iter().map(|d| &*d.name));
+                let help = near.map(|n| format!("did you mean `{n}`?")).unwrap_or_default();
+                return refuse("C1", format!("cannot slide along `{}` of {x}", w.dim), help);
+            }
+        }
+        if self.input == self.output {
+            return refuse(
+                "C3",
+                format!("has input and output channels of one name, `{}`", self.input),
+                "rename the input's",
+            );
+        }
+        let n = x.dims.len();
+        let tail = self.windows.iter().map(|w| &w.dim).chain([channel]);
+        let ordered = n > self.windows.len() && x.dims[n - self.windows.len() - 1..].iter().map(|d| &d.name).eq(tail);
+        if !ordered {
+            let m = format!("cannot take {x}: it wants the spatial dimensions and then `{channel}` last");
+            return refuse("C4", m, "reorder it");
+        }
+        if !x.dtype.is_float() {
+            return refuse("C5", format!("cannot take {}", x.dtype), "cast it to a float");
+        }
+        Ok(())
+    }
+
+    fn check_filter(&self, f: &Type, input: usize, output: usize) -> Result<(), Refusal> {
+        let groups = self.groups.max(1);
+        let mut dims: Vec<Dim> = self.windows.iter().map(|w| dim(w.kernel(), w.size)).collect();
+        dims.extend([dim(&self.input, input / groups), dim(&self.output, output)]);
+        if f.dims != dims || input % groups != 0 || output % groups != 0 {
+            let wanted = Type::new(f.dtype, dims);
+            return refuse(
+                "C2",
+                format!("cannot use the filter {f}, {groups} groups, {input} input channels"),
+                format!("use a filter {wanted}"),
+            );
+        }
+        Ok(())
+    }
+
+    /// The type of the result for inputs of that type and so many output channels.
+    fn result(&self, x: &Type, output: usize) -> Result<Type, Refusal> {
+        let mut dims = x.dims[..x.dims.len() - self.windows.len() - 1].to_vec();
+        for w in &self.windows {
+            let n = x.size_of(&w.dim).unwrap_or(0);
+            let m = w.outputs(n);
+            if m == 0 {
+                return refuse(
+                    "C6",
+                    format!("has no output along `{}`: size {n}, window span {}", w.dim, w.span()),
+                    "pad it, or use a smaller window",
+                );
+            }
+            dims.push(dim(&w.dim, m));
+        }
+        if dims.iter().any(|d| d.name == self.output) {
+            return refuse("C3", format!("would have `{}` twice", self.output), "rename the output channel");
+        }
+        dims.push(dim(&self.output, output));
+        Ok(Type::new(x.dtype, dims))
+    }
+
+    /// Names in the order of memory that the op wants: everything else, the spatial dimensions, the channel.
+    fn order(&self, x: &Type, channel: &Name) -> Vec<Name> {
+        let last: Vec<&Name> = self.windows.iter().map(|w| &w.dim).chain([channel]).collect();
+        let first = x.dims.iter().map(|d| &d.name).filter(|n| !last.contains(n));
+        first.chain(last.iter().copied()).cloned().collect()
+    }
+
+    /// `at` with the spatial ranges turned from outputs (of sizes `m`) to the inputs they read (`reverse`: the other way).
+    fn ranges(&self, at: &Region, ty: &Type, reverse: bool) -> Region {
+        self.windows.iter().fold(at.of(ty), |r, w| {
+            let n = ty.size_of(&w.dim).unwrap_or(0);
+            let range = at.get(&w.dim).map(|o| if reverse { w.read_by(o, n) } else { w.reads(o, n) });
+            match range {
+                Some(range) => r.with(&w.dim, range),
+                None => r,
+            }
+        })
+    }
+
+    /// Output channels of a group.
+    fn group_outputs(&self, output: usize) -> usize {
+        output / self.groups.max(1)
+    }
+
+    fn flops(&self, y: &Type, input: usize) -> u64 {
+        let taps: usize = self.windows.iter().map(|w| w.size).product();
+        2 * (y.elements() * taps * input / self.groups.max(1)) as u64
+    }
+
+    /// Calls `f` with each triple of indices into x (its dims), filter and y that a product joins.
+    fn triples(&self, x: &Type, y: &Type, mut f: impl FnMut(&[usize], &[usize], &[usize])) {
+        let k = self.windows.len();
+        let batch = y.dims.len() - k - 1;
+        let (ci, co) = (x.dims[batch + k].size / self.groups.max(1), self.group_outputs(y.dims[batch + k].size));
+        let taps: Vec<usize> = self.windows.iter().map(|w| w.size).collect();
+        for at in ndarray::indices(y.shape()) {
+            let at: Vec<usize> = (0..y.dims.len()).map(|d| at[d]).collect();
+            for j in ndarray::indices(taps.clone()) {
+                let inside: Option<Vec<usize>> =
+                    (0..k).map(|d| self.windows[d].tap(at[batch + d], j[d], x.dims[batch + d].size)).collect();
+                let Some(inside) = inside else { continue };
+                let group = at[batch + k] / co;
+                for i in 0..ci {
+                    let xi: Vec<usize> =
+                        at[..batch].iter().copied().chain(inside.iter().copied()).chain([group * ci + i]).collect();
+                    let fi: Vec<usize> = (0..k).map(|d| j[d]).chain([i, at[batch + k]]).collect();
+                    f(&xi, &fi, &at);
+                }
+            }
+        }
+    }
+}
+
+impl Op for Conv {
+    fn name(&self) -> &'static str {
+        "conv"
+    }
+    fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
+        self.check(x[0], &self.input)?;
+        let (input, output) = (x[0].size_of(&self.input).unwrap_or(0), x[1].size_of(&self.output).unwrap_or(0));
+        self.check_filter(x[1], input, output)?;
+        if x[0].dtype != x[1].dtype {
+            return refuse(
+                "C5",
+                format!("cannot take {} and a filter of {}", x[0].dtype, x[1].dtype),
+                "cast one of them",
+            );
+        }
+        self.result(x[0], output)
+    }
+    fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
+        let (x, f) = (&cx.inputs[0], &cx.inputs[1]);
+        let sizes = self.windows.iter().map(|w| x.dim(&w.dim).size).collect();
+        vec![
+            Some(cx.dy.conv_transpose(f, &ConvTranspose { conv: self.clone(), sizes }).sum_to(&x.ty())),
+            Some(x.conv_weight_grad(&cx.dy, self)),
+        ]
+    }
+    fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
+        // With groups every output has its own channels to sum over, so there is no common dimension to split.
+        if self.groups > 1 { vec![] } else { vec![dim(&self.input, x[0].size_of(&self.input).unwrap_or(0))] }
+    }
+    fn needs(&self, i: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
+        if i == 0 { self.ranges(at, inputs[0], false) } else { at.of(inputs[1]) }
+    }
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
+        if self.groups > 1 { vec![self.output.clone()] } else { vec![] }
+    }
+    fn flops(&self, x: &[&Type], out: &Type) -> u64 {
+        Conv::flops(self, out, x[0].size_of(&self.input).unwrap_or(0))
+    }
+    fn reference(&self, x: &[&Reference], t: &[&Type], out: &Type) -> Reference {
+        let mut y = Reference::zeros(out.shape());
+        self.triples(t[0], out, |a, b, c| y[c] += x[0][a] * x[1][b]);
+        y
+    }
+}
+
+impl Op for ConvTranspose {
+    fn name(&self) -> &'static str {
+        "conv_transpose"
+    }
+    fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
+        let (y, f, c) = (x[0], x[1], &self.conv);
+        c.check(y, &c.output)?;
+        let input = f.size_of(&c.input).unwrap_or(0) * c.groups.max(1);
+        c.check_filter(f, input, y.size_of(&c.output).unwrap_or(0))?;
+        if y.dtype != f.dtype {
+            return refuse("C5", format!("cannot take {} and a filter of {}", y.dtype, f.dtype), "cast one of them");
+        }
+        let mut dims = y.dims[..y.dims.len() - c.windows.len() - 1].to_vec();
+        for (w, &n) in c.windows.iter().zip(&self.sizes) {
+            let m = y.size_of(&w.dim).unwrap_or(0);
+            if w.outputs(n) != m {
+                let what = format!("cannot make `{}` of size {n}: that gives {} outputs, not {m}", w.dim, w.outputs(n));
+                return refuse("C6", what, "use a size that its convolution maps to the input's");
+            }
+            dims.push(dim(&w.dim, n));
+        }
+        if self.sizes.len() != c.windows.len() || dims.iter().any(|d| d.name == c.input) {
+            return refuse(
+                "C3",
+                format!("would have `{}` twice, or lacks a size", c.input),
+                "rename the channel; give a size a window",
+            );
+        }
+        dims.push(dim(&c.input, input));
+        Ok(Type::new(y.dtype, dims))
+    }
+    fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
+        let (y, f) = (&cx.inputs[0], &cx.inputs[1]);
+        vec![Some(cx.dy.conv(f, &self.conv).sum_to(&y.ty())), Some(cx.dy.conv_weight_grad(y, &self.conv))]
+    }
+    fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
+        let c = &self.conv;
+        if c.groups > 1 { vec![] } else { vec![dim(&c.output, x[0].size_of(&c.output).unwrap_or(0))] }
+    }
+    fn needs(&self, i: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
+        if i == 0 { self.conv.ranges(at, inputs[0], true) } else { at.of(inputs[1]) }
+    }
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
+        if self.conv.groups > 1 { vec![self.conv.input.clone()] } else { vec![] }
+    }
+    fn flops(&self, x: &[&Type], out: &Type) -> u64 {
+        self.conv.flops(x[0], out.size_of(&self.conv.input).unwrap_or(0))
+    }
+    fn reference(&self, x: &[&Reference], t: &[&Type], out: &Type) -> Reference {
+        let mut y = Reference::zeros(out.shape());
+        self.conv.triples(out, t[0], |a, b, c| y[a] += x[0][c] * x[1][b]);
+        y
+    }
+}
+
+impl Op for ConvWeightGrad {
+    fn name(&self) -> &'static str {
+        "conv_weight_grad"
+    }
+    fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
+        let c = &self.conv;
+        c.check(x[0], &c.input)?;
+        c.check(x[1], &c.output)?;
+        let output = x[1].size_of(&c.output).unwrap_or(0);
+        let wanted = c.result(x[0], output)?;
+        if wanted != *x[1] {
+            return refuse(
+                "C6",
+                format!("cannot pair {} with the gradient {}", x[0], x[1]),
+                format!("the gradient should be {wanted}"),
+            );
+        }
+        let input = x[0].size_of(&c.input).unwrap_or(0);
+        let mut dims: Vec<Dim> = c.windows.iter().map(|w| dim(w.kernel(), w.size)).collect();
+        dims.extend([dim(&c.input, input / c.groups.max(1)), dim(&c.output, output)]);
+        Ok(Type::new(x[0].dtype, dims))
+    }
+    fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
+        let (x, y) = (&cx.inputs[0], &cx.inputs[1]);
+        let sizes = self.conv.windows.iter().map(|w| x.dim(&w.dim).size).collect();
+        let dx = y.conv_transpose(&cx.dy, &ConvTranspose { conv: self.conv.clone(), sizes });
+        vec![Some(dx.sum_to(&x.ty())), Some(x.conv(&cx.dy, &self.conv).sum_to(&y.ty()))]
+    }
+    fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
+        x[1].dims[..x[1].dims.len() - 1].to_vec()
+    }
+    fn needs(&self, i: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
+        if i == 0 { self.conv.ranges(at, inputs[0], false) } else { at.of(inputs[1]) }
+    }
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
+        if self.conv.groups > 1 { vec![self.conv.input.clone(), self.conv.output.clone()] } else { vec![] }
+    }
+    fn flops(&self, x: &[&Type], _: &Type) -> u64 {
+        self.conv.flops(x[1], x[0].size_of(&self.conv.input).unwrap_or(0))
+    }
+    fn reference(&self, x: &[&Reference], t: &[&Type], out: &Type) -> Reference {
+        let mut f = Reference::zeros(out.shape());
+        self.conv.triples(t[0], t[1], |a, b, c| f[b] += x[0][a] * x[1][c]);
+        f
+    }
+}
+
+fn ordered(x: &Tensor, names: &[Name]) -> Tensor {
+    x.reorder(&names.iter().map(|n| &**n).collect::<Vec<_>>())
+}
+
+impl Tensor {
+    /// The convolution of `[.., spatial.., input]` with a filter `[k.<dim>.., input, output]`: `[.., spatial.., output]`.
+    #[track_caller]
+    pub fn conv(&self, filter: &Tensor, conv: &Conv) -> Tensor {
+        let x = ordered(self, &conv.order(&self.ty(), &conv.input));
+        self.graph().apply(conv.clone(), &[&x, filter])
+    }
+    /// The transposed convolution of `[.., spatial.., output]` with the same filter: `[.., spatial.., input]`.
+    #[track_caller]
+    pub fn conv_transpose(&self, filter: &Tensor, op: &ConvTranspose) -> Tensor {
+        let y = ordered(self, &op.conv.order(&self.ty(), &op.conv.output));
+        self.graph().apply(op.clone(), &[&y, filter])
+    }
+    /// The gradient of `self.conv(filter, conv)` by the filter, given that of the result.
+    #[track_caller]
+    pub fn conv_weight_grad(&self, dy: &Tensor, conv: &Conv) -> Tensor {
+        let x = ordered(self, &conv.order(&self.ty(), &conv.input));
+        let dy = ordered(dy, &conv.order(&dy.ty(), &conv.output));
+        self.graph().apply(ConvWeightGrad { conv: conv.clone() }, &[&x, &dy])
+    }
+}

@@ -1,0 +1,107 @@
+//! Makes the moves and all-reduces of one device: who sends which bytes to whom.
+
+use super::body::strides;
+use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Wire};
+use crate::dim::DType;
+use crate::ops::reduce::ReduceFn;
+use crate::region::Region;
+use crate::spmd::{Sum, Value, sources};
+
+/// A box of one array copied into another: `piece` in global indices, `from` and `to` what the arrays hold.
+pub(super) fn box_copy(piece: &Region, from: &Region, to: &Region) -> BoxCopy {
+    let offset = |held: &Region| -> usize {
+        held.0
+            .iter()
+            .zip(&piece.0)
+            .zip(strides(&held.shape()))
+            .map(|(((_, h), (_, p)), s)| (p.start - h.start) * s)
+            .sum()
+    };
+    BoxCopy {
+        extents: piece.shape(),
+        from: offset(from),
+        from_strides: strides(&from.shape()),
+        to: offset(to),
+        to_strides: strides(&to.shape()),
+    }
+}
+
+/// Whether a box is one stretch of the array it lies in.
+fn contiguous(piece: &Region, held: &Region) -> bool {
+    let mut dims = piece.shape().into_iter().zip(held.shape()).rev().skip_while(|(p, h)| p == h);
+    dims.next();
+    dims.all(|(p, _)| p == 1)
+}
+
+/// The pattern of a move.
+pub(super) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
+    let grows = from.iter().zip(to).all(|(f, t)| t.contains(f));
+    if from.iter().zip(to).all(|(f, t)| f.contains(t)) {
+        return ExchangeKind::Slice;
+    }
+    let dims = from.first().map_or(0, |r| r.0.len());
+    let same = |side: &[Region], d: usize| side.iter().all(|r| r.0[d].1 == side[0].0[d].1);
+    if grows {
+        let gathered = (0..dims).any(|d| !same(from, d) && same(to, d));
+        return if gathered { ExchangeKind::AllGather } else { ExchangeKind::Halo };
+    }
+    if (0..dims).any(|d| same(from, d) != same(to, d)) { ExchangeKind::AllToAll } else { ExchangeKind::Permute }
+}
+
+/// The move of a device, and the scratch it needs. Messages between a pair are listed in the receiver's order of boxes.
+pub(super) fn exchange(value: &Value, to: &[Region], device: usize) -> (Exchange, usize) {
+    let from = &value.regions;
+    let element = value.ty.dtype.bytes();
+    let plan = sources(from, to);
+    let mut scratch = 0;
+    let mut out = Exchange { kind: kind(from, to), element, local: vec![], sends: vec![], recvs: vec![] };
+    let mut message = |peer: usize, piece: &Region, sending: bool| {
+        let bytes = piece.elements() * element;
+        let held = if sending { &from[device] } else { &to[device] };
+        let copy = if sending { box_copy(piece, held, piece) } else { box_copy(piece, piece, held) };
+        let at = if contiguous(piece, held) {
+            Wire::InPlace(element * if sending { copy.from } else { copy.to })
+        } else {
+            let at = scratch;
+            scratch += bytes.next_multiple_of(super::ALIGN);
+            Wire::Staged { scratch: at, copy }
+        };
+        Message { peer, bytes, at }
+    };
+    for (receiver, pieces) in plan.iter().enumerate() {
+        for (sender, piece) in pieces {
+            match (*sender == device, receiver == device) {
+                (true, true) => out.local.push(box_copy(piece, &from[device], &to[device])),
+                (true, false) => out.sends.push(message(receiver, piece, true)),
+                (false, true) => out.recvs.push(message(*sender, piece, false)),
+                (false, false) => {}
+            }
+        }
+    }
+    (out, scratch)
+}
+
+/// From so many elements on, an all-reduce goes by segments.
+const SEGMENTED: usize = 8192;
+
+/// The all-reduce of a device.
+pub(super) fn all_reduce(
+    f: ReduceFn,
+    dtype: DType,
+    sum: &Sum,
+    group: &[usize],
+    elements: usize,
+    device: usize,
+) -> AllReduce {
+    let owned: Vec<_> = group.iter().map(|&d| sum.owned[d].clone()).collect();
+    AllReduce {
+        f,
+        dtype,
+        elements,
+        devices: group.to_vec(),
+        nodes: owned.iter().map(|o| sum.tree.nodes(o).len()).collect(),
+        me: group.iter().position(|&d| d == device).unwrap_or(0),
+        order: sum.tree.finish(&owned),
+        segmented: elements >= SEGMENTED,
+    }
+}

@@ -1,0 +1,412 @@
+//! Plans one function: steps in order, what lives where from when to when, and each device's offsets.
+
+use super::body;
+use super::copies::copies;
+use super::exchange::{all_reduce, exchange};
+use super::fuse::{Fused, Group, Kind};
+use super::memory::{self, Tenant};
+use super::step::{Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Label, OpWork, Part, Step, Work};
+use crate::body::{Loop, Reduction};
+use crate::dim::{Dim, Name};
+use crate::error::{Cause, Error, Place};
+use crate::ops::Prim;
+use crate::program::{Function, VarId};
+use crate::region::Region;
+use crate::spmd::{SpmdOp, SpmdProgram, ValueId};
+use std::collections::HashMap;
+
+/// Where a stored value lives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Home {
+    /// In a variable's buffer.
+    Variable(VarId),
+    /// In a buffer of the function's.
+    Own(usize),
+}
+
+/// When a buffer of the function's is in use; its bytes by device.
+struct Life {
+    bytes: Vec<usize>,
+    from: usize,
+    to: usize,
+    value: ValueId,
+}
+
+/// A device's memory over a function's steps.
+#[derive(Clone, Debug, Default)]
+pub struct Timeline {
+    /// Bytes alive at each step, variables included.
+    pub alive: Vec<usize>,
+    /// At the fullest step: name, bytes and place of what is alive, largest first.
+    pub largest: Vec<(String, usize, Place)>,
+}
+
+/// What planning needs to know besides the function.
+pub(super) struct Context<'a> {
+    /// The function.
+    pub function: &'a Function,
+    /// Its lowered form.
+    pub spmd: &'a SpmdProgram,
+    /// By device: buffers of the variables.
+    pub variables: &'a [Vec<(Part, Buffer)>],
+    /// Names of the variables.
+    pub names: &'a [Name],
+    /// End of the variables' buffers, by device.
+    pub base: &'a [usize],
+    /// The backend.
+    pub backend: &'a dyn Backend,
+    /// Bytes that the arena of a device may have.
+    pub budget: Option<usize>,
+}
+
+/// Plans the function for every device.
+pub(super) fn plan(cx: &Context) -> Result<Vec<(DevicePlan, Timeline)>, Error> {
+    let fused = Fused::new(cx.spmd);
+    let mut p =
+        Planner { cx, fused: &fused, homes: HashMap::new(), lives: vec![], last: HashMap::new(), copies: vec![] };
+    p.uses();
+    p.homes();
+    (0..cx.variables.len()).map(|d| p.device(d)).collect()
+}
+
+struct Planner<'a> {
+    cx: &'a Context<'a>,
+    fused: &'a Fused<'a>,
+    homes: HashMap<ValueId, Home>,
+    lives: Vec<Life>,
+    /// Last group that reads a value.
+    last: HashMap<ValueId, usize>,
+    /// Assignments that need a copy at the end: value and variable.
+    copies: Vec<(ValueId, VarId)>,
+}
+
+impl Planner<'_> {
+    fn groups(&self) -> &[Group] {
+        &self.fused.groups
+    }
+    /// The step after the last group, where copies to variables and fetches happen.
+    fn end(&self) -> usize {
+        self.groups().len()
+    }
+    fn devices(&self) -> usize {
+        self.cx.variables.len()
+    }
+
+    fn uses(&mut self) {
+        for (g, group) in self.fused.groups.iter().enumerate() {
+            for &v in &group.inputs {
+                self.last.insert(v, g);
+            }
+            for &v in &group.outputs {
+                self.last.entry(v).or_insert(g);
+            }
+        }
+        let end = self.end();
+        for (_, v) in &self.cx.spmd.outputs {
+            self.last.insert(self.fused.root(*v), end);
+        }
+    }
+
+    fn homes(&mut self) {
+        let spmd = self.cx.spmd;
+        let reads: HashMap<VarId, ValueId> = spmd.reads.iter().copied().collect();
+        for (var, v) in &spmd.reads {
+            self.homes.insert(*v, Home::Variable(*var));
+        }
+        for (_, v) in &spmd.inputs {
+            self.own(*v, 0);
+        }
+        let mut made: HashMap<ValueId, usize> = HashMap::new();
+        for (g, group) in self.fused.groups.iter().enumerate() {
+            group.outputs.iter().for_each(|v| {
+                made.insert(*v, g);
+            });
+        }
+        // Results that go to a variable are computed in its buffer, where nobody reads the old value any more.
+        let end = self.end();
+        let assigns: Vec<(VarId, ValueId)> = spmd.assigns.iter().map(|(var, v)| (*var, self.fused.root(*v))).collect();
+        for &(_, v) in &assigns {
+            if self.homes.contains_key(&v) {
+                self.last.insert(v, end);
+            }
+        }
+        for (var, v) in assigns {
+            let old = reads.get(&var).copied();
+            let direct = made.get(&v).is_some_and(|&g| {
+                !self.homes.contains_key(&v)
+                    && old.is_none_or(|old| match self.last.get(&old) {
+                        Some(&l) if l == g => self.reads_in_place(g, old, v),
+                        Some(&l) => l < g,
+                        None => true,
+                    })
+            });
+            if direct {
+                self.homes.insert(v, Home::Variable(var));
+            } else {
+                self.last.insert(v, end);
+                self.copies.push((v, var));
+            }
+        }
+        for g in 0..self.end() {
+            let group = &self.fused.groups[g];
+            for &v in &group.outputs {
+                if self.homes.contains_key(&v) {
+                    continue;
+                }
+                let reused = group.inputs.iter().find_map(|i| match self.homes.get(i) {
+                    Some(&Home::Own(life)) if self.lives[life].to == g && self.reads_in_place(g, *i, v) => Some(life),
+                    _ => None,
+                });
+                match reused {
+                    Some(life) => {
+                        self.lives[life].to = self.last[&v];
+                        self.lives[life].value = v;
+                        self.homes.insert(v, Home::Own(life));
+                    }
+                    None => self.own(v, g),
+                }
+            }
+        }
+    }
+
+    fn own(&mut self, v: ValueId, from: usize) {
+        let value = &self.cx.spmd.values[v.index()];
+        let bytes = (0..self.devices()).map(|d| value.bytes(d)).collect();
+        let to = self.last.get(&v).copied().unwrap_or(from);
+        self.homes.insert(v, Home::Own(self.lives.len()));
+        self.lives.push(Life { bytes, from, to, value: v });
+    }
+
+    /// Whether a group is a map that reads `old` only at the very points that it writes of `new`, on every device, so
+    /// that both may lie in one buffer.
+    fn reads_in_place(&self, g: usize, old: ValueId, new: ValueId) -> bool {
+        let group = &self.fused.groups[g];
+        let values = &self.cx.spmd.values;
+        let (a, b) = (&values[old.index()], &values[new.index()]);
+        if group.kind != Kind::Map || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
+            return false;
+        }
+        (0..self.devices()).all(|d| {
+            let (nest, loaded) = self.map(group, d);
+            let own = body::strides(&nest.extents);
+            a.bytes(d) == b.bytes(d)
+                && nest.operands.iter().zip(&loaded).filter(|(_, v)| **v == old).all(|(access, _)| {
+                    access.offset == 0
+                        && access.strides.iter().zip(&own).zip(&nest.extents).all(|((s, o), n)| s == o || *n <= 1)
+                })
+        })
+    }
+
+    fn map(&self, group: &Group, device: usize) -> (Loop, Vec<ValueId>) {
+        let at = &self.cx.spmd.values[group.outputs[0].index()].regions[device];
+        body::build(self.fused, device, at, &group.outputs, &group.outputs)
+    }
+
+    fn buffer(&self, v: ValueId, device: usize, placed: &[Buffer]) -> Buffer {
+        match self.homes[&self.fused.root(v)] {
+            Home::Variable(var) => self.cx.variables[device][var.index()].1,
+            Home::Own(life) => placed[life],
+        }
+    }
+
+    fn part(&self, v: ValueId, device: usize) -> Part {
+        let value = &self.cx.spmd.values[v.index()];
+        Part { ty: value.ty.clone(), region: value.regions[device].clone() }
+    }
+
+    fn label(&self, v: ValueId, op: &str) -> Label {
+        let node = self.cx.spmd.values[v.index()].node;
+        let n = self.cx.function.node(node);
+        Label { op: op.into(), scope: n.scope.clone(), place: n.place, node }
+    }
+
+    /// The work of a group on a device, the values it reads in the work's order, its name and its scratch.
+    fn work(&self, group: &Group, device: usize) -> (Work, Vec<ValueId>, Name, usize) {
+        let spmd = self.cx.spmd;
+        let instr = &spmd.instrs[group.instrs[0]];
+        let out = &spmd.values[instr.output.index()];
+        if group.kind == Kind::Map {
+            let (nest, loaded) = self.map(group, device);
+            let work = Work::Map(nest);
+            let scratch = self.cx.backend.scratch_bytes(&work);
+            return (work, loaded, "map".into(), scratch);
+        }
+        match &instr.op {
+            SpmdOp::Move => {
+                let (work, scratch) = exchange(&spmd.values[instr.inputs[0].index()], &out.regions, device);
+                let name = match work.kind {
+                    super::ExchangeKind::Halo => "halo",
+                    super::ExchangeKind::AllGather => "all-gather",
+                    super::ExchangeKind::AllToAll => "all-to-all",
+                    super::ExchangeKind::Permute => "permute",
+                    super::ExchangeKind::Slice => "slice",
+                };
+                (Work::Exchange(work), group.inputs.clone(), name.into(), scratch)
+            }
+            SpmdOp::AllReduce { f, sum, groups } => {
+                let elements = out.regions[device].elements();
+                let work = all_reduce(*f, out.ty.dtype, sum, &groups[device], elements, device);
+                let scratch = work.scratch_bytes();
+                (Work::AllReduce(work), group.inputs.clone(), "all-reduce".into(), scratch)
+            }
+            SpmdOp::Compute { prim: Prim::Reduce(r), sum } => {
+                let work = Work::Reduce(self.reduction(group, device, r, sum.as_ref()));
+                let scratch = self.cx.backend.scratch_bytes(&work);
+                let (_, loaded) = self.reduce_nest(group, device, sum.as_ref());
+                (work, loaded, instr_name(&instr.op), scratch)
+            }
+            SpmdOp::Compute { prim, sum } => {
+                let inputs: Vec<Part> = instr.inputs.iter().map(|v| self.part(*v, device)).collect();
+                let output = self.part(instr.output, device);
+                let work = match copies(prim, &inputs, &output) {
+                    Some(copy) => Work::Copy(copy),
+                    None => {
+                        let sum = sum.as_ref().map(|s| (s.tree.clone(), s.owned[device].clone()));
+                        Work::Op(OpWork { op: prim.clone(), inputs, output, sum })
+                    }
+                };
+                let scratch = self.cx.backend.scratch_bytes(&work);
+                (work, instr.inputs.clone(), instr_name(&instr.op), scratch)
+            }
+        }
+    }
+
+    fn reduce_nest(&self, group: &Group, device: usize, sum: Option<&crate::spmd::Sum>) -> (Loop, Vec<ValueId>) {
+        let spmd = self.cx.spmd;
+        let instr = &spmd.instrs[group.instrs[0]];
+        let (x, y) = (&spmd.values[instr.inputs[0].index()], &spmd.values[instr.output.index()]);
+        let reduced: Vec<&Dim> = x.ty.dims.iter().filter(|d| !y.ty.has(&d.name)).collect();
+        let owned = sum.map(|s| s.tree.elements(&s.owned[device])).unwrap_or_default();
+        let mut at: Region = y.regions[device].clone();
+        for (d, range) in reduced.iter().zip(owned) {
+            at = at.with(&d.name, range);
+        }
+        let roots: Vec<ValueId> = group.instrs.iter().map(|i| spmd.instrs[*i].inputs[0]).collect();
+        body::build(self.fused, device, &at.of(&x.ty), &roots, &[])
+    }
+
+    fn reduction(
+        &self,
+        group: &Group,
+        device: usize,
+        r: &crate::ops::reduce::Reduce,
+        sum: Option<&crate::spmd::Sum>,
+    ) -> Reduction {
+        let spmd = self.cx.spmd;
+        let x = &spmd.values[spmd.instrs[group.instrs[0]].inputs[0].index()];
+        let (nest, _) = self.reduce_nest(group, device, sum);
+        Reduction {
+            nest,
+            reduced: x.ty.dims.iter().map(|d| r.over.contains(&d.name)).collect(),
+            f: r.f,
+            tree: sum.map(|s| s.tree.clone()).unwrap_or(crate::chunk::Tree { dims: vec![] }),
+            owned: sum.map(|s| s.owned[device].clone()).unwrap_or_default(),
+        }
+    }
+
+    fn device(&self, device: usize) -> Result<(DevicePlan, Timeline), Error> {
+        let works: Vec<_> = self.groups().iter().map(|g| self.work(g, device)).collect();
+        let mut tenants: Vec<Tenant> = self
+            .lives
+            .iter()
+            .map(|l| {
+                let value = &self.cx.spmd.values[l.value.index()];
+                let node = self.cx.function.node(value.node);
+                let scope = if node.scope.is_empty() { String::new() } else { format!("{}: ", node.scope) };
+                let name = format!("{scope}{} {}", node.op.op().name(), value.regions[device].local(&value.ty));
+                Tenant { bytes: l.bytes[device], from: l.from, to: l.to, name, place: node.place }
+            })
+            .collect();
+        // Values that are copied to variables at the end, by way of a buffer each, since one may be the other's old value.
+        let end = self.end();
+        let staged = tenants.len();
+        for (v, _) in &self.copies {
+            let value = &self.cx.spmd.values[v.index()];
+            let place = self.cx.function.node(value.node).place;
+            tenants.push(Tenant {
+                bytes: value.bytes(device),
+                from: end,
+                to: end,
+                name: "assigned value".into(),
+                place,
+            });
+        }
+        let first_scratch = tenants.len();
+        for (g, (_, _, name, scratch)) in works.iter().enumerate() {
+            let label = self.label(self.groups()[g].outputs[0], name);
+            tenants.push(Tenant {
+                bytes: *scratch,
+                from: g,
+                to: g,
+                name: format!("scratch of {name}"),
+                place: label.place,
+            });
+        }
+        let base = self.cx.base[device];
+        let (buffers, arena_bytes) = memory::place(&tenants, base);
+        let alive = memory::timeline(&tenants, base, end + 1);
+        let timeline = self.timeline(device, &tenants, alive);
+        if self.cx.budget.is_some_and(|b| arena_bytes > b) {
+            let budget = self.cx.budget.unwrap_or_default();
+            let largest = timeline.largest.iter().take(3).cloned().collect();
+            return Err(Cause::OverMemory { device, needed: arena_bytes, budget, largest }.into());
+        }
+        let mut steps: Vec<Step> = Vec::with_capacity(works.len());
+        for (g, (work, inputs, name, _)) in works.into_iter().enumerate() {
+            let group = &self.groups()[g];
+            steps.push(Step {
+                work,
+                inputs: inputs.iter().map(|v| self.buffer(*v, device, &buffers)).collect(),
+                outputs: group.outputs.iter().map(|v| self.buffer(*v, device, &buffers)).collect(),
+                scratch: buffers[first_scratch + g],
+                label: self.label(group.outputs[0], &name),
+            });
+        }
+        let copy = |v: ValueId, from: Buffer, to: Buffer| {
+            let part = self.part(v, device);
+            let n = part.region.elements();
+            let line = BoxCopy { extents: vec![n], from: 0, from_strides: vec![1], to: 0, to_strides: vec![1] };
+            let work = Work::Copy(CopyWork { element: part.ty.dtype.bytes(), fill: None, boxes: vec![(0, line)] });
+            Step {
+                work,
+                inputs: vec![from],
+                outputs: vec![to],
+                scratch: Buffer::default(),
+                label: self.label(v, "assign"),
+            }
+        };
+        for (i, (v, _)) in self.copies.iter().enumerate() {
+            steps.push(copy(*v, self.buffer(*v, device, &buffers), buffers[staged + i]));
+        }
+        for (i, (v, var)) in self.copies.iter().enumerate() {
+            steps.push(copy(*v, buffers[staged + i], self.cx.variables[device][var.index()].1));
+        }
+        let edge = |list: &[(Name, ValueId)]| {
+            list.iter().map(|(n, v)| (n.clone(), self.part(*v, device), self.buffer(*v, device, &buffers))).collect()
+        };
+        let plan =
+            DevicePlan { steps, arena_bytes, inputs: edge(&self.cx.spmd.inputs), outputs: edge(&self.cx.spmd.outputs) };
+        Ok((plan, timeline))
+    }
+
+    fn timeline(&self, device: usize, tenants: &[Tenant], alive: Vec<usize>) -> Timeline {
+        let peak = alive.iter().enumerate().max_by_key(|(i, b)| (**b, std::cmp::Reverse(*i))).map_or(0, |(i, _)| i);
+        let here = tenants.iter().filter(|t| t.from <= peak && peak <= t.to && t.bytes > 0);
+        let mut largest: Vec<_> = here.map(|t| (t.name.clone(), t.bytes, t.place)).collect();
+        for ((part, buffer), name) in self.cx.variables[device].iter().zip(self.cx.names) {
+            let place = self.cx.function.nodes.first().map_or(Place::here(), |n| n.place);
+            largest.push((format!("variable {name} {}", part.region.local(&part.ty)), buffer.bytes, place));
+        }
+        largest.sort_by_key(|(_, bytes, _)| std::cmp::Reverse(*bytes));
+        largest.truncate(12);
+        Timeline { alive, largest }
+    }
+}
+
+fn instr_name(op: &SpmdOp) -> Name {
+    match op {
+        SpmdOp::Compute { prim, .. } => prim.op().name().into(),
+        SpmdOp::Move => "move".into(),
+        SpmdOp::AllReduce { .. } => "all-reduce".into(),
+    }
+}

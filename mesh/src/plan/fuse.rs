@@ -1,0 +1,312 @@
+//! Fusion: which values are stored, and which are computed on the way inside the loops that use them.
+//!
+//! An elementwise value is inlined into its users unless something needs it in memory (a kernel, a collective, a fetch),
+//! it would be broadcast there (and so computed again for every repetition), or computing it several times costs
+//! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass.
+//! None of this changes a bit: an element's arithmetic is the same wherever it is done.
+
+use crate::dim::Type;
+use crate::ops::Prim;
+use crate::ops::source::Distribution;
+use crate::ops::unary::UnaryFn;
+use crate::spmd::{SpmdOp, SpmdProgram, ValueId};
+use std::collections::{HashMap, HashSet};
+
+/// A step to be: what it is made of, before offsets.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kind {
+    /// A loop that stores these values.
+    Map,
+    /// A loop whose body is reduced to these values.
+    Reduce,
+    /// One instruction of the SPMD program.
+    Instr,
+}
+
+/// A step to be.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// What it is.
+    pub kind: Kind,
+    /// Its instructions in the SPMD program, one per output.
+    pub instrs: Vec<usize>,
+    /// Values it reads from memory.
+    pub inputs: Vec<ValueId>,
+    /// Values it writes to memory.
+    pub outputs: Vec<ValueId>,
+}
+
+/// A fused program.
+pub struct Fused<'a> {
+    /// What it is made of.
+    pub spmd: &'a SpmdProgram,
+    /// Steps in order.
+    pub groups: Vec<Group>,
+    /// Which values lie in memory.
+    pub stored: HashSet<ValueId>,
+    /// Values that are another value under another name.
+    pub alias: HashMap<ValueId, ValueId>,
+    /// The instruction that computes each value; None for feeds and variables.
+    pub producer: Vec<Option<usize>>,
+}
+
+/// A chain gets no longer than this, so that a loop's registers stay in the first-level cache.
+const LONGEST: usize = 40;
+/// Computing a value in one more place may cost this many simple operations an element, before storing it is better.
+const AGAIN: usize = 24;
+/// How far apart loops may be that share a pass; farther ones would keep their inputs alive for too long.
+const WINDOW: usize = 12;
+
+impl<'a> Fused<'a> {
+    /// Decides what is stored and groups the rest around it.
+    pub fn new(spmd: &'a SpmdProgram) -> Fused<'a> {
+        let mut producer = vec![None; spmd.values.len()];
+        spmd.instrs.iter().enumerate().for_each(|(i, instr)| producer[instr.output.index()] = Some(i));
+        let mut fused = Fused { spmd, groups: vec![], stored: HashSet::new(), alias: HashMap::new(), producer };
+        fused.decide();
+        fused.group();
+        fused.merge();
+        fused
+    }
+
+    /// The stored value that a value is, following aliases.
+    pub fn root(&self, mut v: ValueId) -> ValueId {
+        while let Some(&a) = self.alias.get(&v) {
+            v = a;
+        }
+        v
+    }
+
+    /// The elementwise op that computes a value, if one does.
+    pub fn elementwise(&self, v: ValueId) -> Option<&Prim> {
+        match &self.spmd.instrs[self.producer[v.index()]?].op {
+            SpmdOp::Compute { prim, .. } if prim.op().elementwise() || matches!(prim, Prim::Rename(_)) => Some(prim),
+            _ => None,
+        }
+    }
+
+    fn ty(&self, v: ValueId) -> &Type {
+        &self.spmd.values[v.index()].ty
+    }
+
+    fn decide(&mut self) {
+        let spmd = self.spmd;
+        // Length of the chain below each value, and the places where chains are cut for their length.
+        let mut length = vec![0usize; spmd.values.len()];
+        for instr in &spmd.instrs {
+            if let Some(prim) = self.elementwise(instr.output) {
+                let below: usize = instr.inputs.iter().map(|i| length[i.index()]).sum();
+                let n = below + usize::from(!is_free(prim));
+                let cut = n > LONGEST;
+                length[instr.output.index()] = if cut { 0 } else { n };
+                if cut {
+                    self.stored.insert(instr.output);
+                }
+            }
+        }
+        // From the end: how a value is used decides whether it is stored.
+        let mut uses = vec![Uses::default(); spmd.values.len()];
+        spmd.outputs.iter().for_each(|(_, v)| uses[v.index()].hard = true);
+        spmd.assigns.iter().for_each(|(_, v)| uses[v.index()].hard = true);
+        for instr in spmd.instrs.iter().rev() {
+            let (out, u) = (instr.output, uses[instr.output.index()].clone());
+            let Some(prim) = self.elementwise(out).cloned() else {
+                self.stored.insert(out);
+                let reduce = matches!(&instr.op, SpmdOp::Compute { prim: Prim::Reduce(_), .. });
+                for &i in &instr.inputs {
+                    if reduce {
+                        uses[i.index()].soft(1, self.ty(i).elements());
+                    } else {
+                        uses[i.index()].hard = true;
+                    }
+                }
+                continue;
+            };
+            if u.hard && matches!(prim, Prim::Rename(_)) && self.same_part(instr.inputs[0], out) {
+                self.alias.insert(out, instr.inputs[0]);
+                uses[instr.inputs[0].index()].hard = true;
+                continue;
+            }
+            let elements = self.ty(out).elements();
+            let store = self.stored.contains(&out)
+                || u.hard
+                || !is_free(&prim) && (u.points > elements || u.count.saturating_sub(1) * cost(&prim) > AGAIN);
+            if store {
+                self.stored.insert(out);
+            }
+            for &i in &instr.inputs {
+                let (count, points) = if store { (1, elements) } else { (u.count, u.points.max(elements)) };
+                uses[i.index()].soft(count, points);
+            }
+        }
+        spmd.inputs.iter().for_each(|(_, v)| {
+            self.stored.insert(*v);
+        });
+        spmd.reads.iter().for_each(|(_, v)| {
+            self.stored.insert(*v);
+        });
+    }
+
+    /// Whether two values are the same bytes on every device.
+    fn same_part(&self, a: ValueId, b: ValueId) -> bool {
+        let (a, b) = (&self.spmd.values[a.index()], &self.spmd.values[b.index()]);
+        let ranges = |r: &crate::region::Region| r.0.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>();
+        a.nodes == b.nodes && a.regions.iter().zip(&b.regions).all(|(r, s)| ranges(r) == ranges(s))
+    }
+
+    fn group(&mut self) {
+        for (i, instr) in self.spmd.instrs.iter().enumerate() {
+            if !self.stored.contains(&instr.output) {
+                continue;
+            }
+            let kind = match &instr.op {
+                _ if self.elementwise(instr.output).is_some() => Kind::Map,
+                SpmdOp::Compute { prim: Prim::Reduce(_), .. } => Kind::Reduce,
+                _ => Kind::Instr,
+            };
+            let mut group = Group { kind, instrs: vec![i], inputs: vec![], outputs: vec![instr.output] };
+            group.inputs = self.loads(&group);
+            self.groups.push(group);
+        }
+    }
+
+    /// The stored values that a group reads.
+    fn loads(&self, group: &Group) -> Vec<ValueId> {
+        let mut found = Vec::new();
+        for &i in &group.instrs {
+            for &v in &self.spmd.instrs[i].inputs {
+                self.collect_loads(v, &group.outputs, &mut found);
+            }
+        }
+        found
+    }
+
+    fn collect_loads(&self, v: ValueId, inside: &[ValueId], found: &mut Vec<ValueId>) {
+        let root = self.root(v);
+        if inside.contains(&root) {
+            return;
+        }
+        if self.stored.contains(&root) {
+            if !found.contains(&root) {
+                found.push(root);
+            }
+            return;
+        }
+        if let Some(i) = self.producer[v.index()] {
+            self.spmd.instrs[i].inputs.iter().for_each(|&v| self.collect_loads(v, inside, found));
+        }
+    }
+
+    /// Lets loops over the same points share a pass: reductions with one another, and maps with the maps whose
+    /// results they read (an optimizer's slots and variable).
+    fn merge(&mut self) {
+        let mut groups: Vec<Option<Group>> = std::mem::take(&mut self.groups).into_iter().map(Some).collect();
+        let mut made: HashMap<ValueId, usize> = HashMap::new();
+        for j in 0..groups.len() {
+            let Some(group) = groups[j].take() else { continue };
+            let mut target = None;
+            if group.kind != Kind::Instr {
+                for i in (j.saturating_sub(WINDOW)..j).rev() {
+                    if groups[i].as_ref().is_some_and(|g| self.may_share(g, &group, i, &made)) {
+                        target = Some(i);
+                        break;
+                    }
+                }
+            }
+            let at = target.unwrap_or(j);
+            group.outputs.iter().for_each(|v| {
+                made.insert(*v, at);
+            });
+            match groups[at].as_mut() {
+                Some(earlier) => {
+                    earlier.instrs.extend(&group.instrs);
+                    earlier.outputs.extend(&group.outputs);
+                    let merged = earlier.clone();
+                    let inputs = self.loads(&merged);
+                    if let Some(g) = groups[at].as_mut() {
+                        g.inputs = inputs;
+                    }
+                }
+                None => groups[j] = Some(group),
+            }
+        }
+        self.groups = groups.into_iter().flatten().collect();
+    }
+
+    fn may_share(&self, earlier: &Group, later: &Group, at: usize, made: &HashMap<ValueId, usize>) -> bool {
+        let (a, b) = (&self.spmd.instrs[earlier.instrs[0]], &self.spmd.instrs[later.instrs[0]]);
+        let reads_earlier = later.inputs.iter().any(|v| earlier.outputs.contains(v));
+        let ready = later.inputs.iter().all(|v| earlier.outputs.contains(v) || made.get(v).is_none_or(|&m| m < at));
+        if earlier.kind != later.kind || !ready || earlier.outputs.len() >= 4 {
+            return false;
+        }
+        match (&a.op, &b.op) {
+            (SpmdOp::Compute { prim: Prim::Reduce(f), sum: s }, SpmdOp::Compute { prim: Prim::Reduce(g), sum: t }) => {
+                let space = |i: &crate::spmd::Instr| {
+                    let (x, y) = (self.ty(i.inputs[0]).clone(), &self.spmd.values[i.output.index()]);
+                    (x.dims, y.regions.clone())
+                };
+                !reads_earlier && f.f == g.f && f.over == g.over && s == t && space(a) == space(b)
+            }
+            _ if earlier.kind == Kind::Map => {
+                let (x, y) = (&self.spmd.values[a.output.index()], &self.spmd.values[b.output.index()]);
+                reads_earlier && x.ty.dims == y.ty.dims && x.regions == y.regions
+            }
+            _ => false,
+        }
+    }
+}
+
+/// How a value is used.
+#[derive(Clone, Debug, Default)]
+struct Uses {
+    /// Something needs it in memory.
+    hard: bool,
+    /// In how many loops.
+    count: usize,
+    /// Points of the largest of them.
+    points: usize,
+}
+
+impl Uses {
+    fn soft(&mut self, count: usize, points: usize) {
+        self.count += count;
+        self.points = self.points.max(points);
+    }
+}
+
+/// Ops that cost nothing inside a loop.
+fn is_free(prim: &Prim) -> bool {
+    match prim {
+        Prim::Constant(_) | Prim::Broadcast(_) | Prim::Rename(_) | Prim::Step(_) | Prim::Iota(_) => true,
+        Prim::Unary(u) => u.f == UnaryFn::Identity,
+        _ => false,
+    }
+}
+
+/// What an op costs an element, in simple operations.
+fn cost(prim: &Prim) -> usize {
+    match prim {
+        Prim::Unary(u) => match u.f {
+            UnaryFn::Exp
+            | UnaryFn::Log
+            | UnaryFn::Tanh
+            | UnaryFn::Sigmoid
+            | UnaryFn::Erf
+            | UnaryFn::Sin
+            | UnaryFn::Cos => 10,
+            UnaryFn::Sqrt | UnaryFn::Rsqrt | UnaryFn::Recip => 4,
+            _ => 1,
+        },
+        Prim::Binary(b) => match b.f {
+            crate::ops::binary::BinaryFn::Pow => 20,
+            crate::ops::binary::BinaryFn::Div | crate::ops::binary::BinaryFn::Rem => 4,
+            _ => 1,
+        },
+        Prim::Random(r) => match r.distribution {
+            Distribution::Uniform | Distribution::Bernoulli(_) => 6,
+            Distribution::Normal | Distribution::TruncatedNormal => 30,
+        },
+        _ => 1,
+    }
+}
