@@ -1,1 +1,3 @@
-//! The worker.
+//! Executes plans: kernels, collectives and their transports, data readers.
+pub mod kernels;
+pub mod pool;

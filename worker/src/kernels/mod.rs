@@ -1,0 +1,8 @@
+//! Kernels of the CPU backend. All of them keep to exact mode: an element's bits depend on the program alone, never on
+//! the shard, the number of threads, the tile or the instruction set.
+
+pub mod isa;
+pub mod map;
+pub mod math;
+pub mod reduce;
+pub mod vm;

@@ -1,0 +1,496 @@
+//! Fused reductions along the canonical summation tree.
+//!
+//! Roofline: the bytes of the operands, read once; additions are a fraction of that. What is summed is computed block
+//! by block in the cache ([`super::vm`]).
+//!
+//! Leaves are summed one after another into rows of partial sums; where the innermost loop is kept a row is the kept
+//! points along it, where it is reduced a row is 16 lanes (see [`mesh::body::Reduction`]).
+
+use super::isa::Isa;
+use super::math;
+use super::vm::{BLOCK, Machine, StepContext};
+use crate::pool::{Pool, WORKSPACE_BYTES};
+use mesh::body::Reduction;
+use mesh::chunk::Event;
+use mesh::dim::DType;
+use mesh::ops::reduce::ReduceFn;
+
+const LANES: usize = 16;
+
+/// A fused reduction, prepared.
+pub struct ReducePlan {
+    machine: Machine,
+    f: ReduceFn,
+    /// By loop of the machine: whether it is reduced.
+    reduced: Vec<bool>,
+    /// Leaves: by reduced loop the local range.
+    leaves: Vec<Vec<std::ops::Range<usize>>>,
+    /// Nodes: the stack machine over leaves, in order.
+    nodes: Vec<Vec<Combine>>,
+    /// Extents of the kept loops but the innermost one (all of them, if the innermost loop is reduced).
+    kept: Vec<usize>,
+    /// Kept points along the innermost loop; 1 if it is reduced.
+    inner: usize,
+    /// Whether leaves are summed in parallel, for all kept points, into scratch; otherwise kept points are shared out
+    /// and each walks all leaves.
+    by_leaf: bool,
+    depth: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Combine {
+    Leaf(usize),
+    Add,
+}
+
+#[derive(Clone, Copy)]
+struct Pointers<'a> {
+    operands: &'a [*const u8],
+    results: &'a [*mut u8],
+    scratch: *mut f32,
+}
+
+// SAFETY: tasks write disjoint parts of results and scratch and only read operands.
+unsafe impl Sync for Pointers<'_> {}
+// SAFETY: as above.
+unsafe impl Send for Pointers<'_> {}
+
+/// Kept points that a leaf's partial sums may have, so that leaves are done in parallel.
+const FEW: usize = 8192;
+
+impl ReducePlan {
+    /// Prepares a reduction for the best instruction set.
+    pub fn new(r: &Reduction) -> ReducePlan {
+        ReducePlan::with_isa(r, Isa::detect())
+    }
+
+    /// Prepares a reduction for one instruction set.
+    pub fn with_isa(r: &Reduction, isa: Isa) -> ReducePlan {
+        let (machine, merged) = Machine::new(&r.nest, isa, |i| !r.reduced[i] && !r.reduced[i + 1]);
+        // A collapsed loop is reduced as its parts are; loops of one point that the machine added in front are kept.
+        let mut reduced = Vec::new();
+        let mut original = 0;
+        for &count in &merged {
+            reduced.push(count > 0 && r.reduced[original]);
+            original += count;
+        }
+        let origins: Vec<usize> = r.nest.origin.iter().zip(&r.reduced).filter(|(_, r)| **r).map(|(o, _)| *o).collect();
+        let mut leaves = Vec::new();
+        let mut nodes = Vec::new();
+        let mut depth = 1;
+        for node in r.tree.nodes(&r.owned) {
+            let (mut program, mut stack) = (Vec::new(), 0usize);
+            for event in r.tree.events(&node) {
+                match event {
+                    Event::Leaf(b) => {
+                        let local = b.iter().zip(&origins).map(|(r, o)| r.start - o..r.end - o).collect();
+                        leaves.push(local);
+                        program.push(Combine::Leaf(leaves.len() - 1));
+                        stack += 1;
+                        depth = depth.max(stack);
+                    }
+                    Event::Combine => {
+                        program.push(Combine::Add);
+                        stack -= 1;
+                    }
+                }
+            }
+            nodes.push(program);
+        }
+        let d = machine.extents.len();
+        let inner = if reduced[d - 1] { 1 } else { machine.extents[d - 1] };
+        let kept: Vec<usize> =
+            (0..d - usize::from(!reduced[d - 1])).filter(|&l| !reduced[l]).map(|l| machine.extents[l]).collect();
+        let points = kept.iter().product::<usize>() * inner;
+        let few =
+            points * machine.results.len() <= FEW && points * machine.results.len() * 4 * 2 <= WORKSPACE_BYTES / 4;
+        ReducePlan { machine, f: r.f, reduced, leaves, nodes, kept, inner, by_leaf: few, depth }
+    }
+
+    fn results(&self) -> usize {
+        self.machine.results.len()
+    }
+
+    fn kept_points(&self) -> usize {
+        self.kept.iter().product::<usize>() * self.inner
+    }
+
+    /// Bytes of scratch.
+    pub fn scratch_bytes(&self) -> usize {
+        if self.by_leaf { self.leaves.len() * self.results() * self.kept_points() * 4 } else { 0 }
+    }
+
+    /// Runs the reduction: result `r` goes to `results[r]` as `[nodes, kept..]`.
+    ///
+    /// # Safety
+    /// Operands, results and scratch are buffers large enough for the nest and do not overlap.
+    pub unsafe fn run(
+        &self,
+        pool: &Pool,
+        operands: &[*const u8],
+        results: &[*mut u8],
+        scratch: *mut u8,
+        cx: StepContext,
+    ) {
+        let p = Pointers { operands, results, scratch: scratch.cast() };
+        let (points, count) = (self.kept_points(), self.results());
+        if self.by_leaf {
+            pool.run(self.leaves.len(), &|leaf, w| {
+                let p = p;
+                let (sums, rest) =
+                    w.floats().split_at_mut(count * points.max(1) * if self.inner == 1 { LANES } else { 1 } + LANES);
+                // SAFETY: each leaf has its own part of the scratch.
+                let out =
+                    unsafe { std::slice::from_raw_parts_mut(p.scratch.add(leaf * count * points), count * points) };
+                let outer: usize = self.kept.iter().product();
+                for k in 0..outer {
+                    // SAFETY: by this function's contract.
+                    unsafe { self.leaf(leaf, k, 0, self.inner, p.operands, cx, sums, rest) };
+                    for r in 0..count {
+                        out[r * points + k * self.inner..][..self.inner]
+                            .copy_from_slice(&sums[r * self.inner..][..self.inner]);
+                    }
+                }
+            });
+            for (n, program) in self.nodes.iter().enumerate() {
+                // SAFETY: all leaves are done; the scratch holds one row of sums for each.
+                unsafe { self.combine_leaves(program, n, p) };
+            }
+            return;
+        }
+        // Kept points are shared out in blocks along the innermost kept loop.
+        let width = BLOCK.min(self.inner.max(1));
+        let per_row = self.inner.div_ceil(width.max(1));
+        let blocks = self.kept.iter().product::<usize>() * per_row;
+        if self.rows_are_kept() {
+            let last = *self.kept.last().unwrap_or(&1);
+            let rows =
+                (BLOCK / self.machine.extents[self.machine.extents.len() - 1].max(1)).clamp(1, 128).min(last.max(1));
+            let groups = blocks / last.max(1) * last.div_ceil(rows);
+            let tasks = groups.min(pool.threads() * 8);
+            pool.run(tasks, &|t, w| {
+                for g in groups * t / tasks..groups * (t + 1) / tasks {
+                    let (outer, first) = (g / last.div_ceil(rows), g % last.div_ceil(rows) * rows);
+                    let p = p;
+                    // SAFETY: by this function's contract; each kept point is done by one task.
+                    unsafe { self.rows(outer * last + first, rows.min(last - first), p, cx, w.floats()) };
+                }
+            });
+            return;
+        }
+        let tasks = blocks.min(pool.threads() * 8);
+        pool.run(tasks, &|t, w| {
+            for b in blocks * t / tasks..blocks * (t + 1) / tasks {
+                let (k, start) = (b / per_row, b % per_row * width);
+                let p = p;
+                // SAFETY: by this function's contract; each kept point is done by one task.
+                unsafe { self.points(k, start, width.min(self.inner - start), p, cx, w.floats()) };
+            }
+        });
+    }
+
+    /// Whether the innermost loop is reduced and the one before it kept: then a block's rows are kept points.
+    fn rows_are_kept(&self) -> bool {
+        let d = self.reduced.len();
+        self.reduced[d - 1] && !self.reduced[d - 2]
+    }
+
+    unsafe fn combine_leaves(&self, program: &[Combine], node: usize, p: Pointers) {
+        let (points, count) = (self.kept_points(), self.results());
+        let size = points * count;
+        let mut stack = [0usize; 64];
+        let mut top = 0;
+        for c in program {
+            match *c {
+                Combine::Leaf(l) => {
+                    stack[top] = l;
+                    top += 1;
+                }
+                Combine::Add => {
+                    // SAFETY: leaves' rows are disjoint parts of the scratch.
+                    let (a, b) = unsafe {
+                        (
+                            std::slice::from_raw_parts_mut(p.scratch.add(stack[top - 2] * size), size),
+                            std::slice::from_raw_parts(p.scratch.add(stack[top - 1] * size), size),
+                        )
+                    };
+                    self.add(a, b);
+                    top -= 1;
+                }
+            }
+        }
+        for r in 0..count {
+            // SAFETY: the finished sum lies in the last leaf's row on the stack; the result has room for every node.
+            let sum = unsafe { std::slice::from_raw_parts(p.scratch.add(stack[0] * size + r * points), points) };
+            // SAFETY: as above.
+            unsafe { self.store(r, node * points, sum, p) };
+        }
+    }
+
+    /// a = a + b, each in its dtype (the bits of an `i32` or `bool` lie in the float's).
+    fn add(&self, a: &mut [f32], b: &[f32]) {
+        let float = self.machine.results[0].1.is_float();
+        match (self.f, float) {
+            (ReduceFn::Sum, true) => a.iter_mut().zip(b).for_each(|(a, b)| *a += b),
+            (ReduceFn::Max, true) => a.iter_mut().zip(b).for_each(|(a, b)| *a = math::max(*a, *b)),
+            (ReduceFn::Min, true) => a.iter_mut().zip(b).for_each(|(a, b)| *a = math::min(*a, *b)),
+            (f, false) => a.iter_mut().zip(b).for_each(|(a, b)| {
+                let (x, y) = (a.to_bits() as i32, b.to_bits() as i32);
+                *a = f32::from_bits(integer(f, x, y) as u32);
+            }),
+        }
+    }
+
+    unsafe fn store(&self, r: usize, at: usize, sum: &[f32], p: Pointers) {
+        match self.machine.results[r].1 {
+            DType::Bool => {
+                for (i, v) in sum.iter().enumerate() {
+                    // SAFETY: the result has room for every kept point of every node.
+                    unsafe { *p.results[r].add(at + i) = v.to_bits() as u8 };
+                }
+            }
+            DType::Bf16 => {
+                for (i, v) in sum.iter().enumerate() {
+                    // SAFETY: as above.
+                    unsafe { *p.results[r].cast::<u16>().add(at + i) = super::vm::to_bf16(v.to_bits()) };
+                }
+            }
+            DType::F32 | DType::I32 => {
+                // SAFETY: as above.
+                unsafe { std::ptr::copy_nonoverlapping(sum.as_ptr(), p.results[r].cast::<f32>().add(at), sum.len()) };
+            }
+        }
+    }
+
+    fn identity(&self) -> f32 {
+        let float = self.machine.results[0].1.is_float();
+        match (self.f, float) {
+            (f, true) => f.identity(),
+            (ReduceFn::Sum, false) => 0.0,
+            (ReduceFn::Max, false) => f32::from_bits(i32::MIN as u32),
+            (ReduceFn::Min, false) => f32::from_bits(i32::MAX as u32),
+        }
+    }
+
+    /// The machine's loop indices of kept point `k` (without the innermost kept loop).
+    fn kept_at(&self, mut k: usize) -> [usize; 16] {
+        let d = self.reduced.len();
+        let mut at = [0; 16];
+        let mut i = self.kept.len();
+        for l in (0..d - usize::from(!self.reduced[d - 1])).rev() {
+            if !self.reduced[l] {
+                i -= 1;
+                at[l] = k % self.kept[i];
+                k /= self.kept[i];
+            }
+        }
+        at
+    }
+
+    /// Sums one leaf for the kept points `start .. start + width` along the innermost loop (or for the one kept point,
+    /// if that loop is reduced), at kept point `k` of the others, into the first values of `sums`.
+    unsafe fn leaf(
+        &self,
+        leaf: usize,
+        k: usize,
+        start: usize,
+        width: usize,
+        operands: &[*const u8],
+        cx: StepContext,
+        sums: &mut [f32],
+        registers: &mut [f32],
+    ) {
+        let d = self.reduced.len();
+        let inner_reduced = self.reduced[d - 1];
+        let row = if inner_reduced { LANES } else { width };
+        let count = self.results();
+        sums[..count * row].fill(self.identity());
+        let box_ = &self.leaves[leaf];
+        let mut at = self.kept_at(k);
+        // The ranges of the machine's loops: the leaf's for reduced ones, a single point for kept ones.
+        let mut ranges: [std::ops::Range<usize>; 16] = std::array::from_fn(|_| 0..1);
+        let mut i = 0;
+        for l in 0..d {
+            ranges[l] = if self.reduced[l] {
+                i += 1;
+                box_[i - 1].clone()
+            } else {
+                at[l]..at[l] + 1
+            };
+        }
+        if !inner_reduced {
+            ranges[d - 1] = start..start + width;
+        }
+        if ranges[..d].iter().any(|r| r.is_empty()) {
+            return;
+        }
+        // Rows of a block run along the loop before the innermost one; more than one only of whole rows.
+        let whole = ranges[d - 1] == (0..self.machine.extents[d - 1]);
+        let rows_at_once = if whole { self.machine.rows_per_block() } else { 1 };
+        for (l, a) in at.iter_mut().enumerate().take(d) {
+            *a = ranges[l].start;
+        }
+        loop {
+            let mut m = ranges[d - 2].start;
+            while m < ranges[d - 2].end {
+                let rows = rows_at_once.min(ranges[d - 2].end - m);
+                let mut c = ranges[d - 1].start;
+                while c < ranges[d - 1].end {
+                    let columns = BLOCK.min(ranges[d - 1].end - c);
+                    (at[d - 2], at[d - 1]) = (m, c);
+                    let lane = c - ranges[d - 1].start;
+                    // SAFETY: the block lies inside the nest.
+                    unsafe {
+                        self.machine.block(cx, operands, &at[..d], rows, columns, registers, |values| {
+                            for (r, (slot, _)) in self.machine.results.iter().enumerate() {
+                                let v = std::slice::from_raw_parts(values.pointer(*slot).cast::<f32>(), rows * columns);
+                                let acc = &mut sums[r * row..(r + 1) * row];
+                                for v in v.chunks_exact(columns) {
+                                    if inner_reduced {
+                                        self.fold_lanes(acc, v, lane);
+                                    } else {
+                                        self.fold(&mut acc[lane..lane + columns], v);
+                                    }
+                                }
+                            }
+                        });
+                    }
+                    c += columns;
+                }
+                m += rows;
+            }
+            // The next point of the outer loops, row-major.
+            let mut l = d - 2;
+            loop {
+                if l == 0 {
+                    if inner_reduced {
+                        for r in 0..count {
+                            sums[r] = self.finish_lanes(&sums[r * LANES..(r + 1) * LANES]);
+                        }
+                    }
+                    return;
+                }
+                l -= 1;
+                at[l] += 1;
+                if at[l] < ranges[l].end {
+                    break;
+                }
+                at[l] = ranges[l].start;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn fold(&self, acc: &mut [f32], v: &[f32]) {
+        self.add(acc, v);
+    }
+
+    /// Adds a run of values to the lanes; value `i` goes to lane `(first + i) % 16`, and `first` is a multiple of 16.
+    #[inline(always)]
+    fn fold_lanes(&self, lanes: &mut [f32], v: &[f32], first: usize) {
+        debug_assert_eq!(first % LANES, 0);
+        let mut whole = v.chunks_exact(LANES);
+        for v in &mut whole {
+            self.add(&mut lanes[..LANES], v);
+        }
+        let rest = whole.remainder();
+        self.add(&mut lanes[..rest.len()], rest);
+    }
+
+    fn finish_lanes(&self, lanes: &[f32]) -> f32 {
+        let mut l = [0.0f32; LANES];
+        l.copy_from_slice(lanes);
+        for half in [8, 4, 2, 1] {
+            let (a, b) = l.split_at_mut(half);
+            self.add(a, &b[..half]);
+        }
+        l[0]
+    }
+
+    /// All nodes of the kept points `start .. start + width` at kept point `k`, one leaf after another.
+    unsafe fn points(&self, k: usize, start: usize, width: usize, p: Pointers, cx: StepContext, w: &mut [f32]) {
+        let count = self.results();
+        let row = count * width.max(LANES);
+        let (stack, registers) = w.split_at_mut((self.depth + 1) * row);
+        for (n, program) in self.nodes.iter().enumerate() {
+            let mut top = 0;
+            for c in program {
+                match *c {
+                    Combine::Leaf(l) => {
+                        // SAFETY: by the contract of `run`.
+                        unsafe { self.leaf(l, k, start, width, p.operands, cx, &mut stack[top * row..], registers) };
+                        top += 1;
+                    }
+                    Combine::Add => {
+                        let (a, b) = stack.split_at_mut((top - 1) * row);
+                        let used = count * if self.inner == 1 { 1 } else { width };
+                        self.add(&mut a[(top - 2) * row..][..used], &b[..used]);
+                        top -= 1;
+                    }
+                }
+            }
+            for r in 0..count {
+                let at = n * self.kept_points() + k * self.inner + start;
+                // SAFETY: as above.
+                unsafe { self.store(r, at, &stack[r * width..][..width], p) };
+            }
+        }
+    }
+
+    /// All nodes of `rows` kept points from `k` on, neighbours along the loop before the innermost, reduced one: a
+    /// block holds several of them.
+    unsafe fn rows(&self, k: usize, rows: usize, p: Pointers, cx: StepContext, w: &mut [f32]) {
+        let d = self.reduced.len();
+        let n = self.machine.extents[d - 1];
+        let count = self.results();
+        // With further reduced loops, or rows longer than a block, points go one by one.
+        if self.reduced[..d - 1].iter().any(|r| *r) || n > BLOCK {
+            for i in 0..rows {
+                // SAFETY: by the contract of `run`.
+                unsafe { self.points(k + i, 0, 1, p, cx, w) };
+            }
+            return;
+        }
+        let at = self.kept_at(k);
+        let mut sums = [0.0f32; 128];
+        let mut stack = [0.0f32; 64];
+        // SAFETY: the rows are whole rows inside the nest.
+        unsafe {
+            self.machine.block(cx, p.operands, &at[..d], rows, n, w, |values| {
+                for (r, (slot, _)) in self.machine.results.iter().enumerate().take(count) {
+                    let v = std::slice::from_raw_parts(values.pointer(*slot).cast::<f32>(), rows * n);
+                    for (node, program) in self.nodes.iter().enumerate() {
+                        for (sum, v) in sums.iter_mut().zip(v.chunks_exact(n.max(1))) {
+                            let mut top = 0;
+                            for c in program {
+                                match *c {
+                                    Combine::Leaf(l) => {
+                                        let mut lanes = [self.identity(); LANES];
+                                        self.fold_lanes(&mut lanes, &v[self.leaves[l][0].clone()], 0);
+                                        stack[top] = self.finish_lanes(&lanes);
+                                        top += 1;
+                                    }
+                                    Combine::Add => {
+                                        let (a, b) = stack.split_at_mut(top - 1);
+                                        self.add(&mut a[top - 2..top - 1], &b[..1]);
+                                        top -= 1;
+                                    }
+                                }
+                            }
+                            *sum = stack[0];
+                        }
+                        self.store(r, node * self.kept_points() + k, &sums[..rows], p);
+                    }
+                }
+            });
+        }
+    }
+}
+
+fn integer(f: ReduceFn, x: i32, y: i32) -> i32 {
+    match f {
+        ReduceFn::Sum => x.wrapping_add(y),
+        ReduceFn::Max => x.max(y),
+        ReduceFn::Min => x.min(y),
+    }
+}

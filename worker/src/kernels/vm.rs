@@ -1,0 +1,577 @@
+//! The machine that evaluates fused bodies: block after block of points through registers of 32-bit lanes that stay in
+//! the first-level cache. One instruction is one tight loop over the block.
+//!
+//! Roofline: a chain of `n` instructions over `p` points costs about `n * p / 16` vector operations and the bytes of its
+//! operands and results; up to some twenty instructions the memory binds.
+
+use super::isa::Isa;
+use super::math;
+use crate::dispatch;
+use mesh::body::{Instr, Loop};
+use mesh::dim::DType;
+use mesh::ops::binary::BinaryFn;
+use mesh::ops::compare::CompareFn;
+use mesh::ops::source::Distribution;
+use mesh::ops::unary::UnaryFn;
+use mesh::rng::{Stream, philox, unit};
+
+/// Points of a block.
+pub const BLOCK: usize = 512;
+
+/// What a run of a function is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepContext {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of the step.
+    pub step: u32,
+}
+
+/// How an operand's block of rows x columns lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mode {
+    /// Back to back.
+    Contiguous,
+    /// One element for the whole block.
+    Splat,
+    /// The same row again and again.
+    SameRow,
+    /// Anything else.
+    Strided,
+}
+
+struct Operand {
+    dtype: DType,
+    offset: usize,
+    strides: Vec<usize>,
+    mode: Mode,
+}
+
+/// A body prepared for evaluation over a loop nest, whose last two loops make the rows and columns of blocks.
+pub struct Machine {
+    isa: Isa,
+    /// Extents of the loops, at least two.
+    pub extents: Vec<usize>,
+    origin: Vec<usize>,
+    operands: Vec<Operand>,
+    instrs: Vec<(Instr, DType, usize)>,
+    registers: usize,
+    /// Values that are the results.
+    pub results: Vec<(usize, DType)>,
+}
+
+/// Where each value of a block lies.
+pub struct Values<'a> {
+    pointers: &'a [*const u32],
+}
+
+impl Values<'_> {
+    /// The lanes of a value.
+    pub fn pointer(&self, slot: usize) -> *const u32 {
+        self.pointers[slot]
+    }
+}
+
+/// The most instructions a body may have.
+pub const MAX_INSTRS: usize = 192;
+
+impl Machine {
+    /// Prepares a body. Loops are collapsed where `may_collapse(i)` allows loops `i` and `i + 1` to become one.
+    pub fn new(nest: &Loop, isa: Isa, may_collapse: impl Fn(usize) -> bool) -> (Machine, Vec<usize>) {
+        assert!(nest.body.instrs.len() <= MAX_INSTRS, "a fused body of {} instructions", nest.body.instrs.len());
+        let mut extents = nest.extents.clone();
+        let mut origin = nest.origin.clone();
+        let mut operands: Vec<(DType, usize, Vec<usize>)> =
+            nest.operands.iter().map(|o| (o.dtype, o.offset, o.strides.clone())).collect();
+        let mut instrs: Vec<(Instr, DType)> = nest.body.instrs.clone();
+        // Which original loops each remaining one stands for: the number of them.
+        let mut merged = vec![1; extents.len()];
+        let mut first: Vec<usize> = (0..extents.len()).collect();
+        let mut i = 0;
+        while i + 1 < extents.len() {
+            let inner = extents[i + 1];
+            let last = first[i] + merged[i] - 1;
+            let fits = may_collapse(last)
+                && operands.iter().all(|(_, _, s)| s[i] == s[i + 1] * inner)
+                && instrs.iter().all(|(instr, _)| match instr {
+                    Instr::Index { dim } => *dim != i && *dim != i + 1,
+                    Instr::Random { strides, .. } => strides[i] == strides[i + 1] * inner as u64,
+                    _ => true,
+                });
+            if !fits {
+                i += 1;
+                continue;
+            }
+            // The collapsed loop's origin is only used for random strides, where it adds up to the same index.
+            origin[i] = origin[i] * inner + origin[i + 1];
+            extents[i] *= inner;
+            merged[i] += merged[i + 1];
+            operands.iter_mut().for_each(|(_, _, s)| {
+                s.remove(i);
+            });
+            for (instr, _) in &mut instrs {
+                match instr {
+                    Instr::Index { dim } if *dim > i => *dim -= 1,
+                    Instr::Random { strides, .. } => {
+                        strides.remove(i);
+                    }
+                    _ => {}
+                }
+            }
+            for list in [&mut extents, &mut origin, &mut merged, &mut first] {
+                list.remove(i + 1);
+            }
+        }
+        while extents.len() < 2 {
+            extents.insert(0, 1);
+            origin.insert(0, 0);
+            merged.insert(0, 0);
+            operands.iter_mut().for_each(|(_, _, s)| s.insert(0, 0));
+            for (instr, _) in &mut instrs {
+                match instr {
+                    Instr::Index { dim } => *dim += 1,
+                    Instr::Random { strides, .. } => strides.insert(0, 0),
+                    _ => {}
+                }
+            }
+        }
+        let d = extents.len();
+        let operands: Vec<Operand> = operands
+            .into_iter()
+            .map(|(dtype, offset, strides)| {
+                let (rows, columns) = (strides[d - 2], strides[d - 1]);
+                let n = extents[d - 1];
+                let mode = match (rows, columns) {
+                    (0, 0) => Mode::Splat,
+                    (r, 1) if r == n || extents[d - 2] == 1 => Mode::Contiguous,
+                    (0, 1) => Mode::SameRow,
+                    _ => Mode::Strided,
+                };
+                Operand { dtype, offset, strides, mode }
+            })
+            .collect();
+        let (instrs, registers) = allocate(instrs, &nest.body.results);
+        let results: Vec<(usize, DType)> = nest.body.results.iter().map(|&r| (r, nest.body.instrs[r].1)).collect();
+        // A result that is merely loaded is copied to a register first: its memory may be another result's.
+        let mut operands: Vec<Operand> = operands;
+        for (r, _) in &results {
+            if let Instr::Load(o) = instrs[*r].0 {
+                operands[o].mode = Mode::Strided;
+            }
+        }
+        (Machine { isa, extents, origin, operands, instrs, registers, results }, merged)
+    }
+
+    /// Floats of workspace that evaluation needs.
+    pub fn workspace(&self) -> usize {
+        self.registers * BLOCK
+    }
+
+    /// Rows that fit into a block of whole rows; 1 if a row is longer than a block.
+    pub fn rows_per_block(&self) -> usize {
+        (BLOCK / self.extents[self.extents.len() - 1].max(1)).max(1)
+    }
+
+    /// Evaluates `rows x columns` points (at most [`BLOCK`]) from the point `at` (local loop indices) on; more than one
+    /// row only of whole rows. `use_values` sees where the results lie.
+    ///
+    /// # Safety
+    /// `operands` are buffers that hold what the loop nest's accesses reach, not written while this runs except as
+    /// [`super::map::MapPlan::run`] allows.
+    #[inline]
+    pub unsafe fn block<R>(
+        &self,
+        cx: StepContext,
+        operands: &[*const u8],
+        at: &[usize],
+        rows: usize,
+        columns: usize,
+        registers: &mut [f32],
+        use_values: impl FnOnce(Values<'_>) -> R,
+    ) -> R {
+        let mut pointers = [std::ptr::null::<u32>(); MAX_INSTRS];
+        let len = rows * columns;
+        debug_assert!(len <= BLOCK && registers.len() >= self.workspace());
+        let base = registers.as_mut_ptr().cast::<u32>();
+        let isa = self.isa;
+        let (machine, pointers_ref) = (self, &mut pointers);
+        // SAFETY: by this function's contract; registers are large enough for every instruction's block.
+        dispatch!(isa, fn(machine: &Machine, cx: StepContext, operands: &[*const u8], at: &[usize], rows: usize, columns: usize, base: *mut u32, pointers_ref: &mut [*const u32; MAX_INSTRS]) {
+            // SAFETY: as above.
+            unsafe { evaluate(machine, cx, operands, at, rows, columns, base, pointers_ref) }
+        });
+        let _ = len;
+        use_values(Values { pointers: &pointers })
+    }
+}
+
+/// Gives every instruction a register such that values that are alive together have different ones.
+fn allocate(instrs: Vec<(Instr, DType)>, results: &[usize]) -> (Vec<(Instr, DType, usize)>, usize) {
+    let mut last: Vec<usize> = (0..instrs.len()).collect();
+    for (i, (instr, _)) in instrs.iter().enumerate() {
+        for a in arguments(instr) {
+            last[a] = i;
+        }
+    }
+    results.iter().for_each(|&r| last[r] = instrs.len());
+    let mut free: Vec<usize> = Vec::new();
+    let mut count = 0;
+    let mut register = vec![0; instrs.len()];
+    let mut out = Vec::with_capacity(instrs.len());
+    for (i, (instr, dtype)) in instrs.into_iter().enumerate() {
+        register[i] = free.pop().unwrap_or_else(|| {
+            count += 1;
+            count - 1
+        });
+        // An argument's register is free for the instructions after the one that uses it last.
+        let mut ended: Vec<usize> = arguments(&instr).into_iter().filter(|&a| last[a] == i).collect();
+        ended.sort_unstable();
+        ended.dedup();
+        free.extend(ended.into_iter().map(|a| register[a]));
+        if last[i] == i {
+            free.push(register[i]);
+        }
+        out.push((instr, dtype, register[i]));
+    }
+    (out, count)
+}
+
+fn arguments(instr: &Instr) -> Vec<usize> {
+    match instr {
+        Instr::Load(_) | Instr::Constant(_) | Instr::Step | Instr::Index { .. } | Instr::Random { .. } => vec![],
+        Instr::Unary(_, a) | Instr::Cast(a) => vec![*a],
+        Instr::Binary(_, a, b) | Instr::Compare(_, a, b) => vec![*a, *b],
+        Instr::Select(a, b, c) => vec![*a, *b, *c],
+    }
+}
+
+#[inline(always)]
+unsafe fn evaluate(
+    m: &Machine,
+    cx: StepContext,
+    operands: &[*const u8],
+    at: &[usize],
+    rows: usize,
+    columns: usize,
+    base: *mut u32,
+    pointers: &mut [*const u32; MAX_INSTRS],
+) {
+    let n = rows * columns;
+    for (i, (instr, dtype, register)) in m.instrs.iter().enumerate() {
+        // SAFETY: registers are BLOCK lanes each, and n <= BLOCK.
+        let out = unsafe { std::slice::from_raw_parts_mut(base.add(register * BLOCK), n) };
+        pointers[i] = out.as_ptr();
+        // SAFETY: every argument is an earlier instruction, whose pointer is set to n valid lanes.
+        let lanes = |a: usize| unsafe { std::slice::from_raw_parts(pointers[a], n) };
+        match instr {
+            Instr::Load(o) => {
+                let operand = &m.operands[*o];
+                let start = operand.offset + at.iter().zip(&operand.strides).map(|(a, s)| a * s).sum::<usize>();
+                // SAFETY: by the caller's contract the operand's buffer holds every element of the block.
+                unsafe { load(operand, operands[*o], start, rows, columns, out, &mut pointers[i]) };
+            }
+            Instr::Constant(c) => out.fill(match dtype {
+                DType::F32 | DType::Bf16 => (*c as f32).to_bits(),
+                DType::I32 => *c as i32 as u32,
+                DType::Bool => u32::from(*c != 0.0),
+            }),
+            Instr::Step => out.fill(cx.step),
+            Instr::Index { dim } => {
+                let d = m.extents.len();
+                let first = m.origin[*dim] + at[*dim];
+                for (p, o) in out.iter_mut().enumerate() {
+                    let step = if *dim == d - 1 {
+                        p % columns
+                    } else if *dim == d - 2 {
+                        p / columns
+                    } else {
+                        0
+                    };
+                    *o = (first + step) as u32;
+                }
+            }
+            Instr::Random { distribution, key, strides } => {
+                let stream = Stream { seed: cx.seed, step: cx.step, key: *key };
+                let d = m.extents.len();
+                let start: u64 = (0..d).map(|l| (m.origin[l] + at[l]) as u64 * strides[l]).sum();
+                for (r, row) in out.chunks_mut(columns.max(1)).enumerate() {
+                    random(stream, *distribution, start + r as u64 * strides[d - 2], strides[d - 1], row);
+                }
+            }
+            Instr::Unary(f, a) => unary(*f, *dtype, lanes(*a), out),
+            Instr::Binary(f, a, b) => binary(*f, *dtype, lanes(*a), lanes(*b), out),
+            Instr::Compare(f, a, b) => compare(*f, m.instrs[*a].1, lanes(*a), lanes(*b), out),
+            Instr::Select(c, a, b) => {
+                for (((o, c), a), b) in out.iter_mut().zip(lanes(*c)).zip(lanes(*a)).zip(lanes(*b)) {
+                    *o = if *c != 0 { *a } else { *b };
+                }
+            }
+            Instr::Cast(a) => cast(m.instrs[*a].1, *dtype, lanes(*a), out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load(
+    operand: &Operand,
+    buffer: *const u8,
+    start: usize,
+    rows: usize,
+    columns: usize,
+    out: &mut [u32],
+    pointer: &mut *const u32,
+) {
+    let d = operand.strides.len();
+    let (row, column) = (operand.strides[d - 2], operand.strides[d - 1]);
+    match operand.dtype {
+        DType::F32 | DType::I32 => {
+            let from = buffer.cast::<u32>();
+            match operand.mode {
+                // SAFETY (all arms): the block's elements lie in the buffer by the caller's contract.
+                Mode::Contiguous => *pointer = unsafe { from.add(start) },
+                Mode::Splat => out.fill(unsafe { *from.add(start) }),
+                Mode::SameRow => {
+                    let first = unsafe { std::slice::from_raw_parts(from.add(start), columns) };
+                    out.chunks_exact_mut(columns.max(1)).for_each(|o| o.copy_from_slice(first));
+                }
+                Mode::Strided if column == 1 => {
+                    for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+                        o.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(start + r * row), columns) });
+                    }
+                }
+                Mode::Strided if column == 0 => {
+                    for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+                        o.fill(unsafe { *from.add(start + r * row) });
+                    }
+                }
+                Mode::Strided => {
+                    for r in 0..rows {
+                        for c in 0..columns {
+                            out[r * columns + c] = unsafe { *from.add(start + r * row + c * column) };
+                        }
+                    }
+                }
+            }
+        }
+        DType::Bf16 => {
+            let from = buffer.cast::<u16>();
+            for r in 0..rows {
+                for c in 0..columns {
+                    // SAFETY: as above.
+                    out[r * columns + c] = u32::from(unsafe { *from.add(start + r * row + c * column) }) << 16;
+                }
+            }
+        }
+        DType::Bool => {
+            for r in 0..rows {
+                for c in 0..columns {
+                    // SAFETY: as above.
+                    out[r * columns + c] = u32::from(unsafe { *buffer.add(start + r * row + c * column) });
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn floats(a: &[u32], out: &mut [u32], f: impl Fn(f32) -> f32) {
+    for (o, a) in out.iter_mut().zip(a) {
+        *o = f(f32::from_bits(*a)).to_bits();
+    }
+}
+
+#[inline(always)]
+fn floats2(a: &[u32], b: &[u32], out: &mut [u32], f: impl Fn(f32, f32) -> f32) {
+    for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
+        *o = f(f32::from_bits(*a), f32::from_bits(*b)).to_bits();
+    }
+}
+
+#[inline(always)]
+fn ints2(a: &[u32], b: &[u32], out: &mut [u32], f: impl Fn(i32, i32) -> i32) {
+    for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
+        *o = f(*a as i32, *b as i32) as u32;
+    }
+}
+
+#[inline(always)]
+fn unary(f: UnaryFn, dtype: DType, a: &[u32], out: &mut [u32]) {
+    if dtype == DType::I32 {
+        let int = |x: i32| match f {
+            UnaryFn::Neg => x.wrapping_neg(),
+            UnaryFn::Abs => x.wrapping_abs(),
+            UnaryFn::Sign => x.signum(),
+            UnaryFn::Relu => x.max(0),
+            _ => x,
+        };
+        return out.iter_mut().zip(a).for_each(|(o, a)| *o = int(*a as i32) as u32);
+    }
+    match f {
+        UnaryFn::Identity => out.copy_from_slice(a),
+        UnaryFn::Neg => floats(a, out, |x| -x),
+        UnaryFn::Abs => floats(a, out, f32::abs),
+        UnaryFn::Sign => floats(a, out, |x| {
+            if x > 0.0 {
+                1.0
+            } else if x < 0.0 {
+                -1.0
+            } else {
+                x * 0.0
+            }
+        }),
+        UnaryFn::Exp => floats(a, out, math::exp),
+        UnaryFn::Log => floats(a, out, math::log),
+        UnaryFn::Sqrt => floats(a, out, f32::sqrt),
+        UnaryFn::Rsqrt => floats(a, out, |x| 1.0 / x.sqrt()),
+        UnaryFn::Recip => floats(a, out, |x| 1.0 / x),
+        UnaryFn::Tanh => floats(a, out, math::tanh),
+        UnaryFn::Sigmoid => floats(a, out, math::sigmoid),
+        UnaryFn::Erf => floats(a, out, math::erf),
+        UnaryFn::Relu => floats(a, out, |x| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
+        UnaryFn::Floor => floats(a, out, math::floor),
+        UnaryFn::Sin => floats(a, out, math::sin),
+        UnaryFn::Cos => floats(a, out, math::cos),
+        UnaryFn::Not => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(*a == 0)),
+    }
+}
+
+#[inline(always)]
+fn binary(f: BinaryFn, dtype: DType, a: &[u32], b: &[u32], out: &mut [u32]) {
+    if dtype == DType::I32 {
+        return match f {
+            BinaryFn::Add => ints2(a, b, out, i32::wrapping_add),
+            BinaryFn::Sub => ints2(a, b, out, i32::wrapping_sub),
+            BinaryFn::Mul => ints2(a, b, out, i32::wrapping_mul),
+            BinaryFn::Div => ints2(a, b, out, |x, y| x.checked_div(y).unwrap_or(0)),
+            BinaryFn::Max => ints2(a, b, out, i32::max),
+            BinaryFn::Min => ints2(a, b, out, i32::min),
+            BinaryFn::Rem => ints2(a, b, out, |x, y| {
+                let r = x.checked_rem(y).unwrap_or(0);
+                if r != 0 && (r < 0) != (y < 0) { r + y } else { r }
+            }),
+            BinaryFn::Pow | BinaryFn::And | BinaryFn::Or => out.copy_from_slice(a),
+        };
+    }
+    match f {
+        BinaryFn::Add => floats2(a, b, out, |x, y| x + y),
+        BinaryFn::Sub => floats2(a, b, out, |x, y| x - y),
+        BinaryFn::Mul => floats2(a, b, out, |x, y| x * y),
+        BinaryFn::Div => floats2(a, b, out, |x, y| x / y),
+        BinaryFn::Max => floats2(a, b, out, math::max),
+        BinaryFn::Min => floats2(a, b, out, math::min),
+        BinaryFn::Pow => floats2(a, b, out, math::pow),
+        BinaryFn::Rem => floats2(a, b, out, |x, y| x - y * math::floor(x / y)),
+        BinaryFn::And => out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a & b),
+        BinaryFn::Or => out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a | b),
+    }
+}
+
+#[inline(always)]
+fn compare(f: CompareFn, dtype: DType, a: &[u32], b: &[u32], out: &mut [u32]) {
+    macro_rules! each {
+        ($f:expr) => {
+            if dtype.is_float() {
+                let f: fn(f32, f32) -> bool = $f;
+                for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
+                    *o = u32::from(f(f32::from_bits(*a), f32::from_bits(*b)));
+                }
+            } else {
+                for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
+                    *o = u32::from(f.eval(*a as i32, *b as i32));
+                }
+            }
+        };
+    }
+    match f {
+        CompareFn::Eq => each!(|x, y| x == y),
+        CompareFn::Ne => each!(|x, y| x != y),
+        CompareFn::Lt => each!(|x, y| x < y),
+        CompareFn::Le => each!(|x, y| x <= y),
+        CompareFn::Gt => each!(|x, y| x > y),
+        CompareFn::Ge => each!(|x, y| x >= y),
+    }
+}
+
+#[inline(always)]
+fn cast(from: DType, to: DType, a: &[u32], out: &mut [u32]) {
+    use DType::{Bf16, Bool, F32, I32};
+    match (from, to) {
+        (F32 | Bf16, F32) | (I32, I32) | (Bool, Bool) | (Bool, I32) | (Bf16, Bf16) => out.copy_from_slice(a),
+        (F32, Bf16) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(to_bf16(*a)) << 16),
+        (F32 | Bf16, I32) => out.iter_mut().zip(a).for_each(|(o, a)| *o = f32::from_bits(*a) as i32 as u32),
+        (F32 | Bf16, Bool) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(f32::from_bits(*a) != 0.0)),
+        (I32, F32) => out.iter_mut().zip(a).for_each(|(o, a)| *o = (*a as i32 as f32).to_bits()),
+        (I32, Bf16) => {
+            out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(to_bf16((*a as i32 as f32).to_bits())) << 16)
+        }
+        (I32, Bool) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(*a != 0)),
+        (Bool, F32 | Bf16) => out.iter_mut().zip(a).for_each(|(o, a)| *o = if *a != 0 { 1.0f32.to_bits() } else { 0 }),
+    }
+}
+
+/// The bits of the nearest bf16, ties to even.
+#[inline(always)]
+pub fn to_bf16(bits: u32) -> u16 {
+    let nan = bits & 0x7fff_ffff > 0x7f80_0000;
+    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    if nan { (bits >> 16) as u16 | 0x40 } else { rounded }
+}
+
+/// Random numbers of elements `start`, `start + stride`, ..
+#[inline(always)]
+fn random(stream: Stream, distribution: Distribution, start: u64, stride: u64, out: &mut [u32]) {
+    match distribution {
+        Distribution::Normal | Distribution::TruncatedNormal => {
+            for (i, o) in out.iter_mut().enumerate() {
+                *o = (stream.draw(distribution, start + i as u64 * stride) as f32).to_bits();
+            }
+        }
+        Distribution::Uniform | Distribution::Bernoulli(_) => {
+            if stride == 1 {
+                bits(stream, start, out);
+            } else {
+                for (i, o) in out.iter_mut().enumerate() {
+                    *o = stream.bits(start + i as u64 * stride);
+                }
+            }
+            match distribution {
+                Distribution::Bernoulli(p) => {
+                    out.iter_mut().for_each(|o| *o = if unit(*o) < p { 1.0f32.to_bits() } else { 0 });
+                }
+                _ => out.iter_mut().for_each(|o| *o = unit(*o).to_bits()),
+            }
+        }
+    }
+}
+
+/// The random bits of consecutive elements, sixteen Philox blocks at a time.
+#[inline(always)]
+fn bits(stream: Stream, start: u64, out: &mut [u32]) {
+    const LANES: usize = 16;
+    let mut done = 0;
+    while done < out.len() {
+        let index = start + done as u64;
+        let first = index / 4;
+        let skip = (index % 4) as usize;
+        let mut words = [[0u32; LANES]; 4];
+        for l in 0..LANES {
+            let b = first + l as u64;
+            let w = philox(
+                [b as u32, (b >> 32) as u32, stream.step, stream.key],
+                [stream.seed as u32, (stream.seed >> 32) as u32],
+            );
+            for k in 0..4 {
+                words[k][l] = w[k];
+            }
+        }
+        let mut flat = [0u32; 4 * LANES];
+        for l in 0..LANES {
+            for k in 0..4 {
+                flat[4 * l + k] = words[k][l];
+            }
+        }
+        let n = (4 * LANES - skip).min(out.len() - done);
+        out[done..done + n].copy_from_slice(&flat[skip..skip + n]);
+        done += n;
+    }
+}
