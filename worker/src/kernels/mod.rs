@@ -1,8 +1,10 @@
 //! Kernels of the CPU backend. All of them keep to exact mode: an element's bits depend on the program alone, never on
 //! the shard, the number of threads, the tile or the instruction set.
 
+pub mod conv;
 pub mod isa;
 pub mod map;
 pub mod math;
 pub mod reduce;
+pub mod tile;
 pub mod vm;

@@ -1,0 +1,477 @@
+//! Convolution and transposed convolution, as implicit matrix products over channel-last arrays.
+//!
+//! A task computes some rows of outputs (fixed batch and outer indices, along the innermost spatial dimension): it
+//! stages the input rows that its taps read, zeros where they leave the input, and runs register tiles over them.
+//! Staging makes every stride, dilation, padding, halo and phase of a transposed convolution the same loop. Weights
+//! are packed into panels once a run.
+//!
+//! Roofline: 2 * taps * cin * cout flops an output against 4 * (cin + cout) bytes; from 16 channels on the
+//! multiply-add units bind. Staging costs a few percent.
+
+use super::isa::Isa;
+use super::tile::{self, Combine, Leaves, Tile, panel_width};
+use crate::pool::{Pool, WORKSPACE_BYTES};
+use mesh::dim::Name;
+use mesh::ops::Prim;
+use mesh::ops::conv::Conv;
+use mesh::ops::window::Window;
+use mesh::plan::{OpWork, Part};
+use std::ops::Range;
+
+/// Row-major strides of what is held of a tensor.
+pub(super) fn strides(part: &Part) -> Vec<usize> {
+    let shape = part.region.shape();
+    let mut out = vec![1; shape.len()];
+    for i in (1..shape.len()).rev() {
+        out[i - 1] = out[i] * shape[i];
+    }
+    out
+}
+
+/// Held range and stride of a dimension; a dimension that is not there is one element.
+pub(super) fn axis_of(part: &Part, name: &Name) -> (Range<usize>, usize) {
+    match part.ty.position(name) {
+        Some(p) => (part.region.0[p].1.clone(), strides(part)[p]),
+        None => (0..1, 0),
+    }
+}
+
+/// One spatial dimension of the outputs computed here.
+struct Axis {
+    /// By output: taps and the (held-local) input indices they read, for taps inside the input.
+    taps: Vec<Vec<(usize, usize)>>,
+    /// Elements between input indices.
+    stride: usize,
+}
+
+/// Outputs along the innermost dimension that share their taps: every `out_step`-th.
+struct Phase {
+    /// First output, local.
+    first: usize,
+    /// Outputs between them.
+    out_step: usize,
+    /// How many.
+    count: usize,
+    /// Input indices from one output to the next.
+    in_step: usize,
+    /// Global input index that the first output's tap offset 0 reads; may be negative.
+    base: isize,
+    /// Tap and its offset in input indices.
+    taps: Vec<(usize, usize)>,
+}
+
+/// A convolution or transposed convolution, prepared.
+pub struct ConvPlan {
+    isa: Isa,
+    /// Element offsets of the batches in x.
+    batches: Vec<usize>,
+    axes: [Axis; 2],
+    phases: Vec<Phase>,
+    /// Global range held of the innermost dimension, its stride, and the whole input's size.
+    inner: (Range<usize>, usize, usize),
+    /// Outputs along the three dimensions.
+    outputs: [usize; 3],
+    /// Channels contracted in a group, their offset and stride in x.
+    contracted: usize,
+    x_channel: usize,
+    /// Output channels in a group, groups.
+    produced: usize,
+    groups: usize,
+    leaves: Leaves,
+    channels: Vec<Range<usize>>,
+    width: usize,
+    taps: [usize; 3],
+    /// Weight strides: tap, contracted channel, produced channel; first element.
+    w_strides: [usize; 3],
+    w_first: usize,
+    /// Rows of the second dimension and outputs of a phase that a task stages.
+    block: (usize, usize),
+    stage_rows: usize,
+}
+
+impl ConvPlan {
+    /// Prepares a `conv` or `conv_transpose` for the best instruction set; None for another op.
+    pub fn new(work: &OpWork) -> Option<ConvPlan> {
+        ConvPlan::with_isa(work, Isa::detect())
+    }
+
+    /// Prepares it for one instruction set.
+    pub fn with_isa(work: &OpWork, isa: Isa) -> Option<ConvPlan> {
+        let (conv, transposed) = match &work.op {
+            Prim::Conv(c) => (c, false),
+            Prim::ConvTranspose(t) => (&t.conv, true),
+            _ => return None,
+        };
+        let (x, w, out) = (&work.inputs[0], &work.inputs[1], &work.output);
+        let (from, to) = if transposed { (&conv.output, &conv.input) } else { (&conv.input, &conv.output) };
+        let k = conv.windows.len();
+        let spatial: Vec<Geometry> = conv.windows.iter().map(|w| Geometry::new(w, x, out, transposed)).collect();
+        // One to three dimensions as three: missing ones in front have one output that reads one input.
+        let outer = |i: usize| match (i + k).checked_sub(3) {
+            Some(d) => spatial[d].axis(),
+            None => Axis { taps: vec![vec![(0, 0)]], stride: 0 },
+        };
+        let last = &spatial[k - 1];
+        let taps: [usize; 3] = std::array::from_fn(|i| (i + k).checked_sub(3).map_or(1, |d| conv.windows[d].size));
+        let axes = [outer(0), outer(1)];
+        let outputs = [axes[0].taps.len(), axes[1].taps.len(), last.outputs.len()];
+        let whole = x.ty.size_of(from).unwrap_or(0);
+        let groups = conv.groups.max(1);
+        let (held, x_stride) = axis_of(x, from);
+        debug_assert_eq!(x_stride, 1);
+        let (produced_range, _) = axis_of(out, to);
+        let leaves = match &work.sum {
+            Some((tree, owned)) => Leaves::new(tree, owned),
+            None => Leaves { boxes: vec![vec![0..whole / groups]], nodes: vec![vec![Combine::Leaf(0)]], depth: 1 },
+        };
+        let start = leaves.boxes.iter().map(|b| b[0].start).min().unwrap_or(0);
+        let end = leaves.boxes.iter().map(|b| b[0].end).max().unwrap_or(start);
+        let channels: Vec<Range<usize>> = leaves.boxes.iter().map(|b| b[0].start - start..b[0].end - start).collect();
+        let (w_from, w_from_stride) = axis_of(w, from);
+        let (w_to, w_to_stride) = axis_of(w, to);
+        let (_, tap_stride) = axis_of(w, &conv.windows[k - 1].kernel());
+        let x_first = start - held.start.min(start);
+        // With groups the weights' channel of a group counts from 0 for each of them.
+        let w_first = if groups > 1 {
+            0
+        } else {
+            (start - w_from.start.min(start)) * w_from_stride + (produced_range.start - w_to.start) * w_to_stride
+        };
+        let produced = produced_range.len() / groups;
+        let contracted = end - start;
+        let mut plan = ConvPlan {
+            isa,
+            batches: batch_offsets(conv, x, out, to),
+            axes,
+            phases: last.phases(),
+            inner: (last.held.clone(), last.stride, last.whole),
+            outputs,
+            contracted,
+            x_channel: x_first,
+            produced,
+            groups,
+            leaves,
+            channels,
+            width: panel_width(isa, produced),
+            taps,
+            w_strides: [tap_stride, w_from_stride, w_to_stride],
+            w_first,
+            block: (1, 1),
+            stage_rows: 0,
+        };
+        plan.choose_block();
+        Some(plan)
+    }
+
+    fn panels(&self) -> usize {
+        self.produced.div_ceil(self.width)
+    }
+    fn all_taps(&self) -> usize {
+        self.taps.iter().product()
+    }
+    /// Floats of the packed weights of a group.
+    fn packed(&self) -> usize {
+        self.panels() * self.all_taps() * self.contracted * self.width
+    }
+    /// Bytes of scratch: the packed weights.
+    pub fn scratch_bytes(&self) -> usize {
+        self.packed() * self.groups * 4
+    }
+
+    /// Rows along the second dimension and outputs along the innermost one such that what a task stages fits.
+    fn choose_block(&mut self) {
+        let budget = (WORKSPACE_BYTES / 4).saturating_sub(self.all_taps() * 2 + 64);
+        let first = self.axes[0].taps.iter().map(Vec::len).max().unwrap_or(1).max(1);
+        let rows_for = |rows: usize| self.axes[1].span(rows);
+        let outputs = self.phases.iter().map(|p| p.count).max().unwrap_or(0).max(1);
+        let length = |count: usize| {
+            self.phases
+                .iter()
+                .map(|p| (count - 1) * p.in_step + p.taps.iter().map(|t| t.1).max().unwrap_or(0) + 1)
+                .max()
+                .unwrap_or(1)
+        };
+        let size = |rows: usize, count: usize| first * rows_for(rows) * length(count) * self.contracted.max(1);
+        // Enough outputs that the weights of a panel, read once a task, are used often.
+        let (mut rows, mut count) = (1, outputs);
+        while count > 1 && size(1, count) > budget {
+            count = count.div_ceil(2);
+        }
+        while rows < self.outputs[1] && rows * count < 96 && size(rows + 1, count) <= budget / 2 {
+            rows += 1;
+        }
+        assert!(size(rows, count) <= budget, "a convolution's rows of one output do not fit into the workspace");
+        self.stage_rows = first * rows_for(rows);
+        self.block = (rows, count);
+    }
+
+    /// Runs it: `x`, `w` as the plan's parts say, `out` is `[nodes, batch.., spatial.., channel]`.
+    ///
+    /// # Safety
+    /// The pointers are buffers of the plan's parts and of the scratch asked for, which do not overlap.
+    pub unsafe fn run(&self, pool: &Pool, x: *const f32, w: *const f32, out: *mut f32, scratch: *mut f32) {
+        let p = Pointers { x, w, out, scratch };
+        let panels = self.panels() * self.groups;
+        pool.run(panels, &|t, _| {
+            let p = p;
+            // SAFETY: every panel is a part of the scratch of its own.
+            unsafe { self.pack(t, p) }
+        });
+        let row_blocks = self.outputs[1].div_ceil(self.block.0);
+        let phase_blocks: usize = self.phases.iter().map(|p| p.count.div_ceil(self.block.1)).sum();
+        let tasks = self.batches.len() * self.outputs[0] * row_blocks * phase_blocks * self.groups;
+        pool.run(tasks, &|t, workspace| {
+            let p = p;
+            let (group, t) = (t % self.groups, t / self.groups);
+            let (mut part, t) = (t % phase_blocks, t / phase_blocks);
+            let (rows, t) = (t % row_blocks * self.block.0, t / row_blocks);
+            let (o1, batch) = (t % self.outputs[0], t / self.outputs[0]);
+            for phase in &self.phases {
+                let blocks = phase.count.div_ceil(self.block.1);
+                if part < blocks {
+                    let start = part * self.block.1;
+                    let range = start..(start + self.block.1).min(phase.count);
+                    let rows = rows..(rows + self.block.0).min(self.outputs[1]);
+                    // SAFETY: tasks write disjoint outputs.
+                    unsafe { self.task(batch, o1, rows, phase, range, group, p, workspace.floats()) };
+                    return;
+                }
+                part -= blocks;
+            }
+        });
+    }
+
+    unsafe fn pack(&self, panel: usize, p: Pointers) {
+        let (group, local) = (panel / self.panels(), panel % self.panels());
+        let first = local * self.width;
+        let columns = self.width.min(self.produced - first);
+        let [tap, from, to] = self.w_strides;
+        // With groups, `conv` numbers outputs through and inputs in a group; `conv_transpose` the other way round.
+        let base = self.w_first + if self.groups > 1 { group * self.group_stride() } else { 0 };
+        // SAFETY: panels lie one after another in the scratch; the weights' buffer holds every index.
+        unsafe {
+            let mut out = p.scratch.add(panel * self.all_taps() * self.contracted * self.width);
+            for t in 0..self.all_taps() {
+                for c in 0..self.contracted {
+                    let row = p.w.add(base + t * tap + c * from + first * to);
+                    for n in 0..columns {
+                        *out.add(n) = *row.add(n * to);
+                    }
+                    std::ptr::write_bytes(out.add(columns), 0, self.width - columns);
+                    out = out.add(self.width);
+                }
+            }
+        }
+    }
+
+    /// Elements from a group's weights to the next one's: the output channels of a group, which lie innermost.
+    fn group_stride(&self) -> usize {
+        if self.w_strides[2] == 1 { self.produced } else { self.contracted }
+    }
+
+    unsafe fn task(
+        &self,
+        batch: usize,
+        o1: usize,
+        rows: Range<usize>,
+        phase: &Phase,
+        range: Range<usize>,
+        group: usize,
+        p: Pointers,
+        workspace: &mut [f32],
+    ) {
+        let channels = self.contracted;
+        let taps1 = &self.axes[0].taps[o1];
+        let seconds = || rows.clone().flat_map(|o| self.axes[1].taps[o].iter().map(|t| t.1));
+        let low = seconds().min().unwrap_or(0);
+        let high = seconds().max().map_or(low, |h| h + 1);
+        let reach = phase.taps.iter().map(|t| t.1).max().unwrap_or(0);
+        let length = (range.len() - 1) * phase.in_step + reach + 1;
+        let start = phase.base + (range.start * phase.in_step) as isize;
+        let (tap_list, stage) = workspace.split_at_mut((self.all_taps() * 2).next_multiple_of(16));
+        let row_size = length * channels;
+        let height = high - low;
+        debug_assert!(taps1.len() * height * row_size <= stage.len());
+        // SAFETY: indices inside the held ranges, by the plan.
+        unsafe {
+            for (s1, (_, i1)) in taps1.iter().enumerate() {
+                for i2 in low..high {
+                    let x = p.x.add(
+                        self.batches[batch]
+                            + i1 * self.axes[0].stride
+                            + i2 * self.axes[1].stride
+                            + self.x_channel
+                            + group * if self.groups > 1 { channels } else { 0 },
+                    );
+                    let row = &mut stage[(s1 * height + i2 - low) * row_size..][..row_size];
+                    self.stage(x, start, length, row);
+                }
+            }
+            let out_channels = self.produced * self.groups;
+            let positions = self.batches.len() * self.outputs.iter().product::<usize>();
+            // SAFETY of the cast: the list lies in its own part of the workspace; u32 and f32 are alike in size and alignment.
+            let list = std::slice::from_raw_parts_mut(tap_list.as_mut_ptr().cast::<[u32; 2]>(), self.all_taps());
+            for panel in 0..self.panels() {
+                for o2 in rows.clone() {
+                    let mut n = 0;
+                    for (s1, (j1, _)) in taps1.iter().enumerate() {
+                        for (j2, i2) in &self.axes[1].taps[o2] {
+                            for (j3, offset) in &phase.taps {
+                                let tap = (j1 * self.taps[1] + j2) * self.taps[2] + j3;
+                                let from = (s1 * height + i2 - low) * row_size + offset * channels;
+                                list[n] = [from as u32, (tap * channels * self.width) as u32];
+                                n += 1;
+                            }
+                        }
+                    }
+                    let first = panel * self.width;
+                    let o3 = phase.first + range.start * phase.out_step;
+                    let at = ((batch * self.outputs[0] + o1) * self.outputs[1] + o2) * self.outputs[2] + o3;
+                    let tile = Tile {
+                        x: stage.as_ptr(),
+                        pitch: phase.in_step * channels,
+                        taps: &list[..n],
+                        channels: &self.channels,
+                        w: p.scratch.add((group * self.panels() + panel) * self.all_taps() * channels * self.width),
+                        nodes: &self.leaves.nodes,
+                        out: p.out.add(at * out_channels + group * self.produced + first),
+                        out_pitch: phase.out_step * out_channels,
+                        node_pitch: positions * out_channels,
+                        columns: self.width.min(self.produced - first),
+                    };
+                    tile::run(self.isa, self.width, tile, range.len());
+                }
+            }
+        }
+    }
+
+    /// Copies `length` input positions from the global index `start` on, zeros outside the input.
+    unsafe fn stage(&self, x: *const f32, start: isize, length: usize, row: &mut [f32]) {
+        let (held, stride, whole) = &self.inner;
+        let channels = self.contracted;
+        let inside = |i: isize| i.clamp(0, *whole as isize);
+        let (a, b) = (inside(start), inside(start + length as isize));
+        let skip = (a - start) as usize * channels;
+        let n = (b - a) as usize;
+        row[..skip.min(length * channels)].fill(0.0);
+        // SAFETY: the held range covers every position inside the input that a task reads.
+        unsafe {
+            let from = x.add((a as usize).saturating_sub(held.start) * stride);
+            let to = row.as_mut_ptr().add(skip);
+            if *stride == channels {
+                std::ptr::copy_nonoverlapping(from, to, n * channels);
+            } else {
+                for i in 0..n {
+                    std::ptr::copy_nonoverlapping(from.add(i * stride), to.add(i * channels), channels);
+                }
+            }
+        }
+        row[(skip + n * channels).min(length * channels)..].fill(0.0);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Pointers {
+    x: *const f32,
+    w: *const f32,
+    out: *mut f32,
+    scratch: *mut f32,
+}
+
+// SAFETY: tasks write disjoint parts and only read inputs.
+unsafe impl Sync for Pointers {}
+// SAFETY: as above.
+unsafe impl Send for Pointers {}
+
+impl Axis {
+    /// Input rows that `rows` neighbouring outputs span at most.
+    fn span(&self, rows: usize) -> usize {
+        self.taps
+            .chunks(rows)
+            .map(|c| {
+                let all = || c.iter().flatten().map(|t| t.1);
+                all().max().map_or(0, |h| h + 1 - all().min().unwrap_or(0))
+            })
+            .max()
+            .unwrap_or(1)
+            .max(1)
+    }
+}
+
+/// One spatial dimension: who reads what.
+struct Geometry<'a> {
+    window: &'a Window,
+    held: Range<usize>,
+    stride: usize,
+    whole: usize,
+    outputs: Range<usize>,
+    transposed: bool,
+}
+
+impl Geometry<'_> {
+    fn new<'a>(window: &'a Window, x: &Part, out: &Part, transposed: bool) -> Geometry<'a> {
+        let (held, stride) = axis_of(x, &window.dim);
+        let (outputs, _) = axis_of(out, &window.dim);
+        let whole = x.ty.size_of(&window.dim).unwrap_or(1);
+        Geometry { window, held, stride, whole, outputs, transposed }
+    }
+
+    /// The global input index that tap `j` of output `o` reads, if inside the input.
+    fn tap(&self, o: usize, j: usize) -> Option<usize> {
+        if !self.transposed {
+            return self.window.tap(o, j, self.whole);
+        }
+        let at = (o + self.window.lo).checked_sub(j * self.window.dilation)?;
+        (at % self.window.stride == 0).then_some(at / self.window.stride).filter(|i| *i < self.whole)
+    }
+
+    fn axis(&self) -> Axis {
+        let taps = self
+            .outputs
+            .clone()
+            .map(|o| {
+                let taps = (0..self.window.size).filter_map(|j| Some((j, self.tap(o, j)? - self.held.start)));
+                taps.collect()
+            })
+            .collect();
+        Axis { taps, stride: self.stride }
+    }
+
+    fn phases(&self) -> Vec<Phase> {
+        let w = self.window;
+        if !self.transposed {
+            let base = (self.outputs.start * w.stride) as isize - w.lo as isize;
+            let taps = (0..w.size).map(|j| (j, j * w.dilation)).collect();
+            return vec![Phase { first: 0, out_step: 1, count: self.outputs.len(), in_step: w.stride, base, taps }];
+        }
+        (0..w.stride.min(self.outputs.len()))
+            .map(|first| {
+                // Taps in ascending order read descending inputs; offsets count from the lowest.
+                let at = |j: usize| (self.outputs.start + first + w.lo) as isize - (j * w.dilation) as isize;
+                let valid: Vec<usize> = (0..w.size).filter(|&j| at(j).rem_euclid(w.stride as isize) == 0).collect();
+                let index = |j: usize| at(j).div_euclid(w.stride as isize);
+                let base = valid.iter().map(|&j| index(j)).min().unwrap_or(0);
+                let taps = valid.iter().map(|&j| (j, (index(j) - base) as usize)).collect();
+                let count = (self.outputs.len() - first).div_ceil(w.stride);
+                Phase { first, out_step: w.stride, count, in_step: 1, base, taps }
+            })
+            .collect()
+    }
+}
+
+/// The element offsets in x of the batches computed, in the order of the result.
+pub(super) fn batch_offsets(conv: &Conv, x: &Part, out: &Part, channel: &Name) -> Vec<usize> {
+    let mut offsets = vec![0];
+    for (d, (name, range)) in out.ty.dims.iter().zip(&out.region.0) {
+        if conv.windows.iter().any(|w| w.dim == d.name) || d.name == *channel {
+            continue;
+        }
+        let (held, stride) = axis_of(x, name);
+        offsets = offsets
+            .iter()
+            .flat_map(|o| range.clone().map(move |i| (o, i)))
+            .map(|(o, i)| o + (i - held.start) * stride)
+            .collect();
+    }
+    offsets
+}

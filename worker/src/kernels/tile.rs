@@ -1,0 +1,343 @@
+//! The register tile that every product runs on: a few outputs times 16 or 32 channels, summed over taps and channels.
+//!
+//! `out[m, n] = sum over leaves, taps, c of x[m * pitch + tap.0 + c] * w[tap.1 + c * N + n]`, one fused multiply-add
+//! after the other within a leaf, leaves combined along the summation tree.
+//!
+//! Roofline: 2 * M * N flops for M broadcasts and N loads from the cache; with M x N = 14 x 32 the multiply-add units
+//! bind (16 lanes a cycle on the machine at hand).
+
+use super::isa::Isa;
+use mesh::chunk::{Event, Tree};
+use std::ops::Range;
+
+/// One instruction of the stack machine over leaves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Combine {
+    /// Sum leaf `0` and push it.
+    Leaf(usize),
+    /// Add the two on top.
+    Add,
+}
+
+/// The leaves that a device sums and how they are combined.
+#[derive(Clone, Debug, Default)]
+pub struct Leaves {
+    /// Boxes of elements, global indices.
+    pub boxes: Vec<Vec<Range<usize>>>,
+    /// The stack machine of each node.
+    pub nodes: Vec<Vec<Combine>>,
+    /// Most sums on a stack at a time.
+    pub depth: usize,
+}
+
+impl Leaves {
+    /// The leaves of the nodes of `tree` inside `owned`.
+    pub fn new(tree: &Tree, owned: &[Range<usize>]) -> Leaves {
+        let mut out = Leaves { depth: 1, ..Leaves::default() };
+        for node in tree.nodes(owned) {
+            let mut program = Vec::new();
+            let mut stack = 0usize;
+            for event in tree.events(&node) {
+                match event {
+                    Event::Leaf(b) => {
+                        program.push(Combine::Leaf(out.boxes.len()));
+                        out.boxes.push(b);
+                        stack += 1;
+                        out.depth = out.depth.max(stack);
+                    }
+                    Event::Combine => {
+                        program.push(Combine::Add);
+                        stack -= 1;
+                    }
+                }
+            }
+            out.nodes.push(program);
+        }
+        out
+    }
+}
+
+/// A tile's operands.
+#[derive(Clone, Copy)]
+pub struct Tile<'a> {
+    /// First output's first input element.
+    pub x: *const f32,
+    /// Elements from one output's inputs to the next one's.
+    pub pitch: usize,
+    /// By tap: offset into `x`, offset into `w`.
+    pub taps: &'a [[u32; 2]],
+    /// By leaf: the channels.
+    pub channels: &'a [Range<usize>],
+    /// Packed weights: channel-major, N columns each.
+    pub w: *const f32,
+    /// The stack machine of each node.
+    pub nodes: &'a [Vec<Combine>],
+    /// First output.
+    pub out: *mut f32,
+    /// Elements between outputs.
+    pub out_pitch: usize,
+    /// Elements between nodes.
+    pub node_pitch: usize,
+    /// Columns to store, at most N.
+    pub columns: usize,
+}
+
+/// Deepest stack of a channel tree: chunks of one dimension, by halves.
+const DEPTH: usize = 16;
+
+/// Sixteen lanes.
+pub(super) trait Lanes: Copy {
+    /// Zeros.
+    unsafe fn zero() -> Self;
+    /// Sixteen floats.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Stores sixteen floats.
+    unsafe fn store(self, p: *mut f32);
+    /// self + x * w, rounded once.
+    unsafe fn fma(self, x: f32, w: Self) -> Self;
+    /// self + other.
+    unsafe fn add(self, other: Self) -> Self;
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Portable([f32; 16]);
+
+impl Lanes for Portable {
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Portable([0.0; 16])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: by the caller's contract sixteen floats lie at `p`.
+        Portable(unsafe { p.cast::<[f32; 16]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: as above.
+        unsafe { p.cast::<[f32; 16]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, x: f32, w: Self) -> Self {
+        Portable(std::array::from_fn(|l| x.mul_add(w.0[l], self.0[l])))
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Portable(std::array::from_fn(|l| self.0[l] + other.0[l]))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86 {
+    use super::Lanes;
+    use std::arch::x86_64::*;
+
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512);
+
+    impl Lanes for Avx512 {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY (all of this impl): only used by functions compiled for AVX-512; pointers by the callers' contracts.
+            Avx512(unsafe { _mm512_setzero_ps() })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above.
+            Avx512(unsafe { _mm512_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, x: f32, w: Self) -> Self {
+            // SAFETY: as above.
+            Avx512(unsafe { _mm512_fmadd_ps(_mm512_set1_ps(x), w.0, self.0) })
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub struct Avx2(__m256, __m256);
+
+    impl Lanes for Avx2 {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY (all of this impl): only used by functions compiled for AVX2 and FMA; pointers by the callers' contracts.
+            unsafe { Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()) }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above.
+            unsafe { Avx2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe {
+                _mm256_storeu_ps(p, self.0);
+                _mm256_storeu_ps(p.add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, x: f32, w: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let x = _mm256_set1_ps(x);
+                Avx2(_mm256_fmadd_ps(x, w.0, self.0), _mm256_fmadd_ps(x, w.1, self.1))
+            }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+    }
+}
+
+/// Stores the first `columns` of a row of vectors.
+#[inline(always)]
+pub(super) unsafe fn store_row<V: Lanes, const NV: usize>(row: [V; NV], out: *mut f32, columns: usize) {
+    // SAFETY: by the caller's contract `columns` floats fit at `out`.
+    unsafe {
+        for (v, lanes) in row.into_iter().enumerate() {
+            let n = columns.saturating_sub(v * 16).min(16);
+            if n == 16 {
+                lanes.store(out.add(v * 16));
+            } else if n > 0 {
+                let mut buffer = [0.0f32; 16];
+                lanes.store(buffer.as_mut_ptr());
+                std::ptr::copy_nonoverlapping(buffer.as_ptr(), out.add(v * 16), n);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(t: &Tile, channels: &Range<usize>) -> [[V; NV]; MR] {
+    // SAFETY: by the contract of `run`.
+    unsafe {
+        let mut acc = [[V::zero(); NV]; MR];
+        for tap in t.taps {
+            let mut x = t.x.add(tap[0] as usize + channels.start);
+            let mut w = t.w.add(tap[1] as usize + channels.start * NV * 16);
+            for _ in 0..channels.len() {
+                let row: [V; NV] = std::array::from_fn(|v| V::load(w.add(v * 16)));
+                for (m, acc) in acc.iter_mut().enumerate() {
+                    let value = *x.add(m * t.pitch);
+                    for v in 0..NV {
+                        acc[v] = acc[v].fma(value, row[v]);
+                    }
+                }
+                x = x.add(1);
+                w = w.add(NV * 16);
+            }
+        }
+        acc
+    }
+}
+
+#[inline(always)]
+unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(t: &Tile) {
+    // SAFETY: by the contract of `run`.
+    unsafe {
+        let mut stack = [[[std::mem::MaybeUninit::<V>::uninit(); NV]; MR]; DEPTH];
+        for (n, program) in t.nodes.iter().enumerate() {
+            let out = t.out.add(n * t.node_pitch);
+            if let [Combine::Leaf(l)] = program[..] {
+                let acc = leaf::<V, MR, NV>(t, &t.channels[l]);
+                for (m, row) in acc.into_iter().enumerate() {
+                    store_row(row, out.add(m * t.out_pitch), t.columns);
+                }
+                continue;
+            }
+            let mut top = 0;
+            for c in program {
+                match *c {
+                    Combine::Leaf(l) => {
+                        let acc = leaf::<V, MR, NV>(t, &t.channels[l]);
+                        for m in 0..MR {
+                            for v in 0..NV {
+                                stack[top][m][v].write(acc[m][v]);
+                            }
+                        }
+                        top += 1;
+                    }
+                    Combine::Add => {
+                        for m in 0..MR {
+                            for v in 0..NV {
+                                let sum = stack[top - 2][m][v].assume_init().add(stack[top - 1][m][v].assume_init());
+                                stack[top - 2][m][v].write(sum);
+                            }
+                        }
+                        top -= 1;
+                    }
+                }
+            }
+            for m in 0..MR {
+                let row: [V; NV] = std::array::from_fn(|v| stack[0][m][v].assume_init());
+                store_row(row, out.add(m * t.out_pitch), t.columns);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+unsafe fn tile_avx512<const MR: usize, const NV: usize>(t: &Tile) {
+    // SAFETY: by the contract of `run`.
+    unsafe { tile::<x86::Avx512, MR, NV>(t) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,bmi2")]
+unsafe fn tile_avx2<const MR: usize, const NV: usize>(t: &Tile) {
+    // SAFETY: by the contract of `run`.
+    unsafe { tile::<x86::Avx2, MR, NV>(t) }
+}
+
+/// Columns of a panel for so many output channels.
+pub fn panel_width(isa: Isa, columns: usize) -> usize {
+    if isa == Isa::Avx512 && columns > 16 { 32 } else { 16 }
+}
+
+/// Computes `count` outputs of a panel of `width` columns, tile after tile.
+///
+/// # Safety
+/// `x`, `w` and `out` reach as far as the tile says; `isa` is the machine's.
+pub unsafe fn run(isa: Isa, width: usize, mut t: Tile, mut count: usize) {
+    debug_assert!(t.nodes.iter().all(|n| n.len() < 1 << DEPTH));
+    macro_rules! steps {
+        ($function:ident, $nv:literal, $($mr:literal),*) => {
+            // SAFETY: by this function's contract.
+            unsafe {
+                $(while count >= $mr {
+                    $function::<$mr, $nv>(&t);
+                    t.x = t.x.add($mr * t.pitch);
+                    t.out = t.out.add($mr * t.out_pitch);
+                    count -= $mr;
+                })*
+            }
+        };
+    }
+    match (isa, width) {
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, 32) => steps!(tile_avx512, 2, 14, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, _) => steps!(tile_avx512, 1, 14, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, _) => steps!(tile_avx2, 1, 6, 2, 1),
+        _ => steps!(tile_portable, 1, 4, 1),
+    }
+}
+
+unsafe fn tile_portable<const MR: usize, const NV: usize>(t: &Tile) {
+    // SAFETY: by the contract of `run`.
+    unsafe { tile::<Portable, MR, NV>(t) }
+}
