@@ -1,6 +1,7 @@
 //! Kernels of the CPU backend. All of them keep to exact mode: an element's bits depend on the program alone, never on
 //! the shard, the number of threads, the tile or the instruction set.
 
+pub mod contract;
 pub mod conv;
 pub mod isa;
 pub mod map;
@@ -8,3 +9,4 @@ pub mod math;
 pub mod reduce;
 pub mod tile;
 pub mod vm;
+pub mod weight_grad;
