@@ -2,87 +2,14 @@
 
 mod common;
 
-use common::{assert_gradients, evaluate, ramp};
+use common::{assert_close, assert_gradients, assert_layer_gradients, evaluate, program, ramp, run_f};
 use mesh::dim::{DType, Dim, Name, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, BatchNorm, Mode};
 use mesh::op::Reference;
-use mesh::program::{Program, ProgramBuilder};
+use mesh::program::ProgramBuilder;
 use mesh::reference::{self, Values};
 use ndarray::{Axis, array};
-
-/// A program with the function `f` of one `f32` input `x`, and variables that are all different.
-fn program(dims: &[Dim], build: impl Fn(&Graph, &Tensor) -> Tensor) -> (Program, Values) {
-    let mut p = ProgramBuilder::new();
-    p.function("f", |g| {
-        let x = g.input("x", DType::F32, dims);
-        let y = build(g, &x);
-        let weights = g.random_keyed(mesh::ops::source::Distribution::Uniform, &y.ty().dims, 99);
-        let loss = y.mul(&weights).sum_all();
-        let trainable = g.trainable();
-        let mut wrt = vec![&x];
-        wrt.extend(trainable.iter().map(|(_, t)| t));
-        let grads = g.gradients(&loss, &wrt);
-        g.output("y", &y);
-        g.output("loss", &loss);
-        g.output("d x", &grads[0]);
-        for ((id, _), grad) in trainable.iter().zip(&grads[1..]) {
-            g.output(format!("d {}", g.variable_name(*id)), grad);
-        }
-    })
-    .unwrap();
-    let p = p.finish().unwrap();
-    let variables = p.variables.iter().enumerate();
-    let values = variables.map(|(i, v)| (v.name.clone(), ramp(&v.ty.dims, 50 + i as u32).mapv(|v| v + 1.5))).collect();
-    (p, values)
-}
-
-fn run(p: &Program, x: &Reference, variables: &Values) -> Values {
-    let feeds = Values::from([(Name::from("x"), x.clone())]);
-    reference::run(p, p.function("f").unwrap(), &feeds, &mut variables.clone(), 1, 0)
-}
-
-/// Holds a layer's gradients by its input and by its variables against central differences.
-fn assert_layer_gradients(dims: &[Dim], x: Reference, build: impl Fn(&Graph, &Tensor) -> Tensor) {
-    let (p, variables) = program(dims, build);
-    let results = run(&p, &x, &variables);
-    let h = 1e-5;
-    let loss = |x: &Reference, variables: &Values| run(&p, x, variables)[&Name::from("loss")].sum();
-    let mut held = 0;
-    let mut hold = |what: &str, at: usize, difference: f64| {
-        let grad = results[&Name::from(format!("d {what}"))].iter().nth(at).copied().unwrap();
-        let close = (grad - difference).abs() <= 1e-5 * (1.0 + difference.abs());
-        assert!(close, "{what} {at}: gradient {grad}, difference quotient {difference}");
-        held += 1;
-    };
-    let moved = |a: &Reference, at: usize, by: f64| {
-        let mut a = a.clone();
-        a.iter_mut().skip(at).take(1).for_each(|v| *v += by);
-        a
-    };
-    for at in 0..x.len() {
-        let by = |h| loss(&moved(&x, at, h), &variables);
-        hold("x", at, (by(h) - by(-h)) / (2.0 * h));
-    }
-    for v in p.variables.iter().filter(|v| v.trainable) {
-        for at in 0..v.ty.elements() {
-            let by = |h| {
-                let mut variables = variables.clone();
-                let value = moved(&variables[&v.name], at, h);
-                variables.insert(v.name.clone(), value);
-                loss(&x, &variables)
-            };
-            hold(&v.name, at, (by(h) - by(-h)) / (2.0 * h));
-        }
-    }
-    assert_eq!(held, x.len() + p.parameters());
-}
-
-fn assert_close(a: &Reference, b: &Reference, tolerance: f64) {
-    assert_eq!(a.shape(), b.shape());
-    let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    assert!(worst <= tolerance, "off by {worst}\n{a}\n{b}");
-}
 
 fn volume() -> [Dim; 4] {
     [dim("batch", 2), dim("x", 3), dim("y", 2), dim("channel", 4)]
@@ -117,15 +44,15 @@ fn norms_have_mean_0_and_variance_1_over_their_dimensions_before_scale_and_bias(
     };
     let batch = |_: &Graph, x: &Tensor| nn::batch_norm(x, "n", "channel", &BatchNorm::default(), Mode::Train);
     let (p, v) = program(&d, batch);
-    assert_close(&run(&p, &x, &v)[&Name::from("y")], &affine(by_hand(&x, &[0, 1, 2], 1e-6), &v), 1e-9);
+    assert_close(&run_f(&p, &x, &v)[&Name::from("y")], &affine(by_hand(&x, &[0, 1, 2], 1e-6), &v), 1e-9);
     let (p, v) = program(&d, |_, x| nn::layer_norm(x, "n", &["channel"], 1e-3));
-    assert_close(&run(&p, &x, &v)[&Name::from("y")], &affine(by_hand(&x, &[3], 1e-3), &v), 1e-7);
+    assert_close(&run_f(&p, &x, &v)[&Name::from("y")], &affine(by_hand(&x, &[3], 1e-3), &v), 1e-7);
     let (p, v) = program(&d, |_, x| nn::instance_norm(x, "n", "channel", &["x", "y"], 1e-3));
-    assert_close(&run(&p, &x, &v)[&Name::from("y")], &affine(by_hand(&x, &[1, 2], 1e-3), &v), 1e-7);
+    assert_close(&run_f(&p, &x, &v)[&Name::from("y")], &affine(by_hand(&x, &[1, 2], 1e-3), &v), 1e-7);
     let (p, v) = program(&d, |_, x| nn::group_norm(x, "n", "channel", 2, &["x", "y"], 1e-3));
     let split = x.clone().into_shape_with_order(vec![2, 3, 2, 2, 2]).unwrap();
     let unit = by_hand(&split, &[1, 2, 4], 1e-3).into_shape_with_order(x.shape().to_vec()).unwrap();
-    assert_close(&run(&p, &x, &v)[&Name::from("y")], &affine(unit, &v), 1e-7);
+    assert_close(&run_f(&p, &x, &v)[&Name::from("y")], &affine(unit, &v), 1e-7);
 }
 
 #[test]
@@ -134,8 +61,8 @@ fn the_variance_is_a_mean_of_squared_distances_and_not_a_difference_of_large_num
     let build = |_: &Graph, x: &Tensor| nn::batch_norm(x, "n", "channel", &BatchNorm::default(), Mode::Train);
     let (p, v) = program(&d, build);
     let x = ramp(&d, 5);
-    let far = run(&p, &x.mapv(|v| v + 1e4), &v)[&Name::from("y")].clone();
-    assert_close(&far, &run(&p, &x, &v)[&Name::from("y")], 1e-9);
+    let far = run_f(&p, &x.mapv(|v| v + 1e4), &v)[&Name::from("y")].clone();
+    assert_close(&far, &run_f(&p, &x, &v)[&Name::from("y")], 1e-9);
     // In f32 as well: every reduction before the result takes x itself or the square of a difference.
     let f = p.function("f").unwrap();
     let name = |id: mesh::graph::NodeId| f.node(id).op.op().name();

@@ -6,6 +6,8 @@
 //! statistics, softmax and losses in f32.
 
 pub mod activation;
+pub mod conv;
+pub mod dense;
 pub mod dropout;
 pub mod init;
 pub mod loss;
@@ -13,6 +15,8 @@ pub mod metrics;
 pub mod norm;
 
 pub use activation::{gelu, gelu_tanh, leaky_relu, log_softmax, log_sum_exp, silu, softmax, softplus};
+pub use conv::{Kernel, Padding, conv, conv_transpose};
+pub use dense::{Dense, dense};
 pub use dropout::dropout;
 pub use loss::{cross_entropy, dice_loss, overlap, soft_dice_loss, weighted_mean};
 pub use metrics::{accuracy, arg_max};

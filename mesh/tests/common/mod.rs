@@ -4,7 +4,7 @@
 use mesh::dim::{DType, Dim, Name};
 use mesh::graph::{Graph, Tensor};
 use mesh::op::Reference;
-use mesh::program::ProgramBuilder;
+use mesh::program::{Program, ProgramBuilder};
 use mesh::reference::{self, Values};
 use mesh::rng::Stream;
 
@@ -64,4 +64,79 @@ pub fn assert_gradients(inputs: &[(&[Dim], Reference)], build: impl Fn(&Graph, &
             );
         }
     }
+}
+
+/// A program with the function `f` of one `f32` input `x`, and variables that are all different.
+pub fn program(dims: &[Dim], build: impl Fn(&Graph, &Tensor) -> Tensor) -> (Program, Values) {
+    let mut p = ProgramBuilder::new();
+    p.function("f", |g| {
+        let x = g.input("x", DType::F32, dims);
+        let y = build(g, &x);
+        let weights = g.random_keyed(mesh::ops::source::Distribution::Uniform, &y.ty().dims, 99);
+        let loss = y.mul(&weights).sum_all();
+        let trainable = g.trainable();
+        let mut wrt = vec![&x];
+        wrt.extend(trainable.iter().map(|(_, t)| t));
+        let grads = g.gradients(&loss, &wrt);
+        g.output("y", &y);
+        g.output("loss", &loss);
+        g.output("d x", &grads[0]);
+        for ((id, _), grad) in trainable.iter().zip(&grads[1..]) {
+            g.output(format!("d {}", g.variable_name(*id)), grad);
+        }
+    })
+    .unwrap();
+    let p = p.finish().unwrap();
+    let variables = p.variables.iter().enumerate();
+    let values = variables.map(|(i, v)| (v.name.clone(), ramp(&v.ty.dims, 50 + i as u32).mapv(|v| v + 1.5))).collect();
+    (p, values)
+}
+
+/// Runs its `f` on `x`, as step 0.
+pub fn run_f(p: &Program, x: &Reference, variables: &Values) -> Values {
+    let feeds = Values::from([(Name::from("x"), x.clone())]);
+    reference::run(p, p.function("f").unwrap(), &feeds, &mut variables.clone(), 1, 0)
+}
+
+/// Holds a layer's gradients by its input and by its variables against central differences.
+pub fn assert_layer_gradients(dims: &[Dim], x: Reference, build: impl Fn(&Graph, &Tensor) -> Tensor) {
+    let (p, variables) = program(dims, build);
+    let results = run_f(&p, &x, &variables);
+    let h = 1e-5;
+    let loss = |x: &Reference, variables: &Values| run_f(&p, x, variables)[&Name::from("loss")].sum();
+    let mut held = 0;
+    let mut hold = |what: &str, at: usize, difference: f64| {
+        let grad = results[&Name::from(format!("d {what}"))].iter().nth(at).copied().unwrap();
+        let close = (grad - difference).abs() <= 1e-5 * (1.0 + difference.abs());
+        assert!(close, "{what} {at}: gradient {grad}, difference quotient {difference}");
+        held += 1;
+    };
+    let moved = |a: &Reference, at: usize, by: f64| {
+        let mut a = a.clone();
+        a.iter_mut().skip(at).take(1).for_each(|v| *v += by);
+        a
+    };
+    for at in 0..x.len() {
+        let by = |h| loss(&moved(&x, at, h), &variables);
+        hold("x", at, (by(h) - by(-h)) / (2.0 * h));
+    }
+    for v in p.variables.iter().filter(|v| v.trainable) {
+        for at in 0..v.ty.elements() {
+            let by = |h| {
+                let mut variables = variables.clone();
+                let value = moved(&variables[&v.name], at, h);
+                variables.insert(v.name.clone(), value);
+                loss(&x, &variables)
+            };
+            hold(&v.name, at, (by(h) - by(-h)) / (2.0 * h));
+        }
+    }
+    assert_eq!(held, x.len() + p.parameters());
+}
+
+/// Holds two arrays to be the same but for `tolerance` in each element.
+pub fn assert_close(a: &Reference, b: &Reference, tolerance: f64) {
+    assert_eq!(a.shape(), b.shape());
+    let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(worst <= tolerance, "off by {worst}\n{a}\n{b}");
 }
