@@ -35,6 +35,28 @@ impl Array {
     pub fn scalar(value: f32) -> Array {
         Array::F32(ndarray::arr0(value).into_dyn())
     }
+    /// Its elements in row-major order, little-endian; a byte each for `bool`.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        match self {
+            Array::F32(a) => a.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Array::I32(a) => a.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Array::Bool(a) => a.iter().map(|v| u8::from(*v)).collect(),
+        }
+    }
+    /// The array of that shape whose elements are these bytes; None if their number is another one.
+    pub fn from_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Option<Array> {
+        let elements = shape.iter().try_fold(1usize, |n, s| n.checked_mul(*s))?;
+        if elements.checked_mul(dtype.bytes())? != bytes.len() {
+            return None;
+        }
+        let words = || bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+        Some(match dtype {
+            DType::F32 => Array::F32(ArrayD::from_shape_vec(shape, words().map(f32::from_le_bytes).collect()).ok()?),
+            DType::I32 => Array::I32(ArrayD::from_shape_vec(shape, words().map(i32::from_le_bytes).collect()).ok()?),
+            DType::Bool => Array::Bool(ArrayD::from_shape_vec(shape, bytes.iter().map(|b| *b != 0).collect()).ok()?),
+            DType::Bf16 => return None,
+        })
+    }
     /// The `f32` array, if it is one.
     pub fn as_f32(&self) -> Option<&ArrayD<f32>> {
         match self {

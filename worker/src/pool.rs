@@ -34,7 +34,7 @@ type Job = *const (dyn Fn(usize, &mut Workspace) + Sync);
 
 struct Shared {
     job: UnsafeCell<Option<Job>>,
-    /// Raised by one for every job; odd jobs do not exist, the last value means "stop".
+    /// Raised by one for every job; [`STOP`] ends the helpers.
     epoch: AtomicUsize,
     tasks: AtomicUsize,
     next: AtomicUsize,

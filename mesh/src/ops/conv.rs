@@ -308,7 +308,16 @@ impl Op for ConvWeightGrad {
         x[1].dims[..x[1].dims.len() - 1].to_vec()
     }
     fn needs(&self, i: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
-        if i == 0 { self.conv.ranges(at, inputs[0], false) } else { at.of(inputs[1]) }
+        if i == 1 {
+            return at.of(inputs[1]);
+        }
+        let r = self.conv.ranges(at, inputs[0], false);
+        if self.conv.groups == 1 {
+            return r;
+        }
+        // The filter's input channels are those of one group, the input's are those of all.
+        let all = inputs[0].size_of(&self.conv.input).unwrap_or(0);
+        r.with(&self.conv.input, 0..all)
     }
     fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
         if self.conv.groups > 1 { vec![self.conv.input.clone(), self.conv.output.clone()] } else { vec![] }

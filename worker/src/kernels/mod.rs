@@ -3,9 +3,12 @@
 
 pub mod contract;
 pub mod conv;
+pub mod copy;
 pub mod isa;
+pub mod kernel;
 pub mod map;
 pub mod math;
+pub mod max_pool;
 pub mod reduce;
 pub mod tile;
 pub mod vm;

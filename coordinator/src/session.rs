@@ -1,0 +1,217 @@
+//! A session: a program planned for a mesh and running on it, driven step by step from the model program.
+
+use crate::error::{Failure, feed};
+use mesh::array::Array;
+use mesh::dim::Name;
+use mesh::error::nearest;
+use mesh::layout::{Layout, Mesh};
+use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
+use mesh::program::Program;
+use worker::device::zeros;
+use worker::embedded::EmbeddedMesh;
+use worker::kernels::kernel::CpuBackend;
+
+/// Where and how a program runs. None of it changes a bit of the results, but for the seed.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The mesh; a single device as given here.
+    pub mesh: Mesh,
+    /// Which dimension is split over which axis.
+    pub layout: Layout,
+    /// Devices there are, if that is to be checked against the mesh.
+    pub devices: Option<usize>,
+    /// Threads of each device; None for the machine's cores shared out, at least one each.
+    pub threads: Option<usize>,
+    /// Bytes that each device may use; None for no limit.
+    pub memory: Option<usize>,
+    /// Seed of every random number of the run.
+    pub seed: u64,
+}
+
+impl Options {
+    /// Threads of each device.
+    pub fn threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        self.threads.unwrap_or(cores / self.mesh.size().max(1)).max(1)
+    }
+
+    /// The plan of a program under these options.
+    pub fn plan(&self, program: &Program) -> Result<ProgramPlan, mesh::error::Error> {
+        let options = PlanOptions { memory: self.memory, devices: self.devices };
+        plan_program(program, &self.mesh, &self.layout, &options, &CpuBackend { threads: self.threads() })
+    }
+}
+
+/// A device's memory in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Peak {
+    /// What the plan says.
+    pub peak_bytes_predicted: usize,
+    /// What was in use so far at the most.
+    pub peak_bytes_measured: usize,
+}
+
+/// A function of a session, looked up once; steps use it without names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FunctionId(usize);
+
+/// A program that runs on a mesh.
+pub struct Session {
+    program: Program,
+    plan: ProgramPlan,
+    mesh: EmbeddedMesh,
+    seed: u64,
+}
+
+impl Session {
+    /// Plans a program for a mesh inside this process, loads it and sets its variables to their start.
+    ///
+    /// # Errors
+    /// A layout that does not fit the program or the mesh, a plan over the memory allowed: before anything runs.
+    pub fn embedded(program: Program, options: &Options) -> Result<Session, Failure> {
+        let plan = options.plan(&program)?;
+        let mesh = EmbeddedMesh::new(&plan, options.threads(), options.seed)?;
+        let mut session = Session { program, plan, mesh, seed: options.seed };
+        let init = session.function("init")?;
+        session.step(init, 0)?;
+        Ok(session)
+    }
+
+    /// The program.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+    /// Its plan.
+    pub fn plan(&self) -> &ProgramPlan {
+        &self.plan
+    }
+    /// Seed of the run.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Looks a function up.
+    pub fn function(&self, name: &str) -> Result<FunctionId, Failure> {
+        self.program.function(name)?;
+        self.mesh
+            .device(0)
+            .function(name)
+            .map(FunctionId)
+            .ok_or_else(|| Failure::Mesh(format!("`{name}` is not loaded")))
+    }
+
+    fn device_plan(&self, f: FunctionId) -> &mesh::plan::DevicePlan {
+        // Functions are numbered in the order of the plan's map.
+        &self.plan.functions.values().nth(f.0).expect("made by `function`")[0]
+    }
+
+    /// Feeds an array to a function; it stays until another one is fed or another function runs.
+    ///
+    /// # Errors
+    /// A name that is no feed of the function, an array of another shape or dtype.
+    pub fn feed(&mut self, f: FunctionId, name: &str, array: &Array) -> Result<(), Failure> {
+        let inputs = &self.device_plan(f).inputs;
+        let Some(index) = inputs.iter().position(|(n, _, _)| **n == *name) else {
+            let near = nearest(name, inputs.iter().map(|(n, _, _)| &**n));
+            let help = near.map_or("see the program's inputs".into(), |n| format!("did you mean `{n}`?"));
+            return Err(feed(format!("the function takes no feed `{name}`"), help));
+        };
+        let ty = &inputs[index].1.ty;
+        if array.dtype() != ty.dtype || array.shape() != ty.shape() {
+            let what = format!("feed `{name}` is {ty}, and was given {} of shape {:?}", array.dtype(), array.shape());
+            return Err(feed(what, "give an array of that type, its dimensions in that order"));
+        }
+        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).feed(f.0, index, array));
+        Ok(())
+    }
+
+    /// Runs a function as step `step`, with what was fed. Allocates nothing.
+    pub fn step(&mut self, f: FunctionId, step: u32) -> Result<(), Failure> {
+        self.mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()))
+    }
+
+    /// A result of the function that ran last.
+    pub fn fetch(&self, f: FunctionId, name: &str) -> Result<Array, Failure> {
+        let outputs = &self.device_plan(f).outputs;
+        let Some(index) = outputs.iter().position(|(n, _, _)| **n == *name) else {
+            let near = nearest(name, outputs.iter().map(|(n, _, _)| &**n));
+            let help = near.map_or("see the program's outputs".into(), |n| format!("did you mean `{n}`?"));
+            return Err(feed(format!("the function has no result `{name}`"), help));
+        };
+        let mut array = zeros(&outputs[index].1);
+        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).fetch(f.0, index, &mut array));
+        Ok(array)
+    }
+
+    /// Feeds, runs and fetches everything: the convenient way.
+    pub fn run(&mut self, function: &str, step: u32, feeds: &[(&str, &Array)]) -> Result<Vec<(Name, Array)>, Failure> {
+        let f = self.function(function)?;
+        for (name, _, _) in &self.device_plan(f).inputs {
+            if !feeds.iter().any(|(n, _)| *n == &**name) {
+                return Err(feed(format!("`{function}` is not fed `{name}`"), "feed an array for each input"));
+            }
+        }
+        for (name, array) in feeds {
+            self.feed(f, name, array)?;
+        }
+        self.step(f, step)?;
+        let names: Vec<Name> = self.device_plan(f).outputs.iter().map(|(n, _, _)| n.clone()).collect();
+        names.into_iter().map(|n| Ok((n.clone(), self.fetch(f, &n)?))).collect()
+    }
+
+    fn variable_index(&self, name: &str) -> Result<usize, Failure> {
+        self.program.variable(name).map(|v| v.index()).ok_or_else(|| {
+            let near = nearest(name, self.program.variables.iter().map(|v| &*v.name));
+            let help = near.map_or("see the program's variables".into(), |n| format!("did you mean `{n}`?"));
+            feed(format!("the program has no variable `{name}`"), help)
+        })
+    }
+
+    /// A variable's value, whole.
+    pub fn variable(&self, name: &str) -> Result<Array, Failure> {
+        let index = self.variable_index(name)?;
+        let mut array = zeros(&self.plan.variables[0][index].0);
+        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).variable(index, &mut array));
+        Ok(array)
+    }
+
+    /// Sets a variable.
+    pub fn set_variable(&mut self, name: &str, array: &Array) -> Result<(), Failure> {
+        let index = self.variable_index(name)?;
+        let ty = &self.program.variables[index].ty;
+        if array.dtype() != ty.dtype || array.shape() != ty.shape() {
+            let what = format!("variable `{name}` is {ty}, and was given {} {:?}", array.dtype(), array.shape());
+            return Err(feed(what, "give an array of that type"));
+        }
+        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).set_variable(index, array));
+        Ok(())
+    }
+
+    /// BLAKE3 over all variables and optimizer slots, unsharded: by name, of name, type and bytes.
+    pub fn variables_hash(&self) -> Result<String, Failure> {
+        let mut names: Vec<&Name> = self.program.variables.iter().map(|v| &v.name).collect();
+        names.sort();
+        let mut hasher = blake3::Hasher::new();
+        for name in names {
+            let array = self.variable(name)?;
+            hasher.update(name.as_bytes()).update(format!("{}{:?}", array.dtype(), array.shape()).as_bytes());
+            hasher.update(&array.to_bytes());
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Predicted and measured memory of each device.
+    pub fn peaks(&self) -> Vec<Peak> {
+        (0..self.mesh.size())
+            .map(|d| Peak {
+                peak_bytes_predicted: self.plan.peak_bytes(d),
+                peak_bytes_measured: self.mesh.device(d).peak_bytes(),
+            })
+            .collect()
+    }
+
+    /// Seconds spent by device 0 in each kind of step since the last call; measures from the first call on.
+    pub fn profile(&self) -> Vec<(Name, f64)> {
+        self.mesh.device(0).profile()
+    }
+}

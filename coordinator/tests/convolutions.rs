@@ -1,0 +1,123 @@
+//! Convolutions of every kind, forward and both gradients: near the reference, and the same bits however they are split.
+
+mod common;
+
+use common::{f32s, program, same_everywhere};
+use mesh::dim::{Dim, dim};
+use mesh::ops::conv::{Conv, ConvTranspose};
+use mesh::ops::window::Window;
+use mesh::rng::Stream;
+
+/// A draw from `0 .. below`, in order.
+struct Draws(Stream, u64);
+
+impl Draws {
+    fn new(seed: u64) -> Draws {
+        Draws(Stream { seed, step: 0, key: 1 }, 0)
+    }
+    fn below(&mut self, below: usize) -> usize {
+        self.1 += 1;
+        ((self.0.uniform(self.1) * below as f32) as usize).min(below - 1)
+    }
+}
+
+const NAMES: [&str; 3] = ["x", "y", "z"];
+
+fn window(draw: &mut Draws, name: &str, n: usize, kernel: usize) -> Window {
+    let (stride, dilation) = (1 + draw.below(3), 1 + draw.below(2));
+    let span = (kernel - 1) * dilation + 1;
+    match draw.below(3) {
+        0 => Window::same(name, n, kernel, stride, dilation),
+        1 if span <= n => Window::valid(name, kernel, stride).dilated(dilation),
+        _ => Window::padded(name, kernel, stride, draw.below(span), draw.below(span)).dilated(dilation),
+    }
+}
+
+/// `count` convolutions over `axes` dimensions, each on layouts that split 1, 2 or 3 of them (and the channels).
+fn convolutions(seed: u64, axes: usize, count: usize, kernel: usize, size: usize, transposed: bool) {
+    let mut draw = Draws::new(seed);
+    let mut done = 0;
+    while done < count {
+        let groups = [1, 1, 1, 2][draw.below(4)];
+        let (ci, co) = (groups * (1 + draw.below(3)), groups * (1 + draw.below(20)));
+        let sizes: Vec<usize> = (0..axes).map(|_| 1 + draw.below(size)).collect();
+        let windows: Vec<Window> = (0..axes)
+            .map(|a| {
+                let k = 1 + draw.below(kernel);
+                window(&mut draw, NAMES[a], sizes[a], k)
+            })
+            .collect();
+        let outputs: Vec<usize> = windows.iter().zip(&sizes).map(|(w, n)| w.outputs(*n)).collect();
+        let padded = |w: &Window| w.lo >= w.span() || w.hi >= w.span();
+        if outputs.contains(&0) || windows.iter().any(padded) {
+            continue;
+        }
+        let op = Conv { windows: windows.clone(), input: "ci".into(), output: "co".into(), groups };
+        let batch = dim("batch", 1 + draw.below(3));
+        let tensor = |sizes: &[usize], channel: Dim| -> Vec<Dim> {
+            let space = sizes.iter().zip(NAMES).map(|(n, d)| dim(d, *n));
+            [batch.clone()].into_iter().chain(space).chain([channel]).collect()
+        };
+        let x = if transposed { tensor(&outputs, dim("co", co)) } else { tensor(&sizes, dim("ci", ci)) };
+        let taps = windows.iter().map(|w| dim(format!("k.{}", w.dim), w.size));
+        let filter: Vec<Dim> = taps.chain([dim("ci", ci / groups), dim("co", co)]).collect();
+        let feeds = [f32s(&x, 1), f32s(&filter, 2)];
+        let p = program(&feeds, true, |_, t| match transposed {
+            true => t[0].conv_transpose(&t[1], &ConvTranspose { conv: op.clone(), sizes: sizes.clone() }),
+            false => t[0].conv(&t[1], &op),
+        });
+        // One layout of one axis, one of all axes; as many shards as both sides of the convolution have chunks.
+        let most = |a: usize| sizes[a].min(outputs[a]).min(8);
+        let mut layouts: Vec<(String, String)> = Vec::new();
+        let a = draw.below(axes);
+        let shards = 2 + draw.below(3);
+        if most(a) >= shards {
+            layouts.push((format!("m={shards}"), format!("{}:m", NAMES[a])));
+        }
+        let (mut mesh, mut rules) = (vec![], vec![]);
+        for (a, name) in NAMES.iter().enumerate().take(axes) {
+            let shards = (2 + draw.below(2)).min(most(a));
+            if shards > 1 {
+                mesh.push(format!("m{name}={shards}"));
+                rules.push(format!("{name}:m{name}"));
+            }
+        }
+        if axes > 1 && mesh.len() > 1 {
+            layouts.push((mesh.join(","), rules.join(",")));
+        }
+        if draw.below(4) == 0 && batch.size > 1 {
+            layouts.push(("b=2".into(), "batch:b".into()));
+        }
+        if draw.below(4) == 0 && groups == 1 && ci > 1 && co > 1 {
+            layouts.push(("c=2".into(), if draw.below(2) == 0 { "ci:c" } else { "co:c" }.into()));
+        }
+        if layouts.is_empty() {
+            continue;
+        }
+        let layouts: Vec<(&str, &str)> = layouts.iter().map(|(m, l)| (m.as_str(), l.as_str())).collect();
+        same_everywhere(&format!("{op:?} on {sizes:?}, batch {}", batch.size), &p, &feeds, &layouts, 1e-4);
+        done += 1;
+    }
+}
+
+#[test]
+fn convolutions_over_one_dimension() {
+    convolutions(1, 1, 1200, 7, 17, false);
+}
+
+#[test]
+fn convolutions_over_two_dimensions() {
+    convolutions(2, 2, 700, 7, 17, false);
+}
+
+#[test]
+fn convolutions_over_three_dimensions() {
+    convolutions(3, 3, 250, 5, 9, false);
+}
+
+#[test]
+fn transposed_convolutions() {
+    convolutions(4, 1, 300, 4, 17, true);
+    convolutions(5, 2, 100, 4, 12, true);
+    convolutions(6, 3, 60, 3, 7, true);
+}

@@ -1,0 +1,260 @@
+//! Exchanges and all-reduces over a [`Transport`].
+
+use crate::kernels::copy::CopyPlan;
+use crate::kernels::math;
+use crate::pool::Pool;
+use crate::transport::{Transport, TransportError};
+use mesh::chunk::Finish;
+use mesh::dim::DType;
+use mesh::ops::reduce::ReduceFn;
+use mesh::plan::{AllReduce, Exchange, Message, Wire};
+
+/// A message with its packing prepared.
+struct Mail {
+    peer: usize,
+    bytes: usize,
+    at: Place,
+}
+
+enum Place {
+    /// Offset in the tensor.
+    Tensor(usize),
+    /// Offset in the scratch, and the copy between there and the tensor.
+    Scratch(usize, CopyPlan),
+}
+
+impl Mail {
+    fn new(m: &Message, element: usize) -> Mail {
+        let at = match &m.at {
+            Wire::InPlace(offset) => Place::Tensor(*offset),
+            Wire::Staged { scratch, copy } => Place::Scratch(*scratch, CopyPlan::new(copy, element)),
+        };
+        Mail { peer: m.peer, bytes: m.bytes, at }
+    }
+}
+
+/// Boxes that move between devices, prepared.
+pub struct ExchangePlan {
+    local: Vec<CopyPlan>,
+    sends: Vec<Mail>,
+    recvs: Vec<Mail>,
+}
+
+impl ExchangePlan {
+    /// Prepares an exchange.
+    pub fn new(work: &Exchange) -> ExchangePlan {
+        ExchangePlan {
+            local: work.local.iter().map(|c| CopyPlan::new(c, work.element)).collect(),
+            sends: work.sends.iter().map(|m| Mail::new(m, work.element)).collect(),
+            recvs: work.recvs.iter().map(|m| Mail::new(m, work.element)).collect(),
+        }
+    }
+
+    /// Runs it. What stays on the device is copied while messages are on their way.
+    ///
+    /// # Safety
+    /// Input, output and scratch are buffers as large as the work says, which do not overlap.
+    pub unsafe fn run(
+        &self,
+        pool: &Pool,
+        transport: &mut dyn Transport,
+        input: *const u8,
+        output: *mut u8,
+        scratch: *mut u8,
+    ) -> Result<(), TransportError> {
+        // SAFETY: by this function's contract; what is posted stays as it is until `finish`.
+        unsafe {
+            for m in &self.sends {
+                let from = match &m.at {
+                    Place::Tensor(offset) => input.add(*offset),
+                    Place::Scratch(offset, copy) => {
+                        copy.run(pool, input, scratch.add(*offset));
+                        scratch.add(*offset)
+                    }
+                };
+                transport.send(m.peer, from, m.bytes)?;
+            }
+            for m in &self.recvs {
+                let to = match &m.at {
+                    Place::Tensor(offset) => output.add(*offset),
+                    Place::Scratch(offset, _) => scratch.add(*offset),
+                };
+                transport.recv(m.peer, to, m.bytes)?;
+            }
+            for copy in &self.local {
+                copy.run(pool, input, output);
+            }
+            transport.finish()?;
+            for m in &self.recvs {
+                if let Place::Scratch(offset, copy) = &m.at {
+                    copy.run(pool, scratch.add(*offset), output);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An all-reduce, prepared.
+pub struct AllReducePlan {
+    work: AllReduce,
+    /// By participant: its first node in the scratch, in parts of the segment's length.
+    first: Vec<usize>,
+}
+
+/// Results on the stack at a time: a tree over owners is no deeper.
+const DEPTH: usize = 64;
+/// Elements combined at a time, so that the stack stays in the first-level cache.
+const BLOCK: usize = 64;
+
+impl AllReducePlan {
+    /// Prepares an all-reduce.
+    pub fn new(work: &AllReduce) -> AllReducePlan {
+        let mut next = 0;
+        let first = (0..work.devices.len())
+            .map(|p| {
+                let at = next;
+                next += if p == work.me { 0 } else { work.nodes[p] };
+                at
+            })
+            .collect();
+        AllReducePlan { work: work.clone(), first }
+    }
+
+    /// Runs it: `input` is `[nodes, elements]`, `output` is `[elements]`.
+    ///
+    /// # Safety
+    /// Input, output and scratch are buffers as large as the work says, which do not overlap.
+    pub unsafe fn run(
+        &self,
+        pool: &Pool,
+        transport: &mut dyn Transport,
+        input: *const u8,
+        output: *mut u8,
+        scratch: *mut u8,
+    ) -> Result<(), TransportError> {
+        let w = &self.work;
+        let size = w.dtype.bytes();
+        let own = w.segment(w.me);
+        let others = || (0..w.devices.len()).filter(|p| *p != w.me);
+        // SAFETY: by this function's contract; what is posted stays as it is until `finish`.
+        unsafe {
+            for p in others() {
+                let segment = w.segment(p);
+                for node in 0..w.nodes[w.me] {
+                    let from = input.add((node * w.elements + segment.start) * size);
+                    transport.send(w.devices[p], from, segment.len() * size)?;
+                }
+            }
+            for p in others() {
+                for node in 0..w.nodes[p] {
+                    let to = scratch.add((self.first[p] + node) * own.len() * size);
+                    transport.recv(w.devices[p], to, own.len() * size)?;
+                }
+            }
+            transport.finish()?;
+            let parts = Parts { plan: self, input, scratch };
+            let result = output.add(own.start * size);
+            match w.dtype {
+                DType::I32 => parts.combine(result.cast(), pool, integer(w.f)),
+                DType::Bool => parts.combine(result, pool, truth(w.f)),
+                DType::F32 | DType::Bf16 => parts.combine(result.cast(), pool, real(w.f)),
+            }
+            if w.segmented {
+                for p in others() {
+                    transport.send(w.devices[p], result, own.len() * size)?;
+                    let segment = w.segment(p);
+                    transport.recv(w.devices[p], output.add(segment.start * size), segment.len() * size)?;
+                }
+                transport.finish()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn real(f: ReduceFn) -> fn(f32, f32) -> f32 {
+    match f {
+        ReduceFn::Sum => |a, b| a + b,
+        ReduceFn::Max => math::max,
+        ReduceFn::Min => math::min,
+    }
+}
+
+fn integer(f: ReduceFn) -> fn(i32, i32) -> i32 {
+    match f {
+        ReduceFn::Sum => i32::wrapping_add,
+        ReduceFn::Max => i32::max,
+        ReduceFn::Min => i32::min,
+    }
+}
+
+fn truth(f: ReduceFn) -> fn(u8, u8) -> u8 {
+    match f {
+        ReduceFn::Sum | ReduceFn::Max => |a, b| a | b,
+        ReduceFn::Min => |a, b| a & b,
+    }
+}
+
+/// What the participants hold of the segment that this device finishes.
+#[derive(Clone, Copy)]
+struct Parts<'a> {
+    plan: &'a AllReducePlan,
+    input: *const u8,
+    scratch: *const u8,
+}
+// SAFETY: tasks only read the parts.
+unsafe impl Sync for Parts<'_> {}
+
+#[derive(Clone, Copy)]
+struct Output<T>(*mut T);
+// SAFETY: tasks write disjoint elements.
+unsafe impl<T> Sync for Output<T> {}
+
+impl Parts<'_> {
+    /// Combines the parts along the tree, block by block of elements.
+    unsafe fn combine<T: Copy + Default>(&self, output: *mut T, pool: &Pool, f: fn(T, T) -> T) {
+        let output = Output(output);
+        let blocks = self.plan.work.segment(self.plan.work.me).len().div_ceil(BLOCK);
+        let tasks = if blocks < 64 { 1 } else { pool.threads() };
+        pool.run(tasks, &|t, _| {
+            // The wrappers, not the pointers inside, are shared with the tasks.
+            let (parts, output) = (*self, &output);
+            for b in blocks * t / tasks..blocks * (t + 1) / tasks {
+                // SAFETY: by the contract of `AllReducePlan::run`; blocks are disjoint.
+                unsafe { parts.block(b * BLOCK, output.0, f) };
+            }
+        });
+    }
+
+    unsafe fn block<T: Copy + Default>(&self, at: usize, output: *mut T, f: fn(T, T) -> T) {
+        let w = &self.plan.work;
+        let own = w.segment(w.me);
+        let n = BLOCK.min(own.len() - at);
+        let mut stack = [[T::default(); BLOCK]; DEPTH];
+        let mut top = 0;
+        for step in &w.order {
+            match *step {
+                Finish::Take { owner, node } => {
+                    // SAFETY: a participant's nodes have a segment's elements each.
+                    unsafe {
+                        let part = if owner == w.me {
+                            self.input.cast::<T>().add(node * w.elements + own.start)
+                        } else {
+                            self.scratch.cast::<T>().add((self.plan.first[owner] + node) * own.len())
+                        };
+                        std::ptr::copy_nonoverlapping(part.add(at), stack[top].as_mut_ptr(), n);
+                    }
+                    top += 1;
+                }
+                Finish::Combine => {
+                    let (a, b) = stack.split_at_mut(top - 1);
+                    a[top - 2][..n].iter_mut().zip(&b[0][..n]).for_each(|(a, b)| *a = f(*a, *b));
+                    top -= 1;
+                }
+            }
+        }
+        // SAFETY: the output has a segment's elements.
+        unsafe { std::ptr::copy_nonoverlapping(stack[0].as_ptr(), output.add(at), n) };
+    }
+}

@@ -1,0 +1,309 @@
+//! A device: an arena, a group of threads, and the prepared steps of every function.
+//!
+//! A step's kernel and the addresses of its operands are worked out when the plan is loaded. The step loop walks a
+//! list: nothing is allocated, planned or looked up by name in it.
+
+use crate::kernels::kernel::{Kernel, Operands};
+use crate::kernels::vm::StepContext;
+use crate::pool::{Pool, WORKSPACE_BYTES};
+use crate::transport::{Transport, TransportError};
+use mesh::array::Array;
+use mesh::dim::{DType, Name};
+use mesh::plan::{ALIGN, Buffer, DevicePlan, Part, ProgramPlan};
+use ndarray::{ArrayD, ArrayViewMutD, IxDyn, SliceInfoElem};
+use std::alloc::Layout;
+use std::sync::Arc;
+
+/// A device's memory: one block, as large as the plan says, and a guard behind it that no kernel may touch.
+pub struct Arena {
+    memory: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: an arena is plain memory; who may touch which part of it when is the plan's business: a device's own steps,
+// and a peer that receives from it between `send` and `finish`.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
+
+const GUARD_BYTES: usize = 4096;
+const GUARD: u8 = 0xa5;
+
+impl Arena {
+    fn layout(bytes: usize) -> Option<Layout> {
+        Layout::from_size_align(bytes.checked_add(GUARD_BYTES)?, ALIGN).ok()
+    }
+
+    /// An arena of `bytes` zeros; None if the machine does not have them.
+    fn new(bytes: usize) -> Option<Arena> {
+        // SAFETY: the layout is not empty, for the guard is not.
+        let memory = unsafe { std::alloc::alloc_zeroed(Arena::layout(bytes)?) };
+        if memory.is_null() {
+            return None;
+        }
+        // SAFETY: the guard lies at the end of the block.
+        unsafe { std::ptr::write_bytes(memory.add(bytes), GUARD, GUARD_BYTES) };
+        Some(Arena { memory, bytes })
+    }
+
+    fn at(&self, buffer: Buffer) -> *mut u8 {
+        assert!(buffer.offset + buffer.bytes <= self.bytes, "a buffer outside the arena");
+        // SAFETY: inside the block.
+        unsafe { self.memory.add(buffer.offset) }
+    }
+
+    /// Whether nobody wrote behind the end.
+    pub fn guarded(&self) -> bool {
+        // SAFETY: the guard lies at the end of the block and is written by `new` only.
+        let guard = unsafe { std::slice::from_raw_parts(self.memory.add(self.bytes), GUARD_BYTES) };
+        guard.iter().all(|b| *b == GUARD)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if let Some(layout) = Arena::layout(self.bytes) {
+            // SAFETY: allocated by `new` with this layout.
+            unsafe { std::alloc::dealloc(self.memory, layout) };
+        }
+    }
+}
+
+/// A step, ready to run.
+struct Step {
+    kernel: Kernel,
+    inputs: Vec<*const u8>,
+    outputs: Vec<*mut u8>,
+    output_bytes: usize,
+    scratch: *mut u8,
+    /// End of the last buffer that it touches.
+    end: usize,
+    label: Name,
+}
+
+/// A function, ready to run.
+struct Function {
+    steps: Vec<Step>,
+    inputs: Vec<(Name, Part, Buffer)>,
+    outputs: Vec<(Name, Part, Buffer)>,
+}
+
+/// A device.
+pub struct Device {
+    pool: Pool,
+    arena: Arc<Arena>,
+    transport: Box<dyn Transport>,
+    variables: Vec<(Part, Buffer)>,
+    functions: Vec<(Name, Function)>,
+    seed: u64,
+    /// End of the last byte of the arena that steps have touched so far.
+    touched: usize,
+    /// Seconds spent in each kind of step, if asked for.
+    profile: Option<Vec<(Name, f64)>>,
+}
+
+// SAFETY: the addresses in the steps lie in the arena, which the device keeps alive.
+unsafe impl Send for Device {}
+
+/// What a device cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Not enough memory.
+    #[error(
+        "W0003: the machine has no {bytes} bytes for device {device}; use a smaller model or volume, or more machines"
+    )]
+    Memory {
+        /// The device.
+        device: usize,
+        /// What its plan needs.
+        bytes: usize,
+    },
+    /// Something between devices.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}
+
+impl Device {
+    /// Loads device `index` of a plan.
+    pub fn new(
+        plan: &ProgramPlan,
+        index: usize,
+        transport: Box<dyn Transport>,
+        threads: usize,
+        seed: u64,
+    ) -> Result<Device, DeviceError> {
+        let bytes = plan.arena_bytes(index);
+        let arena = Arena::new(bytes).ok_or(DeviceError::Memory { device: index, bytes })?;
+        let functions = plan.functions.iter().map(|(n, f)| (n.clone(), prepare(&arena, &f[index]))).collect();
+        let variables = plan.variables[index].clone();
+        let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
+        Ok(Device {
+            pool: Pool::new(threads),
+            arena: Arc::new(arena),
+            transport,
+            variables,
+            functions,
+            seed,
+            touched,
+            profile: None,
+        })
+    }
+
+    /// The memory, which must outlive every device that may receive from this one.
+    pub fn arena(&self) -> Arc<Arena> {
+        self.arena.clone()
+    }
+
+    /// Index of a function, to run it by.
+    pub fn function(&self, name: &str) -> Option<usize> {
+        self.functions.iter().position(|(n, _)| **n == *name)
+    }
+
+    /// Runs a function as step `step`.
+    ///
+    /// # Errors
+    /// A transport that fails; every other device is told.
+    pub fn run(&mut self, function: usize, step: u32) -> Result<(), DeviceError> {
+        let cx = StepContext { seed: self.seed, step };
+        for s in &self.functions[function].1.steps {
+            let operands =
+                Operands { inputs: &s.inputs, outputs: &s.outputs, output_bytes: s.output_bytes, scratch: s.scratch };
+            let begun = self.profile.is_some().then(std::time::Instant::now);
+            // SAFETY: the addresses are the plan's buffers, which overlap only as the plan allows.
+            let done = unsafe { s.kernel.run(&self.pool, &mut *self.transport, &operands, cx) };
+            if let Err(e) = done {
+                self.transport.abort(&format!("{}: {e}", s.label));
+                return Err(e.into());
+            }
+            self.touched = self.touched.max(s.end);
+            if let (Some(begun), Some(profile)) = (begun, &mut self.profile) {
+                let seconds = begun.elapsed().as_secs_f64();
+                match profile.iter_mut().find(|(n, _)| *n == s.label) {
+                    Some((_, t)) => *t += seconds,
+                    None => profile.push((s.label.clone(), seconds)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells every other device that this one has failed.
+    pub fn abort(&mut self, reason: &str) {
+        self.transport.abort(reason);
+    }
+
+    /// Starts to measure how long steps take, by kind; gives what was measured so far.
+    pub fn profile(&mut self) -> Vec<(Name, f64)> {
+        self.profile.replace(vec![]).unwrap_or_default()
+    }
+
+    /// Bytes of memory in use so far at the most: the arena up to the last byte that a step touched, and the
+    /// workspaces of the threads.
+    pub fn peak_bytes(&self) -> usize {
+        debug_assert!(self.arena.guarded(), "a kernel wrote behind the arena");
+        self.touched.next_multiple_of(ALIGN) + self.pool.threads() * WORKSPACE_BYTES
+    }
+
+    /// Copies what this device holds of feed `index` out of the whole array.
+    pub fn feed(&mut self, function: usize, index: usize, array: &Array) {
+        let (_, part, buffer) = &self.functions[function].1.inputs[index];
+        self.touched = self.touched.max(buffer.offset + buffer.bytes);
+        self.write(part, *buffer, array);
+    }
+
+    /// Copies what this device holds of fetch `index` into the whole array.
+    pub fn fetch(&self, function: usize, index: usize, array: &mut Array) {
+        let (_, part, buffer) = &self.functions[function].1.outputs[index];
+        self.read(part, *buffer, array);
+    }
+
+    /// Copies what this device holds of a variable out of the whole array.
+    pub fn set_variable(&mut self, index: usize, array: &Array) {
+        let (part, buffer) = &self.variables[index];
+        self.write(part, *buffer, array);
+    }
+
+    /// Copies what this device holds of a variable into the whole array.
+    pub fn variable(&self, index: usize, array: &mut Array) {
+        let (part, buffer) = &self.variables[index];
+        self.read(part, *buffer, array);
+    }
+
+    fn write(&self, part: &Part, buffer: Buffer, array: &Array) {
+        let to = self.arena.at(buffer);
+        // SAFETY: the buffer is this part's and no step runs now.
+        unsafe {
+            match array {
+                Array::F32(a) => held::<f32>(part, to).assign(&a.slice_each(part)),
+                Array::I32(a) => held::<i32>(part, to).assign(&a.slice_each(part)),
+                Array::Bool(a) => held::<u8>(part, to).assign(&a.mapv(u8::from).slice_each(part)),
+            }
+        }
+    }
+
+    fn read(&self, part: &Part, buffer: Buffer, array: &mut Array) {
+        let from = self.arena.at(buffer);
+        // SAFETY: the buffer is this part's and no step runs now.
+        unsafe {
+            match array {
+                Array::F32(a) => a.slice_each_mut(part).assign(&held::<f32>(part, from)),
+                Array::I32(a) => a.slice_each_mut(part).assign(&held::<i32>(part, from)),
+                Array::Bool(a) => a.slice_each_mut(part).assign(&held::<u8>(part, from).mapv(|b| b != 0)),
+            }
+        }
+    }
+}
+
+/// The memory of a part as an array.
+///
+/// # Safety
+/// The part's elements lie at `memory`, and nobody else touches them while the array is in use.
+unsafe fn held<'a, T>(part: &Part, memory: *mut u8) -> ArrayViewMutD<'a, T> {
+    // SAFETY: by this function's contract; buffers are aligned to more than any element.
+    unsafe { ArrayViewMutD::from_shape_ptr(IxDyn(&part.region.shape()), memory.cast()) }
+}
+
+/// The region of a part, as a view of the whole array.
+trait SliceEach<T> {
+    fn slice_each(&self, part: &Part) -> ndarray::ArrayViewD<'_, T>;
+    fn slice_each_mut(&mut self, part: &Part) -> ArrayViewMutD<'_, T>;
+}
+
+impl<T> SliceEach<T> for ArrayD<T> {
+    fn slice_each(&self, part: &Part) -> ndarray::ArrayViewD<'_, T> {
+        self.slice(ranges(part).as_slice())
+    }
+    fn slice_each_mut(&mut self, part: &Part) -> ArrayViewMutD<'_, T> {
+        self.slice_mut(ranges(part).as_slice())
+    }
+}
+
+fn ranges(part: &Part) -> Vec<SliceInfoElem> {
+    part.region.0.iter().map(|(_, r)| SliceInfoElem::from(r.start..r.end)).collect()
+}
+
+/// An array of zeros of a tensor's type.
+pub fn zeros(part: &Part) -> Array {
+    let shape = IxDyn(&part.ty.shape());
+    match part.ty.dtype {
+        DType::I32 => Array::I32(ArrayD::zeros(shape)),
+        DType::Bool => Array::Bool(ArrayD::from_elem(shape, false)),
+        DType::F32 | DType::Bf16 => Array::F32(ArrayD::zeros(shape)),
+    }
+}
+
+fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
+    let steps = plan.steps.iter().map(|s| {
+        let buffers = s.inputs.iter().chain(&s.outputs).chain([&s.scratch]);
+        Step {
+            kernel: Kernel::new(&s.work),
+            inputs: s.inputs.iter().map(|b| arena.at(*b).cast_const()).collect(),
+            outputs: s.outputs.iter().map(|b| arena.at(*b)).collect(),
+            output_bytes: s.outputs.first().map_or(0, |b| b.bytes),
+            scratch: arena.at(s.scratch),
+            end: buffers.map(|b| b.offset + b.bytes).max().unwrap_or(0),
+            label: s.label.op.clone(),
+        }
+    });
+    Function { steps: steps.collect(), inputs: plan.inputs.clone(), outputs: plan.outputs.clone() }
+}

@@ -1,0 +1,148 @@
+//! A mesh inside one process: a thread for each device, memory shared between them.
+
+use crate::device::{Arena, Device, DeviceError};
+use crate::transport::InProcess;
+use mesh::plan::ProgramPlan;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// What the devices' threads are to do next.
+#[derive(Clone, Copy)]
+enum Order {
+    Run { function: usize, step: u32 },
+    Stop,
+}
+
+struct Board {
+    /// Raised by one for every order.
+    round: u64,
+    order: Order,
+    /// Devices that are still at it.
+    busy: usize,
+    failure: Option<String>,
+}
+
+struct Shared {
+    board: Mutex<Board>,
+    posted: Condvar,
+    done: Condvar,
+    devices: Vec<Mutex<Device>>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The devices of a mesh, each with a thread that drives it.
+pub struct EmbeddedMesh {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// Kept until every thread has stopped: a device may read a peer's memory while it receives.
+    _arenas: Vec<Arc<Arena>>,
+}
+
+/// A device failed; the mesh is of no use any more.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("W0004: {0}")]
+pub struct MeshFailure(pub String);
+
+impl EmbeddedMesh {
+    /// Loads a plan on as many devices as its mesh has, with `threads` threads each.
+    pub fn new(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<EmbeddedMesh, DeviceError> {
+        let ends = InProcess::mesh(plan.mesh.size());
+        let devices: Vec<Device> = ends
+            .into_iter()
+            .enumerate()
+            .map(|(d, end)| Device::new(plan, d, Box::new(end), threads, seed))
+            .collect::<Result<_, _>>()?;
+        let arenas = devices.iter().map(Device::arena).collect();
+        let shared = Arc::new(Shared {
+            board: Mutex::new(Board { round: 0, order: Order::Stop, busy: 0, failure: None }),
+            posted: Condvar::new(),
+            done: Condvar::new(),
+            devices: devices.into_iter().map(Mutex::new).collect(),
+        });
+        let threads = (0..plan.mesh.size())
+            .map(|d| {
+                let shared = shared.clone();
+                std::thread::spawn(move || drive(&shared, d))
+            })
+            .collect();
+        Ok(EmbeddedMesh { shared, threads, _arenas: arenas })
+    }
+
+    /// Runs a function, by its index ([`Device::function`]), on every device, and waits for all of them.
+    pub fn run(&mut self, function: usize, step: u32) -> Result<(), MeshFailure> {
+        let mut board = lock(&self.shared.board);
+        if let Some(failure) = &board.failure {
+            return Err(MeshFailure(failure.clone()));
+        }
+        board.round += 1;
+        board.order = Order::Run { function, step };
+        board.busy = self.threads.len();
+        self.shared.posted.notify_all();
+        while board.busy > 0 {
+            board = self.shared.done.wait(board).unwrap_or_else(PoisonError::into_inner);
+        }
+        board.failure.clone().map_or(Ok(()), |f| Err(MeshFailure(f)))
+    }
+
+    /// A device, between runs.
+    pub fn device(&self, index: usize) -> MutexGuard<'_, Device> {
+        lock(&self.shared.devices[index])
+    }
+
+    /// Number of devices.
+    pub fn size(&self) -> usize {
+        self.shared.devices.len()
+    }
+}
+
+fn drive(shared: &Shared, index: usize) {
+    let mut seen = 0;
+    loop {
+        let order = {
+            let mut board = lock(&shared.board);
+            while board.round == seen {
+                board = shared.posted.wait(board).unwrap_or_else(PoisonError::into_inner);
+            }
+            seen = board.round;
+            board.order
+        };
+        let Order::Run { function, step } = order else { return };
+        let mut device = lock(&shared.devices[index]);
+        let failure = match catch_unwind(AssertUnwindSafe(|| device.run(function, step))) {
+            Ok(Ok(())) => None,
+            Ok(Err(e)) => Some(e.to_string()),
+            Err(_) => {
+                device.abort("a kernel panicked");
+                Some(format!("a kernel of device {index} panicked"))
+            }
+        };
+        drop(device);
+        let mut board = lock(&shared.board);
+        if let Some(f) = failure {
+            board.failure.get_or_insert(f);
+        }
+        board.busy -= 1;
+        if board.busy == 0 {
+            shared.done.notify_all();
+        }
+    }
+}
+
+impl Drop for EmbeddedMesh {
+    fn drop(&mut self) {
+        {
+            let mut board = lock(&self.shared.board);
+            board.round += 1;
+            board.order = Order::Stop;
+        }
+        self.shared.posted.notify_all();
+        for t in self.threads.drain(..) {
+            // Failures were reported by `run`.
+            let _ = t.join();
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! The kernel of a step: which of the kernels here does a piece of work, prepared once and run every step.
+
+use super::contract::ContractPlan;
+use super::conv::ConvPlan;
+use super::copy::CopiesPlan;
+use super::map::MapPlan;
+use super::max_pool::MaxPoolPlan;
+use super::reduce::ReducePlan;
+use super::vm::StepContext;
+use super::weight_grad::WeightGradPlan;
+use crate::collective::{AllReducePlan, ExchangePlan};
+use crate::pool::{Pool, WORKSPACE_BYTES};
+use crate::transport::{Transport, TransportError};
+use mesh::plan::{Backend, Work};
+
+/// A prepared piece of work.
+pub enum Kernel {
+    /// Fused elementwise loop.
+    Map(MapPlan),
+    /// Fused reduction.
+    Reduce(ReducePlan),
+    /// Convolution, forward or transposed.
+    Conv(Box<ConvPlan>),
+    /// Gradient of a convolution's weights.
+    WeightGrad(Box<WeightGradPlan>),
+    /// Sum of products.
+    Contract(Box<ContractPlan>),
+    /// Max pooling or its gradient.
+    MaxPool(MaxPoolPlan),
+    /// Copies within the device.
+    Copies(CopiesPlan),
+    /// Boxes between devices.
+    Exchange(ExchangePlan),
+    /// A sum that several devices hold parts of.
+    AllReduce(AllReducePlan),
+}
+
+/// Where a step's operands lie.
+pub struct Operands<'a> {
+    /// Inputs, in the work's order.
+    pub inputs: &'a [*const u8],
+    /// Results.
+    pub outputs: &'a [*mut u8],
+    /// Bytes of the first result's buffer.
+    pub output_bytes: usize,
+    /// Room for intermediate results.
+    pub scratch: *mut u8,
+}
+
+impl Kernel {
+    /// Prepares a piece of work.
+    pub fn new(work: &Work) -> Kernel {
+        match work {
+            Work::Map(nest) => Kernel::Map(MapPlan::new(nest)),
+            Work::Reduce(r) => Kernel::Reduce(ReducePlan::new(r)),
+            Work::Copy(c) => Kernel::Copies(CopiesPlan::new(c)),
+            Work::Exchange(e) => Kernel::Exchange(ExchangePlan::new(e)),
+            Work::AllReduce(a) => Kernel::AllReduce(AllReducePlan::new(a)),
+            Work::Op(op) => ConvPlan::new(op)
+                .map(|p| Kernel::Conv(Box::new(p)))
+                .or_else(|| WeightGradPlan::new(op).map(|p| Kernel::WeightGrad(Box::new(p))))
+                .or_else(|| ContractPlan::new(op).map(|p| Kernel::Contract(Box::new(p))))
+                .or_else(|| MaxPoolPlan::new(op).map(Kernel::MaxPool))
+                .unwrap_or_else(|| unreachable!("{} is planned as a loop, a copy or a kernel", op.op.op().name())),
+        }
+    }
+
+    /// Bytes of scratch that it needs.
+    pub fn scratch_bytes(&self) -> usize {
+        match self {
+            Kernel::Reduce(p) => p.scratch_bytes(),
+            Kernel::Conv(p) => p.scratch_bytes(),
+            Kernel::WeightGrad(p) => p.scratch_bytes(),
+            Kernel::Contract(p) => p.scratch_bytes(),
+            Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Copies(_) => 0,
+            // The planner works these out itself.
+            Kernel::Exchange(_) | Kernel::AllReduce(_) => 0,
+        }
+    }
+
+    /// Runs it.
+    ///
+    /// # Safety
+    /// Operands are buffers as large as the work says; they overlap only where the plan lets a map write in place.
+    pub unsafe fn run(
+        &self,
+        pool: &Pool,
+        transport: &mut dyn Transport,
+        o: &Operands,
+        cx: StepContext,
+    ) -> Result<(), TransportError> {
+        let (inputs, out, scratch) = (o.inputs, o.outputs[0], o.scratch);
+        // SAFETY: by this function's contract.
+        unsafe {
+            match self {
+                Kernel::Map(p) => p.run(pool, inputs, o.outputs, cx),
+                Kernel::Reduce(p) => p.run(pool, inputs, o.outputs, scratch, cx),
+                Kernel::Conv(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
+                Kernel::WeightGrad(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
+                Kernel::Contract(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
+                Kernel::MaxPool(p) => p.run(pool, inputs, out),
+                Kernel::Copies(p) => p.run(pool, inputs, out, o.output_bytes),
+                Kernel::Exchange(p) => return p.run(pool, transport, inputs[0], out, scratch),
+                Kernel::AllReduce(p) => return p.run(pool, transport, inputs[0], out, scratch),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The CPU backend: what the planner needs to know of these kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuBackend {
+    /// Threads of each device.
+    pub threads: usize,
+}
+
+impl Backend for CpuBackend {
+    fn scratch_bytes(&self, work: &Work) -> usize {
+        Kernel::new(work).scratch_bytes()
+    }
+    fn workspace_bytes(&self) -> usize {
+        self.threads * WORKSPACE_BYTES
+    }
+}
