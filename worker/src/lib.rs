@@ -8,8 +8,10 @@
 //! | [`collective`] | exchanges and all-reduces, over any transport |
 //! | [`transport`] | how bytes move between devices |
 //! | [`pool`] | a device's threads |
+//! | [`data`] | readers and writers of volumes |
 
 pub mod collective;
+pub mod data;
 pub mod device;
 pub mod embedded;
 pub mod kernels;

@@ -7,6 +7,7 @@
 
 mod body;
 mod copies;
+pub mod describe;
 mod exchange;
 mod function;
 pub mod fuse;
