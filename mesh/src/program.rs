@@ -152,6 +152,11 @@ impl Function {
     pub fn flops(&self) -> u64 {
         self.nodes.iter().map(|n| n.op.op().flops(&self.input_types(n), &n.ty)).sum()
     }
+    /// Those of its convolutions and contractions.
+    pub fn product_flops(&self) -> u64 {
+        let products = self.nodes.iter().filter(|n| n.op.is_product());
+        products.map(|n| n.op.op().flops(&self.input_types(n), &n.ty)).sum()
+    }
 }
 
 /// A finished program.

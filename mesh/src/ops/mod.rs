@@ -28,6 +28,12 @@ macro_rules! table {
                 match self { $(Prim::$variant(op) => op),* }
             }
         }
+        impl Prim {
+            /// Whether it is a sum of products: what most of a network's arithmetic is.
+            pub fn is_product(&self) -> bool {
+                matches!(self, Prim::Contract(_) | Prim::Conv(_) | Prim::ConvTranspose(_) | Prim::ConvWeightGrad(_))
+            }
+        }
         $(impl From<$ty> for Prim {
             fn from(op: $ty) -> Prim { Prim::$variant(op) }
         })*
