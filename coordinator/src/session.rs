@@ -210,7 +210,7 @@ impl Session {
             .collect()
     }
 
-    /// Seconds spent by device 0 in each kind of step since the last call; measures from the first call on.
+    /// Seconds spent by device 0 in the steps of each op and scope since the last call; measures from the first call on.
     pub fn profile(&self) -> Vec<(Name, f64)> {
         self.mesh.device(0).profile()
     }
