@@ -5,7 +5,7 @@
 
 use crate::kernels::kernel::{Kernel, Operands};
 use crate::kernels::vm::StepContext;
-use crate::pool::{Pool, WORKSPACE_BYTES};
+use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
 use crate::transport::{Transport, TransportError};
 use mesh::array::Array;
 use mesh::dim::{DType, Name};
@@ -130,6 +130,7 @@ impl Device {
         index: usize,
         transport: Box<dyn Transport>,
         threads: usize,
+        cores: Option<Cores>,
         seed: u64,
     ) -> Result<Device, DeviceError> {
         let bytes = plan.arena_bytes(index);
@@ -138,7 +139,7 @@ impl Device {
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         Ok(Device {
-            pool: Pool::new(threads),
+            pool: Pool::new(threads, cores),
             arena: Arc::new(arena),
             transport,
             variables,

@@ -1,6 +1,7 @@
 //! A mesh inside one process: a thread for each device, memory shared between them.
 
 use crate::device::{Arena, Device, DeviceError};
+use crate::pool::Cores;
 use crate::transport::InProcess;
 use mesh::plan::ProgramPlan;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -50,11 +51,12 @@ pub struct MeshFailure(pub String);
 impl EmbeddedMesh {
     /// Loads a plan on as many devices as its mesh has, with `threads` threads each.
     pub fn new(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<EmbeddedMesh, DeviceError> {
-        let ends = InProcess::mesh(plan.mesh.size());
+        let size = plan.mesh.size();
+        let ends = InProcess::mesh(size);
         let devices: Vec<Device> = ends
             .into_iter()
             .enumerate()
-            .map(|(d, end)| Device::new(plan, d, Box::new(end), threads, seed))
+            .map(|(d, end)| Device::new(plan, d, Box::new(end), threads, Cores::of(d, size, threads), seed))
             .collect::<Result<_, _>>()?;
         let arenas = devices.iter().map(Device::arena).collect();
         let shared = Arc::new(Shared {
@@ -63,10 +65,13 @@ impl EmbeddedMesh {
             done: Condvar::new(),
             devices: devices.into_iter().map(Mutex::new).collect(),
         });
-        let threads = (0..plan.mesh.size())
+        let threads = (0..size)
             .map(|d| {
-                let shared = shared.clone();
-                std::thread::spawn(move || drive(&shared, d))
+                let (shared, cores) = (shared.clone(), Cores::of(d, size, threads));
+                std::thread::spawn(move || {
+                    cores.iter().for_each(|c| c.pin(0));
+                    drive(&shared, d)
+                })
             })
             .collect();
         Ok(EmbeddedMesh { shared, threads, _arenas: arenas })
