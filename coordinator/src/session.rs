@@ -8,7 +8,7 @@ use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
 use worker::device::zeros;
-use worker::embedded::EmbeddedMesh;
+use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
 
 /// Where and how a program runs. None of it changes a bit of the results, but for the seed.
@@ -59,7 +59,7 @@ pub struct FunctionId(usize);
 pub struct Session {
     program: Program,
     plan: ProgramPlan,
-    mesh: EmbeddedMesh,
+    mesh: DeviceGroup,
     seed: u64,
 }
 
@@ -70,7 +70,7 @@ impl Session {
     /// A layout that does not fit the program or the mesh, a plan over the memory allowed: before anything runs.
     pub fn embedded(program: Program, options: &Options) -> Result<Session, Failure> {
         let plan = options.plan(&program)?;
-        let mesh = EmbeddedMesh::new(&plan, options.threads(), options.seed)?;
+        let mesh = DeviceGroup::embedded(&plan, options.threads(), options.seed)?;
         let mut session = Session { program, plan, mesh, seed: options.seed };
         let init = session.function("init")?;
         session.step(init, 0)?;
