@@ -19,7 +19,7 @@ use crate::op::Op;
 macro_rules! table {
     ($($(#[$doc:meta])* $variant:ident($ty:ty)),* $(,)?) => {
         /// An op: the closed set that programs consist of.
-        #[derive(Clone, Debug, PartialEq)]
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
         pub enum Prim { $($(#[$doc])* $variant($ty)),* }
 
         impl Prim {
