@@ -7,7 +7,6 @@ use mesh::error::nearest;
 use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
-use worker::device::zeros;
 use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
 
@@ -138,7 +137,7 @@ impl Session {
             let help = near.map_or("see the program's outputs".into(), |n| format!("did you mean `{n}`?"));
             return Err(feed(format!("the function has no result `{name}`"), help));
         };
-        let mut array = zeros(&outputs[index].1);
+        let mut array = Array::zeros(outputs[index].1.ty.dtype, &outputs[index].1.ty.shape());
         (0..self.mesh.size()).for_each(|d| self.mesh.device(d).fetch(f.0, index, &mut array));
         Ok(array)
     }
@@ -170,7 +169,7 @@ impl Session {
     /// A variable's value, whole.
     pub fn variable(&self, name: &str) -> Result<Array, Failure> {
         let index = self.variable_index(name)?;
-        let mut array = zeros(&self.plan.variables[0][index].0);
+        let mut array = Array::zeros(self.program.variables[index].ty.dtype, &self.program.variables[index].ty.shape());
         (0..self.mesh.size()).for_each(|d| self.mesh.device(d).variable(index, &mut array));
         Ok(array)
     }

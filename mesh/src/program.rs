@@ -168,7 +168,9 @@ impl Function {
             let variable = |v: VarId| variables.get(v.index()).map(|v| &v.ty);
             match &node.op {
                 Prim::Read(r) if variable(r.var) != Some(&r.ty) => return wrong("reads a variable of another type"),
-                Prim::Assign(a) if variable(a.var) != Some(types[0]) => return wrong("sets a variable of another type"),
+                Prim::Assign(a) if variable(a.var) != Some(types[0]) => {
+                    return wrong("sets a variable of another type");
+                }
                 _ => {}
             }
             let ty = node.op.op().infer(&types).map_err(|r| format!("node {i}, {}", r.message))?;

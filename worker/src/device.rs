@@ -8,9 +8,9 @@ use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
 use crate::transport::{Transport, TransportError};
 use mesh::array::Array;
-use mesh::dim::{DType, Name};
+use mesh::dim::Name;
 use mesh::plan::{ALIGN, Buffer, DevicePlan, Part, ProgramPlan};
-use ndarray::{ArrayD, ArrayViewMutD, IxDyn, SliceInfoElem};
+use ndarray::{ArrayViewMutD, IxDyn, SliceInfoElem};
 use std::alloc::Layout;
 use std::sync::Arc;
 
@@ -205,54 +205,62 @@ impl Device {
         self.touched.next_multiple_of(ALIGN) + self.pool.threads() * WORKSPACE_BYTES
     }
 
-    /// Copies what this device holds of feed `index` out of the whole array.
+    /// Copies what this device holds of feed `index` out of the whole array, or out of an array of just that.
     pub fn feed(&mut self, function: usize, index: usize, array: &Array) {
         let (_, part, buffer) = &self.functions[function].1.inputs[index];
         self.touched = self.touched.max(buffer.offset + buffer.bytes);
         self.write(part, *buffer, array);
     }
 
-    /// Copies what this device holds of fetch `index` into the whole array.
+    /// Copies what this device holds of fetch `index` into the whole array, or into an array of just that.
     pub fn fetch(&self, function: usize, index: usize, array: &mut Array) {
         let (_, part, buffer) = &self.functions[function].1.outputs[index];
         self.read(part, *buffer, array);
     }
 
-    /// Copies what this device holds of a variable out of the whole array.
+    /// Copies what this device holds of a variable out of the whole array, or out of an array of just that.
     pub fn set_variable(&mut self, index: usize, array: &Array) {
         let (part, buffer) = &self.variables[index];
         self.write(part, *buffer, array);
     }
 
-    /// Copies what this device holds of a variable into the whole array.
+    /// Copies what this device holds of a variable into the whole array, or into an array of just that.
     pub fn variable(&self, index: usize, array: &mut Array) {
         let (part, buffer) = &self.variables[index];
         self.read(part, *buffer, array);
     }
 
+    /// The array is the whole tensor or just the part.
     fn write(&self, part: &Part, buffer: Buffer, array: &Array) {
-        let to = self.arena.at(buffer);
+        let (to, at) = (self.arena.at(buffer), place(part, array));
         // SAFETY: the buffer is this part's and no step runs now.
         unsafe {
             match array {
-                Array::F32(a) => held::<f32>(part, to).assign(&a.slice_each(part)),
-                Array::I32(a) => held::<i32>(part, to).assign(&a.slice_each(part)),
-                Array::Bool(a) => held::<u8>(part, to).assign(&a.mapv(u8::from).slice_each(part)),
+                Array::F32(a) => held::<f32>(part, to).assign(&a.slice(at.as_slice())),
+                Array::I32(a) => held::<i32>(part, to).assign(&a.slice(at.as_slice())),
+                Array::Bool(a) => held::<u8>(part, to).assign(&a.slice(at.as_slice()).mapv(u8::from)),
             }
         }
     }
 
+    /// The array is the whole tensor or just the part.
     fn read(&self, part: &Part, buffer: Buffer, array: &mut Array) {
-        let from = self.arena.at(buffer);
+        let (from, at) = (self.arena.at(buffer), place(part, array));
         // SAFETY: the buffer is this part's and no step runs now.
         unsafe {
             match array {
-                Array::F32(a) => a.slice_each_mut(part).assign(&held::<f32>(part, from)),
-                Array::I32(a) => a.slice_each_mut(part).assign(&held::<i32>(part, from)),
-                Array::Bool(a) => a.slice_each_mut(part).assign(&held::<u8>(part, from).mapv(|b| b != 0)),
+                Array::F32(a) => a.slice_mut(at.as_slice()).assign(&held::<f32>(part, from)),
+                Array::I32(a) => a.slice_mut(at.as_slice()).assign(&held::<i32>(part, from)),
+                Array::Bool(a) => a.slice_mut(at.as_slice()).assign(&held::<u8>(part, from).mapv(|b| b != 0)),
             }
         }
     }
+}
+
+/// Where a part lies in an array that holds the whole tensor, or the part alone.
+fn place(part: &Part, array: &Array) -> Vec<SliceInfoElem> {
+    let alone = array.shape() == part.region.shape();
+    part.region.0.iter().map(|(_, r)| SliceInfoElem::from(if alone { 0..r.len() } else { r.start..r.end })).collect()
 }
 
 /// The memory of a part as an array.
@@ -262,35 +270,6 @@ impl Device {
 unsafe fn held<'a, T>(part: &Part, memory: *mut u8) -> ArrayViewMutD<'a, T> {
     // SAFETY: by this function's contract; buffers are aligned to more than any element.
     unsafe { ArrayViewMutD::from_shape_ptr(IxDyn(&part.region.shape()), memory.cast()) }
-}
-
-/// The region of a part, as a view of the whole array.
-trait SliceEach<T> {
-    fn slice_each(&self, part: &Part) -> ndarray::ArrayViewD<'_, T>;
-    fn slice_each_mut(&mut self, part: &Part) -> ArrayViewMutD<'_, T>;
-}
-
-impl<T> SliceEach<T> for ArrayD<T> {
-    fn slice_each(&self, part: &Part) -> ndarray::ArrayViewD<'_, T> {
-        self.slice(ranges(part).as_slice())
-    }
-    fn slice_each_mut(&mut self, part: &Part) -> ArrayViewMutD<'_, T> {
-        self.slice_mut(ranges(part).as_slice())
-    }
-}
-
-fn ranges(part: &Part) -> Vec<SliceInfoElem> {
-    part.region.0.iter().map(|(_, r)| SliceInfoElem::from(r.start..r.end)).collect()
-}
-
-/// An array of zeros of a tensor's type.
-pub fn zeros(part: &Part) -> Array {
-    let shape = IxDyn(&part.ty.shape());
-    match part.ty.dtype {
-        DType::I32 => Array::I32(ArrayD::zeros(shape)),
-        DType::Bool => Array::Bool(ArrayD::from_elem(shape, false)),
-        DType::F32 | DType::Bf16 => Array::F32(ArrayD::zeros(shape)),
-    }
 }
 
 fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
