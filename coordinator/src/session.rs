@@ -8,7 +8,7 @@ use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
 use worker::device::zeros;
-use worker::embedded::EmbeddedMesh;
+use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
 
 /// Where and how a program runs. None of it changes a bit of the results, but for the seed.
@@ -59,7 +59,7 @@ pub struct FunctionId(usize);
 pub struct Session {
     program: Program,
     plan: ProgramPlan,
-    mesh: EmbeddedMesh,
+    mesh: DeviceGroup,
     seed: u64,
 }
 
@@ -70,7 +70,7 @@ impl Session {
     /// A layout that does not fit the program or the mesh, a plan over the memory allowed: before anything runs.
     pub fn embedded(program: Program, options: &Options) -> Result<Session, Failure> {
         let plan = options.plan(&program)?;
-        let mesh = EmbeddedMesh::new(&plan, options.threads(), options.seed)?;
+        let mesh = DeviceGroup::embedded(&plan, options.threads(), options.seed)?;
         let mut session = Session { program, plan, mesh, seed: options.seed };
         let init = session.function("init")?;
         session.step(init, 0)?;
@@ -210,7 +210,7 @@ impl Session {
             .collect()
     }
 
-    /// Seconds spent by device 0 in each kind of step since the last call; measures from the first call on.
+    /// Seconds spent by device 0 in the steps of each op and scope since the last call; measures from the first call on.
     pub fn profile(&self) -> Vec<(Name, f64)> {
         self.mesh.device(0).profile()
     }

@@ -185,6 +185,12 @@ pub enum Cause {
         /// What to do.
         help: String,
     },
+    /// A program from outside that breaks a rule which the builder keeps.
+    #[error("the program that was sent is not valid: {what}")]
+    Invalid {
+        /// Which.
+        what: String,
+    },
     /// Not there yet in this version.
     #[error("{what} is not supported yet")]
     NotYet {
@@ -204,6 +210,7 @@ impl Cause {
             Cause::TwiceNamed { .. } => "P0003",
             Cause::Feed { .. } => "P0004",
             Cause::NotYet { .. } => "P0005",
+            Cause::Invalid { .. } => "P0006",
             Cause::Syntax { .. } => "L0001",
             Cause::UnknownAxis { .. } => "L0002",
             Cause::UnknownDimension { .. } => "L0003",
@@ -222,6 +229,7 @@ impl Cause {
             Cause::Op { refusal, .. } => refusal.help.clone(),
             Cause::VariableType { .. } => "give one of them another name or scope".into(),
             Cause::TwiceNamed { .. } => "give one of them another name".into(),
+            Cause::Invalid { .. } => "send what a `ProgramBuilder` of this version has finished".into(),
             Cause::Feed { help, .. } | Cause::NotYet { help, .. } => help.clone(),
             Cause::Syntax { .. } => String::new(),
             Cause::UnknownAxis { nearest: n, .. } => {

@@ -5,7 +5,7 @@
 
 use crate::kernels::kernel::{Kernel, Operands};
 use crate::kernels::vm::StepContext;
-use crate::pool::{Pool, WORKSPACE_BYTES};
+use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
 use crate::transport::{Transport, TransportError};
 use mesh::array::Array;
 use mesh::dim::{DType, Name};
@@ -98,7 +98,7 @@ pub struct Device {
     seed: u64,
     /// End of the last byte of the arena that steps have touched so far.
     touched: usize,
-    /// Seconds spent in each kind of step, if asked for.
+    /// Seconds spent in the steps of each op and scope, if asked for.
     profile: Option<Vec<(Name, f64)>>,
 }
 
@@ -130,6 +130,7 @@ impl Device {
         index: usize,
         transport: Box<dyn Transport>,
         threads: usize,
+        cores: Option<Cores>,
         seed: u64,
     ) -> Result<Device, DeviceError> {
         let bytes = plan.arena_bytes(index);
@@ -138,7 +139,7 @@ impl Device {
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         Ok(Device {
-            pool: Pool::new(threads),
+            pool: Pool::new(threads, cores),
             arena: Arc::new(arena),
             transport,
             variables,
@@ -192,7 +193,7 @@ impl Device {
         self.transport.abort(reason);
     }
 
-    /// Starts to measure how long steps take, by kind; gives what was measured so far.
+    /// Starts to measure how long steps take, by op and scope (`conv encoder.0/conv.0`); gives the seconds measured so far.
     pub fn profile(&mut self) -> Vec<(Name, f64)> {
         self.profile.replace(vec![]).unwrap_or_default()
     }
@@ -302,7 +303,7 @@ fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
             output_bytes: s.outputs.first().map_or(0, |b| b.bytes),
             scratch: arena.at(s.scratch),
             end: buffers.map(|b| b.offset + b.bytes).max().unwrap_or(0),
-            label: s.label.op.clone(),
+            label: format!("{} {}", s.label.op, s.label.scope).trim_end().into(),
         }
     });
     Function { steps: steps.collect(), inputs: plan.inputs.clone(), outputs: plan.outputs.clone() }

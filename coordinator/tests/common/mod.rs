@@ -73,7 +73,7 @@ pub fn run(p: &Program, feeds: &[(Vec<Dim>, Array)], mesh: &str, layout: &str, t
     out
 }
 
-fn wide(a: &Array) -> Reference {
+pub fn wide(a: &Array) -> Reference {
     match a {
         Array::F32(a) => a.mapv(f64::from),
         Array::I32(a) => a.mapv(f64::from),

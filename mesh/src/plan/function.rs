@@ -153,7 +153,9 @@ impl Planner<'_> {
         for (var, v) in &spmd.reads {
             self.homes.insert(*v, Home::Variable(*var));
         }
+        // What was fed stays for the steps to come.
         for (_, v) in &spmd.inputs {
+            self.last.insert(*v, self.end());
             self.own(*v, 0);
         }
         let mut made: HashMap<ValueId, usize> = HashMap::new();
