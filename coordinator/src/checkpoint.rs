@@ -120,10 +120,12 @@ pub fn save(session: &Session, dir: &Path, position: &Position, keep: usize) -> 
         Ok(())
     };
     write().map_err(|e| failed("write", &target, e))?;
-    let mut all = list(dir);
-    while all.len() > keep.max(1) {
+    // Later steps are left from before a resume: damaged, or of a course that this run has not taken.
+    let (kept, mut gone): (Vec<_>, Vec<_>) = list(dir).into_iter().partition(|p| *p <= target);
+    gone.extend(kept.iter().take(kept.len().saturating_sub(keep.max(1))).cloned());
+    for path in gone {
         // One that cannot be deleted does no harm.
-        let _ = fs::remove_dir_all(all.remove(0));
+        let _ = fs::remove_dir_all(path);
     }
     Ok(target)
 }

@@ -54,6 +54,12 @@ pub fn refuse<T>(constraint: &'static str, message: impl Into<String>, help: imp
     Err(Refusal { constraint, message: message.into(), help: help.into() })
 }
 
+/// `1.5 KiB (1,536 bytes)`.
+fn amount(n: usize) -> String {
+    use crate::plan::describe::{bytes, thousands};
+    format!("{} ({} bytes)", bytes(n), thousands(n as u64))
+}
+
 /// The causes of an error.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Cause {
@@ -160,7 +166,7 @@ pub enum Cause {
         shards: usize,
     },
     /// The plan does not fit into the memory allowed.
-    #[error("device {device} needs {needed} bytes, but {budget} are allowed")]
+    #[error("device {device} needs {}, but may use {}", amount(*needed), amount(*budget))]
     OverMemory {
         /// The device with the highest need.
         device: usize,
@@ -237,12 +243,15 @@ impl Cause {
             Cause::MeshSize { devices, .. } => {
                 format!("make the axis sizes multiply to {devices}, or change the number of devices")
             }
+            Cause::MoreShardsThanChunks { chunks: 1, dim, axis, .. } => {
+                format!("do not split `{dim}`: leave the axis `{axis}` or its rule out")
+            }
             Cause::MoreShardsThanChunks { chunks, axis, .. } => {
                 format!("use a mesh with {axis}={chunks} or less, or do not split this dimension")
             }
             Cause::OverMemory { .. } => {
-                "split more dimensions over more devices, use a smaller crop or batch, put the large ones in a \
-                                         recompute region, or raise the budget"
+                "split more dimensions over more devices, use a smaller crop or batch, put the \
+                                         large ones in a recompute region, or raise the budget"
                     .into()
             }
         }
@@ -294,7 +303,7 @@ impl fmt::Display for Error {
         }
         if let Cause::OverMemory { largest, .. } = &self.cause {
             for (name, bytes, place) in largest {
-                write!(f, "\n  = {bytes} bytes: {name} ({place})")?;
+                write!(f, "\n  = {}: {name} ({place})", amount(*bytes))?;
             }
         }
         for n in &self.notes {
