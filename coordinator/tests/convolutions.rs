@@ -2,24 +2,10 @@
 
 mod common;
 
-use common::{f32s, program, same_everywhere};
+use common::{Draws, f32s, program, same_everywhere};
 use mesh::dim::{Dim, dim};
 use mesh::ops::conv::{Conv, ConvTranspose};
 use mesh::ops::window::Window;
-use mesh::rng::Stream;
-
-/// A draw from `0 .. below`, in order.
-struct Draws(Stream, u64);
-
-impl Draws {
-    fn new(seed: u64) -> Draws {
-        Draws(Stream { seed, step: 0, key: 1 }, 0)
-    }
-    fn below(&mut self, below: usize) -> usize {
-        self.1 += 1;
-        ((self.0.uniform(self.1) * below as f32) as usize).min(below - 1)
-    }
-}
 
 const NAMES: [&str; 3] = ["x", "y", "z"];
 

@@ -329,7 +329,10 @@ impl Op for ConvWeightGrad {
         r.with(&self.conv.input, 0..all)
     }
     fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
-        if self.conv.groups > 1 { vec![self.conv.input.clone(), self.conv.output.clone()] } else { vec![] }
+        // The taps are computed together: they read the same elements.
+        let taps = self.conv.windows.iter().map(|w| w.kernel());
+        let channels = [&self.conv.input, &self.conv.output].into_iter().filter(|_| self.conv.groups > 1).cloned();
+        taps.chain(channels).collect()
     }
     fn flops(&self, x: &[&Type], _: &Type) -> u64 {
         self.conv.flops(x[1], x[0].size_of(&self.conv.input).unwrap_or(0))

@@ -1,7 +1,8 @@
 //! `reduce`: the sum, maximum or minimum over dimensions.
 //!
 //! C1. Every reduced dimension is a dimension of the input, named once.
-//! C2. Sums take floats and `i32`, maxima and minima every dtype.
+//! C2. Sums take `f32` and `i32`, maxima and minima `bool` as well. `bf16` is reduced in `f32`, so that parts of a sum
+//!     that devices exchange are not rounded: the methods cast.
 
 use crate::dim::{DType, Dim, Name, Type};
 use crate::error::{Refusal, nearest, refuse};
@@ -60,6 +61,9 @@ impl Op for Reduce {
         if self.f == ReduceFn::Sum && x[0].dtype == DType::Bool {
             return refuse("C2", "cannot add up bools", "cast to f32 or i32 first");
         }
+        if x[0].dtype == DType::Bf16 {
+            return refuse("C2", "cannot reduce bf16", "cast to f32 first");
+        }
         Ok(x[0].without(&self.over))
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
@@ -105,7 +109,9 @@ impl Op for Reduce {
 impl Tensor {
     #[track_caller]
     fn reduce(&self, f: ReduceFn, over: &[&str]) -> Tensor {
-        self.apply(Reduce { f, over: over.iter().map(|&n| n.into()).collect() })
+        let dtype = self.ty().dtype;
+        let wide = if dtype == DType::Bf16 { self.cast(DType::F32) } else { self.clone() };
+        wide.apply(Reduce { f, over: over.iter().map(|&n| n.into()).collect() }).cast(dtype)
     }
     /// The sum over the dimensions named.
     #[track_caller]

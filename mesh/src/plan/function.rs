@@ -99,6 +99,7 @@ pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
         lives: vec![],
         last: HashMap::new(),
         copies: vec![],
+        kept: vec![],
     };
     p.uses();
     p.homes();
@@ -118,6 +119,8 @@ struct Planner<'a> {
     last: HashMap<ValueId, usize>,
     /// Assignments that need a copy at the end: value and variable.
     copies: Vec<(ValueId, VarId)>,
+    /// Results that are the old value of a variable which is set: they are copied out before that. Value and life.
+    kept: Vec<(ValueId, usize)>,
 }
 
 impl Planner<'_> {
@@ -187,6 +190,14 @@ impl Planner<'_> {
             } else {
                 self.last.insert(v, end);
                 self.copies.push((v, var));
+            }
+        }
+        for (var, v) in &spmd.reads {
+            let set = self.copies.iter().any(|(_, set)| set == var);
+            if set && spmd.outputs.iter().any(|(_, out)| self.fused.root(*out) == *v) {
+                let bytes = (0..self.devices()).map(|d| spmd.values[v.index()].bytes(d)).collect();
+                self.kept.push((*v, self.lives.len()));
+                self.lives.push(Life { bytes, from: end, to: end, value: *v });
             }
         }
         for g in 0..self.end() {
@@ -404,6 +415,9 @@ impl Planner<'_> {
                 label: self.label(group.outputs[0], &name),
             });
         }
+        if cfg!(debug_assertions) {
+            self.verify(device, &buffers, first_scratch);
+        }
         let copy = |v: ValueId, from: Buffer, to: Buffer| {
             let part = self.part(v, device);
             let n = part.region.elements();
@@ -417,18 +431,51 @@ impl Planner<'_> {
                 label: self.label(v, "assign"),
             }
         };
+        for (v, life) in &self.kept {
+            steps.push(copy(*v, self.buffer(*v, device, &buffers), buffers[*life]));
+        }
         for (i, (v, _)) in self.copies.iter().enumerate() {
             steps.push(copy(*v, self.buffer(*v, device, &buffers), buffers[staged + i]));
         }
         for (i, (v, var)) in self.copies.iter().enumerate() {
             steps.push(copy(*v, buffers[staged + i], self.cx.variables[device][var.index()].1));
         }
+        let kept =
+            |v: ValueId| self.kept.iter().find(|(k, _)| *k == self.fused.root(v)).map(|(_, life)| buffers[*life]);
         let edge = |list: &[(Name, ValueId)]| {
-            list.iter().map(|(n, v)| (n.clone(), self.part(*v, device), self.buffer(*v, device, &buffers))).collect()
+            let at = |v| kept(v).unwrap_or_else(|| self.buffer(v, device, &buffers));
+            list.iter().map(|(n, v)| (n.clone(), self.part(*v, device), at(*v))).collect()
         };
         let plan =
             DevicePlan { steps, arena_bytes, inputs: edge(&self.cx.spmd.inputs), outputs: edge(&self.cx.spmd.outputs) };
         (plan, timeline)
+    }
+
+    /// Walks through the steps and holds that each finds in memory what it reads.
+    fn verify(&self, device: usize, buffers: &[Buffer], first_scratch: usize) {
+        let mut held: Vec<(Buffer, ValueId)> = Vec::new();
+        let overlap = |a: Buffer, b: Buffer| a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
+        let given = self.cx.spmd.inputs.iter().map(|(_, v)| v).chain(self.cx.spmd.reads.iter().map(|(_, v)| v));
+        for v in given {
+            held.push((self.buffer(*v, device, buffers), *v));
+        }
+        for (g, group) in self.groups().iter().enumerate() {
+            for &v in &group.inputs {
+                let at = self.buffer(v, device, buffers);
+                let found = at.bytes == 0 || held.contains(&(at, v));
+                assert!(found, "{group:?} reads {v:?}, which is not at {at:?}: {held:?}");
+            }
+            let written = group.outputs.iter().map(|&v| (self.buffer(v, device, buffers), Some(v)));
+            for (at, v) in written.chain([(buffers[first_scratch + g], None)]) {
+                held.retain(|(b, _)| !overlap(*b, at));
+                held.extend(v.map(|v| (at, v)));
+            }
+        }
+        for (_, v) in &self.cx.spmd.outputs {
+            let v = self.fused.root(*v);
+            let at = self.buffer(v, device, buffers);
+            assert!(at.bytes == 0 || held.contains(&(at, v)), "the result {v:?} is not at {at:?}");
+        }
     }
 
     fn timeline(

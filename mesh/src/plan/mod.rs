@@ -14,10 +14,11 @@ pub mod fuse;
 pub mod memory;
 pub mod step;
 
-use crate::dim::Name;
+use crate::dim::{DType, Name};
 use crate::error::{Cause, Error};
 use crate::layout::{Layout, Mesh, Placement};
-use crate::program::Program;
+use crate::ops::Prim;
+use crate::program::{Function, Program};
 use crate::spmd;
 pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
@@ -83,6 +84,21 @@ impl ProgramPlan {
     }
 }
 
+/// Holds back what no kernel takes yet: products, convolutions and pools of `bf16`.
+fn in_f32(function: &Function) -> Result<(), Error> {
+    for node in &function.nodes {
+        let op = node.op.op();
+        let moves =
+            op.elementwise() || op.copies() || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_));
+        if !moves && function.input_types(node).iter().any(|t| t.dtype == DType::Bf16) {
+            let what = format!("`{}` of bf16", op.name());
+            let help = "cast its inputs to f32 and the result back".into();
+            return Err(Error::from(Cause::NotYet { what, help }).at(node.place));
+        }
+    }
+    Ok(())
+}
+
 /// Plans every function of a program.
 ///
 /// # Errors
@@ -120,6 +136,7 @@ pub fn plan_program(
         workspace_bytes,
     };
     for (name, function) in &program.functions {
+        in_f32(function)?;
         let spmd = spmd::lower(function, &placement)?;
         let cx = function::Context {
             function,

@@ -13,8 +13,10 @@ use std::ops::Range;
 
 /// One dimension in front of the lanes.
 struct Axis {
-    /// Outputs, as local indices of the pooled array (of `dy` for the gradient).
+    /// Outputs that are computed (for the gradient: whose windows hold own elements).
     count: usize,
+    /// Local index of the first one in the pooled array (`dy` for the gradient), which may hold more.
+    y_first: usize,
     /// Elements between them in the pooled array.
     y_stride: usize,
     /// By output: offsets of its taps in x and, for the gradient, their local index in dx ([`ELSEWHERE`] if another device's).
@@ -53,24 +55,35 @@ impl MaxPoolPlan {
         let y = if gradient { &work.inputs[1] } else { &work.output };
         let strides = |p: &Part| super::conv::strides(p);
         let (xs, ys, ds) = (strides(x), strides(y), strides(&work.output));
-        let last = windows.iter().filter_map(|w| x.ty.position(&w.dim)).max().unwrap_or(0);
+        // Lanes run along what all arrays hold alike; an array may hold more than is read of it.
+        let unlike = |p: usize| {
+            let held = &work.output.region.0[p].1;
+            x.region.0[p].1 != *held || y.region.0[p].1 != *held || windows.iter().any(|w| w.dim == x.ty.dims[p].name)
+        };
+        let last = (0..x.ty.dims.len()).rev().find(|p| unlike(*p)).unwrap_or(0);
         let axes: Vec<Axis> = (0..=last)
             .map(|p| {
                 let dim = &x.ty.dims[p];
-                let (held, out, own) = (&x.region.0[p].1, &y.region.0[p].1, &work.output.region.0[p].1);
+                let (held, own) = (&x.region.0[p].1, &work.output.region.0[p].1);
+                let window = windows.iter().find(|w| w.dim == dim.name);
+                let out = match window {
+                    Some(w) if gradient => w.read_by(own, y.ty.dims[p].size),
+                    _ => own.clone(),
+                };
                 let tap = |i: usize| {
                     let at = (i - held.start) * xs[p];
                     (at, if own.contains(&i) { i - own.start } else { ELSEWHERE })
                 };
-                let taps = out.clone().map(|o| match windows.iter().find(|w| w.dim == dim.name) {
+                let taps = out.clone().map(|o| match window {
                     Some(w) => (0..w.size).filter_map(|j| w.tap(o, j, dim.size)).map(tap).collect(),
                     None => vec![tap(o)],
                 });
-                Axis { count: out.len(), y_stride: ys[p], taps: taps.collect(), dx_stride: ds[p] }
+                let y_first = out.start.saturating_sub(y.region.0[p].1.start);
+                Axis { count: out.len(), y_first, y_stride: ys[p], taps: taps.collect(), dx_stride: ds[p] }
             })
             .collect();
         assert!(axes.len() <= AXES, "max_pool behind {} dimensions", axes.len());
-        let lanes = x.region.shape()[last + 1..].iter().product();
+        let lanes = work.output.region.shape()[last + 1..].iter().product();
         let taps: usize = windows.iter().map(|w: &Window| w.size).product();
         assert!(taps * 16 <= WORKSPACE_BYTES, "a window of {taps} elements");
         Some(MaxPoolPlan {
@@ -152,7 +165,7 @@ impl MaxPoolPlan {
                 }
                 found *= taps.len();
             }
-            let y = self.axes.iter().zip(&at).map(|(a, o)| o * a.y_stride).sum::<usize>();
+            let y = self.axes.iter().zip(&at).map(|(a, o)| (a.y_first + o) * a.y_stride).sum::<usize>();
             // SAFETY: offsets inside the parts, by the plan.
             unsafe { self.window(&windows[..found], y, p) };
             let mut l = d;
