@@ -142,7 +142,7 @@ impl ReducePlan {
         let p = Pointers { operands, results, scratch: scratch.cast() };
         let (points, count) = (self.kept_points(), self.results());
         if self.by_leaf {
-            let row = count * if self.inner == 1 { LANES } else { self.inner };
+            let row = count * if self.reduced[self.reduced.len() - 1] { LANES } else { self.inner };
             let most = self.runs.iter().map(|r| r.len()).max().unwrap_or(1);
             pool.run(self.runs.len(), &|run, w| {
                 let (p, run) = (p, self.runs[run].clone());
