@@ -1,59 +1,8 @@
-//! How bytes move between devices.
-//!
-//! A [`Transport`] is one device's end. Sends and receives are posted and then finished together, so that an
-//! implementation may move them in any order and overlap them; between a pair of devices messages arrive in the order
-//! in which they were posted, and both sides know every message's length from the plan.
+//! Devices of one process: receivers copy straight out of the senders' memory.
 
+use super::{Transport, TransportError};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-
-/// What went wrong between devices.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TransportError {
-    /// A device gave up, and everyone with it.
-    #[error("W0001: device {device} stopped the step: {reason}")]
-    Aborted {
-        /// Who.
-        device: usize,
-        /// Why.
-        reason: String,
-    },
-    /// Two devices do not agree about a message: they run different plans.
-    #[error(
-        "W0002: device {me} expects {expected} bytes from device {peer} and was sent {sent}; the devices do not run the same plan"
-    )]
-    Disagreement {
-        /// The receiver.
-        me: usize,
-        /// The sender.
-        peer: usize,
-        /// Bytes that the receiver's plan has.
-        expected: usize,
-        /// Bytes that were sent.
-        sent: usize,
-    },
-}
-
-/// One device's end of the data plane.
-pub trait Transport: Send {
-    /// Posts the sending of `bytes` bytes to device `to`.
-    ///
-    /// # Safety
-    /// The bytes stay readable and unchanged until [`Transport::finish`] returns.
-    unsafe fn send(&mut self, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError>;
-
-    /// Posts the receiving of `bytes` bytes from device `from`.
-    ///
-    /// # Safety
-    /// The bytes stay writable, and nobody else touches them, until [`Transport::finish`] returns.
-    unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError>;
-
-    /// Waits until all that was posted is done.
-    fn finish(&mut self) -> Result<(), TransportError>;
-
-    /// Tells everyone that this device cannot go on; whoever waits is woken with [`TransportError::Aborted`].
-    fn abort(&mut self, reason: &str);
-}
 
 /// A posted message.
 struct Posted {
@@ -178,68 +127,5 @@ impl Transport for InProcess {
             door.open().aborted.get_or_insert_with(|| error.clone());
             door.bell.notify_all();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn messages_of_a_pair_arrive_in_order_while_all_devices_exchange_at_once() {
-        let devices = 4;
-        let ends = InProcess::mesh(devices);
-        std::thread::scope(|s| {
-            for (me, mut end) in ends.into_iter().enumerate() {
-                s.spawn(move || {
-                    for round in 0..200u64 {
-                        let out: Vec<[u64; 2]> = (0..devices as u64).map(|to| [me as u64 * 100 + to, round]).collect();
-                        let mut got = vec![[0u64; 2]; devices];
-                        // SAFETY: both arrays outlive `finish`.
-                        unsafe {
-                            for peer in (0..devices).filter(|p| *p != me) {
-                                for half in 0..2 {
-                                    end.send(peer, (&raw const out[peer][half]).cast(), 8).unwrap();
-                                    end.recv(peer, (&raw mut got[peer][half]).cast(), 8).unwrap();
-                                }
-                            }
-                        }
-                        end.finish().unwrap();
-                        for peer in (0..devices).filter(|p| *p != me) {
-                            assert_eq!(got[peer], [peer as u64 * 100 + me as u64, round]);
-                        }
-                    }
-                });
-            }
-        });
-    }
-
-    #[test]
-    fn an_abort_wakes_whoever_waits() {
-        let mut ends = InProcess::mesh(2);
-        let (mut b, mut a) = (ends.pop().unwrap(), ends.pop().unwrap());
-        std::thread::scope(|s| {
-            s.spawn(move || {
-                let mut byte = 0u8;
-                // SAFETY: the byte outlives `finish`.
-                unsafe { a.recv(1, &raw mut byte, 1).unwrap() };
-                assert_eq!(a.finish(), Err(TransportError::Aborted { device: 1, reason: "out of paper".into() }));
-            });
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            b.abort("out of paper");
-        });
-    }
-
-    #[test]
-    fn devices_of_different_plans_find_out() {
-        let mut ends = InProcess::mesh(2);
-        let (mut b, mut a) = (ends.pop().unwrap(), ends.pop().unwrap());
-        let (out, mut got) = ([1u8; 4], [0u8; 8]);
-        // SAFETY: both arrays outlive `finish`.
-        unsafe {
-            a.send(1, out.as_ptr(), 4).unwrap();
-            b.recv(0, got.as_mut_ptr(), 8).unwrap();
-        }
-        assert_eq!(b.finish(), Err(TransportError::Disagreement { me: 1, peer: 0, expected: 8, sent: 4 }));
     }
 }
