@@ -68,7 +68,7 @@ pub fn run(p: &Program, feeds: &[(Vec<Dim>, Array)], mesh: &str, layout: &str, t
     let names: Vec<String> = (0..feeds.len()).map(|i| format!("x{i}")).collect();
     let feeds: Vec<(&str, &Array)> = names.iter().zip(feeds).map(|(n, (_, a))| (n.as_str(), a)).collect();
     let out = session.run("f", 0, &feeds).unwrap();
-    for peak in session.peaks() {
+    for peak in session.peaks().unwrap() {
         assert!(peak.peak_bytes_measured <= peak.peak_bytes_predicted);
     }
     out

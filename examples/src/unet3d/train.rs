@@ -246,7 +246,7 @@ pub fn train(task: &Task) -> Result<(), Failed> {
         let last = step + 1 == c.steps;
         let mut row = Row::new(step, loss, grad_norm, seconds, ids);
         if last {
-            row.finish(session.variables_hash()?, session.peaks());
+            row.finish(session.variables_hash()?, session.peaks()?);
         }
         let line = row.line();
         written(&metrics, writeln!(rows, "{line}").and_then(|()| rows.flush()))?;
