@@ -126,6 +126,11 @@ fn shape(outline: &Outline) -> Shape {
     Shape { volume: outline.shape, classes: outline.classes.len() }
 }
 
+/// `1 device`, `2 devices`.
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// What is about to be done with what, in a few lines.
 fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: usize) -> String {
     let mut extents = outline.shape;
@@ -140,7 +145,7 @@ fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: us
     let optimizer = format!("{:?}", c.optimizer).to_lowercase();
     let mut text = format!(
         "data     {}\nlevels   {}{odd}\nclasses  {}\nmodel    {} parameters: base {}, {norm} norm, drop-out {}\n\
-         training {optimizer} at rate {}, batch {}{}, seed {}\nmesh     {} ({} x {} threads), layout {}\n",
+         training {optimizer} at rate {}, batch {}{}, seed {}\nmesh     {} ({}, {} each), layout {}\n",
         outline.source,
         levels.join(", "),
         outline.classes.join(", "),
@@ -152,9 +157,9 @@ fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: us
         if c.augment { ", augmented" } else { "" },
         c.seed,
         options.mesh,
-        options.mesh.size(),
-        options.threads(),
-        if options.layout.rules().is_empty() { "of no splits".into() } else { options.layout.to_string() },
+        count(options.mesh.size(), "device"),
+        count(options.threads(), "thread"),
+        if options.layout.rules().is_empty() { "of nothing split".into() } else { options.layout.to_string() },
     );
     for (axis, _) in options.mesh.axes().iter().filter(|(_, size)| *size > 1) {
         if !options.layout.rules().iter().any(|(_, a)| a == axis) {
@@ -276,13 +281,13 @@ fn diverged(what: String) -> Failed {
 /// Opens the metrics for the rows from step `first` on, keeping those before it.
 fn open_metrics(path: &Path, first: u32) -> Result<fs::File, Failed> {
     let mut kept = Vec::new();
-    if first > 0 {
-        if let Ok(file) = fs::File::open(path) {
-            for line in BufReader::new(file).lines().map_while(Result::ok) {
-                let step = serde_json::from_str::<serde_json::Value>(&line).ok().and_then(|v| v["step"].as_u64());
-                if step.is_some_and(|s| s < u64::from(first)) {
-                    kept.push(line);
-                }
+    if first > 0
+        && let Ok(file) = fs::File::open(path)
+    {
+        for line in BufReader::new(file).lines().map_while(Result::ok) {
+            let step = serde_json::from_str::<serde_json::Value>(&line).ok().and_then(|v| v["step"].as_u64());
+            if step.is_some_and(|s| s < u64::from(first)) {
+                kept.push(line);
             }
         }
     }
