@@ -11,6 +11,7 @@ pub mod movement;
 pub mod reduce;
 pub mod select;
 pub mod source;
+pub mod split;
 pub mod unary;
 pub mod window;
 
@@ -83,6 +84,10 @@ table! {
     MaxPoolGrad(max_pool::MaxPoolGrad),
     /// Another name for a dimension.
     Rename(movement::Rename),
+    /// A dimension as several.
+    SplitDim(split::SplitDim),
+    /// Several dimensions as one.
+    MergeDims(split::MergeDims),
     /// Some elements of a dimension.
     Slice(movement::Slice),
     /// More elements of one value.
