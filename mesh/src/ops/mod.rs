@@ -6,9 +6,11 @@ pub mod cast;
 pub mod compare;
 pub mod contract;
 pub mod conv;
+pub mod gather;
 pub mod max_pool;
 pub mod movement;
 pub mod reduce;
+pub mod scatter_add;
 pub mod select;
 pub mod source;
 pub mod split;
@@ -82,6 +84,10 @@ table! {
     MaxPool(max_pool::MaxPool),
     /// Its gradient.
     MaxPoolGrad(max_pool::MaxPoolGrad),
+    /// Elements of a table by index.
+    Gather(gather::Gather),
+    /// Sums by index.
+    ScatterAdd(scatter_add::ScatterAdd),
     /// Another name for a dimension.
     Rename(movement::Rename),
     /// A dimension as several.
