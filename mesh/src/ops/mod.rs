@@ -14,6 +14,7 @@ pub mod scatter_add;
 pub mod select;
 pub mod source;
 pub mod split;
+pub mod top_k;
 pub mod unary;
 pub mod window;
 
@@ -88,6 +89,8 @@ table! {
     Gather(gather::Gather),
     /// Sums by index.
     ScatterAdd(scatter_add::ScatterAdd),
+    /// Indices of the largest elements.
+    TopK(top_k::TopK),
     /// Another name for a dimension.
     Rename(movement::Rename),
     /// A dimension as several.

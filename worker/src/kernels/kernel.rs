@@ -8,6 +8,7 @@ use super::map::MapPlan;
 use super::max_pool::MaxPoolPlan;
 use super::reduce::ReducePlan;
 use super::scatter_add::ScatterAddPlan;
+use super::top_k::TopKPlan;
 use super::vm::StepContext;
 use super::weight_grad::WeightGradPlan;
 use crate::collective::{AllReducePlan, ExchangePlan};
@@ -33,6 +34,8 @@ pub enum Kernel {
     Gather(GatherPlan),
     /// Sums by index.
     ScatterAdd(Box<ScatterAddPlan>),
+    /// Indices of the largest elements.
+    TopK(TopKPlan),
     /// Copies within the device.
     Copies(CopiesPlan),
     /// Boxes between devices.
@@ -69,6 +72,7 @@ impl Kernel {
                 .or_else(|| MaxPoolPlan::new(op).map(Kernel::MaxPool))
                 .or_else(|| GatherPlan::new(op).map(Kernel::Gather))
                 .or_else(|| ScatterAddPlan::new(op).map(|p| Kernel::ScatterAdd(Box::new(p))))
+                .or_else(|| TopKPlan::new(op).map(Kernel::TopK))
                 .unwrap_or_else(|| unreachable!("{} is planned as a loop, a copy or a kernel", op.op.op().name())),
         }
     }
@@ -81,7 +85,7 @@ impl Kernel {
             Kernel::WeightGrad(p) => p.scratch_bytes(),
             Kernel::Contract(p) => p.scratch_bytes(),
             Kernel::ScatterAdd(p) => p.scratch_bytes(),
-            Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Gather(_) => 0,
+            Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
             Kernel::Copies(_) => 0,
             // The planner works these out itself.
             Kernel::Exchange(_) | Kernel::AllReduce(_) => 0,
@@ -111,6 +115,7 @@ impl Kernel {
                 Kernel::MaxPool(p) => p.run(pool, inputs, out),
                 Kernel::Gather(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast()),
                 Kernel::ScatterAdd(p) => p.run(pool, inputs[0], inputs[1].cast(), out, scratch.cast()),
+                Kernel::TopK(p) => p.run(pool, inputs[0].cast(), out.cast()),
                 Kernel::Copies(p) => p.run(pool, inputs, out, o.output_bytes),
                 Kernel::Exchange(p) => return p.run(pool, transport, inputs[0], out, scratch),
                 Kernel::AllReduce(p) => return p.run(pool, transport, inputs[0], out, scratch),

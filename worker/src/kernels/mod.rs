@@ -14,5 +14,6 @@ pub mod nest;
 pub mod reduce;
 pub mod scatter_add;
 pub mod tile;
+pub mod top_k;
 pub mod vm;
 pub mod weight_grad;
