@@ -10,6 +10,8 @@ pub mod gather;
 pub mod max_pool;
 pub mod movement;
 pub mod reduce;
+pub mod resize;
+pub mod rows;
 pub mod scatter_add;
 pub mod select;
 pub mod source;
@@ -17,6 +19,7 @@ pub mod split;
 pub mod top_k;
 pub mod unary;
 pub mod window;
+pub mod window_sum;
 
 use crate::op::Op;
 
@@ -85,6 +88,10 @@ table! {
     MaxPool(max_pool::MaxPool),
     /// Its gradient.
     MaxPoolGrad(max_pool::MaxPoolGrad),
+    /// Sum of each window along a dimension.
+    WindowSum(window_sum::WindowSum),
+    /// A dimension sampled at another number of places.
+    Resize(resize::ResizeDim),
     /// Elements of a table by index.
     Gather(gather::Gather),
     /// Sums by index.

@@ -7,6 +7,7 @@ use super::gather::GatherPlan;
 use super::map::MapPlan;
 use super::max_pool::MaxPoolPlan;
 use super::reduce::ReducePlan;
+use super::rows::RowsPlan;
 use super::scatter_add::ScatterAddPlan;
 use super::top_k::TopKPlan;
 use super::vm::StepContext;
@@ -30,6 +31,8 @@ pub enum Kernel {
     Contract(Box<ContractPlan>),
     /// Max pooling or its gradient.
     MaxPool(MaxPoolPlan),
+    /// Windows' sums, resizing, and their adjoints.
+    Rows(RowsPlan),
     /// Elements of a table by index.
     Gather(GatherPlan),
     /// Sums by index.
@@ -70,6 +73,7 @@ impl Kernel {
                 .or_else(|| WeightGradPlan::new(op).map(|p| Kernel::WeightGrad(Box::new(p))))
                 .or_else(|| ContractPlan::new(op).map(|p| Kernel::Contract(Box::new(p))))
                 .or_else(|| MaxPoolPlan::new(op).map(Kernel::MaxPool))
+                .or_else(|| RowsPlan::new(op).map(Kernel::Rows))
                 .or_else(|| GatherPlan::new(op).map(Kernel::Gather))
                 .or_else(|| ScatterAddPlan::new(op).map(|p| Kernel::ScatterAdd(Box::new(p))))
                 .or_else(|| TopKPlan::new(op).map(Kernel::TopK))
@@ -85,7 +89,7 @@ impl Kernel {
             Kernel::WeightGrad(p) => p.scratch_bytes(),
             Kernel::Contract(p) => p.scratch_bytes(),
             Kernel::ScatterAdd(p) => p.scratch_bytes(),
-            Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
+            Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Rows(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
             Kernel::Copies(_) => 0,
             // The planner works these out itself.
             Kernel::Exchange(_) | Kernel::AllReduce(_) => 0,
@@ -113,6 +117,7 @@ impl Kernel {
                 Kernel::WeightGrad(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
                 Kernel::Contract(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
                 Kernel::MaxPool(p) => p.run(pool, inputs, out),
+                Kernel::Rows(p) => p.run(pool, inputs[0], out),
                 Kernel::Gather(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast()),
                 Kernel::ScatterAdd(p) => p.run(pool, inputs[0], inputs[1].cast(), out, scratch.cast()),
                 Kernel::TopK(p) => p.run(pool, inputs[0].cast(), out.cast()),

@@ -12,6 +12,7 @@ pub mod math;
 pub mod max_pool;
 pub mod nest;
 pub mod reduce;
+pub mod rows;
 pub mod scatter_add;
 pub mod tile;
 pub mod top_k;
