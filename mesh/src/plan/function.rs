@@ -10,7 +10,7 @@ use crate::body::{Loop, Reduction};
 use crate::dim::{Dim, Name};
 use crate::error::{Cause, Error, Place};
 use crate::ops::Prim;
-use crate::program::{Function, VarId};
+use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
 use crate::spmd::{SpmdOp, SpmdProgram, ValueId};
 use std::collections::HashMap;
@@ -49,14 +49,16 @@ pub(super) struct Context<'a> {
     pub spmd: &'a SpmdProgram,
     /// By device: buffers of the variables.
     pub variables: &'a [Vec<(Part, Buffer)>],
-    /// Names of the variables.
-    pub names: &'a [Name],
+    /// The program's variables.
+    pub declared: &'a [Variable],
     /// End of the variables' buffers, by device.
     pub base: &'a [usize],
     /// The backend.
     pub backend: &'a dyn Backend,
-    /// Bytes that the arena of a device may have.
+    /// Bytes that a device may use.
     pub budget: Option<usize>,
+    /// Bytes of it that the backend needs beside the arena.
+    pub workspace_bytes: usize,
 }
 
 /// Plans the function for every device.
@@ -73,7 +75,15 @@ pub(super) fn plan(cx: &Context) -> Result<Vec<(DevicePlan, Timeline)>, Error> {
     };
     p.uses();
     p.homes();
-    (0..cx.variables.len()).map(|d| p.device(d)).collect()
+    let devices: Vec<(DevicePlan, Timeline)> = (0..cx.variables.len()).map(|d| p.device(d)).collect();
+    let needs = devices.iter().enumerate().map(|(d, (plan, _))| (plan.arena_bytes + cx.workspace_bytes, d));
+    match (needs.max_by_key(|(needed, d)| (*needed, std::cmp::Reverse(*d))), cx.budget) {
+        (Some((needed, device)), Some(budget)) if needed > budget => {
+            let largest = devices[device].1.largest.iter().take(3).cloned().collect();
+            Err(Cause::OverMemory { device, needed, budget, largest }.into())
+        }
+        _ => Ok(devices),
+    }
 }
 
 struct Planner<'a> {
@@ -321,7 +331,7 @@ impl Planner<'_> {
         }
     }
 
-    fn device(&self, device: usize) -> Result<(DevicePlan, Timeline), Error> {
+    fn device(&self, device: usize) -> (DevicePlan, Timeline) {
         let works: Vec<_> = self.groups().iter().map(|g| self.work(g, device)).collect();
         let mut tenants: Vec<Tenant> = self
             .lives
@@ -363,11 +373,6 @@ impl Planner<'_> {
         let (buffers, arena_bytes) = memory::place(&tenants, base);
         let alive = memory::timeline(&tenants, base, end + 1);
         let timeline = self.timeline(device, &tenants, alive);
-        if self.cx.budget.is_some_and(|b| arena_bytes > b) {
-            let budget = self.cx.budget.unwrap_or_default();
-            let largest = timeline.largest.iter().take(3).cloned().collect();
-            return Err(Cause::OverMemory { device, needed: arena_bytes, budget, largest }.into());
-        }
         let mut steps: Vec<Step> = Vec::with_capacity(works.len());
         for (g, (work, inputs, name, _)) in works.into_iter().enumerate() {
             let group = &self.groups()[g];
@@ -412,7 +417,7 @@ impl Planner<'_> {
         };
         let plan =
             DevicePlan { steps, arena_bytes, inputs: edge(&self.cx.spmd.inputs), outputs: edge(&self.cx.spmd.outputs) };
-        Ok((plan, timeline))
+        (plan, timeline)
     }
 
     /// Walks through the steps and holds that each finds in memory what it reads.
@@ -446,9 +451,8 @@ impl Planner<'_> {
         let peak = alive.iter().enumerate().max_by_key(|(i, b)| (**b, std::cmp::Reverse(*i))).map_or(0, |(i, _)| i);
         let here = tenants.iter().filter(|t| t.from <= peak && peak <= t.to && t.bytes > 0);
         let mut largest: Vec<_> = here.map(|t| (t.name.clone(), t.bytes, t.place)).collect();
-        for ((part, buffer), name) in self.cx.variables[device].iter().zip(self.cx.names) {
-            let place = self.cx.function.nodes.first().map_or(Place::here(), |n| n.place);
-            largest.push((format!("variable {name} {}", part.region.local(&part.ty)), buffer.bytes, place));
+        for ((part, buffer), v) in self.cx.variables[device].iter().zip(self.cx.declared) {
+            largest.push((format!("variable {} {}", v.name, part.region.local(&part.ty)), buffer.bytes, v.place));
         }
         largest.sort_by_key(|(_, bytes, _)| std::cmp::Reverse(*bytes));
         largest.truncate(12);

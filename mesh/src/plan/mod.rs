@@ -107,7 +107,6 @@ pub fn plan_program(
             base[d] += bytes.next_multiple_of(ALIGN);
         }
     }
-    let names: Vec<Name> = program.variables.iter().map(|v| v.name.clone()).collect();
     let workspace_bytes = backend.workspace_bytes();
     let mut out = ProgramPlan {
         mesh: mesh.clone(),
@@ -124,10 +123,11 @@ pub fn plan_program(
             function,
             spmd: &spmd,
             variables: &out.variables,
-            names: &names,
+            declared: &program.variables,
             base: &base,
             backend,
-            budget: options.memory.map(|m| m.saturating_sub(workspace_bytes)),
+            budget: options.memory,
+            workspace_bytes,
         };
         let (plans, timelines) =
             function::plan(&cx).map_err(|e| e.note(format!("in function `{name}`")))?.into_iter().unzip();
