@@ -50,7 +50,9 @@ pub struct MeshFailure(pub String);
 impl EmbeddedMesh {
     /// Loads a plan on as many devices as its mesh has, with `threads` threads each.
     pub fn new(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<EmbeddedMesh, DeviceError> {
-        let ends = InProcess::mesh(plan.mesh.size());
+        let steps = plan.functions.values().flatten().flat_map(|p| &p.steps);
+        let messages = steps.map(|s| s.work.most_messages()).max().unwrap_or(0);
+        let ends = InProcess::mesh(plan.mesh.size(), messages);
         let devices: Vec<Device> = ends
             .into_iter()
             .enumerate()

@@ -95,15 +95,12 @@ pub struct InProcess {
 // SAFETY: the pointers are used between `recv` and `finish` only, by the thread that posted them.
 unsafe impl Send for InProcess {}
 
-/// Messages that a pair of devices posts at a time without growing a queue.
-const QUEUE: usize = 64;
-
 impl InProcess {
-    /// The ends of `devices` devices.
-    pub fn mesh(devices: usize) -> Vec<InProcess> {
+    /// The ends of `devices` devices, a pair of which posts `messages` messages at a time without growing a queue.
+    pub fn mesh(devices: usize, messages: usize) -> Vec<InProcess> {
         let door = |_| Door {
             inbox: Mutex::new(Inbox {
-                messages: (0..devices).map(|_| VecDeque::with_capacity(QUEUE)).collect(),
+                messages: (0..devices).map(|_| VecDeque::with_capacity(messages)).collect(),
                 outstanding: 0,
                 aborted: None,
             }),
@@ -111,7 +108,7 @@ impl InProcess {
         };
         let doors: Arc<[Door]> = (0..devices).map(door).collect();
         (0..devices)
-            .map(|me| InProcess { me, doors: doors.clone(), receives: Vec::with_capacity(QUEUE * devices) })
+            .map(|me| InProcess { me, doors: doors.clone(), receives: Vec::with_capacity(messages * devices) })
             .collect()
     }
 
@@ -188,7 +185,7 @@ mod tests {
     #[test]
     fn messages_of_a_pair_arrive_in_order_while_all_devices_exchange_at_once() {
         let devices = 4;
-        let ends = InProcess::mesh(devices);
+        let ends = InProcess::mesh(devices, 2);
         std::thread::scope(|s| {
             for (me, mut end) in ends.into_iter().enumerate() {
                 s.spawn(move || {
@@ -216,7 +213,7 @@ mod tests {
 
     #[test]
     fn an_abort_wakes_whoever_waits() {
-        let mut ends = InProcess::mesh(2);
+        let mut ends = InProcess::mesh(2, 1);
         let (mut b, mut a) = (ends.pop().unwrap(), ends.pop().unwrap());
         std::thread::scope(|s| {
             s.spawn(move || {
@@ -232,7 +229,7 @@ mod tests {
 
     #[test]
     fn devices_of_different_plans_find_out() {
-        let mut ends = InProcess::mesh(2);
+        let mut ends = InProcess::mesh(2, 1);
         let (mut b, mut a) = (ends.pop().unwrap(), ends.pop().unwrap());
         let (out, mut got) = ([1u8; 4], [0u8; 8]);
         // SAFETY: both arrays outlive `finish`.
