@@ -120,25 +120,22 @@ pub fn save(session: &Session, dir: &Path, position: &Position, keep: usize) -> 
         Ok(())
     };
     write().map_err(|e| failed("write", &target, e))?;
-    let mut all = list(dir);
-    while all.len() > keep.max(1) {
+    // The one just written stays even where a run that went back to an earlier step has left later ones.
+    let others: Vec<PathBuf> = list(dir).into_iter().filter(|p| *p != target).collect();
+    for old in others.iter().take((others.len() + 1).saturating_sub(keep.max(1))) {
         // One that cannot be deleted does no harm.
-        let _ = fs::remove_dir_all(all.remove(0));
+        let _ = fs::remove_dir_all(old);
     }
     Ok(target)
 }
 
-/// The checkpoints below a folder, oldest first.
+/// The checkpoints below a folder, by step.
 pub fn list(dir: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .filter_map(|e| e.ok())
-        .filter(|e| e.file_name().to_str().is_some_and(|n| n.starts_with("step-")))
-        .map(|e| e.path())
-        .collect();
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u32>().ok();
+    let entries = fs::read_dir(dir).into_iter().flatten().filter_map(|e| e.ok());
+    let mut found: Vec<(u32, PathBuf)> = entries.filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
     found.sort();
-    found
+    found.into_iter().map(|(_, path)| path).collect()
 }
 
 /// A checkpoint in memory, every hash checked.
