@@ -114,7 +114,7 @@ pub enum Cause {
         /// The dimension.
         dim: Name,
         /// The tensor whose own rule it is: op and type.
-        tensor: Option<String>,
+        tensor: Option<Name>,
         /// The nearest dimension.
         nearest: Option<Name>,
     },

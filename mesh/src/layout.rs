@@ -261,7 +261,7 @@ impl Placement<'_> {
             }
             if !ty.has(dim) {
                 let near = nearest(dim, ty.dims.iter().map(|d| &*d.name)).map(Name::from);
-                let tensor = Some(format!("{what} {ty}"));
+                let tensor = Some(format!("{what} {ty}").into());
                 let cause = Cause::UnknownDimension { rule, dim: dim.clone(), tensor, nearest: near };
                 return Err(Error::from(cause).at(place));
             }

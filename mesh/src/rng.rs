@@ -54,7 +54,7 @@ impl Stream {
             Distribution::Uniform => u(index),
             Distribution::Normal => {
                 let pair = box_muller(u(index & !1), u(index | 1));
-                if index % 2 == 0 { pair.0 } else { pair.1 }
+                if index.is_multiple_of(2) { pair.0 } else { pair.1 }
             }
             Distribution::TruncatedNormal => {
                 normal_quantile(BELOW_MINUS_TWO + u(index) * (1.0 - 2.0 * BELOW_MINUS_TWO))
