@@ -130,17 +130,13 @@ pub fn save(session: &Session, dir: &Path, position: &Position, keep: usize) -> 
     Ok(target)
 }
 
-/// The checkpoints below a folder, oldest first.
+/// The checkpoints below a folder, by step.
 pub fn list(dir: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .filter_map(|e| e.ok())
-        .filter(|e| e.file_name().to_str().is_some_and(|n| n.starts_with("step-")))
-        .map(|e| e.path())
-        .collect();
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u32>().ok();
+    let entries = fs::read_dir(dir).into_iter().flatten().filter_map(|e| e.ok());
+    let mut found: Vec<(u32, PathBuf)> = entries.filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
     found.sort();
-    found
+    found.into_iter().map(|(_, path)| path).collect()
 }
 
 /// A checkpoint in memory, every hash checked.

@@ -109,13 +109,18 @@ pub enum Cause {
         /// The nearest axis.
         nearest: Option<Name>,
     },
-    /// A layout rule names a dimension that no tensor of the program has.
-    #[error("layout rule `{rule}` names the dimension `{dim}`, which no tensor of the program has")]
+    /// A layout rule names a dimension that no tensor of the program has, or that its own tensor does not have.
+    #[error("layout rule `{rule}` names the dimension `{dim}`, which {}", match tensor {
+        Some(t) => format!("{t} does not have"),
+        None => "no tensor of the program has".into(),
+    })]
     UnknownDimension {
         /// The rule.
         rule: String,
         /// The dimension.
         dim: Name,
+        /// The tensor whose own rule it is: op and type.
+        tensor: Option<Name>,
         /// The nearest dimension.
         nearest: Option<Name>,
     },

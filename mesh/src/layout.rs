@@ -5,7 +5,7 @@ use crate::dim::{Name, Type, is_name};
 use crate::error::{Cause, Error, Place, nearest};
 use crate::program::{Chunking, Program};
 use crate::region::Region;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -63,14 +63,17 @@ impl fmt::Display for Mesh {
     }
 }
 
+/// An error in a part of a text, which it shows.
+fn inside(e: Error, what: &str, text: &str, part: &str) -> Error {
+    if text.trim() == part.trim() { e } else { e.note(format!("in the {what} `{}`", text.trim())) }
+}
+
 impl FromStr for Mesh {
     type Err = Error;
     fn from_str(text: &str) -> Result<Mesh, Error> {
         let syntax = |part: &str| {
-            Error::from(Cause::Syntax {
-                text: part.into(),
-                expected: "an axis with its size, such as `x=2` in `data=2, x=2`".into(),
-            })
+            let expected = "an axis with its size, such as `x=2` in `data=2, x=2`".into();
+            inside(Cause::Syntax { text: part.trim().into(), expected }.into(), "mesh", text, part)
         };
         let mut axes: Vec<(Name, usize)> = Vec::new();
         if matches!(text.trim(), "" | "1") {
@@ -83,7 +86,12 @@ impl FromStr for Mesh {
                 return Err(syntax(part));
             }
             if axes.iter().any(|(n, _)| *n == name) {
-                return Err(Cause::TwiceNamed { what: "mesh axes", name: name.into() }.into());
+                return Err(inside(
+                    Cause::TwiceNamed { what: "mesh axes", name: name.into() }.into(),
+                    "mesh",
+                    text,
+                    part,
+                ));
             }
             axes.push((name.into(), size));
         }
@@ -115,23 +123,37 @@ impl Layout {
     /// Checks the rules against mesh and program.
     ///
     /// # Errors
-    /// A rule that names an axis the mesh does not have or a dimension that no tensor of the program has.
+    /// A rule that names an axis the mesh does not have or a dimension that no tensor of the program has; at the place
+    /// of the first tensor with the rule's dimension (or the one that is nearest).
     pub fn check(&self, mesh: &Mesh, program: &Program) -> Result<(), Error> {
-        let tensors = program.functions.values().flat_map(|f| f.nodes.iter().map(|n| &n.ty));
-        let dims: BTreeSet<&str> = tensors.flat_map(|t| t.dims.iter().map(|d| &*d.name)).collect();
+        // The functions that the user wrote come first, for the places.
+        let functions = || program.functions.values().filter(|f| f.name != "init");
+        let nodes = functions().flat_map(|f| f.nodes.iter().map(|n| (&n.ty, n.place)));
+        let variables = program.variables.iter().map(|v| (&v.ty, v.place));
+        let mut dims: BTreeMap<&str, Place> = BTreeMap::new();
+        for (ty, place) in nodes.chain(variables) {
+            ty.dims.iter().for_each(|d| {
+                dims.entry(&d.name).or_insert(place);
+            });
+        }
+        let here = |dim: Option<&str>, e: Error| match dim.and_then(|d| dims.get(d)) {
+            Some(place) => e.at(*place),
+            None => e,
+        };
         for (dim, axis) in &self.rules {
             let rule = format!("{dim}:{axis}");
             if mesh.axis(axis).is_none() {
                 let near = nearest(axis, mesh.axes.iter().map(|(n, _)| &**n)).map(Name::from);
-                return Err(
-                    Cause::UnknownAxis { rule, axis: axis.clone(), mesh: mesh.to_string(), nearest: near }.into()
-                );
+                let cause = Cause::UnknownAxis { rule, axis: axis.clone(), mesh: mesh.to_string(), nearest: near };
+                return Err(here(Some(&**dim), cause.into()));
             }
-            if !dims.contains(&**dim) {
-                let near = nearest(dim, dims.iter().copied()).map(Name::from);
-                let mut e = Error::from(Cause::UnknownDimension { rule, dim: dim.clone(), nearest: near });
+            if !dims.contains_key(&**dim) {
+                let near = nearest(dim, dims.keys().copied());
+                let cause =
+                    Cause::UnknownDimension { rule, dim: dim.clone(), tensor: None, nearest: near.map(Name::from) };
+                let mut e = here(near, cause.into());
                 if dims.len() <= 40 {
-                    e = e.note(format!("the dimensions are {}", dims.into_iter().collect::<Vec<_>>().join(", ")));
+                    e = e.note(format!("the dimensions are {}", dims.into_keys().collect::<Vec<_>>().join(", ")));
                 }
                 return Err(e);
             }
@@ -157,18 +179,15 @@ impl FromStr for Layout {
             let (dim, axis) = part.split_once(':').map(|(d, a)| (d.trim(), a.trim())).unwrap_or(("", ""));
             if axis.contains('+') {
                 let help = format!("map `{dim}` to one axis");
-                return Err(Cause::NotYet {
-                    what: format!("several axes for one dimension (`{}`)", part.trim()),
-                    help,
-                }
-                .into());
+                let what = format!("several axes for one dimension (`{}`)", part.trim());
+                return Err(inside(Cause::NotYet { what, help }.into(), "layout", text, part));
             }
             if !is_name(dim) || !is_name(axis) {
                 let expected = "a rule dimension:axis, such as `x:x` in `batch:data, x:x`".into();
-                return Err(Cause::Syntax { text: part.trim().into(), expected }.into());
+                return Err(inside(Cause::Syntax { text: part.trim().into(), expected }.into(), "layout", text, part));
             }
             if rules.iter().any(|(d, _)| *d == dim) {
-                return Err(Cause::TwoRules { dim: dim.into() }.into());
+                return Err(inside(Cause::TwoRules { dim: dim.into() }.into(), "layout", text, part));
             }
             rules.push((dim.into(), axis.into()));
         }
@@ -203,7 +222,7 @@ impl Placement<'_> {
     pub fn spec(&self, what: &str, ty: &Type, own: Option<&str>, whole: &[Name], place: Place) -> Result<Spec, Error> {
         let own: Option<Layout> = own.map(str::parse).transpose().map_err(|e: Error| e.at(place))?;
         if let Some(own) = &own {
-            self.check_own(own, ty, place)?;
+            self.check_own(own, what, ty, place)?;
         }
         let layout = own.as_ref().unwrap_or(self.layout);
         let mut spec: Spec = vec![None; ty.dims.len()];
@@ -232,7 +251,7 @@ impl Placement<'_> {
         Ok(spec)
     }
 
-    fn check_own(&self, own: &Layout, ty: &Type, place: Place) -> Result<(), Error> {
+    fn check_own(&self, own: &Layout, what: &str, ty: &Type, place: Place) -> Result<(), Error> {
         for (dim, axis) in &own.rules {
             let rule = format!("{dim}:{axis}");
             if self.mesh.axis(axis).is_none() && self.layout.rules.iter().all(|(_, a)| a != axis) {
@@ -242,7 +261,9 @@ impl Placement<'_> {
             }
             if !ty.has(dim) {
                 let near = nearest(dim, ty.dims.iter().map(|d| &*d.name)).map(Name::from);
-                return Err(Error::from(Cause::UnknownDimension { rule, dim: dim.clone(), nearest: near }).at(place));
+                let tensor = Some(format!("{what} {ty}").into());
+                let cause = Cause::UnknownDimension { rule, dim: dim.clone(), tensor, nearest: near };
+                return Err(Error::from(cause).at(place));
             }
         }
         Ok(())

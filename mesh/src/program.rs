@@ -215,7 +215,10 @@ impl Program {
             let known: Vec<&str> = self.functions.keys().map(|n| &**n).collect();
             Error::new(Cause::Feed {
                 what: format!("the program has no function `{name}`"),
-                help: format!("it has {}", known.join(", ")),
+                help: match crate::error::nearest(name, known.iter().copied()) {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => format!("it has {}", known.join(", ")),
+                },
             })
         })
     }

@@ -54,7 +54,9 @@ impl DeviceGroup {
     /// # Errors
     /// A device for which there is no memory.
     pub fn embedded(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<DeviceGroup, DeviceError> {
-        let ends = InProcess::mesh(plan.mesh.size()).into_iter();
+        let steps = plan.functions.values().flatten().flat_map(|p| &p.steps);
+        let messages = steps.map(|s| s.work.most_messages()).max().unwrap_or(0);
+        let ends = InProcess::mesh(plan.mesh.size(), messages).into_iter();
         DeviceGroup::new(plan, ends.map(|end| Box::new(end) as _).enumerate().collect(), threads, seed)
     }
 

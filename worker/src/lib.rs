@@ -11,8 +11,10 @@
 //! | [`wire`] | programs and arrays as messages |
 //! | [`service`] | the service by which a coordinator drives a worker's devices |
 //! | [`node`] | a worker's life: joining a coordinator, beats, leaving |
+//! | [`cli`] | a worker's command line |
 //! | [`data`] | readers and writers of volumes |
 
+pub mod cli;
 pub mod collective;
 pub mod data;
 pub mod device;

@@ -69,7 +69,7 @@ fn ends(kind: Kind, devices: usize) -> (Vec<Box<dyn Transport>>, Vec<Listener>) 
     };
     match kind {
         Kind::InProcess => {
-            (InProcess::mesh(devices).into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect(), vec![])
+            (InProcess::mesh(devices, 4).into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect(), vec![])
         }
         Kind::Siblings => {
             let l = listener();

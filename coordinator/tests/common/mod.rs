@@ -213,21 +213,6 @@ pub fn same_on_the_grid(what: &str, p: &Program, feeds: &[(Vec<Dim>, Array)], to
     same_everywhere(what, p, feeds, &layouts, tolerance);
 }
 
-/// Draws from `0 .. below`, in order.
-pub struct Draws(Stream, u64);
-
-impl Draws {
-    /// A sequence of its own for each seed.
-    pub fn new(seed: u64) -> Draws {
-        Draws(Stream { seed, step: 0, key: 1 }, 0)
-    }
-    /// The next one.
-    pub fn below(&mut self, below: usize) -> usize {
-        self.1 += 1;
-        ((self.0.uniform(self.1) * below as f32) as usize).min(below - 1)
-    }
-}
-
 /// A program whose function `step` is what `build` makes.
 pub fn stepping(build: impl Fn(&Graph)) -> Program {
     let mut p = ProgramBuilder::new();

@@ -18,7 +18,7 @@ use crate::op::{GradContext, Op, Reference};
 use crate::region::Region;
 
 /// How elements between those of the old grid are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Resize {
     /// The element in whose cell the place lies: index `(2 i + 1) * from / (2 to)`.
     Nearest,
@@ -27,7 +27,7 @@ pub enum Resize {
 }
 
 /// A dimension sampled at another number of places, or the adjoint of that.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct ResizeDim {
     /// The dimension.
     pub dim: Name,

@@ -12,7 +12,7 @@ use ndarray::Axis;
 use std::ops::Range;
 
 /// The rows of a linear map from `from` elements.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Rows {
     from: usize,
     /// By row: its end among the entries.

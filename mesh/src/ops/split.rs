@@ -14,7 +14,7 @@ use crate::region::Region;
 use std::ops::Range;
 
 /// A dimension as several, the first one outermost, in its place.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct SplitDim {
     /// The dimension.
     pub dim: Name,
@@ -23,7 +23,7 @@ pub struct SplitDim {
 }
 
 /// Neighbouring dimensions as one, the first one outermost, in their place.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct MergeDims {
     /// The dimensions.
     pub dims: Vec<Name>,

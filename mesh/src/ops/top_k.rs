@@ -17,7 +17,7 @@ use crate::op::{GradContext, Op, Reference};
 use std::cmp::Ordering;
 
 /// The `i32` indices of the `k.size` largest elements along a dimension; `k` is the result's last dimension.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct TopK {
     /// The dimension.
     pub dim: Name,

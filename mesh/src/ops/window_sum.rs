@@ -17,7 +17,7 @@ use crate::op::{GradContext, Op, Reference};
 use crate::region::Region;
 
 /// The sum of each window along one dimension, or its adjoint.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct WindowSum {
     /// The window.
     pub window: Window,

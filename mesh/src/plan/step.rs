@@ -76,6 +76,19 @@ pub enum Work {
     AllReduce(AllReduce),
 }
 
+impl Work {
+    /// The most messages that it posts to one other device at a time.
+    pub fn most_messages(&self) -> usize {
+        match self {
+            Work::Exchange(e) => {
+                e.sends.iter().map(|m| e.sends.iter().filter(|n| n.peer == m.peer).count()).max().unwrap_or(0)
+            }
+            Work::AllReduce(a) => a.nodes[a.me].max(1),
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) => 0,
+        }
+    }
+}
+
 /// A primitive op on parts of its inputs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OpWork {

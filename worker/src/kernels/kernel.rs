@@ -4,6 +4,7 @@ use super::contract::ContractPlan;
 use super::conv::ConvPlan;
 use super::copy::CopiesPlan;
 use super::gather::GatherPlan;
+use super::isa::Isa;
 use super::map::MapPlan;
 use super::max_pool::MaxPoolPlan;
 use super::reduce::ReducePlan;
@@ -60,19 +61,24 @@ pub struct Operands<'a> {
 }
 
 impl Kernel {
-    /// Prepares a piece of work.
+    /// Prepares a piece of work for the best instruction set.
     pub fn new(work: &Work) -> Kernel {
+        Kernel::with_isa(work, Isa::detect())
+    }
+
+    /// Prepares a piece of work for one instruction set.
+    pub fn with_isa(work: &Work, isa: Isa) -> Kernel {
         match work {
-            Work::Map(nest) => Kernel::Map(MapPlan::new(nest)),
-            Work::Reduce(r) => Kernel::Reduce(ReducePlan::new(r)),
+            Work::Map(nest) => Kernel::Map(MapPlan::with_isa(nest, isa)),
+            Work::Reduce(r) => Kernel::Reduce(ReducePlan::with_isa(r, isa)),
             Work::Copy(c) => Kernel::Copies(CopiesPlan::new(c)),
             Work::Exchange(e) => Kernel::Exchange(ExchangePlan::new(e)),
             Work::AllReduce(a) => Kernel::AllReduce(AllReducePlan::new(a)),
-            Work::Op(op) => ConvPlan::new(op)
+            Work::Op(op) => ConvPlan::with_isa(op, isa)
                 .map(|p| Kernel::Conv(Box::new(p)))
-                .or_else(|| WeightGradPlan::new(op).map(|p| Kernel::WeightGrad(Box::new(p))))
-                .or_else(|| ContractPlan::new(op).map(|p| Kernel::Contract(Box::new(p))))
-                .or_else(|| MaxPoolPlan::new(op).map(Kernel::MaxPool))
+                .or_else(|| WeightGradPlan::with_isa(op, isa).map(|p| Kernel::WeightGrad(Box::new(p))))
+                .or_else(|| ContractPlan::with_isa(op, isa).map(|p| Kernel::Contract(Box::new(p))))
+                .or_else(|| MaxPoolPlan::with_isa(op, isa).map(Kernel::MaxPool))
                 .or_else(|| RowsPlan::new(op).map(Kernel::Rows))
                 .or_else(|| GatherPlan::new(op).map(Kernel::Gather))
                 .or_else(|| ScatterAddPlan::new(op).map(|p| Kernel::ScatterAdd(Box::new(p))))

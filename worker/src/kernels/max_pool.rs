@@ -44,8 +44,13 @@ const ELSEWHERE: usize = usize::MAX;
 const AXES: usize = 12;
 
 impl MaxPoolPlan {
-    /// Prepares a `max_pool` or `max_pool_grad`; None for another op.
+    /// Prepares a `max_pool` or `max_pool_grad` for the best instruction set; None for another op.
     pub fn new(work: &OpWork) -> Option<MaxPoolPlan> {
+        MaxPoolPlan::with_isa(work, Isa::detect())
+    }
+
+    /// Prepares it for one instruction set.
+    pub fn with_isa(work: &OpWork, isa: Isa) -> Option<MaxPoolPlan> {
         let (windows, gradient) = match &work.op {
             Prim::MaxPool(p) => (&p.windows, false),
             Prim::MaxPoolGrad(p) => (&p.windows, true),
@@ -86,14 +91,7 @@ impl MaxPoolPlan {
         let lanes = work.output.region.shape()[last + 1..].iter().product();
         let taps: usize = windows.iter().map(|w: &Window| w.size).product();
         assert!(taps * 16 <= WORKSPACE_BYTES, "a window of {taps} elements");
-        Some(MaxPoolPlan {
-            isa: Isa::detect(),
-            axes,
-            lanes,
-            gradient,
-            dx_elements: work.output.region.elements(),
-            taps,
-        })
+        Some(MaxPoolPlan { isa, axes, lanes, gradient, dx_elements: work.output.region.elements(), taps })
     }
 
     /// Runs it: inputs are x, and for the gradient dy.

@@ -44,15 +44,12 @@ pub struct InProcess {
 // SAFETY: the pointers are used between `recv` and `finish` only, by the thread that posted them.
 unsafe impl Send for InProcess {}
 
-/// Messages that a pair of devices posts at a time without growing a queue.
-const QUEUE: usize = 64;
-
 impl InProcess {
-    /// The ends of `devices` devices.
-    pub fn mesh(devices: usize) -> Vec<InProcess> {
+    /// The ends of `devices` devices, a pair of which posts `messages` messages at a time without growing a queue.
+    pub fn mesh(devices: usize, messages: usize) -> Vec<InProcess> {
         let door = |_| Door {
             inbox: Mutex::new(Inbox {
-                messages: (0..devices).map(|_| VecDeque::with_capacity(QUEUE)).collect(),
+                messages: (0..devices).map(|_| VecDeque::with_capacity(messages)).collect(),
                 outstanding: 0,
                 aborted: None,
             }),
@@ -60,7 +57,7 @@ impl InProcess {
         };
         let doors: Arc<[Door]> = (0..devices).map(door).collect();
         (0..devices)
-            .map(|me| InProcess { me, doors: doors.clone(), receives: Vec::with_capacity(QUEUE * devices) })
+            .map(|me| InProcess { me, doors: doors.clone(), receives: Vec::with_capacity(messages * devices) })
             .collect()
     }
 

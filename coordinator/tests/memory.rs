@@ -1,0 +1,257 @@
+//! Memory: nothing is allocated in the step loop, and what a plan predicts is what its execution takes.
+//!
+//! This binary's allocator counts. Device memory (arenas and the threads' workspaces) is what is allocated with the
+//! alignment of a cache line; arenas are handed out filled with a pattern in place of zeros, which shows what of them
+//! is written and that nothing is read before.
+
+mod common;
+
+use common::{f32s, i32s};
+use coordinator::{Failure, Options, Session};
+use mesh::array::Array;
+use mesh::dim::{DType, Dim, dim};
+use mesh::error::Cause;
+use mesh::graph::Graph;
+use mesh::nn::{self, BatchNorm, Dense, Kernel, Mode};
+use mesh::ops::window::Window;
+use mesh::optim::Optimizer;
+use mesh::program::{Program, ProgramBuilder};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use worker::pool::WORKSPACE_BYTES;
+
+/// Bytes behind an arena that a device watches.
+const GUARD: usize = 4096;
+const LINE: usize = 64;
+
+struct Counting;
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+/// Bytes of device memory now.
+static DEVICE: AtomicUsize = AtomicUsize::new(0);
+static PATTERN: AtomicU8 = AtomicU8::new(0);
+/// The arenas handed out: address and size, in order.
+static ARENAS: [(AtomicPtr<u8>, AtomicUsize); 8] =
+    [const { (AtomicPtr::new(std::ptr::null_mut()), AtomicUsize::new(0)) }; 8];
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+fn taken(layout: Layout) {
+    CALLS.fetch_add(1, SeqCst);
+    if layout.align() == LINE {
+        DEVICE.fetch_add(layout.size(), SeqCst);
+    }
+}
+
+// SAFETY: all memory is the system allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        taken(layout);
+        // SAFETY: by this function's contract.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        taken(layout);
+        // SAFETY: by this function's contract.
+        let memory = unsafe { System.alloc_zeroed(layout) };
+        if layout.align() == LINE && !memory.is_null() {
+            // SAFETY: the block was just allocated.
+            unsafe { std::ptr::write_bytes(memory, PATTERN.load(SeqCst), layout.size()) };
+            if let Some((address, size)) = ARENAS.get(COUNT.fetch_add(1, SeqCst)) {
+                address.store(memory, SeqCst);
+                size.store(layout.size() - GUARD, SeqCst);
+            }
+        }
+        memory
+    }
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        if layout.align() == LINE {
+            DEVICE.fetch_sub(layout.size(), SeqCst);
+        }
+        // SAFETY: by this function's contract.
+        unsafe { System.dealloc(memory, layout) }
+    }
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        CALLS.fetch_add(1, SeqCst);
+        // SAFETY: by this function's contract.
+        unsafe { System.realloc(memory, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Waits until no other test runs and the harness has nothing left to say.
+fn alone() -> MutexGuard<'static, ()> {
+    let guard = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let before = CALLS.load(SeqCst);
+        std::thread::sleep(Duration::from_millis(50));
+        if CALLS.load(SeqCst) == before {
+            return guard;
+        }
+    }
+}
+
+fn image() -> Vec<Dim> {
+    vec![dim("batch", 2), dim("x", 11), dim("y", 14), dim("channel", 3)]
+}
+
+/// A small UNet with everything in it, and an evaluation that needs less memory.
+fn network() -> Program {
+    let mut p = ProgramBuilder::new();
+    let forward = |g: &Graph, mode: Mode| {
+        let x = g.input("image", DType::F32, &image());
+        let block = |x: &mesh::graph::Tensor, name: &str, channels: usize| {
+            let y = nn::conv(x, &format!("{name}.c"), &Kernel::new(&["x", "y"], 3), &dim("channel", channels));
+            let y = nn::batch_norm(&y, &format!("{name}.n"), "channel", &BatchNorm::default(), mode);
+            nn::dropout(&nn::leaky_relu(&y, 0.1), 0.9, mode)
+        };
+        let fine = block(&x, "a", 6);
+        let coarse = block(&fine.max_pool(&[Window::same("x", 11, 2, 2, 1), Window::same("y", 14, 2, 2, 1)]), "b", 9);
+        let up = Kernel::new(&["x", "y"], 2).stride(2).to(&[11, 14]);
+        let up = nn::conv_transpose(&coarse, "up", &up, &dim("channel", 6));
+        let joined = mesh::graph::Tensor::concat(&[&fine, &up], "channel");
+        nn::dense(&joined, "head", &["channel"], &[dim("class", 4)], &Dense::default())
+    };
+    p.function("train", |g| {
+        let labels = g.input("labels", DType::I32, &image()[..3]);
+        let loss = nn::cross_entropy(&forward(g, Mode::Train), &labels, "class").mean_all();
+        let update = Optimizer::adamw(0.01, 0.1).clipped(1.0).apply(g, &loss);
+        g.output("loss", &loss);
+        g.output("norm", &update.grad_norm);
+    })
+    .unwrap();
+    p.function("eval", |g| g.output("class", &nn::arg_max(&forward(g, Mode::Eval), "class"))).unwrap();
+    p.finish().unwrap()
+}
+
+fn options(mesh: &str, layout: &str, threads: usize) -> Options {
+    let (mesh, layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
+    Options { mesh, layout, threads: Some(threads), seed: 5, ..Options::default() }
+}
+
+const MESHES: [(&str, &str); 6] = [
+    ("1", ""),
+    ("x=2", "x:x"),
+    ("x=3", "y:x"),
+    ("x=2,y=2", "x:x,y:y"),
+    ("data=2,x=3", "batch:data,x:x"),
+    ("x=2,y=2,z=2", "x:x,y:y,batch:z"),
+];
+
+fn feeds() -> (Array, Array) {
+    (f32s(&image(), 1).1, i32s(&image()[..3], 2, 4).1)
+}
+
+#[test]
+fn the_step_loop_allocates_nothing() {
+    let _alone = alone();
+    let (image, labels) = feeds();
+    for (mesh, layout) in MESHES {
+        for threads in [1, 2] {
+            let mut session = Session::embedded(network(), &options(mesh, layout, threads)).unwrap();
+            let train = session.function("train").unwrap();
+            session.feed(train, "image", &image).unwrap();
+            session.feed(train, "labels", &labels).unwrap();
+            let before = CALLS.load(SeqCst);
+            for step in 0..5 {
+                session.step(train, step).unwrap();
+            }
+            assert_eq!(CALLS.load(SeqCst) - before, 0, "allocations in five steps on {mesh}, {threads} threads");
+        }
+    }
+}
+
+/// A layout that cuts an inner reduced dimension sends a part for each chunk of the outer ones.
+#[test]
+fn a_step_of_many_messages_allocates_nothing() {
+    let _alone = alone();
+    let d = [dim("a", 16), dim("b", 16), dim("c", 16), dim("d", 2)];
+    let p = common::stepping(|g| g.output("y", &g.input("x", DType::F32, &d).sum(&["a", "b", "c"])));
+    for (mesh, layout) in [("m=3", "c:m"), ("m=5", "b:m")] {
+        let mut session = Session::embedded(p.clone(), &options(mesh, layout, 1)).unwrap();
+        let f = session.function("step").unwrap();
+        session.feed(f, "x", &f32s(&d, 1).1).unwrap();
+        let before = CALLS.load(SeqCst);
+        (0..3).for_each(|step| session.step(f, step).unwrap());
+        assert_eq!(CALLS.load(SeqCst) - before, 0, "{mesh} with {layout}");
+    }
+}
+
+/// Bytes of an arena up to the last one that was written, in whole lines.
+fn written(index: usize, pattern: u8) -> usize {
+    let (address, size) = (&ARENAS[index].0, ARENAS[index].1.load(SeqCst));
+    // SAFETY: the session that owns the arena lives, and no step runs.
+    let memory = unsafe { std::slice::from_raw_parts(address.load(SeqCst), size) };
+    memory.iter().rposition(|b| *b != pattern).map_or(0, |i| (i + 1).next_multiple_of(LINE))
+}
+
+#[test]
+fn the_memory_that_was_predicted_is_the_memory_that_is_used() {
+    let _alone = alone();
+    let (image, labels) = feeds();
+    let mut results: Vec<Vec<u8>> = vec![];
+    for (mesh, layout) in MESHES {
+        for threads in [1, 2] {
+            // What is written may look like the pattern by chance, so there are two.
+            let mut used = vec![0; 8];
+            for pattern in [0xff, 0x5b] {
+                PATTERN.store(pattern, SeqCst);
+                COUNT.store(0, SeqCst);
+                assert_eq!(DEVICE.load(SeqCst), 0);
+                let mut session = Session::embedded(network(), &options(mesh, layout, threads)).unwrap();
+                let taken = DEVICE.load(SeqCst);
+                let feeds = [("image", &image), ("labels", &labels)];
+                let out = session.run("train", 0, &feeds).unwrap();
+                results.push(out.iter().flat_map(|(_, a)| a.to_bytes()).collect());
+                let peaks = session.peaks().unwrap();
+                assert_eq!(COUNT.load(SeqCst), peaks.len());
+                let predicted: usize = peaks.iter().map(|p| p.peak_bytes_predicted).sum();
+                assert_eq!(taken, predicted + peaks.len() * GUARD, "{mesh}: what the devices took");
+                for (d, peak) in peaks.iter().enumerate() {
+                    assert_eq!(
+                        peak.peak_bytes_measured, peak.peak_bytes_predicted,
+                        "device {d} of {mesh} with {layout}"
+                    );
+                    used[d] = written(d, pattern).max(used[d]);
+                }
+                // An evaluation needs no more.
+                session.run("eval", 1, &[("image", &image)]).unwrap();
+                assert_eq!(session.peaks().unwrap(), peaks);
+                if pattern != 0xff {
+                    for (d, peak) in peaks.iter().enumerate() {
+                        let arena = peak.peak_bytes_predicted - threads * WORKSPACE_BYTES;
+                        assert_eq!(used[d], arena, "written of the arena of device {d} of {mesh} with {layout}");
+                    }
+                }
+            }
+        }
+    }
+    // What memory held before changes nothing, nor does the mesh.
+    assert!(results.iter().all(|r| *r == results[0]));
+}
+
+#[test]
+fn a_step_over_the_budget_is_refused_before_anything_is_allocated() {
+    let _alone = alone();
+    for (mesh, layout) in [("1", ""), ("x=2,y=2", "x:x,y:y")] {
+        let fits = options(mesh, layout, 1);
+        let plan = fits.plan(&network()).unwrap();
+        let needed = (0..plan.mesh.size()).map(|d| plan.peak_bytes(d)).max().unwrap();
+        COUNT.store(0, SeqCst);
+        let refused = match Session::embedded(network(), &Options { memory: Some(needed - 1), ..fits.clone() }) {
+            Err(Failure::Program(e)) => e,
+            _ => panic!("a plan over the budget is accepted"),
+        };
+        assert!(
+            matches!(refused.cause, Cause::OverMemory { needed: n, budget, .. } if n == needed && budget == needed - 1)
+        );
+        assert!(refused.to_string().contains("in function `train`"), "{refused}");
+        assert_eq!((COUNT.load(SeqCst), DEVICE.load(SeqCst)), (0, 0));
+        assert!(Session::embedded(network(), &Options { memory: Some(needed), ..fits }).is_ok());
+    }
+}

@@ -1,0 +1,253 @@
+//! Every kernel gives the same bits on every instruction set and with any number of threads, and writes nothing but
+//! its results and its scratch.
+//!
+//! The pieces of work are those of planned programs, on one device and split, so that regions, halos, leaves and fused
+//! bodies are as they come.
+
+use mesh::dim::{DType, Dim, dim};
+use mesh::graph::{Graph, Tensor};
+use mesh::nn::{self, BatchNorm, Dense, Kernel as Filter, Mode};
+use mesh::ops::binary::{Binary, BinaryFn};
+use mesh::ops::source::Distribution;
+use mesh::ops::unary::{Unary, UnaryFn};
+use mesh::ops::window::Window;
+use mesh::optim::Optimizer;
+use mesh::plan::{PlanOptions, Work, plan_program};
+use mesh::program::{Program, ProgramBuilder};
+use mesh::rng::Stream;
+use std::collections::BTreeSet;
+use worker::kernels::isa::Isa;
+use worker::kernels::kernel::{CpuBackend, Kernel, Operands};
+use worker::kernels::vm::StepContext;
+use worker::pool::Pool;
+use worker::transport::InProcess;
+
+/// Memory of a buffer, aligned as in an arena, with a guard on both sides.
+struct Guarded {
+    memory: Vec<[u64; 8]>,
+    bytes: usize,
+}
+
+const GUARD: usize = 1024;
+const PATTERN: u64 = 0xa5a5_a5a5_a5a5_a5a5;
+
+impl Guarded {
+    /// A buffer whose every byte is the guard's.
+    fn new(bytes: usize) -> Guarded {
+        // Lines of 64 bytes by number; the first whole one is found at run time.
+        Guarded { memory: vec![[PATTERN; 8]; (bytes + 2 * GUARD).div_ceil(64) + 1], bytes }
+    }
+    fn start(&self) -> usize {
+        GUARD + (self.memory.as_ptr() as usize).wrapping_neg() % 64
+    }
+    fn all(&self) -> &[u8] {
+        // SAFETY: the vector's memory as bytes.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast(), self.memory.len() * 64) }
+    }
+    fn at(&mut self) -> *mut u8 {
+        let start = self.start();
+        // SAFETY: inside the vector's memory.
+        unsafe { self.memory.as_mut_ptr().cast::<u8>().add(start) }
+    }
+    fn data(&self) -> &[u8] {
+        &self.all()[self.start()..self.start() + self.bytes]
+    }
+    fn fill(&mut self, data: &[u8]) {
+        // SAFETY: the data's length is the buffer's.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.at(), self.bytes.min(data.len())) };
+    }
+    fn guarded(&self) -> bool {
+        let (all, start) = (self.all(), self.start());
+        all[..start].iter().chain(&all[start + self.bytes..]).all(|b| *b == PATTERN as u8)
+    }
+}
+
+/// Numbers of a dtype, as bytes.
+fn numbers(dtype: DType, bytes: usize, key: u32) -> Vec<u8> {
+    let stream = Stream { seed: 11, step: 0, key };
+    let draw = |i: usize| stream.uniform(i as u64);
+    match dtype {
+        DType::F32 => (0..bytes / 4).flat_map(|i| (draw(i) * 2.0 - 0.9).to_le_bytes()).collect(),
+        DType::I32 => (0..bytes / 4).flat_map(|i| ((draw(i) * 9.0) as i32 - 2).to_le_bytes()).collect(),
+        DType::Bf16 => (0..bytes / 2).flat_map(|i| ((draw(i).to_bits() >> 16) as u16).to_le_bytes()).collect(),
+        DType::Bool => (0..bytes).map(|i| u8::from(draw(i) < 0.5)).collect(),
+    }
+}
+
+/// The element types of what a piece of work reads.
+fn dtypes(work: &Work) -> Vec<DType> {
+    match work {
+        Work::Map(nest) => nest.operands.iter().map(|o| o.dtype).collect(),
+        Work::Reduce(r) => r.nest.operands.iter().map(|o| o.dtype).collect(),
+        Work::Op(op) => op.inputs.iter().map(|p| p.ty.dtype).collect(),
+        Work::Copy(c) => vec![if c.element == 4 { DType::F32 } else { DType::Bool }; 16],
+        Work::Exchange(_) | Work::AllReduce(_) => vec![],
+    }
+}
+
+fn name(work: &Work) -> &'static str {
+    match work {
+        Work::Map(_) => "map",
+        Work::Reduce(_) => "reduce",
+        Work::Op(op) => op.op.op().name(),
+        Work::Copy(_) => "copy",
+        Work::Exchange(_) | Work::AllReduce(_) => "between devices",
+    }
+}
+
+/// Runs all work that a program's plan has on a mesh; adds the kernels' names to `seen`.
+fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>) {
+    let backend = CpuBackend { threads: 1 };
+    let (mesh, layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
+    let plan = plan_program(p, &mesh, &layout, &PlanOptions::default(), &backend).unwrap();
+    let pools: Vec<Pool> = (1..=3).map(Pool::new).collect();
+    let mut end = InProcess::mesh(1, 0).remove(0);
+    for device in plan.functions.values().flatten() {
+        for (s, step) in device.steps.iter().enumerate() {
+            let types = dtypes(&step.work);
+            if types.is_empty() && !matches!(step.work, Work::Map(_)) {
+                continue;
+            }
+            seen.insert(name(&step.work));
+            let mut inputs: Vec<Guarded> = Vec::new();
+            for (i, (b, t)) in step.inputs.iter().zip(&types).enumerate() {
+                let mut buffer = Guarded::new(b.bytes);
+                buffer.fill(&numbers(*t, b.bytes, (s * 16 + i) as u32));
+                inputs.push(buffer);
+            }
+            let mut first: Option<Vec<Vec<u8>>> = None;
+            for isa in Isa::available() {
+                let kernel = Kernel::with_isa(&step.work, isa);
+                for pool in &pools {
+                    let mut outputs: Vec<Guarded> = step.outputs.iter().map(|b| Guarded::new(b.bytes)).collect();
+                    let mut scratch = Guarded::new(kernel.scratch_bytes());
+                    let from: Vec<*const u8> = inputs.iter_mut().map(|b| b.at().cast_const()).collect();
+                    let to: Vec<*mut u8> = outputs.iter_mut().map(Guarded::at).collect();
+                    let output_bytes = step.outputs.first().map_or(0, |b| b.bytes);
+                    let operands = Operands { inputs: &from, outputs: &to, output_bytes, scratch: scratch.at() };
+                    let cx = StepContext { seed: 5, step: 3 };
+                    // SAFETY: buffers are as large as the plan says, and the scratch as the kernel does.
+                    unsafe { kernel.run(pool, &mut end, &operands, cx) }.unwrap();
+                    let what = || format!("{isa:?}, {} threads: {:?}", pool.threads(), step.work);
+                    assert!(outputs.iter().all(Guarded::guarded), "wrote beside its result; {}", what());
+                    assert!(scratch.guarded(), "wrote beside its scratch; {}", what());
+                    assert!(inputs.iter().all(Guarded::guarded), "wrote beside its inputs; {}", what());
+                    let bits: Vec<Vec<u8>> = outputs.iter().map(|b| b.data().to_vec()).collect();
+                    match &first {
+                        None => first = Some(bits),
+                        Some(first) => assert!(*first == bits, "other bits; {}", what()),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn volume() -> [Dim; 5] {
+    [dim("batch", 2), dim("x", 9), dim("y", 10), dim("z", 11), dim("channel", 3)]
+}
+
+/// A network of products, norms, pools and everything else, trained.
+fn network() -> Program {
+    let mut p = ProgramBuilder::new();
+    p.function("train", |g| {
+        let x = g.input("image", DType::F32, &volume());
+        let labels = g.input("labels", DType::I32, &volume()[..4]);
+        let space = ["x", "y", "z"];
+        let block = |x: &Tensor, name: &str, filter: Filter, channels: usize| {
+            let y = nn::conv(x, &format!("{name}.c"), &filter, &dim("channel", channels));
+            let y = nn::batch_norm(&y, &format!("{name}.n"), "channel", &BatchNorm::default(), Mode::Train);
+            nn::dropout(&nn::leaky_relu(&y, 0.1), 0.9, Mode::Train)
+        };
+        let fine = block(&x, "a", Filter::new(&space, 3), 40);
+        let pooled =
+            fine.max_pool(&[Window::same("x", 9, 2, 2, 1), Window::same("y", 10, 3, 2, 1), Window::valid("z", 2, 2)]);
+        let coarse = block(&pooled, "b", Filter::new(&space, 3).stride(2), 70);
+        let coarse = block(&coarse, "c", Filter::new(&["y"], 3).dilation(2).groups(2), 34);
+        let up = Filter::new(&space, 3).stride(3).to(&[9, 9, 7]);
+        let up = nn::gelu(&nn::conv_transpose(&coarse, "up", &up, &dim("channel", 17)));
+        let joined = Tensor::concat(&[&fine, &up.pad("y", 0, 1, 0.0).pad("z", 2, 2, 0.5)], "channel");
+        let logits = nn::dense(&joined, "head", &["channel"], &[dim("class", 5)], &Dense::default());
+        let loss = nn::cross_entropy(&logits, &labels, "class").mean_all();
+        Optimizer::lamb(0.01, 0.1).clipped(1.0).apply(g, &loss);
+        g.output("loss", &loss);
+        g.output("accuracy", &nn::accuracy(&logits, &labels, "class"));
+    })
+    .unwrap();
+    p.finish().unwrap()
+}
+
+#[test]
+fn the_work_of_a_network_is_the_same_bits_on_every_instruction_set_and_thread() {
+    let mut seen = BTreeSet::new();
+    hold(&network(), "1", "", &mut seen);
+    for (mesh, layout) in [("m=2,n=2", "x:m,y:n"), ("m=3,n=2", "z:m,batch:n")] {
+        hold(&network(), mesh, layout, &mut seen);
+    }
+    let all = [
+        "contract",
+        "conv",
+        "conv_transpose",
+        "conv_weight_grad",
+        "copy",
+        "map",
+        "max_pool",
+        "max_pool_grad",
+        "reduce",
+    ];
+    for kernel in all {
+        assert!(seen.contains(kernel), "{kernel}: not in {seen:?}");
+    }
+}
+
+#[test]
+fn every_function_of_a_value_is_the_same_bits_on_every_instruction_set_and_thread() {
+    let d = [dim("a", 37), dim("b", 53)];
+    let mut p = ProgramBuilder::new();
+    p.function("f", |g: &Graph| {
+        let (x, y) = (g.input("x", DType::F32, &d), g.input("y", DType::F32, &d[1..]));
+        let (i, j) = (g.input("i", DType::I32, &d), g.input("j", DType::I32, &d[..1]));
+        let mut outputs: Vec<Tensor> = vec![];
+        outputs.extend(UnaryFn::ALL.iter().filter(|f| **f != UnaryFn::Not).map(|f| x.apply(Unary { f: *f })));
+        for f in BinaryFn::ALL {
+            let of = |a: &Tensor, b: &Tensor| g.apply(Binary { f }, &[a, b]);
+            match f {
+                BinaryFn::And | BinaryFn::Or => outputs.push(of(&x.greater(&y), &i.equal(&j))),
+                BinaryFn::Pow => outputs.push(of(&x.abs(), &y)),
+                _ => outputs.push(of(&x, &y)),
+            }
+            if !matches!(f, BinaryFn::And | BinaryFn::Or | BinaryFn::Pow | BinaryFn::Div | BinaryFn::Rem) {
+                outputs.push(of(&i, &j));
+            }
+        }
+        for f in
+            [Distribution::Uniform, Distribution::Normal, Distribution::TruncatedNormal, Distribution::Bernoulli(0.4)]
+        {
+            outputs.push(g.random(f, &d));
+        }
+        outputs.push(x.cast(DType::I32));
+        outputs.push(i.cast(DType::F32));
+        outputs.push(x.cast(DType::Bf16).cast(DType::F32));
+        for over in [vec!["a"], vec!["b"], vec!["a", "b"]] {
+            outputs.extend([
+                x.sum(&over),
+                x.max(&over),
+                x.min(&over),
+                i.sum(&over),
+                i.max(&over),
+                x.square().sum(&over),
+            ]);
+            outputs.push(x.less(&y).any(&over));
+        }
+        outputs.push(x.reorder(&["b", "a"]));
+        outputs.push(x.shift("b", 5, true).slice_by("a", 1, 30, 3));
+        outputs.iter().enumerate().for_each(|(i, t)| g.output(format!("y{i}"), t));
+    })
+    .unwrap();
+    let p = p.finish().unwrap();
+    let mut seen = BTreeSet::new();
+    for (mesh, layout) in [("1", ""), ("m=3", "a:m"), ("m=2,n=3", "a:m,b:n")] {
+        hold(&p, mesh, layout, &mut seen);
+    }
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["copy", "map", "reduce"]);
+}
