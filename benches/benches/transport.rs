@@ -236,12 +236,12 @@ fn all_reduce(args: &Args, choice: TransportChoice, end: &mut Switchboard) {
         devices: (0..n).collect(),
         nodes: owned.iter().map(|o| tree.nodes(o).len()).collect(),
         me,
-        order: tree.finish(&owned),
+        order: tree.finish(&owned).into(),
         segmented: true,
     };
     let input: Vec<f32> = (0..elements).map(|i| (i % 1000 + me) as f32).collect();
     let (mut output, mut scratch) = (vec![0f32; elements], vec![0u8; work.scratch_bytes()]);
-    let (plan, pool) = (AllReducePlan::new(&work), Pool::new(1));
+    let (plan, pool) = (AllReducePlan::new(&work), Pool::new(1, None));
     let mut seconds = Vec::new();
     for i in 0..args.repeat * 4 + 3 {
         let begun = Instant::now();
