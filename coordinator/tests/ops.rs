@@ -176,6 +176,17 @@ fn sums_of_many_chunks_of_many_elements() {
 }
 
 #[test]
+fn reductions_of_unlike_dtypes_over_the_same_loops() {
+    let d = [("a", 5), ("b", 7)];
+    let feeds = [i32s(&dims(&d), 1, 30), feed(&d, 2)];
+    hold("sums", &feeds, |_, t| t[0].sum(&["b"]).cast(DType::F32).mul(&t[1].sum(&["b"])));
+    hold("maxima", &feeds, |g, t| {
+        let any = t[0].greater(&g.scalar_i32(27)).any(&["b"]);
+        any.select(&t[1].max(&["b"]), &t[0].sub(&g.scalar_i32(50)).max(&["b"]).cast(DType::F32))
+    });
+}
+
+#[test]
 fn contractions() {
     let cases: [(&[(&str, usize)], &[(&str, usize)], &[&str]); 12] = [
         (&[("m", 5), ("k", 7)], &[("k", 7), ("n", 9)], &["k"]),
