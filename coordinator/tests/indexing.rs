@@ -251,7 +251,8 @@ fn variables_are_updated_in_place_through_split_and_merged_dimensions() {
             ..Options::default()
         };
         let mut session = Session::embedded(p.clone(), &options).unwrap();
-        (v.fill(1.0), w.fill(2.0));
+        v.fill(1.0);
+        w.fill(2.0);
         for step in 0..3 {
             let out = session.run("f", step, &[]).unwrap();
             let old = |name: &str| out.iter().find(|(n, _)| *n == *name).unwrap().1.as_f32().unwrap().clone();

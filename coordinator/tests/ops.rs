@@ -10,6 +10,7 @@ use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::ops::binary::{Binary, BinaryFn};
+use mesh::ops::resize::Resize;
 use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
@@ -173,6 +174,17 @@ fn sums_of_many_chunks_of_many_elements() {
             t[0].sum(over).mul(&t[0].square().sum(over))
         });
     }
+}
+
+#[test]
+fn reductions_of_unlike_dtypes_over_the_same_loops() {
+    let d = [("a", 5), ("b", 7)];
+    let feeds = [i32s(&dims(&d), 1, 30), feed(&d, 2)];
+    hold("sums", &feeds, |_, t| t[0].sum(&["b"]).cast(DType::F32).mul(&t[1].sum(&["b"])));
+    hold("maxima", &feeds, |g, t| {
+        let any = t[0].greater(&g.scalar_i32(27)).any(&["b"]);
+        any.select(&t[1].max(&["b"]), &t[0].sub(&g.scalar_i32(50)).max(&["b"]).cast(DType::F32))
+    });
 }
 
 #[test]
@@ -422,7 +434,7 @@ mod random_graphs {
         let ty = x.ty();
         let own = (!ty.dims.is_empty()).then(|| ty.dims[draw.below(ty.dims.len().max(1))].clone());
         let free = NAMES.iter().find(|n| !ty.has(n) && draw.below(2) == 0);
-        Some(match draw.below(22) {
+        Some(match draw.below(30) {
             0 => x.tanh(),
             1 => x.square().add_scalar(0.5).rsqrt(),
             2 => x.relu().add(&x.sigmoid()),
@@ -486,6 +498,45 @@ mod random_graphs {
                     groups: 1,
                 };
                 x.conv(&filter, &conv).tanh()
+            }
+            22 | 23 => {
+                let d = own?;
+                let factor = (2..=d.size).find(|f| d.size % f == 0 && draw.below(2) == 0)?;
+                let (inner, outer) = (dim(*free?, factor), dim(&d.name, d.size / factor));
+                let into = if draw.below(2) == 0 { [inner, outer] } else { [outer, inner] };
+                x.split_dim(&d.name, &into)
+            }
+            24 if ty.dims.len() > 1 => {
+                let d = own?;
+                let other = ty.dims.iter().find(|o| o.name != d.name && o.size * d.size <= 12)?;
+                let into = if draw.below(2) == 0 { &d.name } else { &other.name };
+                x.merge_dims(&[&d.name, &other.name], into)
+            }
+            25 if fit(x, y) => {
+                // Rows chosen by a value: some of them outside.
+                let d = own?;
+                let scores = if y.ty().has(&d.name) { y.mean(&[&d.name]) } else { y.clone() };
+                let at = scores.mul_scalar(d.size as f32).cast(DType::I32);
+                x.gather(&at, &d.name).tanh()
+            }
+            26 => {
+                let d = own?;
+                let at = x.tanh().mul_scalar(4.0).cast(DType::I32).max(&[&d.name]);
+                x.scatter_add(&at, &dim(*free?, 3)).tanh()
+            }
+            27 => {
+                let d = own?;
+                x.top_k(&d.name, &dim(*free?, 1 + draw.below(d.size))).0
+            }
+            28 => {
+                let d = own.filter(|d| d.size > 2)?;
+                let (size, stride) = (2 + draw.below(2), 1 + draw.below(3));
+                let window = [Window::padded(&d.name, size, stride, draw.below(2), draw.below(2))];
+                if draw.below(2) == 0 { x.avg_pool(&window) } else { x.window_sum(&window).tanh() }
+            }
+            29 => {
+                let method = if draw.below(2) == 0 { Resize::Nearest } else { Resize::Linear };
+                x.resize(&[(&*own?.name, 1 + draw.below(10))], method)
             }
             _ => return None,
         })

@@ -159,7 +159,8 @@ impl Op for SplitDim {
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         let at = position(x[0], &self.dim)?;
         let n = x[0].dims[at].size;
-        if self.into.is_empty() || self.sizes().iter().product::<usize>() != n {
+        let product = self.into.iter().try_fold(1usize, |n, d| n.checked_mul(d.size));
+        if self.into.is_empty() || product != Some(n) {
             let into: Vec<String> = self.into.iter().map(Dim::to_string).collect();
             let m = format!("cannot split `{}`, size {n}, into {}", self.dim, into.join(", "));
             return refuse("C2", m, "make the product of the new sizes the old one; `pad` or `slice` first");

@@ -271,8 +271,8 @@ impl<'a> Fused<'a> {
         match (&a.op, &b.op) {
             (SpmdOp::Compute { prim: Prim::Reduce(f), sum: s }, SpmdOp::Compute { prim: Prim::Reduce(g), sum: t }) => {
                 let space = |i: &Instr| {
-                    let (x, y) = (self.ty(i.inputs[0]).clone(), &self.spmd.values[i.output.index()]);
-                    (x.dims, y.regions.clone())
+                    // Of one dtype too: a pass has one way to combine.
+                    (self.ty(i.inputs[0]).clone(), self.spmd.values[i.output.index()].regions.clone())
                 };
                 !reads_earlier && f.f == g.f && f.over == g.over && s == t && space(a) == space(b)
             }

@@ -70,26 +70,31 @@ impl GatherPlan {
         let points = self.outer.points();
         let tasks = points.min(pool.threads() * 8);
         pool.run(tasks, &|t, _| {
-            let p = p;
             for point in points * t / tasks..points * (t + 1) / tasks {
-                let at = self.outer.at(point);
-                // SAFETY: by this function's contract; points are disjoint, and a node's rows are held.
-                unsafe {
-                    let row = usize::try_from(*p.indices.add(at[1])).ok().filter(|r| *r < self.rows);
-                    for (n, rows) in self.nodes.iter().enumerate() {
-                        let to = p.out.add(n * self.elements + at[2]);
-                        match row {
-                            Some(row) if rows.contains(&row) => {
-                                let from = p.table.add(at[0] + (row - self.held) * self.pitch);
-                                std::ptr::copy_nonoverlapping(from, to, self.lanes);
-                            }
-                            // An index outside gives 0, which the first row's node has to say: the others' -0.0 leave it.
-                            None if rows.start == 0 => std::slice::from_raw_parts_mut(to, self.lanes).fill(0),
-                            _ => std::slice::from_raw_parts_mut(to, self.lanes).fill(self.neutral),
-                        }
-                    }
-                }
+                // SAFETY: by this function's contract; points are disjoint.
+                unsafe { self.point(point, p) };
             }
         });
+    }
+
+    /// The lanes of a point, in every node.
+    unsafe fn point(&self, point: usize, p: Pointers) {
+        let [from, index, to] = self.outer.at(point);
+        // SAFETY: by the contract of `run`; a node's rows are held.
+        unsafe {
+            let row = usize::try_from(*p.indices.add(index)).ok().filter(|r| *r < self.rows);
+            for (n, rows) in self.nodes.iter().enumerate() {
+                let to = std::slice::from_raw_parts_mut(p.out.add(n * self.elements + to), self.lanes);
+                match row {
+                    Some(row) if rows.contains(&row) => {
+                        let from = p.table.add(from + (row - self.held) * self.pitch);
+                        to.copy_from_slice(std::slice::from_raw_parts(from, self.lanes));
+                    }
+                    // An index outside gives 0, which the first row's node has to say: the others' -0.0 leave it.
+                    None if rows.start == 0 => to.fill(0),
+                    _ => to.fill(self.neutral),
+                }
+            }
+        }
     }
 }

@@ -68,7 +68,6 @@ impl RowsPlan {
         let tasks = rows.min(pool.threads() * 8);
         pool.run(tasks, &|t, _| {
             let (plan, range) = (self, rows * t / tasks..rows * (t + 1) / tasks);
-            let p = p;
             dispatch!(self.isa, fn(plan: &RowsPlan, range: std::ops::Range<usize>, p: Pointers) {
                 for r in range {
                     let (point, o) = (r / plan.ends.len(), r % plan.ends.len());

@@ -182,7 +182,6 @@ impl ScatterAddPlan {
         let p = Pointers { updates, indices, out, heads: scratch, next: unsafe { scratch.add(self.heads()) } };
         let lists = self.batch.points() * self.nodes.len();
         pool.run(lists, &|t, _| {
-            let p = p;
             // SAFETY: by this function's contract; each batch point and node has lists of its own.
             unsafe { self.link(t / self.nodes.len(), t % self.nodes.len(), p) };
         });
@@ -190,7 +189,6 @@ impl ScatterAddPlan {
         let tasks = all.min(pool.threads() * 8);
         const { assert!((TURNS as usize + 1) * BLOCK * 4 <= WORKSPACE_BYTES) };
         pool.run(tasks, &|t, w| {
-            let p = p;
             let sums: *mut f32 = w.floats().as_mut_ptr();
             for row in all * t / tasks..all * (t + 1) / tasks {
                 // SAFETY: by this function's contract; rows are disjoint. The workspace holds a block for every open

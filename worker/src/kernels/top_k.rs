@@ -87,30 +87,35 @@ impl TopKPlan {
         let points = self.outer.points();
         let tasks = points.min(pool.threads() * 8);
         pool.run(tasks, &|t, workspace| {
-            let p = p;
             // SAFETY: the workspace is aligned to 64 bytes and holds the most that an op may ask for; any bits are a
             // number.
             let heap = unsafe { std::slice::from_raw_parts_mut(workspace.floats().as_mut_ptr().cast::<u64>(), self.k) };
             for point in points * t / tasks..points * (t + 1) / tasks {
-                let at = self.outer.at(point);
-                // SAFETY: by this function's contract; all of the dimension is held.
-                let key = |i: usize| key(unsafe { *p.0.add(at[0] + i * self.pitch) }, i, self.float);
-                heap.iter_mut().enumerate().for_each(|(i, h)| *h = key(i));
-                (0..self.k / 2).rev().for_each(|i| sink(heap, i));
-                for i in self.k..self.n {
-                    let key = key(i);
-                    if key > heap[0] {
-                        heap[0] = key;
-                        sink(heap, 0);
-                    }
-                }
-                heap.sort_unstable_by(|a, b| b.cmp(a));
-                for (i, h) in heap.iter().enumerate() {
-                    // SAFETY: by this function's contract; points are disjoint.
-                    unsafe { *p.1.add(at[1] + i * self.k_pitch) = !(*h as u32) as i32 };
-                }
+                // SAFETY: by this function's contract; points are disjoint.
+                unsafe { self.point(point, heap, p) };
             }
         });
+    }
+
+    /// The largest elements at one point.
+    unsafe fn point(&self, point: usize, heap: &mut [u64], p: Pointers) {
+        let [from, to] = self.outer.at(point);
+        // SAFETY: by the contract of `run`; all of the dimension is held.
+        let key = |i: usize| key(unsafe { *p.0.add(from + i * self.pitch) }, i, self.float);
+        heap.iter_mut().enumerate().for_each(|(i, h)| *h = key(i));
+        (0..self.k / 2).rev().for_each(|i| sink(heap, i));
+        for i in self.k..self.n {
+            let key = key(i);
+            if key > heap[0] {
+                heap[0] = key;
+                sink(heap, 0);
+            }
+        }
+        heap.sort_unstable_by(|a, b| b.cmp(a));
+        for (i, h) in heap.iter().enumerate() {
+            // SAFETY: by the contract of `run`.
+            unsafe { *p.1.add(to + i * self.k_pitch) = !(*h as u32) as i32 };
+        }
     }
 }
 
