@@ -120,11 +120,14 @@ pub fn save(session: &Session, dir: &Path, position: &Position, keep: usize) -> 
         Ok(())
     };
     write().map_err(|e| failed("write", &target, e))?;
-    // The one just written stays even where a run that went back to an earlier step has left later ones.
-    let others: Vec<PathBuf> = list(dir).into_iter().filter(|p| *p != target).collect();
-    for old in others.iter().take((others.len() + 1).saturating_sub(keep.max(1))) {
+    // Later steps are left from before a resume: damaged, or of a course that this run has not taken.
+    let mut kept = list(dir);
+    let end = kept.iter().position(|p| *p == target).map_or(kept.len(), |at| at + 1);
+    let mut gone = kept.split_off(end);
+    gone.extend(kept.drain(..kept.len().saturating_sub(keep.max(1))));
+    for path in gone {
         // One that cannot be deleted does no harm.
-        let _ = fs::remove_dir_all(old);
+        let _ = fs::remove_dir_all(path);
     }
     Ok(target)
 }

@@ -7,8 +7,7 @@ use mesh::error::nearest;
 use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
-use worker::device::zeros;
-use worker::embedded::EmbeddedMesh;
+use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
 
 /// Where and how a program runs. None of it changes a bit of the results, but for the seed.
@@ -59,7 +58,7 @@ pub struct FunctionId(usize);
 pub struct Session {
     program: Program,
     plan: ProgramPlan,
-    mesh: EmbeddedMesh,
+    mesh: DeviceGroup,
     seed: u64,
 }
 
@@ -70,7 +69,7 @@ impl Session {
     /// A layout that does not fit the program or the mesh, a plan over the memory allowed: before anything runs.
     pub fn embedded(program: Program, options: &Options) -> Result<Session, Failure> {
         let plan = options.plan(&program)?;
-        let mesh = EmbeddedMesh::new(&plan, options.threads(), options.seed)?;
+        let mesh = DeviceGroup::embedded(&plan, options.threads(), options.seed)?;
         let mut session = Session { program, plan, mesh, seed: options.seed };
         let init = session.function("init")?;
         session.step(init, 0)?;
@@ -138,7 +137,7 @@ impl Session {
             let help = near.map_or("see the program's outputs".into(), |n| format!("did you mean `{n}`?"));
             return Err(feed(format!("the function has no result `{name}`"), help));
         };
-        let mut array = zeros(&outputs[index].1);
+        let mut array = Array::zeros(outputs[index].1.ty.dtype, &outputs[index].1.ty.shape());
         (0..self.mesh.size()).for_each(|d| self.mesh.device(d).fetch(f.0, index, &mut array));
         Ok(array)
     }
@@ -170,7 +169,7 @@ impl Session {
     /// A variable's value, whole.
     pub fn variable(&self, name: &str) -> Result<Array, Failure> {
         let index = self.variable_index(name)?;
-        let mut array = zeros(&self.plan.variables[0][index].0);
+        let mut array = Array::zeros(self.program.variables[index].ty.dtype, &self.program.variables[index].ty.shape());
         (0..self.mesh.size()).for_each(|d| self.mesh.device(d).variable(index, &mut array));
         Ok(array)
     }
@@ -210,7 +209,7 @@ impl Session {
             .collect()
     }
 
-    /// Seconds spent by device 0 in each kind of step since the last call; measures from the first call on.
+    /// Seconds spent by device 0 in the steps of each op and scope since the last call; measures from the first call on.
     pub fn profile(&self) -> Vec<(Name, f64)> {
         self.mesh.device(0).profile()
     }

@@ -31,6 +31,14 @@ impl Array {
             Array::Bool(a) => a.shape(),
         }
     }
+    /// Zeros, or false; `bf16` goes by way of `f32`.
+    pub fn zeros(dtype: DType, shape: &[usize]) -> Array {
+        match dtype {
+            DType::F32 | DType::Bf16 => Array::F32(ArrayD::zeros(shape)),
+            DType::I32 => Array::I32(ArrayD::zeros(shape)),
+            DType::Bool => Array::Bool(ArrayD::from_elem(shape, false)),
+        }
+    }
     /// An `f32` scalar.
     pub fn scalar(value: f32) -> Array {
         Array::F32(ndarray::arr0(value).into_dyn())

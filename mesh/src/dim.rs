@@ -104,6 +104,22 @@ pub fn is_name(s: &str) -> bool {
         && s.chars().all(|c| c.is_alphanumeric() || "_.-'".contains(c))
 }
 
+/// Numbers as their bits in JSON, which has no infinities.
+pub mod bits {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    /// As 16 hexadecimal digits.
+    pub fn serialize<S: Serializer>(value: &f64, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&format!("{:016x}", value.to_bits()))
+    }
+
+    /// From 16 hexadecimal digits.
+    pub fn deserialize<'a, D: Deserializer<'a>>(d: D) -> Result<f64, D::Error> {
+        let text = String::deserialize(d)?;
+        u64::from_str_radix(&text, 16).map(f64::from_bits).map_err(|_| D::Error::custom("not the bits of a number"))
+    }
+}
+
 /// The type of an element.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -194,6 +210,18 @@ impl Type {
     /// The type without the dimensions named.
     pub fn without(&self, names: &[Name]) -> Type {
         Type { dtype: self.dtype, dims: self.dims.iter().filter(|d| !names.contains(&d.name)).cloned().collect() }
+    }
+    /// Whether it is one that a tensor may have: at most 16 dimensions of unlike names, at most 2^48 elements.
+    pub fn check(&self) -> Result<(), String> {
+        let most = 1usize << 48;
+        let elements = self.dims.iter().try_fold(1usize, |n, d| n.checked_mul(d.size)).filter(|n| *n <= most);
+        if self.dims.len() > 16 || elements.is_none() || self.duplicate().is_some() {
+            return Err(format!("{self} has too many dimensions or elements, or a name twice"));
+        }
+        match self.dims.iter().find(|d| !is_name(&d.name)) {
+            Some(d) => Err(format!("`{}` is not a name", d.name)),
+            None => Ok(()),
+        }
     }
     /// A name that occurs twice, if any.
     pub fn duplicate(&self) -> Option<&Name> {

@@ -54,6 +54,12 @@ pub fn refuse<T>(constraint: &'static str, message: impl Into<String>, help: imp
     Err(Refusal { constraint, message: message.into(), help: help.into() })
 }
 
+/// `1.5 KiB (1,536 bytes)`.
+fn amount(n: usize) -> String {
+    use crate::plan::describe::{bytes, thousands};
+    format!("{} ({} bytes)", bytes(n), thousands(n as u64))
+}
+
 /// The causes of an error.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Cause {
@@ -165,7 +171,7 @@ pub enum Cause {
         shards: usize,
     },
     /// The plan does not fit into the memory allowed.
-    #[error("device {device} needs {needed} bytes, but {budget} are allowed")]
+    #[error("device {device} needs {}, but may use {}", amount(*needed), amount(*budget))]
     OverMemory {
         /// The device with the highest need.
         device: usize,
@@ -183,6 +189,12 @@ pub enum Cause {
         what: String,
         /// What to do.
         help: String,
+    },
+    /// A program from outside that breaks a rule which the builder keeps.
+    #[error("the program that was sent is not valid: {what}")]
+    Invalid {
+        /// Which.
+        what: String,
     },
     /// Not there yet in this version.
     #[error("{what} is not supported yet")]
@@ -203,6 +215,7 @@ impl Cause {
             Cause::TwiceNamed { .. } => "P0003",
             Cause::Feed { .. } => "P0004",
             Cause::NotYet { .. } => "P0005",
+            Cause::Invalid { .. } => "P0006",
             Cause::Syntax { .. } => "L0001",
             Cause::UnknownAxis { .. } => "L0002",
             Cause::UnknownDimension { .. } => "L0003",
@@ -221,6 +234,7 @@ impl Cause {
             Cause::Op { refusal, .. } => refusal.help.clone(),
             Cause::VariableType { .. } => "give one of them another name or scope".into(),
             Cause::TwiceNamed { .. } => "give one of them another name".into(),
+            Cause::Invalid { .. } => "send what a `ProgramBuilder` of this version has finished".into(),
             Cause::Feed { help, .. } | Cause::NotYet { help, .. } => help.clone(),
             Cause::Syntax { .. } => String::new(),
             Cause::UnknownAxis { nearest: n, .. } => {
@@ -234,12 +248,15 @@ impl Cause {
             Cause::MeshSize { devices, .. } => {
                 format!("make the axis sizes multiply to {devices}, or change the number of devices")
             }
+            Cause::MoreShardsThanChunks { chunks: 1, dim, axis, .. } => {
+                format!("do not split `{dim}`: leave the axis `{axis}` or its rule out")
+            }
             Cause::MoreShardsThanChunks { chunks, axis, .. } => {
                 format!("use a mesh with {axis}={chunks} or less, or do not split this dimension")
             }
             Cause::OverMemory { .. } => {
-                "split more dimensions over more devices, use a smaller crop or batch, put the large ones in a \
-                                         recompute region, or raise the budget"
+                "split more dimensions over more devices, use a smaller crop or batch, put the \
+                                         large ones in a recompute region, or raise the budget"
                     .into()
             }
         }
@@ -291,7 +308,7 @@ impl fmt::Display for Error {
         }
         if let Cause::OverMemory { largest, .. } = &self.cause {
             for (name, bytes, place) in largest {
-                write!(f, "\n  = {bytes} bytes: {name} ({place})")?;
+                write!(f, "\n  = {}: {name} ({place})", amount(*bytes))?;
             }
         }
         for n in &self.notes {

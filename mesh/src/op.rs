@@ -29,6 +29,10 @@ pub struct GradContext {
 pub trait Op: std::fmt::Debug {
     /// Its name in plans and errors.
     fn name(&self) -> &'static str;
+    /// Whether it takes so many inputs.
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 1
+    }
     /// The result's type, or which numbered constraint the inputs break.
     fn infer(&self, inputs: &[&Type]) -> Result<Type, Refusal>;
     /// The gradients of the inputs; None where none flows.

@@ -4,13 +4,14 @@ use crate::chunk;
 use crate::dim::{Name, Type};
 use crate::error::{Cause, Error, Place};
 use crate::graph::{Graph, Node, NodeId};
+use crate::ops::Prim;
 use crate::ops::source::Distribution;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// Index of a variable in its program.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, serde::Serialize, serde::Deserialize)]
 pub struct VarId(pub u32);
 
 impl VarId {
@@ -21,7 +22,7 @@ impl VarId {
 }
 
 /// How a variable starts: `scale * draw + offset`, drawn by the counter-based generator under the variable's name.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Init {
     /// One value everywhere.
     Constant(f32),
@@ -117,6 +118,10 @@ impl Chunking {
         let g = self.grain.entry(name).or_insert(1);
         *g = grain.max(*g);
     }
+    /// The dimensions whose chunks hold more than one element at least, with that number.
+    pub fn grains(&self) -> impl Iterator<Item = (&Name, usize)> {
+        self.grain.iter().map(|(n, g)| (n, *g))
+    }
     /// The summation tree over some dimensions.
     pub fn tree(&self, dims: &[crate::dim::Dim]) -> chunk::Tree {
         let dims = dims.iter().map(|d| chunk::TreeDim { size: d.size, chunks: self.count(&d.name, d.size) });
@@ -152,6 +157,44 @@ impl Function {
     pub fn flops(&self) -> u64 {
         self.nodes.iter().map(|n| n.op.op().flops(&self.input_types(n), &n.ty)).sum()
     }
+    fn check(&mut self, variables: &[Variable]) -> Result<(), String> {
+        for i in 0..self.nodes.len() {
+            let node = &self.nodes[i];
+            let wrong = |what: &str| Err(format!("node {i}, {}, {what}", node.op.op().name()));
+            if !node.op.op().takes(node.inputs.len()) || node.inputs.iter().any(|n| n.index() >= i) {
+                return wrong("has inputs that it cannot have");
+            }
+            let types: Vec<&Type> = node.inputs.iter().map(|n| &self.nodes[n.index()].ty).collect();
+            let variable = |v: VarId| variables.get(v.index()).map(|v| &v.ty);
+            match &node.op {
+                Prim::Read(r) if variable(r.var) != Some(&r.ty) => return wrong("reads a variable of another type"),
+                Prim::Assign(a) if variable(a.var) != Some(types[0]) => {
+                    return wrong("sets a variable of another type");
+                }
+                _ => {}
+            }
+            let ty = node.op.op().infer(&types).map_err(|r| format!("node {i}, {}", r.message))?;
+            ty.check().map_err(|e| format!("node {i}: {e}"))?;
+            self.nodes[i].ty = ty;
+        }
+        let op = |n: &NodeId| self.nodes.get(n.index()).map(|n| &n.op);
+        let fed = |(name, n): &(Name, NodeId)| matches!(op(n), Some(Prim::Input(i)) if i.name == *name);
+        let set = |(v, n): &(VarId, NodeId)| matches!(op(n), Some(Prim::Assign(a)) if a.var == *v);
+        let edges = self.inputs.iter().all(fed)
+            && self.outputs.iter().all(|(_, n)| op(n).is_some())
+            && self.assigns.iter().all(set);
+        let unique = |list: &[(Name, NodeId)]| list.iter().map(|(n, _)| n).collect::<BTreeSet<_>>().len() == list.len();
+        let once = self.assigns.iter().map(|(v, _)| v).collect::<BTreeSet<_>>().len() == self.assigns.len();
+        if !edges || !unique(&self.inputs) || !unique(&self.outputs) || !once {
+            return Err("its feeds, fetches or assignments are not nodes of their kind, each once".into());
+        }
+        Ok(())
+    }
+    /// Those of its convolutions and contractions.
+    pub fn product_flops(&self) -> u64 {
+        let products = self.nodes.iter().filter(|n| n.op.is_product());
+        products.map(|n| n.op.op().flops(&self.input_types(n), &n.ty)).sum()
+    }
 }
 
 /// A finished program.
@@ -182,6 +225,28 @@ impl Program {
     /// The variable of that name.
     pub fn variable(&self, name: &str) -> Option<VarId> {
         self.variables.iter().position(|v| v.name == *name).map(|i| VarId(i as u32))
+    }
+    /// A program that comes from outside, every rule checked that the builder keeps, and the types of its nodes worked
+    /// out anew.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn checked(mut self) -> Result<Program, Error> {
+        let invalid = |what: String| Error::from(Cause::Invalid { what });
+        if !(1..=4096).contains(&self.chunking.chunks) {
+            return Err(invalid(format!("{} chunks a dimension", self.chunking.chunks)));
+        }
+        let mut names = BTreeSet::new();
+        for v in &self.variables {
+            v.ty.check().map_err(|e| invalid(format!("variable `{}`: {e}", v.name)))?;
+            if !names.insert(&v.name) {
+                return Err(invalid(format!("two variables `{}`", v.name)));
+            }
+        }
+        for f in self.functions.values_mut() {
+            f.check(&self.variables).map_err(|what| invalid(format!("function `{}`: {what}", f.name)))?;
+        }
+        Ok(self)
     }
     /// Number of trained parameters.
     pub fn parameters(&self) -> usize {

@@ -50,6 +50,10 @@ impl Region {
                 r.start <= s.start && s.end <= r.end
             })
     }
+    /// Whether there is an element that both hold (dimensions in the same order).
+    pub fn overlaps(&self, other: &Region) -> bool {
+        self.0.iter().zip(&other.0).all(|((_, r), (_, s))| r.start.max(s.start) < r.end.min(s.end))
+    }
     /// What both hold (dimensions in the same order).
     pub fn intersect(&self, other: &Region) -> Region {
         Region(

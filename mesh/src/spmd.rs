@@ -328,12 +328,12 @@ pub fn sources(from: &[Region], to: &[Region]) -> Vec<Vec<(usize, Region)>> {
             for s in (0..devices).map(|k| (d + k) % devices) {
                 let mut rest = Vec::new();
                 for piece in missing {
-                    let common = piece.intersect(&from[s]);
-                    if common.is_empty() {
-                        rest.push(piece);
-                    } else {
+                    if piece.overlaps(&from[s]) {
+                        let common = piece.intersect(&from[s]);
                         rest.extend(without(&piece, &common));
                         found.push((s, common));
+                    } else {
+                        rest.push(piece);
                     }
                 }
                 missing = rest;

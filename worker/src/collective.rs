@@ -233,7 +233,7 @@ impl Parts<'_> {
         let n = BLOCK.min(own.len() - at);
         let mut stack = [[T::default(); BLOCK]; DEPTH];
         let mut top = 0;
-        for step in &w.order {
+        for step in w.order.iter() {
             match *step {
                 Finish::Take { owner, node } => {
                     // SAFETY: a participant's nodes have a segment's elements each.

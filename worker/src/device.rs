@@ -5,12 +5,12 @@
 
 use crate::kernels::kernel::{Kernel, Operands};
 use crate::kernels::vm::StepContext;
-use crate::pool::{Pool, WORKSPACE_BYTES};
+use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
 use crate::transport::{Transport, TransportError};
 use mesh::array::Array;
-use mesh::dim::{DType, Name};
+use mesh::dim::Name;
 use mesh::plan::{ALIGN, Buffer, DevicePlan, Part, ProgramPlan};
-use ndarray::{ArrayD, ArrayViewMutD, IxDyn, SliceInfoElem};
+use ndarray::{ArrayViewMutD, IxDyn, SliceInfoElem};
 use std::alloc::Layout;
 use std::sync::Arc;
 
@@ -98,7 +98,7 @@ pub struct Device {
     seed: u64,
     /// End of the last byte of the arena that steps have touched so far.
     touched: usize,
-    /// Seconds spent in each kind of step, if asked for.
+    /// Seconds spent in the steps of each op and scope, if asked for.
     profile: Option<Vec<(Name, f64)>>,
 }
 
@@ -130,6 +130,7 @@ impl Device {
         index: usize,
         transport: Box<dyn Transport>,
         threads: usize,
+        cores: Option<Cores>,
         seed: u64,
     ) -> Result<Device, DeviceError> {
         let bytes = plan.arena_bytes(index);
@@ -138,7 +139,7 @@ impl Device {
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         Ok(Device {
-            pool: Pool::new(threads),
+            pool: Pool::new(threads, cores),
             arena: Arc::new(arena),
             transport,
             variables,
@@ -192,7 +193,7 @@ impl Device {
         self.transport.abort(reason);
     }
 
-    /// Starts to measure how long steps take, by kind; gives what was measured so far.
+    /// Starts to measure how long steps take, by op and scope (`conv encoder.0/conv.0`); gives the seconds measured so far.
     pub fn profile(&mut self) -> Vec<(Name, f64)> {
         self.profile.replace(vec![]).unwrap_or_default()
     }
@@ -204,54 +205,62 @@ impl Device {
         self.touched.next_multiple_of(ALIGN) + self.pool.threads() * WORKSPACE_BYTES
     }
 
-    /// Copies what this device holds of feed `index` out of the whole array.
+    /// Copies what this device holds of feed `index` out of the whole array, or out of an array of just that.
     pub fn feed(&mut self, function: usize, index: usize, array: &Array) {
         let (_, part, buffer) = &self.functions[function].1.inputs[index];
         self.touched = self.touched.max(buffer.offset + buffer.bytes);
         self.write(part, *buffer, array);
     }
 
-    /// Copies what this device holds of fetch `index` into the whole array.
+    /// Copies what this device holds of fetch `index` into the whole array, or into an array of just that.
     pub fn fetch(&self, function: usize, index: usize, array: &mut Array) {
         let (_, part, buffer) = &self.functions[function].1.outputs[index];
         self.read(part, *buffer, array);
     }
 
-    /// Copies what this device holds of a variable out of the whole array.
+    /// Copies what this device holds of a variable out of the whole array, or out of an array of just that.
     pub fn set_variable(&mut self, index: usize, array: &Array) {
         let (part, buffer) = &self.variables[index];
         self.write(part, *buffer, array);
     }
 
-    /// Copies what this device holds of a variable into the whole array.
+    /// Copies what this device holds of a variable into the whole array, or into an array of just that.
     pub fn variable(&self, index: usize, array: &mut Array) {
         let (part, buffer) = &self.variables[index];
         self.read(part, *buffer, array);
     }
 
+    /// The array is the whole tensor or just the part.
     fn write(&self, part: &Part, buffer: Buffer, array: &Array) {
-        let to = self.arena.at(buffer);
+        let (to, at) = (self.arena.at(buffer), place(part, array));
         // SAFETY: the buffer is this part's and no step runs now.
         unsafe {
             match array {
-                Array::F32(a) => held::<f32>(part, to).assign(&a.slice_each(part)),
-                Array::I32(a) => held::<i32>(part, to).assign(&a.slice_each(part)),
-                Array::Bool(a) => held::<u8>(part, to).assign(&a.mapv(u8::from).slice_each(part)),
+                Array::F32(a) => held::<f32>(part, to).assign(&a.slice(at.as_slice())),
+                Array::I32(a) => held::<i32>(part, to).assign(&a.slice(at.as_slice())),
+                Array::Bool(a) => held::<u8>(part, to).assign(&a.slice(at.as_slice()).mapv(u8::from)),
             }
         }
     }
 
+    /// The array is the whole tensor or just the part.
     fn read(&self, part: &Part, buffer: Buffer, array: &mut Array) {
-        let from = self.arena.at(buffer);
+        let (from, at) = (self.arena.at(buffer), place(part, array));
         // SAFETY: the buffer is this part's and no step runs now.
         unsafe {
             match array {
-                Array::F32(a) => a.slice_each_mut(part).assign(&held::<f32>(part, from)),
-                Array::I32(a) => a.slice_each_mut(part).assign(&held::<i32>(part, from)),
-                Array::Bool(a) => a.slice_each_mut(part).assign(&held::<u8>(part, from).mapv(|b| b != 0)),
+                Array::F32(a) => a.slice_mut(at.as_slice()).assign(&held::<f32>(part, from)),
+                Array::I32(a) => a.slice_mut(at.as_slice()).assign(&held::<i32>(part, from)),
+                Array::Bool(a) => a.slice_mut(at.as_slice()).assign(&held::<u8>(part, from).mapv(|b| b != 0)),
             }
         }
     }
+}
+
+/// Where a part lies in an array that holds the whole tensor, or the part alone.
+fn place(part: &Part, array: &Array) -> Vec<SliceInfoElem> {
+    let alone = array.shape() == part.region.shape();
+    part.region.0.iter().map(|(_, r)| SliceInfoElem::from(if alone { 0..r.len() } else { r.start..r.end })).collect()
 }
 
 /// The memory of a part as an array.
@@ -261,35 +270,6 @@ impl Device {
 unsafe fn held<'a, T>(part: &Part, memory: *mut u8) -> ArrayViewMutD<'a, T> {
     // SAFETY: by this function's contract; buffers are aligned to more than any element.
     unsafe { ArrayViewMutD::from_shape_ptr(IxDyn(&part.region.shape()), memory.cast()) }
-}
-
-/// The region of a part, as a view of the whole array.
-trait SliceEach<T> {
-    fn slice_each(&self, part: &Part) -> ndarray::ArrayViewD<'_, T>;
-    fn slice_each_mut(&mut self, part: &Part) -> ArrayViewMutD<'_, T>;
-}
-
-impl<T> SliceEach<T> for ArrayD<T> {
-    fn slice_each(&self, part: &Part) -> ndarray::ArrayViewD<'_, T> {
-        self.slice(ranges(part).as_slice())
-    }
-    fn slice_each_mut(&mut self, part: &Part) -> ArrayViewMutD<'_, T> {
-        self.slice_mut(ranges(part).as_slice())
-    }
-}
-
-fn ranges(part: &Part) -> Vec<SliceInfoElem> {
-    part.region.0.iter().map(|(_, r)| SliceInfoElem::from(r.start..r.end)).collect()
-}
-
-/// An array of zeros of a tensor's type.
-pub fn zeros(part: &Part) -> Array {
-    let shape = IxDyn(&part.ty.shape());
-    match part.ty.dtype {
-        DType::I32 => Array::I32(ArrayD::zeros(shape)),
-        DType::Bool => Array::Bool(ArrayD::from_elem(shape, false)),
-        DType::F32 | DType::Bf16 => Array::F32(ArrayD::zeros(shape)),
-    }
 }
 
 fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
@@ -302,7 +282,7 @@ fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
             output_bytes: s.outputs.first().map_or(0, |b| b.bytes),
             scratch: arena.at(s.scratch),
             end: buffers.map(|b| b.offset + b.bytes).max().unwrap_or(0),
-            label: s.label.op.clone(),
+            label: format!("{} {}", s.label.op, s.label.scope).trim_end().into(),
         }
     });
     Function { steps: steps.collect(), inputs: plan.inputs.clone(), outputs: plan.outputs.clone() }

@@ -3,7 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`device`] | a device: arena, threads, prepared steps |
-//! | [`embedded`] | the devices of a mesh inside one process |
+//! | [`group`] | the devices of one process, and the threads that drive them |
 //! | [`kernels`] | the CPU backend |
 //! | [`collective`] | exchanges and all-reduces, over any transport |
 //! | [`transport`] | how bytes move between devices |
@@ -13,7 +13,7 @@
 pub mod collective;
 pub mod data;
 pub mod device;
-pub mod embedded;
+pub mod group;
 pub mod kernels;
 pub mod pool;
 pub mod transport;

@@ -5,6 +5,37 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+/// The cores that the threads of a device are pinned to, one each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cores {
+    first: usize,
+}
+
+impl Cores {
+    /// Cores for device `index` of `devices` with `threads` threads each, where they have the machine's cores to
+    /// themselves, one a thread. Otherwise None: the system shares cores out better than a fixed place would.
+    pub fn of(index: usize, devices: usize, threads: usize) -> Option<Cores> {
+        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
+        (devices * threads == available).then_some(Cores { first: index * threads })
+    }
+
+    /// Pins the calling thread, thread `i` of the device.
+    pub fn pin(self, i: usize) {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+            let Ok(allowed) = sched_getaffinity(None) else { return };
+            let core = (0..CpuSet::MAX_CPU).filter(|c| allowed.is_set(*c)).nth(self.first + i);
+            if let Some(core) = core {
+                let mut one = CpuSet::new();
+                one.set(core);
+                // A thread that cannot be pinned runs wherever it is put.
+                let _ = sched_setaffinity(None, &one);
+            }
+        }
+    }
+}
+
 /// Bytes of a thread's workspace.
 pub const WORKSPACE_BYTES: usize = 2 << 20;
 
@@ -66,8 +97,8 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Pool {
-    /// A pool of `threads` threads, at least the caller's.
-    pub fn new(threads: usize) -> Pool {
+    /// A pool of `threads` threads, at least the caller's; helpers are pinned to `cores` if given.
+    pub fn new(threads: usize, cores: Option<Cores>) -> Pool {
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
             epoch: AtomicUsize::new(0),
@@ -80,9 +111,12 @@ impl Pool {
             done: Condvar::new(),
         });
         let helpers = (1..threads)
-            .map(|_| {
+            .map(|i| {
                 let shared = shared.clone();
-                std::thread::spawn(move || help(&shared))
+                std::thread::spawn(move || {
+                    cores.iter().for_each(|c| c.pin(i));
+                    help(&shared)
+                })
             })
             .collect();
         Pool { shared, helpers, own: Mutex::new(Workspace::new()) }
@@ -209,7 +243,7 @@ mod tests {
     #[test]
     fn every_task_runs_once_whatever_the_number_of_threads() {
         for threads in 1..4 {
-            let pool = Pool::new(threads);
+            let pool = Pool::new(threads, None);
             for tasks in [0, 1, 2, 7, 100] {
                 let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(tasks, &|t, w| {
@@ -223,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_task_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(2, None);
         for _ in 0..20 {
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 pool.run(8, &|t, _| assert!(t != 3, "task three"));

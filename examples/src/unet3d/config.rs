@@ -114,14 +114,62 @@ impl Default for Config {
     }
 }
 
-/// A mistake in the configuration or in the data.
+/// A mistake in the configuration, or between it and the data or the run folder.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Mistake(pub String);
+pub enum Mistake {
+    /// A key that there is not.
+    #[error("U0001: there is no key `{key}`\n  --> {place}\n  help: {help}")]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// Option or line of a file.
+        place: String,
+        /// The nearest key, or all of them.
+        help: String,
+    },
+    /// A value that a key cannot have.
+    #[error("U0002: `{key}` cannot be {value}: {why}\n  --> {place}")]
+    Value {
+        /// The key.
+        key: String,
+        /// The value.
+        value: String,
+        /// Why.
+        why: String,
+        /// Option or line of a file.
+        place: String,
+    },
+    /// A configuration file that cannot be read.
+    #[error("U0003: cannot read the configuration: {why}\n  --> {place}")]
+    File {
+        /// The file, and the line.
+        place: String,
+        /// Why.
+        why: String,
+    },
+    /// Options that make no sense, or none together.
+    #[error("U0004: {what}\n  help: {help}")]
+    Option {
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        help: String,
+    },
+    /// A run folder that is not what the command needs.
+    #[error("U0005: {} {what}\n  help: {help}", folder.display())]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// What is wrong with it.
+        what: String,
+        /// What to do.
+        help: String,
+    },
+}
 
-/// A mistake with that text.
-pub fn mistake<T>(text: impl Into<String>) -> Result<T, Mistake> {
-    Err(Mistake(text.into()))
+/// Options that make no sense.
+pub fn mistake<T>(what: impl Into<String>, help: impl Into<String>) -> Result<T, Mistake> {
+    Err(Mistake::Option { what: what.into(), help: help.into() })
 }
 
 impl Config {
@@ -131,65 +179,103 @@ impl Config {
         table.keys().cloned().collect()
     }
 
-    /// This configuration with some keys set.
-    pub fn with(self, changes: &toml::Table) -> Result<Config, Mistake> {
-        let mut table = toml::Table::try_from(&self).map_err(|e| Mistake(e.to_string()))?;
+    /// This configuration with some keys set; `place` says where a key was set.
+    fn with(self, changes: &toml::Table, place: impl Fn(&str) -> String) -> Result<Config, Mistake> {
         let keys = Config::keys();
+        let mut config = self;
         for (key, value) in changes {
+            let value_error = |why: String| Mistake::Value {
+                key: key.clone(),
+                value: value.to_string(),
+                why: why.trim().into(),
+                place: place(key),
+            };
+            let mut table = toml::Table::try_from(&config).map_err(|e| value_error(e.to_string()))?;
             let Some(old) = table.get(key) else {
                 let near = nearest(key, keys.iter().map(String::as_str));
                 let help = near.map_or(format!("the keys are {}", keys.join(", ")), |n| format!("did you mean `{n}`?"));
-                return mistake(format!("there is no key `{key}`\n  help: {help}"));
+                return Err(Mistake::UnknownKey { key: key.clone(), place: place(key), help });
             };
-            // `rate = 1` is meant as 1.0.
             let value = match (old, value) {
+                // `rate = 1` is meant as 1.0, `size = 64` as "64".
                 (toml::Value::Float(_), toml::Value::Integer(i)) => toml::Value::Float(*i as f64),
+                (toml::Value::String(_), toml::Value::Integer(i)) => toml::Value::String(i.to_string()),
                 _ => value.clone(),
             };
             table.insert(key.clone(), value);
+            config = table.try_into().map_err(|e: toml::de::Error| value_error(e.message().into()))?;
         }
-        table.try_into().map_err(|e: toml::de::Error| Mistake(format!("the configuration: {}", e.message())))
+        Ok(config)
     }
 
-    /// Reads a TOML file into this configuration.
-    pub fn with_file(self, path: &Path) -> Result<Config, Mistake> {
-        let text =
-            std::fs::read_to_string(path).map_err(|e| Mistake(format!("cannot read {}: {e}", path.display())))?;
-        let table: toml::Table = text.parse().map_err(|e| Mistake(format!("{}: {e}", path.display())))?;
-        self.with(&table).map_err(|e| Mistake(format!("{}: {e}", path.display())))
+    /// Reads a TOML file into this configuration; tells also whether the file says which mesh to use.
+    pub fn with_file(self, path: &Path) -> Result<(Config, bool), Mistake> {
+        let line = |n: usize| format!("{}:{n}", path.display());
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Mistake::File { place: path.display().to_string(), why: e.to_string() })?;
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            let before = e.span().and_then(|s| text.get(..s.start)).unwrap_or_default();
+            Mistake::File {
+                place: line(before.matches('\n').count() + 1),
+                why: format!("it is no TOML: {}", e.message()),
+            }
+        })?;
+        let place = |key: &str| {
+            let at = text.lines().position(|l| l.trim_start().trim_start_matches('"').starts_with(key));
+            at.map_or(path.display().to_string(), |n| line(n + 1))
+        };
+        Ok((self.with(&table, place)?, table.contains_key("mesh")))
     }
 
     /// Applies `key=value` texts; a value that is no TOML is taken as text.
     pub fn with_settings(self, settings: &[String]) -> Result<Config, Mistake> {
-        let mut table = toml::Table::new();
-        for s in settings {
+        settings.iter().try_fold(self, |config, s| {
             let Some((key, value)) = s.split_once('=') else {
-                return mistake(format!("`{s}` is not of the form key=value"));
+                return mistake(format!("`--set {s}` is not of the form key=value"), "write `--set base=16`");
             };
             let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
-            table.insert(key.trim().into(), parsed.unwrap_or_else(|| toml::Value::String(value.into())));
-        }
-        self.with(&table)
+            let value = parsed.unwrap_or_else(|| toml::Value::String(value.trim().into()));
+            let table = toml::Table::from_iter([(key.trim().to_string(), value)]);
+            config.with(&table, |_| format!("--set {s}"))
+        })
     }
 
     /// Checks what does not need the data.
     pub fn check(&self) -> Result<(), Mistake> {
         if self.dtype == Dtype::Bf16 {
-            return mistake("--dtype bf16 is not supported yet\n  help: train in f32");
+            return mistake("--dtype bf16 is not supported yet", "train in f32");
         }
-        if self.base == 0 || self.base > 1024 || self.batch == 0 || self.steps == 0 {
-            return mistake("base (at most 1024), batch and steps must be at least 1");
+        let ranges = [
+            ("--base", self.base as u64, 1, 1024),
+            ("--batch", self.batch as u64, 1, 4096),
+            ("--steps", self.steps.into(), 1, 1_000_000_000),
+            // What TOML can hold.
+            ("--seed", self.seed, 0, i64::MAX as u64),
+            ("--threads", self.threads as u64, 0, 1024),
+        ];
+        for (option, value, low, high) in ranges {
+            if !(low..=high).contains(&value) {
+                return mistake(format!("{option} {value} is out of range"), format!("it goes from {low} to {high}"));
+            }
         }
         if self.norm == Norm::Group && !self.base.is_multiple_of(4) {
-            return mistake(format!("group norm has 4 groups, which do not divide --base {}", self.base));
+            let what = format!("group norm has 4 groups of channels, which do not divide --base {}", self.base);
+            return mistake(what, "use a --base that is a multiple of 4, or another --norm");
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            return mistake(format!("--dropout {} is not a share from 0 to below 1", self.dropout));
+            let what = format!("--dropout {} is not a share of the activations", self.dropout);
+            return mistake(what, "it goes from 0 (none) to below 1");
         }
-        if !self.rate.is_finite() || !self.organ_weight.is_finite() || self.organ_weight <= 0.0 {
-            return mistake("rate and organ_weight must be finite numbers, organ_weight positive");
+        if !(self.rate.is_finite() && self.rate >= 0.0) {
+            return mistake(format!("--rate {} is no learning rate", self.rate), "it is a finite number from 0 on");
         }
-        Ok(())
+        if !(self.organ_weight.is_finite() && self.organ_weight > 0.0) {
+            let what = format!("organ_weight {} is no weight", self.organ_weight);
+            return mistake(what, "it is a finite number above 0");
+        }
+        extents("--size", &self.size)?;
+        extents("--crop", &self.crop)?;
+        self.memory_bytes().map(|_| ())
     }
 
     /// Bytes that a device may use.
@@ -203,13 +289,33 @@ impl Config {
             units.iter().find_map(|(u, s)| text.strip_suffix(u).map(|n| (n, *s))).unwrap_or((text, 0));
         match number.trim().parse::<f64>() {
             Ok(n) if n > 0.0 && n < 1e12 => Ok(Some((n * f64::from(1 << shift)) as usize)),
-            _ => mistake(format!("`{text}` is not an amount of memory such as `2GiB`")),
+            _ => mistake(
+                format!("--memory {text} is no amount of memory"),
+                "write `2GiB`, `512MiB` or a number of bytes",
+            ),
         }
+    }
+
+    /// What is unlike an earlier configuration, given as JSON, and changes what is computed: `rate 0.1 -> 0.2`.
+    pub fn changes(&self, earlier: &serde_json::Value) -> Vec<String> {
+        let own = serde_json::to_value(self).unwrap_or_default();
+        let computed = |key: &str| !["threads", "memory", "checkpoint_every", "keep"].contains(&key);
+        let keys = own.as_object().into_iter().flatten().filter(|(key, _)| computed(key));
+        keys.filter_map(|(key, new)| {
+            let old = earlier.get(key)?;
+            (old != new).then(|| format!("{key} {old} -> {new}"))
+        })
+        .collect()
+    }
+
+    /// The configuration's text as in the run folder.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).expect("every field is a TOML value; the seed is checked to be one")
     }
 }
 
 /// Extents: `64` or `64x64x48`; None if empty.
-pub fn extents(text: &str) -> Result<Option<[usize; 3]>, Mistake> {
+pub fn extents(option: &str, text: &str) -> Result<Option<[usize; 3]>, Mistake> {
     if text.trim().is_empty() {
         return Ok(None);
     }
@@ -218,8 +324,13 @@ pub fn extents(text: &str) -> Result<Option<[usize; 3]>, Mistake> {
     match parts.as_deref() {
         Some([n]) => Ok(Some([*n; 3])),
         Some([a, b, c]) => Ok(Some([*a, *b, *c])),
-        _ => mistake(format!("`{text}` is not a size such as `64` or `64x64x48`")),
+        _ => mistake(format!("{option} {text} is no size"), "write `64` or `64x64x48`; an extent goes from 1 to 4096"),
     }
+}
+
+/// Extents as people write them: `64x64x48`.
+pub fn times(extents: [usize; 3]) -> String {
+    extents.map(|n| n.to_string()).join("x")
 }
 
 /// Where the mesh has so many devices: a mesh that splits x, y and z in turn.
@@ -271,10 +382,15 @@ mod tests {
         assert!(e.contains("no key `optimiser`") && e.contains("did you mean `optimizer`?"), "{e}");
         let c = Config::default().with_settings(&["base=16".into(), "mesh=z=3".into(), "rate=1".into()]).unwrap();
         assert_eq!((c.base, c.mesh.as_str(), c.rate), (16, "z=3", 1.0));
+        let c = Config::default().with_settings(&["size=64".into(), "mesh=1".into()]).unwrap();
+        assert_eq!((c.size.as_str(), c.mesh.as_str()), ("64", "1"));
+        let e = Config::default().with_settings(&["base=wide".into()]).unwrap_err().to_string();
+        assert!(e.contains("`base` cannot be \"wide\"") && e.contains("--> --set base=wide"), "{e}");
     }
 
     #[test]
     fn sizes_and_memory_are_read_or_refused() {
+        let extents = |text| extents("--size", text);
         assert_eq!(extents("64").unwrap(), Some([64; 3]));
         assert_eq!(extents("40x37x33").unwrap(), Some([40, 37, 33]));
         assert!(extents("40x37").is_err() && extents("0").is_err() && extents("x").is_err());

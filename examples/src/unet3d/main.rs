@@ -11,11 +11,45 @@ use config::{Config, Dtype, Mistake, Norm, OptimizerKind};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+const EXAMPLES: &str = "\
+Examples:
+  unet3d train                                        the example CT on a mesh of 4 devices, in runs/unet3d
+  unet3d train --mesh x=2,y=2,z=2 --base 16 --out runs/big
+  unet3d train --data scan.nii.gz --labels organs.nii.gz --size 128
+  unet3d train --resume --steps 300 --mesh x=2        goes on, on another mesh, with the same bits
+  unet3d eval --out runs/big
+  unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
+
+Exit codes:
+  0  done
+  1  something failed on the way: a device, the disk, training that diverges
+  2  the command line, the configuration or the layout is wrong, or the plan is over --memory
+  3  the data are missing or not usable
+  4  there is no good checkpoint, or it is one of another program";
+
+const KEYS: &str = "\
+Every option but --devices, --config, --set, --out and --resume is also a key of the configuration, for --config and
+--set; further keys are
+  organ_weight      weight of an organ's voxel in the cross-entropy; the background's is 1 [default: 8]
+  checkpoint_every  steps between checkpoints; one is always written at the end [default: 50]
+  keep              checkpoints to keep [default: 2]
+Later ones win: --config, then options, then --set. With --resume, and for eval, the run's own config.toml comes first.
+
+A run folder holds
+  config.toml         the configuration, for --config
+  metrics.jsonl       a row a step: loss and gradient norm with their bits, seconds, samples; the last row has a hash
+                      of all variables, and each device's predicted and measured peak of memory
+  checkpoints/        safetensors with a manifest each, for --resume
+  prediction.nii.gz   the predicted labels, on the grid of the input
+  prediction.png      slices: labels on the left, prediction on the right
+
+The exit codes are in `unet3d --help`.";
+
 /// Trains a 3-D UNet on whole volumes, spatially partitioned over a mesh of devices.
 ///
 /// The result is the same, bit for bit, for every mesh and layout.
 #[derive(Parser)]
-#[command(name = "unet3d", version)]
+#[command(name = "unet3d", version, after_long_help = EXAMPLES, after_help = "Examples and exit codes: unet3d --help")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -23,104 +57,112 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train, and write a run folder: metrics, checkpoint, prediction and picture.
+    /// Train, and write a run folder: metrics, checkpoints, prediction and picture
+    #[command(after_long_help = KEYS)]
     Train(Options),
-    /// Judge a run's newest checkpoint and write its prediction and picture.
+    /// Judge a run's newest checkpoint, and write its prediction and picture again
+    #[command(after_long_help = KEYS)]
     Eval(Options),
-    /// Print what a run would do: devices, layouts, communication, memory, FLOPs. Runs nothing.
+    /// Print what a run would do: devices, layouts, communication, memory, FLOPs. Runs and fetches nothing
+    #[command(after_long_help = KEYS)]
     Plan(Options),
 }
 
 #[derive(Args)]
 struct Options {
-    /// Device mesh: axes with sizes [default: x=2,y=2]
-    #[arg(long)]
+    /// Device mesh: axes with their sizes, or `1` for a single device [default: x=2,y=2]
+    #[arg(long, help_heading = "Devices", value_name = "AXIS=SIZE,..")]
     mesh: Option<String>,
-    /// Which dimension is split over which axis, `x:x,y:y`; dimensions are batch, x, y, z, channel
-    /// [default: each axis splits the dimension of its name, and `data` the batch]
-    #[arg(long)]
+    /// Which dimension is split over which axis; dimensions are batch, x, y, z and channel [default: each axis splits
+    /// the dimension of its name, and `data` the batch]
+    #[arg(long, help_heading = "Devices", value_name = "DIM:AXIS,..")]
     layout: Option<String>,
-    /// Number of devices; makes the mesh if none is given, and is checked against it otherwise
-    #[arg(long)]
+    /// Number of devices: makes the mesh if none is given, and is checked against it otherwise
+    #[arg(long, help_heading = "Devices", value_name = "N")]
     devices: Option<usize>,
-    /// Threads of each device; 0: the machine's cores shared out
-    #[arg(long)]
+    /// Threads of each device; 0: the machine's cores shared out [default: 0]
+    #[arg(long, help_heading = "Devices", value_name = "N")]
     threads: Option<usize>,
-    /// Memory that each device may use, such as `2GiB`
-    #[arg(long)]
+    /// Memory that each device may use, such as `2GiB` [default: no limit]
+    #[arg(long, help_heading = "Devices", value_name = "BYTES")]
     memory: Option<String>,
-    /// Filters at the first level
-    #[arg(long)]
+    /// Filters at the first level; each of the three levels below has twice as many [default: 8]
+    #[arg(long, help_heading = "Model", value_name = "N")]
     base: Option<usize>,
-    /// Steps to train, in all
-    #[arg(long)]
-    steps: Option<u32>,
-    /// Seed of everything random
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Normalisation
-    #[arg(long)]
+    /// Normalisation after each convolution [default: batch]
+    #[arg(long, help_heading = "Model")]
     norm: Option<Norm>,
-    /// Optimizer
-    #[arg(long)]
-    optimizer: Option<OptimizerKind>,
-    /// Learning rate
-    #[arg(long)]
-    rate: Option<f32>,
-    /// Element type (bf16: not yet)
-    #[arg(long)]
-    dtype: Option<Dtype>,
-    /// Share of activations that drop-out sets to 0
-    #[arg(long)]
+    /// Share of the activations that drop-out sets to 0 [default: 0]
+    #[arg(long, help_heading = "Model", value_name = "SHARE")]
     dropout: Option<f32>,
-    /// Augmented views a step
-    #[arg(long)]
+    /// Element type of the computation [default: f32]
+    #[arg(long, help_heading = "Model")]
+    dtype: Option<Dtype>,
+    /// Steps to train, those before a --resume included [default: 150]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    steps: Option<u32>,
+    /// Optimizer [default: adam]
+    #[arg(long, help_heading = "Training")]
+    optimizer: Option<OptimizerKind>,
+    /// Learning rate; times 0.3 every 20,000 steps [default: 0.003]
+    #[arg(long, help_heading = "Training", value_name = "RATE")]
+    rate: Option<f32>,
+    /// Views of the volume a step [default: 1]
+    #[arg(long, help_heading = "Training", value_name = "N")]
     batch: Option<usize>,
     /// Flip, turn and shift views at random
-    #[arg(long)]
+    #[arg(long, help_heading = "Training")]
     augment: bool,
-    /// `ct` (an example CT, fetched on first use), `phantom`, or a NIfTI file
-    #[arg(long)]
+    /// Seed of everything random [default: 1]
+    #[arg(long, help_heading = "Training", value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    seed: Option<u64>,
+    /// `ct` (an example CT of 122x101x112 voxels with 4 organs, fetched with pip on first use), `phantom` (made up, of
+    /// the same size), or a NIfTI file [default: ct, or phantom where that cannot be fetched]
+    #[arg(long, help_heading = "Data", value_name = "ct|phantom|FILE")]
     data: Option<String>,
-    /// NIfTI file with the label of each voxel of `--data`
-    #[arg(long)]
+    /// NIfTI file with the label of each voxel of --data: whole numbers, 0 the background
+    #[arg(long, help_heading = "Data", value_name = "FILE")]
     labels: Option<String>,
-    /// Extents to resample to: `64` or `64x64x48`
-    #[arg(long)]
+    /// Extents to resample to, `64` or `64x64x48` [default: as they are]
+    #[arg(long, help_heading = "Data", value_name = "N|NxNxN")]
     size: Option<String>,
-    /// Extents of the block in the middle to use: `64` or `40x37x33`
-    #[arg(long)]
+    /// Extents of the block to use, from the middle of the (resampled) volume [default: all of it]
+    #[arg(long, help_heading = "Data", value_name = "N|NxNxN")]
     crop: Option<String>,
-    /// TOML file with any of the keys of `config.toml` in a run folder
-    #[arg(long)]
+    /// TOML file of the configuration, with any of its keys
+    #[arg(long, help_heading = "Run", value_name = "FILE.toml")]
     config: Option<PathBuf>,
-    /// Set a key of the configuration: `--set organ_weight=4`
-    #[arg(long = "set", value_name = "KEY=VALUE")]
+    /// Set a key of the configuration, such as `--set organ_weight=4`; may be repeated
+    #[arg(long = "set", help_heading = "Run", value_name = "KEY=VALUE")]
     settings: Vec<String>,
     /// Run folder
-    #[arg(long, default_value = "runs/unet3d")]
+    #[arg(long, help_heading = "Run", value_name = "DIR", default_value = "runs/unet3d")]
     out: PathBuf,
     /// Go on from the newest good checkpoint in the run folder, on any mesh
-    #[arg(long)]
+    #[arg(long, help_heading = "Run")]
     resume: bool,
 }
 
 impl Options {
-    /// The configuration: a resumed run's own, then the file, then flags, then `--set`.
-    fn config(&self) -> Result<Config, Mistake> {
+    /// The configuration: that of the run to go on with, then the file, then flags, then `--set`.
+    fn config(&self, of_run: bool) -> Result<Config, Mistake> {
         let stored = self.out.join(train::CONFIG_FILE);
         let mut c = Config::default();
-        if self.resume && stored.exists() {
-            c = c.with_file(&stored)?;
+        if of_run && stored.exists() {
+            (c, _) = c.with_file(&stored)?;
         }
+        let mut mesh_given = self.mesh.is_some();
         if let Some(path) = &self.config {
-            c = c.with_file(path)?;
+            let (file, has_mesh) = c.with_file(path)?;
+            (c, mesh_given) = (file, mesh_given || has_mesh);
         }
-        if let Some(n) = self.devices.filter(|_| self.mesh.is_none()) {
+        if let Some(n) = self.devices {
             if n == 0 || n > 4096 {
-                return config::mistake(format!("--devices {n} is not a number of devices"));
+                return config::mistake(format!("--devices {n} is out of range"), "it goes from 1 to 4096");
             }
-            (c.mesh, c.layout) = (config::mesh_of(n), String::new());
+            if !mesh_given {
+                (c.mesh, c.layout) = (config::mesh_of(n), String::new());
+            }
         }
         if let Some(mesh) = &self.mesh {
             // Rules are for the mesh they were given with.
@@ -140,7 +182,6 @@ impl Options {
     }
 }
 
-/// Exit codes: 0 done, 2 configuration or program, 3 data, 4 checkpoint, 1 anything else.
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (options, run): (_, fn(&train::Task) -> Result<(), train::Failed>) = match &cli.command {
@@ -148,13 +189,14 @@ fn main() -> ExitCode {
         Command::Eval(o) => (o, train::eval),
         Command::Plan(o) => (o, train::plan),
     };
-    let result = options.config().map_err(train::Failed::from).and_then(|config| {
+    let of_run = options.resume || matches!(cli.command, Command::Eval(_));
+    let result = options.config(of_run).map_err(train::Failed::from).and_then(|config| {
         run(&train::Task { config, out: options.out.clone(), resume: options.resume, devices: options.devices })
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{e}");
+            eprintln!("{}", report::error_text(&e.to_string()));
             ExitCode::from(e.exit_code())
         }
     }

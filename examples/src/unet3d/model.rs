@@ -3,6 +3,7 @@
 
 use crate::config::{Config, Norm, OptimizerKind};
 use mesh::dim::{DType, Dim, dim};
+use mesh::error::Error;
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, Kernel, Mode};
 use mesh::ops::window::Window;
@@ -63,10 +64,10 @@ pub fn unet(image: &Tensor, classes: usize, config: &Config, mode: Mode) -> Tens
 }
 
 /// Dice of each class on the most probable labels: `2 I / (S + 0.001)`, over all cases.
-fn dice_by_class(logits: &Tensor, is_class: &Tensor) -> Tensor {
+fn dice_by_class(logits: &Tensor, is_class: &Tensor, batch: &str) -> Tensor {
     let predicted = nn::arg_max(logits, "class");
     let chosen = predicted.equal(&logits.graph().iota(&logits.dim("class"))).cast(DType::F32);
-    nn::overlap(&chosen, is_class, &["batch", "x", "y", "z"], 0.0, 0.001)
+    nn::overlap(&chosen, is_class, &[batch, "x", "y", "z"], 0.0, 0.001)
 }
 
 /// The mean over the classes that are organs.
@@ -76,7 +77,7 @@ fn organ_mean(by_class: &Tensor) -> Tensor {
 }
 
 /// Loss and dice by class: `0.8 * cross-entropy (weighted by class) + 0.2 * dice loss of the organs`.
-fn judge(g: &Graph, logits: &Tensor, labels: &Tensor, config: &Config) -> (Tensor, Tensor) {
+fn judge(g: &Graph, logits: &Tensor, labels: &Tensor, config: &Config, batch: &str) -> (Tensor, Tensor) {
     let class = logits.dim("class");
     let is_class = labels.equal(&g.iota(&class)).cast(DType::F32);
     let background = labels.equal(&g.scalar_i32(0));
@@ -84,8 +85,8 @@ fn judge(g: &Graph, logits: &Tensor, labels: &Tensor, config: &Config) -> (Tenso
     let entropy = nn::weighted_mean(&nn::cross_entropy(logits, labels, "class"), &weights);
     let p = nn::softmax(logits, &["class"]);
     let organs = |t: &Tensor| t.slice("class", 1, class.size);
-    let dice = organs(&nn::dice_loss(&p, &is_class, "batch", &SPACE)).mean(&["class"]);
-    (entropy.mul_scalar(0.8).add(&dice.mul_scalar(0.2)), dice_by_class(logits, &is_class))
+    let dice = organs(&nn::dice_loss(&p, &is_class, batch, &SPACE)).mean(&["class"]);
+    (entropy.mul_scalar(0.8).add(&dice.mul_scalar(0.2)), dice_by_class(logits, &is_class, batch))
 }
 
 /// What the program is for: the volume's extents and the number of its classes.
@@ -96,37 +97,54 @@ pub struct Shape {
     pub classes: usize,
 }
 
-/// The program: `train` (feeds `image` and `labels`; gives `loss`, `grad_norm`, `dice`) and `eval` (the same feeds for
-/// one case; gives `prediction`, `loss`, `dice` by class).
-pub fn program(shape: &Shape, config: &Config) -> Result<Program, mesh::error::Error> {
-    let mut p = ProgramBuilder::new();
-    let feeds = |g: &Graph, batch: usize| {
-        // Classes are never split: all of a voxel's logits lie together.
-        g.grain("class", shape.classes);
-        let space: Vec<Dim> = std::iter::once(dim("batch", batch))
-            .chain(SPACE.iter().zip(shape.volume).map(|(d, n)| dim(*d, n)))
-            .collect();
-        let labels = g.input("labels", DType::I32, &space);
-        let image = g.input("image", DType::F32, &[&space[..], &[dim("channel", 1)]].concat());
-        (image, labels)
-    };
+/// A function's feeds; `batch` is the dimension of its cases.
+fn feeds(g: &Graph, shape: &Shape, batch: Dim) -> (Tensor, Tensor) {
+    // Classes are never split: all of a voxel's logits lie together.
+    g.grain("class", shape.classes);
+    let space = SPACE.iter().zip(shape.volume).map(|(d, n)| dim(*d, n));
+    let space: Vec<Dim> = std::iter::once(batch).chain(space).collect();
+    let labels = g.input("labels", DType::I32, &space);
+    let image = g.input("image", DType::F32, &[&space[..], &[dim("channel", 1)]].concat());
+    (image, labels)
+}
+
+fn training(p: &mut ProgramBuilder, shape: &Shape, config: &Config) -> Result<(), Error> {
     p.function("train", |g| {
-        let (image, labels) = feeds(g, config.batch);
+        let (image, labels) = feeds(g, shape, dim("batch", config.batch));
         let logits = unet(&image, shape.classes, config, Mode::Train);
-        let (loss, dice) = judge(g, &logits, &labels, config);
+        let (loss, dice) = judge(g, &logits, &labels, config, "batch");
         let update = optimizer(config).apply(g, &loss);
         g.output("loss", &loss);
         g.output("grad_norm", &update.grad_norm);
         g.output("dice", &organ_mean(&dice));
-    })?;
+    })
+}
+
+fn evaluation(p: &mut ProgramBuilder, shape: &Shape, config: &Config) -> Result<(), Error> {
     p.function("eval", |g| {
-        let (image, labels) = feeds(g, 1);
+        // One case cannot be split, whatever the layout says of batches.
+        let (image, labels) = feeds(g, shape, dim("case", 1));
         let logits = unet(&image, shape.classes, config, Mode::Eval);
-        let (loss, dice) = judge(g, &logits, &labels, config);
+        let (loss, dice) = judge(g, &logits, &labels, config, "case");
         g.output("loss", &loss);
         g.output("dice", &dice);
         g.output("prediction", &nn::arg_max(&logits, "class"));
-    })?;
+    })
+}
+
+/// The program: `train` (feeds `image` and `labels`; gives `loss`, `grad_norm`, `dice`) and `eval` (the same feeds for
+/// one case; gives `prediction`, `loss`, `dice` by class).
+pub fn program(shape: &Shape, config: &Config) -> Result<Program, Error> {
+    let mut p = ProgramBuilder::new();
+    training(&mut p, shape, config)?;
+    evaluation(&mut p, shape, config)?;
+    p.finish()
+}
+
+/// The program without `train`: it needs neither an optimizer's variables nor the memory of a backward pass.
+pub fn eval_program(shape: &Shape, config: &Config) -> Result<Program, Error> {
+    let mut p = ProgramBuilder::new();
+    evaluation(&mut p, shape, config)?;
     p.finish()
 }
 

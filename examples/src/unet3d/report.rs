@@ -3,6 +3,7 @@
 use coordinator::session::Peak;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// A row of `metrics.jsonl`.
@@ -37,6 +38,11 @@ impl Row {
             variables_hash: None,
             devices: None,
         }
+    }
+
+    /// As a line of JSON.
+    pub fn line(&self) -> String {
+        serde_json::to_string(self).expect("a row has no maps with odd keys")
     }
 
     /// Adds what the last row has besides.
@@ -91,6 +97,22 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.finish();
         }
+    }
+}
+
+/// A line of results. A reader who has gone away is no reason to stop.
+pub fn say(line: String) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// What people see of a failure whose text begins with its code: `D0001: ..` is `error[D0001]: ..`.
+pub fn error_text(text: &str) -> String {
+    match text.split_once(": ") {
+        Some((code, rest)) if code.len() == 5 && code[1..].bytes().all(|b| b.is_ascii_digit()) => {
+            format!("error[{code}]: {rest}")
+        }
+        _ if text.starts_with("error[") => text.into(),
+        _ => format!("error: {text}"),
     }
 }
 

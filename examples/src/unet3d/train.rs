@@ -1,13 +1,15 @@
 //! The commands: `train`, `eval` and `plan`.
 
-use crate::config::{self, Config, Mistake};
-use crate::data::{Scan, ScanError};
+use crate::config::{self, Config, Mistake, times};
+use crate::data::{Outline, Scan, ScanError};
 use crate::model::{self, Shape};
-use crate::report::{Progress, Row};
+use crate::report::{Progress, Row, say};
 use coordinator::checkpoint::{self, Position};
+use coordinator::session::FunctionId;
 use coordinator::{Failure, Options, Session};
 use mesh::array::Array;
 use mesh::layout::Mesh;
+use mesh::plan::describe::{bytes, thousands};
 use ndarray::{Array4, Array5, ArrayD, Axis, Ix4};
 use std::fs;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
@@ -32,23 +34,23 @@ pub struct Task {
     pub devices: Option<usize>,
 }
 
-/// Why a command failed.
+/// Why a command failed. Each text begins with its code, or is a whole `error[code]: ..` already.
 #[derive(Debug, thiserror::Error)]
 pub enum Failed {
     /// The configuration.
-    #[error("error: {0}")]
+    #[error(transparent)]
     Config(#[from] Mistake),
     /// The data.
-    #[error("error: {0}")]
+    #[error(transparent)]
     Scan(#[from] ScanError),
     /// Writing results.
-    #[error("error: {0}")]
+    #[error(transparent)]
     Data(#[from] DataError),
     /// The session: program, layout, devices, checkpoints.
-    #[error("{0}")]
+    #[error(transparent)]
     Session(#[from] Failure),
     /// The run folder.
-    #[error("error: cannot write {}: {why}", path.display())]
+    #[error("U0007: cannot write {}: {why}", path.display())]
     Output {
         /// What.
         path: PathBuf,
@@ -56,8 +58,13 @@ pub enum Failed {
         why: std::io::Error,
     },
     /// Training went wrong.
-    #[error("error: {0}")]
-    Diverged(String),
+    #[error("U0008: {what}\n  help: {help}")]
+    Diverged {
+        /// What.
+        what: String,
+        /// What to do.
+        help: String,
+    },
 }
 
 impl From<mesh::error::Error> for Failed {
@@ -71,9 +78,12 @@ impl Failed {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failed::Config(_) | Failed::Session(Failure::Program(_)) | Failed::Scan(ScanError::Option(_)) => 2,
-            Failed::Scan(_) | Failed::Data(_) => 3,
+            Failed::Scan(ScanError::Data(_) | ScanError::Mismatch { .. }) | Failed::Data(DataError::Format { .. }) => 3,
             Failed::Session(Failure::Checkpoint(_)) => 4,
-            Failed::Session(_) | Failed::Output { .. } | Failed::Diverged(_) => 1,
+            Failed::Data(DataError::Fetch(_) | DataError::File { .. })
+            | Failed::Session(Failure::Device(_) | Failure::Mesh(_))
+            | Failed::Output { .. }
+            | Failed::Diverged { .. } => 1,
         }
     }
 }
@@ -101,15 +111,58 @@ impl Task {
         Ok(Scan::load(&self.config, |text| eprintln!("{text}"))?)
     }
 
-    fn program(&self, scan: &Scan) -> Result<mesh::program::Program, Failed> {
-        Ok(model::program(&Shape { volume: scan.shape(), classes: scan.classes.len() }, &self.config)?)
-    }
-
     /// The newest good checkpoint of the run folder.
     fn checkpoint(&self) -> Result<checkpoint::Loaded, Failed> {
         let dir = self.out.join(CHECKPOINTS);
         Ok(checkpoint::load_newest(&dir, |e| eprintln!("passed over: {e}"))?)
     }
+
+    fn folder(&self, what: &str, help: &str) -> Failed {
+        Mistake::Folder { folder: self.out.clone(), what: what.into(), help: help.into() }.into()
+    }
+}
+
+fn shape(outline: &Outline) -> Shape {
+    Shape { volume: outline.shape, classes: outline.classes.len() }
+}
+
+/// What is about to be done with what, in a few lines.
+fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: usize) -> String {
+    let mut extents = outline.shape;
+    let mut levels = vec![times(extents)];
+    let even = (0..3).all(|a| outline.shape[a].is_multiple_of(1 << model::POOLINGS));
+    for _ in 0..model::POOLINGS {
+        extents = extents.map(|n| n.div_ceil(2));
+        levels.push(times(extents));
+    }
+    let odd = if even { "" } else { "; odd extents stay as they are, nothing is padded or cut off" };
+    let norm = format!("{:?}", c.norm).to_lowercase();
+    let optimizer = format!("{:?}", c.optimizer).to_lowercase();
+    let mut text = format!(
+        "data     {}\nlevels   {}{odd}\nclasses  {}\nmodel    {} parameters: base {}, {norm} norm, drop-out {}\n\
+         training {optimizer} at rate {}, batch {}{}, seed {}\nmesh     {} ({} x {} threads), layout {}\n",
+        outline.source,
+        levels.join(", "),
+        outline.classes.join(", "),
+        thousands(parameters as u64),
+        c.base,
+        c.dropout,
+        c.rate,
+        c.batch,
+        if c.augment { ", augmented" } else { "" },
+        c.seed,
+        options.mesh,
+        options.mesh.size(),
+        options.threads(),
+        if options.layout.rules().is_empty() { "of no splits".into() } else { options.layout.to_string() },
+    );
+    for (axis, _) in options.mesh.axes().iter().filter(|(_, size)| *size > 1) {
+        if !options.layout.rules().iter().any(|(_, a)| a == axis) {
+            text +=
+                &format!("note     no dimension is split over the axis `{axis}`: devices along it do the same work\n");
+        }
+    }
+    text
 }
 
 /// Views of one step as feeds: `image [batch, x, y, z, channel]`, `labels [batch, x, y, z]`.
@@ -129,47 +182,51 @@ fn views(scan: &Scan, views: &[View]) -> (Array, Array) {
     (stack(&images).into(), labels.into())
 }
 
-fn scalar(session: &Session, f: coordinator::session::FunctionId, name: &str) -> Result<f32, Failed> {
+fn scalar(session: &Session, f: FunctionId, name: &str) -> Result<f32, Failed> {
     Ok(session.fetch(f, name)?.to_f32().unwrap_or(f32::NAN))
 }
 
 /// Trains.
 pub fn train(task: &Task) -> Result<(), Failed> {
     let c = &task.config;
-    let scan = task.scan()?;
-    eprintln!("{}", scan.source);
     let options = task.options()?;
-    let mut session = Session::embedded(task.program(&scan)?, &options)?;
-    eprintln!(
-        "{} parameters; mesh {} with layout {}; {} threads a device; at most {:.1} MiB a device",
-        session.program().parameters(),
-        options.mesh,
-        options.layout,
-        options.threads(),
-        (0..options.mesh.size()).map(|d| session.plan().peak_bytes(d)).max().unwrap_or(0) as f64 / f64::from(1 << 20)
-    );
-    let (mut first, mut samples) = (0, 0);
     let metrics = task.out.join(METRICS_FILE);
-    if task.resume {
-        let loaded = task.checkpoint()?;
+    let resumed = if task.resume {
+        Some(task.checkpoint()?)
+    } else if metrics.exists() || !checkpoint::list(&task.out.join(CHECKPOINTS)).is_empty() {
+        return Err(task.folder("holds a run already", "go on with it by --resume, or name another folder with --out"));
+    } else {
+        None
+    };
+    let scan = task.scan()?;
+    let outline = scan.outline();
+    let mut session = Session::embedded(model::program(&shape(&outline), c)?, &options)?;
+    eprint!("{}", introduction(c, &outline, &options, session.program().parameters()));
+    let most = (0..options.mesh.size()).map(|d| session.plan().peak_bytes(d)).max().unwrap_or(0);
+    eprintln!("memory   {} at most on a device\nrun      {}", bytes(most), task.out.display());
+    let (mut first, mut samples) = (0, 0);
+    if let Some(loaded) = &resumed {
         loaded.restore(&mut session)?;
         (first, samples) = (loaded.manifest.step, loaded.manifest.samples);
-        eprintln!("resumed from {} at step {first}", loaded.path.display());
-    } else if metrics.exists() {
-        let text =
-            format!("{} holds a run; go on with --resume, or name another folder with --out", task.out.display());
-        return Err(Mistake(text).into());
+        eprintln!("resumed from {} with {first} steps done", loaded.path.display());
+        let changed = c.changes(&loaded.manifest.config);
+        if !changed.is_empty() {
+            eprintln!("changed since: {}", changed.join(", "));
+        }
+        if first >= c.steps {
+            eprintln!("nothing left to train of --steps {}", c.steps);
+        }
     }
     written(&task.out, fs::create_dir_all(&task.out))?;
-    let text = toml::to_string_pretty(c).map_err(|e| Mistake(e.to_string()))?;
     let path = task.out.join(CONFIG_FILE);
-    written(&path, fs::write(&path, text))?;
+    written(&path, fs::write(&path, c.to_toml()))?;
     let mut rows = open_metrics(&metrics, first)?;
 
     let f = session.function("train")?;
+    let classes = scan.classes.len();
     let voxels = c.batch * scan.image.len();
     let mut progress = Progress::new(first, c.steps, std::io::stderr().is_terminal());
-    let mut saved = first;
+    let mut saved = resumed.as_ref().map(|_| first);
     let save = |session: &Session, step: u32, samples: u64| {
         let config = serde_json::to_value(c).unwrap_or_default();
         checkpoint::save(session, &task.out.join(CHECKPOINTS), &Position { step, samples, config }, c.keep)
@@ -177,7 +234,6 @@ pub fn train(task: &Task) -> Result<(), Failed> {
     for step in first..c.steps {
         let begun = Instant::now();
         let ids: Vec<u64> = (samples..samples + c.batch as u64).collect();
-        let classes = scan.classes.len();
         let drawn =
             ids.iter().map(|id| if c.augment { View::draw(c.seed, *id, classes) } else { View::plain(*id, classes) });
         let (image, labels) = views(&scan, &drawn.collect::<Vec<_>>());
@@ -192,22 +248,29 @@ pub fn train(task: &Task) -> Result<(), Failed> {
         if last {
             row.finish(session.variables_hash()?, session.peaks());
         }
-        let line = serde_json::to_string(&row).map_err(|e| Mistake(e.to_string()))?;
+        let line = row.line();
         written(&metrics, writeln!(rows, "{line}").and_then(|()| rows.flush()))?;
         progress.step(step, loss, scalar(&session, f, "dice")?, voxels as f64 / seconds);
-        if !loss.is_finite() {
-            let text = format!(
-                "the loss is {loss} at step {step}; the newest checkpoint is of step {saved}. Try a smaller --rate"
-            );
-            return Err(Failed::Diverged(text));
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            progress.finish();
+            let kept =
+                saved.map_or("there is no checkpoint".into(), |s| format!("the newest checkpoint is of step {s}"));
+            return Err(diverged(format!(
+                "at step {step} the loss is {loss}, the gradient's norm {grad_norm}; {kept}"
+            )));
         }
         if last || (c.checkpoint_every > 0 && (step + 1) % c.checkpoint_every == 0) {
             save(&session, step + 1, samples)?;
-            saved = step + 1;
+            saved = Some(step + 1);
         }
     }
     progress.finish();
+    say(format!("variables {}", session.variables_hash()?));
     judge(task, &scan, &mut session)
+}
+
+fn diverged(what: String) -> Failed {
+    Failed::Diverged { what: format!("training has diverged: {what}"), help: "try a smaller --rate".into() }
 }
 
 /// Opens the metrics for the rows from step `first` on, keeping those before it.
@@ -235,13 +298,22 @@ fn judge(task: &Task, scan: &Scan, session: &mut Session) -> Result<(), Failed> 
     let (image, labels) = views(scan, &[View::plain(0, scan.classes.len())]);
     let results = session.run("eval", 0, &[("image", &image), ("labels", &labels)])?;
     let result = |name: &str| results.iter().find(|(n, _)| **n == *name).map(|(_, a)| a);
+    let loss = result("loss").and_then(Array::to_f32).unwrap_or(f32::NAN);
+    if !loss.is_finite() {
+        return Err(diverged(format!("the loss of the whole volume is {loss}")));
+    }
     let dice: Vec<f32> =
         result("dice").and_then(Array::as_f32).map(|a| a.iter().copied().collect()).unwrap_or_default();
-    for (name, d) in scan.classes.iter().zip(&dice) {
-        println!("dice {name:12} {d:.4}");
-    }
     let organs = &dice[1.min(dice.len())..];
-    println!("dice mean organ   {:.4}", organs.iter().sum::<f32>() / organs.len().max(1) as f32);
+    say(format!("loss {loss:.4}"));
+    for (name, d) in scan.classes.iter().zip(&dice) {
+        say(format!("dice {name:12} {d:.4}"));
+    }
+    say(format!(
+        "dice mean of all but {} {:.4}",
+        scan.classes[0],
+        organs.iter().sum::<f32>() / organs.len().max(1) as f32
+    ));
     let Some(Array::I32(predicted)) = result("prediction") else { return Ok(()) };
     let predicted: ArrayD<i32> = predicted.clone();
     let Ok(predicted) = predicted.into_dimensionality::<Ix4>() else { return Ok(()) };
@@ -249,30 +321,37 @@ fn judge(task: &Task, scan: &Scan, session: &mut Session) -> Result<(), Failed> 
     let (nii, png) = (task.out.join("prediction.nii.gz"), task.out.join("prediction.png"));
     scan.write_prediction(&nii, &predicted)?;
     picture::write(&png, &scan.image, &scan.labels, &predicted)?;
-    println!("wrote {} and {}", nii.display(), png.display());
+    say(format!("wrote {} and {}", nii.display(), png.display()));
     Ok(())
 }
 
 /// Judges a run's newest checkpoint.
 pub fn eval(task: &Task) -> Result<(), Failed> {
-    let stored = task.out.join(CONFIG_FILE);
-    if !stored.exists() {
-        return Err(Mistake(format!("{} holds no run; train first, or name one with --out", task.out.display())).into());
+    if !task.out.join(CONFIG_FILE).exists() {
+        return Err(task.folder("holds no run", "train first, or name the folder of a run with --out"));
     }
+    let options = task.options()?;
     let loaded = task.checkpoint()?;
     let scan = task.scan()?;
-    eprintln!("{}", scan.source);
-    let mut session = Session::embedded(task.program(&scan)?, &task.options()?)?;
+    let outline = scan.outline();
+    let mut session = Session::embedded(model::eval_program(&shape(&outline), &task.config)?, &options)?;
+    eprint!("{}", introduction(&task.config, &outline, &options, session.program().parameters()));
     loaded.restore(&mut session)?;
-    eprintln!("checkpoint {} of step {}", loaded.path.display(), loaded.manifest.step);
+    eprintln!("checkpoint {} of {} steps", loaded.path.display(), loaded.manifest.step);
     judge(task, &scan, &mut session)
 }
 
 /// Prints what a run would do.
 pub fn plan(task: &Task) -> Result<(), Failed> {
-    let scan = task.scan()?;
-    let program = task.program(&scan)?;
     let options = task.options()?;
-    print!("{}", options.plan(&program)?.describe(&program, "train"));
-    Ok(())
+    let outline = Outline::of(&task.config)?;
+    let program = model::program(&shape(&outline), &task.config)?;
+    let plan = options.plan(&program)?;
+    let text =
+        introduction(&task.config, &outline, &options, program.parameters()) + "\n" + &plan.describe(&program, "train");
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // Whoever read it has seen enough.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => written(Path::new("to the standard output"), result),
+    }
 }

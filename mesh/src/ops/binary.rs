@@ -11,7 +11,7 @@ use crate::op::{GradContext, Op, Reference};
 use ndarray::Zip;
 
 /// The functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum BinaryFn {
     /// a + b
     Add,
@@ -60,7 +60,7 @@ impl BinaryFn {
 }
 
 /// A function of two values.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Binary {
     /// The function.
     pub f: BinaryFn,
@@ -111,6 +111,9 @@ impl Op for Binary {
             BinaryFn::And => "and",
             BinaryFn::Or => "or",
         }
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 2
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         if x[0].dtype != x[1].dtype {

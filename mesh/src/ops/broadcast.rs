@@ -9,7 +9,7 @@ use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
 
 /// More dimensions.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Broadcast {
     /// All dimensions of the result.
     pub dims: Vec<Dim>,

@@ -7,7 +7,7 @@ use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
 
 /// Another dtype.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Cast {
     /// The dtype.
     pub to: DType,

@@ -11,7 +11,7 @@ use crate::op::{GradContext, Op, Reference};
 use ndarray::Zip;
 
 /// The comparisons. With a NaN all but `Ne` are false.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum CompareFn {
     /// a = b
     Eq,
@@ -42,7 +42,7 @@ impl CompareFn {
 }
 
 /// A comparison of two values.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Compare {
     /// Which one.
     pub f: CompareFn,
@@ -58,6 +58,9 @@ impl Op for Compare {
             CompareFn::Gt => "greater",
             CompareFn::Ge => "greater_equal",
         }
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 2
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         if x[0].dtype != x[1].dtype {

@@ -11,7 +11,7 @@ use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
 
 /// The sum of products; the result has the first one's remaining dimensions, then what the second one adds.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Contract {
     /// Dimensions summed over.
     pub over: Vec<Name>,
@@ -27,6 +27,9 @@ fn union(x: &[&Type]) -> Vec<Dim> {
 impl Op for Contract {
     fn name(&self) -> &'static str {
         "contract"
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 2
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         if x[0].dtype != x[1].dtype || !x[0].dtype.is_float() {

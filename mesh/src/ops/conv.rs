@@ -25,7 +25,7 @@ use crate::op::{GradContext, Op, Reference};
 use crate::region::Region;
 
 /// A convolution.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Conv {
     /// Windows, one a spatial dimension.
     pub windows: Vec<Window>,
@@ -38,7 +38,7 @@ pub struct Conv {
 }
 
 /// The gradient of a convolution by its input: the transposed convolution.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct ConvTranspose {
     /// The convolution.
     pub conv: Conv,
@@ -47,7 +47,7 @@ pub struct ConvTranspose {
 }
 
 /// The gradient of a convolution by its filter, from its input and the gradient of its result.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct ConvWeightGrad {
     /// The convolution.
     pub conv: Conv,
@@ -90,7 +90,7 @@ impl Conv {
         let groups = self.groups.max(1);
         let mut dims: Vec<Dim> = self.windows.iter().map(|w| dim(w.kernel(), w.size)).collect();
         dims.extend([dim(&self.input, input / groups), dim(&self.output, output)]);
-        if f.dims != dims || input % groups != 0 || output % groups != 0 {
+        if f.dims != dims || !input.is_multiple_of(groups) || !output.is_multiple_of(groups) {
             let wanted = Type::new(f.dtype, dims);
             return refuse(
                 "C2",
@@ -180,6 +180,9 @@ impl Op for Conv {
     fn name(&self) -> &'static str {
         "conv"
     }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 2
+    }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         self.check(x[0], &self.input)?;
         let (input, output) = (x[0].size_of(&self.input).unwrap_or(0), x[1].size_of(&self.output).unwrap_or(0));
@@ -224,6 +227,9 @@ impl Op for Conv {
 impl Op for ConvTranspose {
     fn name(&self) -> &'static str {
         "conv_transpose"
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 2
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         let (y, f, c) = (x[0], x[1], &self.conv);
@@ -279,6 +285,9 @@ impl Op for ConvTranspose {
 impl Op for ConvWeightGrad {
     fn name(&self) -> &'static str {
         "conv_weight_grad"
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 2
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         let c = &self.conv;

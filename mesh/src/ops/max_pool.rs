@@ -14,14 +14,14 @@ use crate::op::{GradContext, Op, Reference};
 use crate::region::Region;
 
 /// The largest value of each window; dimensions in the input's order.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct MaxPool {
     /// The windows.
     pub windows: Vec<Window>,
 }
 
 /// The gradient of [`MaxPool`], from its input and the gradient of its result.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct MaxPoolGrad {
     /// The windows.
     pub windows: Vec<Window>,
@@ -106,6 +106,9 @@ impl Op for MaxPool {
 impl Op for MaxPoolGrad {
     fn name(&self) -> &'static str {
         "max_pool_grad"
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 2
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         let y = pooled(&self.windows, x[0])?;

@@ -19,13 +19,19 @@ use crate::op::Op;
 macro_rules! table {
     ($($(#[$doc:meta])* $variant:ident($ty:ty)),* $(,)?) => {
         /// An op: the closed set that programs consist of.
-        #[derive(Clone, Debug, PartialEq)]
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
         pub enum Prim { $($(#[$doc])* $variant($ty)),* }
 
         impl Prim {
             /// What there is to say about the op.
             pub fn op(&self) -> &dyn Op {
                 match self { $(Prim::$variant(op) => op),* }
+            }
+        }
+        impl Prim {
+            /// Whether it is a sum of products: what most of a network's arithmetic is.
+            pub fn is_product(&self) -> bool {
+                matches!(self, Prim::Contract(_) | Prim::Conv(_) | Prim::ConvTranspose(_) | Prim::ConvWeightGrad(_))
             }
         }
         $(impl From<$ty> for Prim {

@@ -15,7 +15,7 @@ use ndarray::{Axis, Slice as NdSlice};
 use std::ops::Range;
 
 /// The same values with a dimension under another name.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Rename {
     /// The old name.
     pub from: Name,
@@ -24,7 +24,7 @@ pub struct Rename {
 }
 
 /// Every `stride`-th element from `start` to before `stop` along a dimension.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Slice {
     /// The dimension.
     pub dim: Name,
@@ -37,7 +37,7 @@ pub struct Slice {
 }
 
 /// More elements of one value before and after a dimension.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Pad {
     /// The dimension.
     pub dim: Name,
@@ -46,18 +46,19 @@ pub struct Pad {
     /// Elements after.
     pub hi: usize,
     /// Their value.
+    #[serde(with = "crate::dim::bits")]
     pub value: f64,
 }
 
 /// Inputs one after another along a dimension.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Concat {
     /// The dimension.
     pub dim: Name,
 }
 
 /// Element `i` moves to `i + by` along a dimension; what is left free is 0, or what was pushed out (`wrap`).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Shift {
     /// The dimension.
     pub dim: Name,
@@ -210,6 +211,9 @@ impl Op for Pad {
 impl Op for Concat {
     fn name(&self) -> &'static str {
         "concat"
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs > 0
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         let Some(first) = x.first() else { return refuse("C3", "has no inputs", "give it at least one") };

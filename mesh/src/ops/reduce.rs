@@ -10,7 +10,7 @@ use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
 
 /// How elements are combined.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum ReduceFn {
     /// Sum, along the program's summation tree.
     Sum,
@@ -32,7 +32,7 @@ impl ReduceFn {
 }
 
 /// A reduction over dimensions.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Reduce {
     /// How.
     pub f: ReduceFn,

@@ -11,12 +11,15 @@ use crate::op::{GradContext, Op, Reference};
 use ndarray::Zip;
 
 /// One of two values by a condition. What is not chosen does not matter, NaN or not.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Select;
 
 impl Op for Select {
     fn name(&self) -> &'static str {
         "select"
+    }
+    fn takes(&self, inputs: usize) -> bool {
+        inputs == 3
     }
     fn infer(&self, x: &[&Type]) -> Result<Type, Refusal> {
         if x[0].dtype != DType::Bool || x[1].dtype != x[2].dtype {

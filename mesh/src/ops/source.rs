@@ -9,7 +9,7 @@ use crate::op::{GradContext, Op, Reference};
 use crate::program::VarId;
 
 /// A feed of the function.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Input {
     /// Its name.
     pub name: Name,
@@ -18,7 +18,7 @@ pub struct Input {
 }
 
 /// The value of a variable when the function starts.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Read {
     /// The variable.
     pub var: VarId,
@@ -27,34 +27,35 @@ pub struct Read {
 }
 
 /// The value of a variable when the function has ended.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Assign {
     /// The variable.
     pub var: VarId,
 }
 
 /// A scalar.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Constant {
     /// Its value.
+    #[serde(with = "crate::dim::bits")]
     pub value: f64,
     /// Its dtype.
     pub dtype: DType,
 }
 
 /// The number of the running step, an `i32` scalar.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Step;
 
 /// `i32[dim]`: 0, 1, 2, ..
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Iota {
     /// The dimension.
     pub dim: Dim,
 }
 
 /// What random numbers are drawn.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Distribution {
     /// Uniform in [0, 1).
     Uniform,
@@ -68,7 +69,7 @@ pub enum Distribution {
 
 /// `f32[dims]` of random numbers; element `i` (row-major in the whole tensor) is a function of
 /// (seed, step, key, i) alone, see [`crate::rng::Stream`].
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Random {
     /// What is drawn.
     pub distribution: Distribution,
@@ -83,6 +84,9 @@ macro_rules! source {
         impl Op for $ty {
             fn name(&self) -> &'static str {
                 $name
+            }
+            fn takes(&self, inputs: usize) -> bool {
+                inputs == 0
             }
             fn infer(&self, _: &[&Type]) -> Result<Type, Refusal> {
                 let $op = self;

@@ -8,7 +8,7 @@ use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
 
 /// The functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum UnaryFn {
     /// x
     Identity,
@@ -102,7 +102,7 @@ fn erf(x: f64) -> f64 {
 }
 
 /// A function of each element.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Unary {
     /// The function.
     pub f: UnaryFn,

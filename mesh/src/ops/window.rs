@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// A window that slides along one dimension: output index `o` reads the input indices `o * stride - lo + j * dilation`,
 /// `j = 0 .. size`; what lies outside the input is padding.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Window {
     /// The dimension.
     pub dim: Name,

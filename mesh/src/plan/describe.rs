@@ -1,12 +1,14 @@
 //! A plan as text for people.
 
 use super::step::Work;
-use super::{DevicePlan, ProgramPlan};
+use super::{DevicePlan, ProgramPlan, Timeline};
 use crate::dim::Name;
+use crate::error::Place;
+use crate::graph::Node;
 use crate::layout::Placement;
 use crate::program::{Function, Program};
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// `1.5 MiB`.
 pub fn bytes(n: usize) -> String {
@@ -20,21 +22,102 @@ pub fn bytes(n: usize) -> String {
     if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
 }
 
+/// `5,600,960`.
+pub fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// `57.1 TFLOP`.
+fn flops(n: u64) -> String {
+    let (unit, size) = [("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)]
+        .into_iter()
+        .find(|(_, size)| n as f64 >= *size)
+        .unwrap_or(("FLOP", 1.0));
+    format!("{:.1} {unit}", n as f64 / size)
+}
+
+/// Devices that are listed one by one; of more, only these.
+const LISTED: usize = 16;
+/// Tensors that are listed of those alive at a peak.
+const ALIVE: usize = 10;
+
 /// The first two parts of a scope, `encoder.0/conv.1`: what people call a layer.
 fn layer(scope: &str) -> String {
     let parts: Vec<&str> = scope.split('/').take(2).collect();
     if scope.is_empty() { "(top)".into() } else { parts.join("/") }
 }
 
-#[derive(Default)]
-struct Traffic {
-    steps: usize,
-    /// Bytes that all devices send.
-    sent: usize,
-    /// Messages that all devices send.
-    messages: usize,
+/// The first part of a scope, `encoder.0`: what people call a stage, a block or a level.
+fn stage(scope: &str) -> String {
+    if scope.is_empty() { "(top)".into() } else { scope.split('/').take(1).collect() }
 }
 
+/// Rows in columns; numbers (and what follows them, a unit) to the right.
+#[derive(Default)]
+struct Table(Vec<Vec<String>>);
+
+impl Table {
+    fn row<const N: usize>(&mut self, cells: [&dyn Display; N]) {
+        self.0.push(cells.map(|c| c.to_string()).into());
+    }
+
+    fn write(&self, out: &mut String) {
+        let columns = self.0.iter().map(Vec::len).max().unwrap_or(0);
+        let number = |c: &str| c.starts_with(|c: char| c.is_ascii_digit());
+        let width = |i: usize| self.0.iter().filter_map(|r| r.get(i)).map(|c| c.chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        // A heading stands where its column's cells do.
+        let right: Vec<bool> = (0..columns)
+            .map(|i| {
+                let mut cells = self.0.iter().skip(1).filter_map(|r| r.get(i)).filter(|c| !c.is_empty()).peekable();
+                cells.peek().is_some() && cells.all(|c| number(c))
+            })
+            .collect();
+        for row in &self.0 {
+            let mut line = String::new();
+            for (i, cell) in row.iter().enumerate() {
+                let width = widths[i];
+                let _ = if right[i] { write!(line, "  {cell:>width$}") } else { write!(line, "  {cell:width$}") };
+            }
+            let _ = writeln!(out, "{}", line.trim_end());
+        }
+    }
+}
+
+/// What is sent.
+#[derive(Clone, Default)]
+struct Traffic {
+    /// Steps of a device.
+    steps: usize,
+    messages: usize,
+    /// Bytes by sending device.
+    sent: Vec<usize>,
+}
+
+impl Traffic {
+    fn add(&mut self, device: usize, sent: usize, messages: usize) {
+        self.steps += usize::from(device == 0);
+        self.messages += messages;
+        self.sent.resize(self.sent.len().max(device + 1), 0);
+        self.sent[device] += sent;
+    }
+    fn all(&self) -> usize {
+        self.sent.iter().sum()
+    }
+    fn most(&self) -> usize {
+        self.sent.iter().copied().max().unwrap_or(0)
+    }
+}
+
+/// Bytes and messages that a step sends; None for one within a device.
 fn traffic(work: &Work) -> Option<(usize, usize)> {
     match work {
         Work::Exchange(e) => Some((e.sends.iter().map(|m| m.bytes).sum(), e.sends.len())),
@@ -46,140 +129,305 @@ fn traffic(work: &Work) -> Option<(usize, usize)> {
     }
 }
 
+fn is_product(n: &Node) -> bool {
+    let name = n.op.op().name();
+    name.starts_with("conv") || name == "contract"
+}
+
 impl ProgramPlan {
     /// Devices, layout of variables and activations, communication, memory over time and FLOPs of a function.
     pub fn describe(&self, program: &Program, function: &str) -> String {
         let mut out = String::new();
         let key = Name::from(function);
         let (Some(f), Some(devices)) = (program.functions.get(&key), self.functions.get(&key)) else { return out };
-        let _ = writeln!(out, "function {function}\nmesh     {} ({} devices)", self.mesh, self.mesh.size());
-        let _ = writeln!(out, "layout   {}", self.layout);
+        let _ = writeln!(out, "plan of the function `{function}`");
+        self.devices_text(devices, &mut out);
         self.variables_text(program, &mut out);
         self.activations_text(program, f, &mut out);
-        communication_text(devices, &mut out);
+        communication_text(f, devices, &mut out);
         self.memory_text(&key, devices, &mut out);
-        let whole = f.flops();
-        let products: u64 = f
-            .nodes
-            .iter()
-            .filter(|n| {
-                let name = n.op.op().name();
-                name.starts_with("conv") || name == "contract"
-            })
-            .map(|n| n.op.op().flops(&f.input_types(n), &n.ty))
-            .sum();
-        let _ = writeln!(
-            out,
-            "\nFLOPs a step: {:.3} G, of which products {:.3} G ({products})",
-            whole as f64 / 1e9,
-            products as f64 / 1e9
-        );
+        flops_text(f, &mut out);
         out
     }
 
+    fn devices_text(&self, devices: &[DevicePlan], out: &mut String) {
+        let _ = writeln!(out, "\ndevices: {}", self.mesh.size());
+        let layout = if self.layout.rules().is_empty() { "everything whole".into() } else { self.layout.to_string() };
+        let _ = writeln!(out, "  mesh    {}\n  layout  {layout}", self.mesh);
+        let biggest = |d: &DevicePlan| {
+            let by_size = |(_, part, _): &&(Name, super::Part, super::Buffer)| part.ty.bytes();
+            d.inputs.iter().max_by_key(by_size).map(|(n, part, _)| format!("{n} {}", part.region))
+        };
+        let mut table = Table::default();
+        table.row([&"device", &"at", &"block of the largest feed"]);
+        for (d, plan) in devices.iter().enumerate().take(LISTED) {
+            let at = self.mesh.axes().iter().zip(self.mesh.coordinates(d)).map(|((n, _), i)| format!("{n}={i}"));
+            table.row([&d, &at.collect::<Vec<_>>().join(","), &biggest(plan).unwrap_or_default()]);
+        }
+        table.write(out);
+        if devices.len() > LISTED {
+            let _ = writeln!(out, "  .. and {} more", devices.len() - LISTED);
+        }
+    }
+
     fn variables_text(&self, program: &Program, out: &mut String) {
-        let parameters = program.parameters();
-        let all: usize = program.variables.iter().map(|v| v.ty.bytes()).sum();
+        let (trained, others): (Vec<_>, Vec<_>) = program.variables.iter().enumerate().partition(|(_, v)| v.trainable);
+        let size = |list: &[(usize, &crate::program::Variable)]| bytes(list.iter().map(|(_, v)| v.ty.bytes()).sum());
         let _ = writeln!(
             out,
-            "\nvariables: {}, {parameters} trained parameters, {} in all",
-            program.variables.len(),
-            bytes(all)
+            "\nvariables: {} parameters in {} variables ({}); {} more for optimizer and statistics ({})",
+            thousands(program.parameters() as u64),
+            trained.len(),
+            size(&trained),
+            others.len(),
+            size(&others)
         );
-        for (i, v) in program.variables.iter().enumerate().filter(|(_, v)| v.trainable) {
+        let mut table = Table::default();
+        table.row([&"variable", &"type", &"a device", &"layout"]);
+        for (i, v) in trained {
             let (part, buffer) = &self.variables[0][i];
             let split = part.region.shape() != v.ty.shape();
-            let held = if split { format!("device 0 holds {}", part.region) } else { "whole on every device".into() };
-            let _ = writeln!(out, "  {:34} {:44} {:>10}  {held}", v.name, v.ty.to_string(), bytes(buffer.bytes));
+            let held = if split { format!("device 0 holds {}", part.region) } else { "whole".into() };
+            table.row([&v.name, &v.ty, &bytes(buffer.bytes), &held]);
         }
+        table.write(out);
     }
 
     fn activations_text(&self, program: &Program, f: &Function, out: &mut String) {
         let placement = Placement { mesh: &self.mesh, layout: &self.layout, chunking: &program.chunking };
-        let _ = writeln!(out, "\nactivations (largest of each layer):");
-        let mut largest: Vec<(String, &crate::graph::Node)> = Vec::new();
-        for n in f.nodes.iter().filter(|n| !n.ty.dims.is_empty() && !n.scope.starts_with("optimizer")) {
-            let name = layer(&n.scope);
+        let mut largest: Vec<(String, &Node)> = Vec::new();
+        // Tensors of a variable's type are variables, their gradients and slots.
+        let own = |n: &&Node| !n.ty.dims.is_empty() && !program.variables.iter().any(|v| v.ty.dims == n.ty.dims);
+        for n in f.nodes.iter().filter(|n| !n.scope.is_empty()).filter(own) {
+            let name = stage(&n.scope);
             match largest.iter_mut().find(|(l, _)| *l == name) {
                 Some((_, old)) if old.ty.bytes() >= n.ty.bytes() => {}
                 Some((_, old)) => *old = n,
                 None => largest.push((name, n)),
             }
         }
+        let _ = writeln!(out, "\nactivations: the largest of each group of layers");
+        let mut table = Table::default();
+        table.row([&"group", &"type", &"layout", &"a device, at least", &"at most"]);
         for (name, n) in largest {
             let Ok(spec) = placement.spec("", &n.ty, n.layout.as_deref(), &[], n.place) else { continue };
+            let axis = |a: usize| &self.mesh.axes()[a].0;
             let split: Vec<String> =
-                n.ty.dims
-                    .iter()
-                    .zip(&spec)
-                    .filter_map(|(d, a)| a.map(|a| format!("{}:{}", d.name, self.mesh.axes()[a].0)))
-                    .collect();
+                n.ty.dims.iter().zip(&spec).filter_map(|(d, a)| a.map(|a| format!("{}:{}", d.name, axis(a)))).collect();
             let held: Vec<usize> =
                 placement.regions(&n.ty, &spec).iter().map(|r| r.elements() * n.ty.dtype.bytes()).collect();
             let (least, most) = (held.iter().min().unwrap_or(&0), held.iter().max().unwrap_or(&0));
-            let range = if least == most { bytes(*most) } else { format!("{} to {}", bytes(*least), bytes(*most)) };
             let how = if split.is_empty() { "whole".into() } else { split.join(",") };
-            let _ = writeln!(out, "  {name:24} {:54} {how:12} {range} a device", n.ty.to_string());
+            table.row([&name, &n.ty, &how, &bytes(*least), &bytes(*most)]);
         }
+        table.write(out);
     }
 
     fn memory_text(&self, key: &Name, devices: &[DevicePlan], out: &mut String) {
-        let _ = writeln!(out, "\nmemory:");
-        for (d, plan) in devices.iter().enumerate() {
-            let _ = writeln!(
-                out,
-                "  device {d}: {} predicted peak ({} arena of this function, {} workspaces), {} steps",
-                bytes(self.peak_bytes(d)),
-                bytes(plan.arena_bytes),
-                bytes(self.workspace_bytes),
-                plan.steps.len()
-            );
+        let peaks: Vec<usize> = (0..devices.len()).map(|d| self.peak_bytes(d)).collect();
+        let most = peaks.iter().copied().max().unwrap_or(0);
+        let _ = writeln!(
+            out,
+            "\nmemory: {} at most on a device, {} on all {} together",
+            bytes(most),
+            bytes(peaks.iter().sum()),
+            devices.len()
+        );
+        let Some(timelines) = self.timelines.get(key) else { return };
+        // Devices of one column of numbers are one row.
+        let variables = |d: usize| self.variables[d].iter().map(|(_, b)| b.bytes).sum::<usize>();
+        let numbers = |d: usize| (peaks[d], variables(d), devices[d].arena_bytes, timelines[d].fullest);
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        for d in 0..devices.len() {
+            match groups.iter_mut().find(|g| numbers(g[0]) == numbers(d)) {
+                Some(g) => g.push(d),
+                None => groups.push(vec![d]),
+            }
         }
-        let Some(timeline) = self.timelines.get(key).and_then(|t| t.first()) else { return };
-        let most = timeline.alive.iter().copied().max().unwrap_or(0);
-        let _ = writeln!(out, "  device 0 over time (its peak, {}, is full height):", bytes(most));
-        let bars = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-        let columns = timeline.alive.len().clamp(1, 100);
-        let line: String = (0..columns)
-            .map(|c| {
-                let range = c * timeline.alive.len() / columns..((c + 1) * timeline.alive.len() / columns).max(1);
-                let top = timeline.alive.get(range).and_then(|r| r.iter().max().copied()).unwrap_or(0);
-                bars[(top * (bars.len() - 1)).checked_div(most).unwrap_or(0)]
-            })
+        let mut table = Table::default();
+        table.row([&"devices", &"peak", &"variables", &"others", &"gaps", &"workspaces", &"fullest at"]);
+        for g in &groups {
+            let (d, t) = (g[0], &timelines[g[0]]);
+            let alive = t.alive.get(t.fullest).copied().unwrap_or(0);
+            let at = match devices[d].steps.get(t.fullest) {
+                Some(s) => format!(
+                    "step {} of {}: {} of {}",
+                    t.fullest,
+                    devices[d].steps.len(),
+                    s.label.op,
+                    layer(&s.label.scope)
+                ),
+                None => "the end, where variables are set".into(),
+            };
+            let list: Vec<String> = g.iter().take(LISTED).map(usize::to_string).collect();
+            let more = if g.len() > LISTED { format!(", {} more", g.len() - LISTED) } else { String::new() };
+            table.row([
+                &format!("{}{more}", list.join(" ")),
+                &bytes(peaks[d]),
+                &bytes(variables(d)),
+                &bytes(alive.saturating_sub(variables(d))),
+                &bytes(self.arena_bytes(d).saturating_sub(alive)),
+                &bytes(self.workspace_bytes),
+                &at,
+            ]);
+        }
+        table.write(out);
+        let arenas: Vec<String> = self
+            .functions
+            .iter()
+            .map(|(n, f)| format!("{n} {}", bytes(f.iter().map(|d| d.arena_bytes).max().unwrap_or(0))))
             .collect();
-        let _ = writeln!(out, "  {line}\n  alive at the peak:");
-        for (name, n, place) in timeline.largest.iter().take(8) {
-            let _ = writeln!(out, "    {:>10}  {name}  ({place})", bytes(*n));
+        let _ = writeln!(out, "  A device has one arena, for its most demanding function: {}.", arenas.join(", "));
+        groups.sort_by_key(|g| std::cmp::Reverse(peaks[g[0]]));
+        for (i, g) in groups.iter().enumerate().take(LISTED) {
+            let t = &timelines[g[0]];
+            if i == 0 {
+                let _ = writeln!(out, "  device {} over time; full height is its peak:\n  {}", g[0], bars(t));
+            }
+            let _ = writeln!(out, "  device {}, alive at its fullest step:", g[0]);
+            alive_text(t, variables(g[0]), if i == 0 { ALIVE } else { 3 }, out);
         }
     }
 }
 
-fn communication_text(devices: &[DevicePlan], out: &mut String) {
+/// Memory over time, as a line of blocks.
+fn bars(t: &Timeline) -> String {
+    let most = t.alive.iter().copied().max().unwrap_or(0);
+    let blocks = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let columns = t.alive.len().clamp(1, 100);
+    (0..columns)
+        .map(|c| {
+            let range = c * t.alive.len() / columns..((c + 1) * t.alive.len() / columns).max(1);
+            let top = t.alive.get(range).and_then(|r| r.iter().max().copied()).unwrap_or(0);
+            blocks[(top * (blocks.len() - 1)).checked_div(most).unwrap_or(0)]
+        })
+        .collect()
+}
+
+/// What is alive at the fullest step: tensors of one name and place together.
+fn alive_text(t: &Timeline, variables: usize, rows: usize, out: &mut String) {
+    let mut list: Vec<(usize, usize, String, Option<Place>)> = Vec::new();
+    for a in t.largest.iter().filter(|a| !a.variable) {
+        match list.iter_mut().find(|(_, _, name, place)| *name == a.name && *place == Some(a.place)) {
+            Some((n, count, _, _)) => (*n, *count) = (*n + a.bytes, *count + 1),
+            None => list.push((a.bytes, 1, a.name.clone(), Some(a.place))),
+        }
+    }
+    list.push((variables, 1, "all variables".into(), None));
+    list.sort_by_key(|(n, ..)| std::cmp::Reverse(*n));
+    let mut table = Table::default();
+    table.row([&"bytes", &"tensor", &"place"]);
+    for (n, count, name, place) in list.iter().take(rows) {
+        let times = if *count > 1 { format!(", {count} of them") } else { String::new() };
+        table.row([&bytes(*n), &format!("{name}{times}"), &place.map(|p| p.to_string()).unwrap_or_default()]);
+    }
+    let rest: usize = list.iter().skip(rows).map(|(n, ..)| n).sum();
+    if rest > 0 {
+        table.row([&bytes(rest), &format!("in {} others", list.len() - rows), &""]);
+    }
+    table.write(out);
+}
+
+fn communication_text(f: &Function, devices: &[DevicePlan], out: &mut String) {
+    let mut all = Traffic::default();
     let mut by_kind: BTreeMap<Name, Traffic> = BTreeMap::new();
-    let mut by_layer: Vec<(String, Traffic)> = Vec::new();
+    // By stage, then by layer, pattern and what it is for; both in the order of the program.
+    let mut by_stage: Vec<(String, Traffic, Vec<(String, Traffic)>)> = Vec::new();
     for (d, plan) in devices.iter().enumerate() {
         for s in &plan.steps {
             let Some((sent, messages)) = traffic(&s.work) else { continue };
-            let name = format!("{} {}", layer(&s.label.scope), s.label.op);
-            if !by_layer.iter().any(|(n, _)| *n == name) {
-                by_layer.push((name.clone(), Traffic::default()));
-            }
-            let row = by_layer.iter_mut().find(|(n, _)| *n == name).map(|(_, t)| t);
-            for t in [Some(by_kind.entry(s.label.op.clone()).or_default()), row].into_iter().flatten() {
-                t.steps += usize::from(d == 0);
-                t.sent += sent;
-                t.messages += messages;
+            let group = stage(&s.label.scope);
+            let reason = f.node(s.label.node).op.op().name();
+            let name = format!("{}: {} for {reason}", layer(&s.label.scope), s.label.op);
+            let at = by_stage.iter().position(|(n, ..)| *n == group).unwrap_or_else(|| {
+                by_stage.push((group, Traffic::default(), vec![]));
+                by_stage.len() - 1
+            });
+            let (_, sum, rows) = &mut by_stage[at];
+            let row = rows.iter().position(|(n, _)| *n == name).unwrap_or_else(|| {
+                rows.push((name, Traffic::default()));
+                rows.len() - 1
+            });
+            for t in [&mut all, by_kind.entry(s.label.op.clone()).or_default(), sum, &mut rows[row].1] {
+                t.add(d, sent, messages);
             }
         }
     }
-    let total: usize = by_kind.values().map(|t| t.sent).sum();
-    let _ = writeln!(out, "\ncommunication a step: {} sent in all", bytes(total));
-    let line = |out: &mut String, name: &str, t: &Traffic| {
-        let _ = writeln!(out, "  {name:44} {:>4} steps {:>7} messages {:>10}", t.steps, t.messages, bytes(t.sent));
+    let _ = writeln!(
+        out,
+        "\ncommunication: {} a step sent by all devices, {} at most by one",
+        bytes(all.all()),
+        bytes(all.most())
+    );
+    if by_kind.is_empty() {
+        return;
+    }
+    let mut table = Table::default();
+    let line = |table: &mut Table, name: &str, t: &Traffic| {
+        let (steps, messages) = (thousands(t.steps as u64), thousands(t.messages as u64));
+        table.row([&name, &steps, &messages, &bytes(t.all()), &bytes(t.most())]);
     };
-    by_kind.iter().for_each(|(n, t)| line(out, n, t));
-    if !by_layer.is_empty() {
-        let _ = writeln!(out, "by layer:");
-        by_layer.iter().for_each(|(n, t)| line(out, n, t));
+    table.row([&"pattern", &"steps", &"messages", &"sent by all", &"most by one"]);
+    by_kind.iter().for_each(|(n, t)| line(&mut table, n, t));
+    let halos: Vec<(String, Traffic)> = by_stage
+        .iter()
+        .filter_map(|(group, _, rows)| {
+            let mut sum = Traffic::default();
+            for (_, t) in rows.iter().filter(|(n, _)| n.contains(": halo for ")) {
+                (sum.steps, sum.messages) = (sum.steps + t.steps, sum.messages + t.messages);
+                t.sent.iter().enumerate().for_each(|(d, b)| {
+                    sum.sent.resize(sum.sent.len().max(d + 1), 0);
+                    sum.sent[d] += b;
+                });
+            }
+            (sum.steps > 0).then(|| (format!("halo of {group}"), sum))
+        })
+        .collect();
+    table.row([&"", &"", &"", &"", &""]);
+    halos.iter().for_each(|(n, t)| line(&mut table, n, t));
+    table.row([&"", &"", &"", &"", &""]);
+    for (group, sum, rows) in &by_stage {
+        line(&mut table, &format!("{group} in all"), sum);
+        rows.iter().for_each(|(n, t)| line(&mut table, &format!("  {n}"), t));
+    }
+    table.write(out);
+}
+
+fn flops_text(f: &Function, out: &mut String) {
+    let mut by_op: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut rest = 0;
+    for n in &f.nodes {
+        let flops = n.op.op().flops(&f.input_types(n), &n.ty);
+        if is_product(n) { *by_op.entry(n.op.op().name()).or_default() += flops } else { rest += flops }
+    }
+    let products: u64 = by_op.values().sum();
+    let _ = writeln!(out, "\nFLOPs: {} a step, of which {} in products", flops(f.flops()), flops(products));
+    let mut table = Table::default();
+    table.row([&"op", &"FLOPs"]);
+    by_op.iter().for_each(|(n, v)| table.row([n, &thousands(*v)]));
+    table.row([&"products in all", &thousands(products)]);
+    table.row([&"everything else", &thousands(rest)]);
+    table.write(out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_for_people() {
+        assert_eq!([0, 999, 1000, 5_600_960].map(thousands), ["0", "999", "1,000", "5,600,960"]);
+        assert_eq!([1023, 1536, 3 << 30].map(bytes), ["1023 B", "1.5 KiB", "3.0 GiB"]);
+    }
+
+    #[test]
+    fn columns_line_up_and_numbers_stand_to_the_right() {
+        let mut t = Table::default();
+        t.row([&"name", &"bytes"]);
+        t.row([&"a", &"1.5 KiB"]);
+        t.row([&"longer", &"12 B"]);
+        let mut out = String::new();
+        t.write(&mut out);
+        assert_eq!(out, "  name      bytes\n  a       1.5 KiB\n  longer     12 B\n");
     }
 }

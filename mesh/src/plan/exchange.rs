@@ -2,10 +2,12 @@
 
 use super::body::strides;
 use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Wire};
+use crate::chunk;
 use crate::dim::DType;
 use crate::ops::reduce::ReduceFn;
 use crate::region::Region;
-use crate::spmd::{Sum, Value, sources};
+use crate::spmd::{Sum, Value};
+use std::sync::Arc;
 
 /// A box of one array copied into another: `piece` in global indices, `from` and `to` what the arrays hold.
 pub(super) fn box_copy(piece: &Region, from: &Region, to: &Region) -> BoxCopy {
@@ -48,11 +50,14 @@ pub(super) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
     if (0..dims).any(|d| same(from, d) != same(to, d)) { ExchangeKind::AllToAll } else { ExchangeKind::Permute }
 }
 
-/// The move of a device, and the scratch it needs. Messages between a pair are listed in the receiver's order of boxes.
-pub(super) fn exchange(value: &Value, to: &[Region], device: usize) -> (Exchange, usize) {
+/// For each receiver of a move, the boxes that it gets and their senders.
+pub(super) type Sources = Vec<Vec<(usize, Region)>>;
+
+/// The move of a device, and the scratch it needs; `plan` is the move's [`crate::spmd::sources`]. Messages between a
+/// pair are listed in the receiver's order of boxes.
+pub(super) fn exchange(value: &Value, to: &[Region], plan: &Sources, device: usize) -> (Exchange, usize) {
     let from = &value.regions;
     let element = value.ty.dtype.bytes();
-    let plan = sources(from, to);
     let mut scratch = 0;
     let mut out = Exchange { kind: kind(from, to), element, local: vec![], sends: vec![], recvs: vec![] };
     let mut message = |peer: usize, piece: &Region, sending: bool| {
@@ -84,24 +89,34 @@ pub(super) fn exchange(value: &Value, to: &[Region], device: usize) -> (Exchange
 /// From so many elements on, an all-reduce goes by segments.
 const SEGMENTED: usize = 8192;
 
+/// What the participants of an all-reduce have in common.
+pub(super) struct Together {
+    devices: Vec<usize>,
+    nodes: Vec<usize>,
+    order: Arc<[chunk::Finish]>,
+}
+
+impl Together {
+    pub(super) fn new(sum: &Sum, group: &[usize]) -> Together {
+        let owned: Vec<_> = group.iter().map(|&d| sum.owned[d].clone()).collect();
+        Together {
+            devices: group.to_vec(),
+            nodes: owned.iter().map(|o| sum.tree.nodes(o).len()).collect(),
+            order: sum.tree.finish(&owned).into(),
+        }
+    }
+}
+
 /// The all-reduce of a device.
-pub(super) fn all_reduce(
-    f: ReduceFn,
-    dtype: DType,
-    sum: &Sum,
-    group: &[usize],
-    elements: usize,
-    device: usize,
-) -> AllReduce {
-    let owned: Vec<_> = group.iter().map(|&d| sum.owned[d].clone()).collect();
+pub(super) fn all_reduce(f: ReduceFn, dtype: DType, together: &Together, elements: usize, device: usize) -> AllReduce {
     AllReduce {
         f,
         dtype,
         elements,
-        devices: group.to_vec(),
-        nodes: owned.iter().map(|o| sum.tree.nodes(o).len()).collect(),
-        me: group.iter().position(|&d| d == device).unwrap_or(0),
-        order: sum.tree.finish(&owned),
+        devices: together.devices.clone(),
+        nodes: together.nodes.clone(),
+        me: together.devices.iter().position(|&d| d == device).unwrap_or(0),
+        order: together.order.clone(),
         segmented: elements >= SEGMENTED,
     }
 }

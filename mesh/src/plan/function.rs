@@ -2,17 +2,17 @@
 
 use super::body;
 use super::copies::copies;
-use super::exchange::{all_reduce, exchange};
+use super::exchange::{Sources, Together, all_reduce, exchange};
 use super::fuse::{Fused, Group, Kind};
 use super::memory::{self, Tenant};
 use super::step::{Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Label, OpWork, Part, Step, Work};
 use crate::body::{Loop, Reduction};
 use crate::dim::{Dim, Name};
-use crate::error::{Cause, Error, Place};
+use crate::error::Place;
 use crate::ops::Prim;
 use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
-use crate::spmd::{SpmdOp, SpmdProgram, ValueId};
+use crate::spmd::{SpmdOp, SpmdProgram, ValueId, sources};
 use std::collections::HashMap;
 
 /// Where a stored value lives.
@@ -37,8 +37,23 @@ struct Life {
 pub struct Timeline {
     /// Bytes alive at each step, variables included.
     pub alive: Vec<usize>,
-    /// At the fullest step: name, bytes and place of what is alive, largest first.
-    pub largest: Vec<(String, usize, Place)>,
+    /// The step (the first one) at which most are.
+    pub fullest: usize,
+    /// What is alive there, largest first.
+    pub largest: Vec<Alive>,
+}
+
+/// Something that is alive at a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alive {
+    /// What it is.
+    pub name: String,
+    /// Bytes.
+    pub bytes: usize,
+    /// Where it comes from.
+    pub place: Place,
+    /// Whether it is a variable, alive at every step.
+    pub variable: bool,
 }
 
 /// What planning needs to know besides the function.
@@ -55,18 +70,31 @@ pub(super) struct Context<'a> {
     pub base: &'a [usize],
     /// The backend.
     pub backend: &'a dyn Backend,
-    /// Bytes that a device may use.
-    pub budget: Option<usize>,
-    /// Bytes of it that the backend needs beside the arena.
-    pub workspace_bytes: usize,
 }
 
 /// Plans the function for every device.
-pub(super) fn plan(cx: &Context) -> Result<Vec<(DevicePlan, Timeline)>, Error> {
+pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
     let fused = Fused::new(cx.spmd);
+    let (mut moves, mut sums) = (HashMap::new(), HashMap::new());
+    for (i, instr) in cx.spmd.instrs.iter().enumerate() {
+        let value = |v: ValueId| &cx.spmd.values[v.index()].regions;
+        match &instr.op {
+            SpmdOp::Move => {
+                moves.insert(i, sources(value(instr.inputs[0]), value(instr.output)));
+            }
+            SpmdOp::AllReduce { sum, groups, .. } => {
+                for group in groups {
+                    sums.entry((i, group[0])).or_insert_with(|| Together::new(sum, group));
+                }
+            }
+            SpmdOp::Compute { .. } => {}
+        }
+    }
     let mut p = Planner {
         cx,
         fused: &fused,
+        moves,
+        sums,
         homes: HashMap::new(),
         lives: vec![],
         last: HashMap::new(),
@@ -75,20 +103,16 @@ pub(super) fn plan(cx: &Context) -> Result<Vec<(DevicePlan, Timeline)>, Error> {
     };
     p.uses();
     p.homes();
-    let devices: Vec<(DevicePlan, Timeline)> = (0..cx.variables.len()).map(|d| p.device(d)).collect();
-    let needs = devices.iter().enumerate().map(|(d, (plan, _))| (plan.arena_bytes + cx.workspace_bytes, d));
-    match (needs.max_by_key(|(needed, d)| (*needed, std::cmp::Reverse(*d))), cx.budget) {
-        (Some((needed, device)), Some(budget)) if needed > budget => {
-            let largest = devices[device].1.largest.iter().take(3).cloned().collect();
-            Err(Cause::OverMemory { device, needed, budget, largest }.into())
-        }
-        _ => Ok(devices),
-    }
+    (0..cx.variables.len()).map(|d| p.device(d)).collect()
 }
 
 struct Planner<'a> {
     cx: &'a Context<'a>,
     fused: &'a Fused<'a>,
+    /// By instruction: who sends what to whom.
+    moves: HashMap<usize, Sources>,
+    /// By instruction and first device: the groups that finish a sum together.
+    sums: HashMap<(usize, usize), Together>,
     homes: HashMap<ValueId, Home>,
     lives: Vec<Life>,
     /// Last group that reads a value.
@@ -132,7 +156,9 @@ impl Planner<'_> {
         for (var, v) in &spmd.reads {
             self.homes.insert(*v, Home::Variable(*var));
         }
+        // What was fed stays for the steps to come.
         for (_, v) in &spmd.inputs {
+            self.last.insert(*v, self.end());
             self.own(*v, 0);
         }
         let mut made: HashMap<ValueId, usize> = HashMap::new();
@@ -260,7 +286,12 @@ impl Planner<'_> {
         }
         match &instr.op {
             SpmdOp::Move => {
-                let (work, scratch) = exchange(&spmd.values[instr.inputs[0].index()], &out.regions, device);
+                let (work, scratch) = exchange(
+                    &spmd.values[instr.inputs[0].index()],
+                    &out.regions,
+                    &self.moves[&group.instrs[0]],
+                    device,
+                );
                 let name = match work.kind {
                     super::ExchangeKind::Halo => "halo",
                     super::ExchangeKind::AllGather => "all-gather",
@@ -270,9 +301,10 @@ impl Planner<'_> {
                 };
                 (Work::Exchange(work), group.inputs.clone(), name.into(), scratch)
             }
-            SpmdOp::AllReduce { f, sum, groups } => {
+            SpmdOp::AllReduce { f, groups, .. } => {
                 let elements = out.regions[device].elements();
-                let work = all_reduce(*f, out.ty.dtype, sum, &groups[device], elements, device);
+                let together = &self.sums[&(group.instrs[0], groups[device][0])];
+                let work = all_reduce(*f, out.ty.dtype, together, elements, device);
                 let scratch = work.scratch_bytes();
                 (Work::AllReduce(work), group.inputs.clone(), "all-reduce".into(), scratch)
             }
@@ -333,46 +365,45 @@ impl Planner<'_> {
 
     fn device(&self, device: usize) -> (DevicePlan, Timeline) {
         let works: Vec<_> = self.groups().iter().map(|g| self.work(g, device)).collect();
-        let mut tenants: Vec<Tenant> = self
-            .lives
-            .iter()
-            .map(|l| {
-                let value = &self.cx.spmd.values[l.value.index()];
-                let node = self.cx.function.node(value.node);
-                let scope = if node.scope.is_empty() { String::new() } else { format!("{}: ", node.scope) };
-                let name = format!("{scope}{} {}", node.op.op().name(), value.regions[device].local(&value.ty));
-                Tenant { bytes: l.bytes[device], from: l.from, to: l.to, name, place: node.place }
-            })
-            .collect();
+        let mut tenants: Vec<Tenant> =
+            self.lives.iter().map(|l| Tenant { bytes: l.bytes[device], from: l.from, to: l.to }).collect();
         // Values that are copied to variables at the end, by way of a buffer each, since one may be the other's old value.
         let end = self.end();
         let staged = tenants.len();
         for (v, _) in &self.copies {
-            let value = &self.cx.spmd.values[v.index()];
-            let place = self.cx.function.node(value.node).place;
-            tenants.push(Tenant {
-                bytes: value.bytes(device),
-                from: end,
-                to: end,
-                name: "assigned value".into(),
-                place,
-            });
+            tenants.push(Tenant { bytes: self.cx.spmd.values[v.index()].bytes(device), from: end, to: end });
         }
         let first_scratch = tenants.len();
-        for (g, (_, _, name, scratch)) in works.iter().enumerate() {
-            let label = self.label(self.groups()[g].outputs[0], name);
-            tenants.push(Tenant {
-                bytes: *scratch,
-                from: g,
-                to: g,
-                name: format!("scratch of {name}"),
-                place: label.place,
-            });
-        }
+        tenants.extend(works.iter().enumerate().map(|(g, w)| Tenant { bytes: w.3, from: g, to: g }));
         let base = self.cx.base[device];
         let (buffers, arena_bytes) = memory::place(&tenants, base);
         let alive = memory::timeline(&tenants, base, end + 1);
-        let timeline = self.timeline(device, &tenants, alive);
+        let name = |i: usize| {
+            let node = if i < staged {
+                self.cx.spmd.values[self.lives[i].value.index()].node
+            } else if i < first_scratch {
+                self.cx.spmd.values[self.copies[i - staged].0.index()].node
+            } else {
+                self.label(self.groups()[i - first_scratch].outputs[0], "").node
+            };
+            let node = self.cx.function.node(node);
+            let scope = if node.scope.is_empty() { String::new() } else { format!("{}: ", node.scope) };
+            let what = if i < staged {
+                let value = &self.cx.spmd.values[self.lives[i].value.index()];
+                let nodes = value.nodes[device];
+                let parts = if nodes > 1 { format!(", {nodes} partial sums") } else { String::new() };
+                let moved = self.fused.producer[self.lives[i].value.index()]
+                    .is_some_and(|p| matches!(self.cx.spmd.instrs[p].op, SpmdOp::Move));
+                let moved = if moved { "block and halo for " } else { "" };
+                format!("{moved}{} {}{parts}", node.op.op().name(), value.regions[device].local(&value.ty))
+            } else if i < first_scratch {
+                "assigned value".into()
+            } else {
+                format!("scratch of {}", works[i - first_scratch].2)
+            };
+            (format!("{scope}{what}"), node.place)
+        };
+        let timeline = self.timeline(device, &tenants, alive, name);
         let mut steps: Vec<Step> = Vec::with_capacity(works.len());
         for (g, (work, inputs, name, _)) in works.into_iter().enumerate() {
             let group = &self.groups()[g];
@@ -447,16 +478,27 @@ impl Planner<'_> {
         }
     }
 
-    fn timeline(&self, device: usize, tenants: &[Tenant], alive: Vec<usize>) -> Timeline {
-        let peak = alive.iter().enumerate().max_by_key(|(i, b)| (**b, std::cmp::Reverse(*i))).map_or(0, |(i, _)| i);
-        let here = tenants.iter().filter(|t| t.from <= peak && peak <= t.to && t.bytes > 0);
-        let mut largest: Vec<_> = here.map(|t| (t.name.clone(), t.bytes, t.place)).collect();
+    fn timeline(
+        &self,
+        device: usize,
+        tenants: &[Tenant],
+        alive: Vec<usize>,
+        name: impl Fn(usize) -> (String, Place),
+    ) -> Timeline {
+        let fullest = alive.iter().enumerate().max_by_key(|(i, b)| (**b, std::cmp::Reverse(*i))).map_or(0, |(i, _)| i);
+        let here = tenants.iter().enumerate().filter(|(_, t)| t.from <= fullest && fullest <= t.to && t.bytes > 0);
+        let mut largest: Vec<Alive> = here
+            .map(|(i, t)| {
+                let (name, place) = name(i);
+                Alive { name, bytes: t.bytes, place, variable: false }
+            })
+            .collect();
         for ((part, buffer), v) in self.cx.variables[device].iter().zip(self.cx.declared) {
-            largest.push((format!("variable {} {}", v.name, part.region.local(&part.ty)), buffer.bytes, v.place));
+            let name = format!("variable {} {}", v.name, part.region.local(&part.ty));
+            largest.push(Alive { name, bytes: buffer.bytes, place: v.place, variable: true });
         }
-        largest.sort_by_key(|(_, bytes, _)| std::cmp::Reverse(*bytes));
-        largest.truncate(12);
-        Timeline { alive, largest }
+        largest.sort_by_key(|a| std::cmp::Reverse(a.bytes));
+        Timeline { alive, fullest, largest }
     }
 }
 

@@ -1,10 +1,9 @@
 //! Static memory: every buffer gets its place in the arena from when it is alive.
 
 use super::step::{ALIGN, Buffer};
-use crate::error::Place;
 
 /// Something that needs a place in the arena while it is alive.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Tenant {
     /// Bytes.
     pub bytes: usize,
@@ -12,10 +11,6 @@ pub struct Tenant {
     pub from: usize,
     /// Last step that uses it.
     pub to: usize,
-    /// What it is, for people.
-    pub name: String,
-    /// Where it comes from.
-    pub place: Place,
 }
 
 /// Places tenants above `base`, so that no two that are alive together overlap; tries the largest first and the
@@ -84,7 +79,7 @@ mod tests {
         #[test]
         fn no_two_that_are_alive_together_overlap(list in prop::collection::vec((0usize..500, 0usize..20, 0usize..20), 1..60)) {
             let tenants: Vec<Tenant> = list.iter().map(|&(bytes, a, b)| Tenant {
-                bytes, from: a.min(b), to: a.max(b), name: String::new(), place: Place::here(),
+                bytes, from: a.min(b), to: a.max(b),
             }).collect();
             let (buffers, end) = place(&tenants, 128);
             for (i, (t, b)) in tenants.iter().zip(&buffers).enumerate() {

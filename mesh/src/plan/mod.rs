@@ -20,7 +20,7 @@ use crate::layout::{Layout, Mesh, Placement};
 use crate::ops::Prim;
 use crate::program::{Function, Program};
 use crate::spmd;
-pub use function::Timeline;
+pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
 pub use step::{
     ALIGN, AllReduce, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message, OpWork,
@@ -62,6 +62,25 @@ impl ProgramPlan {
     /// The predicted peak of a device in bytes: its arena and the workspaces of its threads.
     pub fn peak_bytes(&self, device: usize) -> usize {
         self.arena_bytes(device) + self.workspace_bytes
+    }
+
+    /// Whether every device keeps to a budget; names what the fullest one holds if not.
+    fn check_memory(&self, budget: usize) -> Result<(), Error> {
+        let needs =
+            self.functions.iter().flat_map(|(n, f)| f.iter().enumerate().map(move |(d, p)| (p.arena_bytes, n, d)));
+        // Of equals, the first.
+        let Some((arena, name, device)) = needs.rev().max_by_key(|(arena, _, _)| *arena) else { return Ok(()) };
+        let needed = arena + self.workspace_bytes;
+        if needed <= budget {
+            return Ok(());
+        }
+        let largest = self.timelines[name][device].largest.iter().take(3);
+        let largest = largest.map(|a| (a.name.clone(), a.bytes, a.place)).collect();
+        let e = Error::from(Cause::OverMemory { device, needed, budget, largest });
+        Err(e.note(format!(
+            "in function `{name}`, with {} for the workspaces of threads",
+            describe::bytes(self.workspace_bytes)
+        )))
     }
 }
 
@@ -126,13 +145,13 @@ pub fn plan_program(
             declared: &program.variables,
             base: &base,
             backend,
-            budget: options.memory,
-            workspace_bytes,
         };
-        let (plans, timelines) =
-            function::plan(&cx).map_err(|e| e.note(format!("in function `{name}`")))?.into_iter().unzip();
+        let (plans, timelines) = function::plan(&cx).into_iter().unzip();
         out.functions.insert(name.clone(), plans);
         out.timelines.insert(name.clone(), timelines);
     }
-    Ok(out)
+    match options.memory {
+        Some(budget) => out.check_memory(budget).map(|()| out),
+        None => Ok(out),
+    }
 }

@@ -8,6 +8,7 @@ use crate::graph::NodeId;
 use crate::ops::Prim;
 use crate::ops::reduce::ReduceFn;
 use crate::region::Region;
+use std::sync::Arc;
 
 /// A stretch of the arena. Offsets are multiples of [`ALIGN`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -203,7 +204,7 @@ pub struct AllReduce {
     /// Which participant this device is.
     pub me: usize,
     /// The combination: a stack machine over (participant, node).
-    pub order: Vec<chunk::Finish>,
+    pub order: Arc<[chunk::Finish]>,
     /// Whether it goes by segments.
     pub segmented: bool,
 }

@@ -28,20 +28,40 @@ const HEADER: usize = 348;
 /// # Errors
 /// A file that is missing, cut short, corrupt, not 3-D, or of an element type other than uint8, int16, int32, float32.
 pub fn read(path: &Path) -> Result<Volume, DataError> {
-    let f = File::open(path).map_err(|e| file("read", path, e))?;
-    let mut bytes = Vec::new();
-    let zipped = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gz"));
-    let read = if zipped {
-        flate2::read::MultiGzDecoder::new(f).take(LIMIT).read_to_end(&mut bytes)
-    } else {
-        f.take(LIMIT).read_to_end(&mut bytes)
-    };
-    read.map_err(|e| format(path, format!("it cannot be unpacked ({e}); the file is damaged or cut short")))?;
-    parse(&bytes, path)
+    parse(&unpacked(path, LIMIT)?, path)
 }
 
-/// Reads a volume from the bytes of an unpacked file; `path` is for messages.
-pub fn parse(bytes: &[u8], path: &Path) -> Result<Volume, DataError> {
+/// The extents of a file's volume; reads no more of the file than its header.
+///
+/// # Errors
+/// As for [`read`], but for what only shows in the voxels.
+pub fn extents(path: &Path) -> Result<[usize; 3], DataError> {
+    Ok(grid(&unpacked(path, HEADER as u64)?, path)?.shape)
+}
+
+/// The first `limit` bytes of a file, unpacked.
+fn unpacked(path: &Path, limit: u64) -> Result<Vec<u8>, DataError> {
+    let f = File::open(path).map_err(|e| file("read", path, e))?;
+    let mut bytes = Vec::new();
+    if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gz")) {
+        let read = flate2::read::MultiGzDecoder::new(f).take(limit).read_to_end(&mut bytes);
+        read.map_err(|e| format(path, format!("it cannot be unpacked ({e}); the file is damaged or cut short")))?;
+    } else {
+        f.take(limit).read_to_end(&mut bytes).map_err(|e| file("read", path, e))?;
+    }
+    Ok(bytes)
+}
+
+/// What a header says of the voxels.
+struct Grid {
+    header: NiftiHeader,
+    shape: [usize; 3],
+    kind: NiftiType,
+    /// Bytes of an element.
+    size: usize,
+}
+
+fn grid(bytes: &[u8], path: &Path) -> Result<Grid, DataError> {
     if bytes.len() < HEADER {
         return Err(format(path, format!("it has {} bytes, and a NIfTI header has {HEADER}", bytes.len())));
     }
@@ -51,11 +71,12 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Volume, DataError> {
         return Err(format(path, "it is half of a .hdr/.img pair; convert it to a single .nii file"));
     }
     let rank = header.dim[0] as usize;
-    let shape: Vec<usize> = header.dim[1..].iter().take(rank).map(|d| usize::from(*d)).collect();
-    let (space, rest) = shape.split_at(rank.min(3));
-    if rank < 3 || rank > 7 || space.iter().any(|d| *d < 2) || rest.iter().any(|d| *d > 1) {
-        return Err(format(path, format!("its extents are {shape:?}, and a single 3-D volume is needed")));
-    }
+    let extents: Vec<usize> = header.dim[1..].iter().take(rank).map(|d| usize::from(*d)).collect();
+    let (space, rest) = extents.split_at(extents.len().min(3));
+    let shape = match space {
+        [x, y, z] if rank <= 7 && space.iter().all(|d| *d > 1) && rest.iter().all(|d| *d <= 1) => [*x, *y, *z],
+        _ => return Err(format(path, format!("its extents are {extents:?}, and a single 3-D volume is needed"))),
+    };
     let kind = header.data_type().map_err(|e| format(path, e.to_string()))?;
     let size = match kind {
         NiftiType::Uint8 => 1,
@@ -66,15 +87,21 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Volume, DataError> {
             return Err(format(path, why));
         }
     };
+    Ok(Grid { header, shape, kind, size })
+}
+
+/// Reads a volume from the bytes of an unpacked file; `path` is for messages.
+pub fn parse(bytes: &[u8], path: &Path) -> Result<Volume, DataError> {
+    let Grid { header, shape, kind, size } = grid(bytes, path)?;
     // Below 352 the offset is a mistake that some writers make; the data follow the header then.
     let offset = if header.vox_offset >= 352.0 { header.vox_offset as usize } else { 352 };
-    let count = space.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+    let count = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
     let end = count.and_then(|n| n.checked_mul(size)).and_then(|n| n.checked_add(offset));
     let data = match end {
         Some(end) if end <= bytes.len() => &bytes[offset..end],
         _ => {
             let why = format!(
-                "it is cut short: its header says {space:?} elements of {size} bytes from byte {offset} on, and it has \
+                "it is cut short: its header says {shape:?} elements of {size} bytes from byte {offset} on, and it has \
                  {} bytes",
                 bytes.len()
             );
@@ -102,18 +129,27 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Volume, DataError> {
         };
         raw * slope + inter
     });
-    let voxels = Array3::from_shape_vec((space[0], space[1], space[2]).f(), values.collect())
+    let voxels = Array3::from_shape_vec((shape[0], shape[1], shape[2]).f(), values.collect())
         .map_err(|e| format(path, e.to_string()))?;
     Ok(Volume { voxels, header })
 }
 
-/// Reads labels: a volume of integers from 0 on.
-pub fn read_labels(path: &Path) -> Result<Array3<i32>, DataError> {
-    let volume = read(path)?;
-    if let Some(v) = volume.voxels.iter().find(|v| v.fract() != 0.0 || !(0.0..=65535.0).contains(*v)) {
-        return Err(format(path, format!("a label is {v}, and labels are whole numbers from 0 on")));
+/// Reads labels: a volume of whole numbers from 0 on; with the header, to compare with the image's.
+pub fn read_labels(path: &Path) -> Result<(Array3<i32>, NiftiHeader), DataError> {
+    let Volume { voxels, header } = read(path)?;
+    if let Some((at, v)) = voxels.indexed_iter().find(|(_, v)| v.fract() != 0.0 || !(0.0..=65535.0).contains(*v)) {
+        let why = format!("the label at {at:?} is {v}, and labels are whole numbers from 0 to 65535");
+        return Err(format(path, why));
     }
-    Ok(volume.voxels.mapv(|v| v as i32))
+    Ok((voxels.mapv(|v| v as i32), header))
+}
+
+/// Whether two headers put their voxels in the same place, as far as both say: by spacing and by affine.
+pub fn same_place(a: &NiftiHeader, b: &NiftiHeader) -> bool {
+    let close = |v: &[f32], w: &[f32]| v.iter().zip(w).all(|(v, w)| (v - w).abs() <= 1e-3 * (1.0 + v.abs()));
+    let affine = |h: &NiftiHeader| [h.srow_x, h.srow_y, h.srow_z].concat();
+    let both = a.sform_code > 0 && b.sform_code > 0;
+    close(&a.pixdim[1..4], &b.pixdim[1..4]) && (!both || close(&affine(a), &affine(b)))
 }
 
 /// Writes labels with the geometry of another volume, so that they overlay it.
@@ -214,9 +250,12 @@ mod tests {
         for name in ["p.nii", "p.nii.gz"] {
             let path = dir.path().join(name);
             write_labels(&path, &labels, &like).unwrap();
-            assert_eq!(read_labels(&path).unwrap(), labels.mapv(i32::from));
+            assert_eq!(read_labels(&path).unwrap().0, labels.mapv(i32::from));
+            assert_eq!(extents(&path).unwrap(), [2, 3, 2]);
             let header = read(&path).unwrap().header;
             assert_eq!((header.srow_x, header.pixdim[1..4].to_vec()), (like.srow_x, like.pixdim[1..4].to_vec()));
+            assert!(same_place(&header, &like));
+            assert!(!same_place(&header, &NiftiHeader { srow_x: [-3.0, 0.0, 0.0, 91.0], ..like.clone() }));
         }
         std::fs::write(dir.path().join("bad.nii.gz"), b"not gzip at all").unwrap();
         assert!(read(&dir.path().join("bad.nii.gz")).unwrap_err().to_string().contains("unpacked"));

@@ -22,7 +22,8 @@ const SIDE: usize = 220;
 /// Writes three orthogonal slices (a row each: across z, y and x), ground truth on the left, prediction on the right, the
 /// classes in colour over the image.
 ///
-/// Slices go through the middle of what is labelled. Along x the volume's first index is on the left, and z points up.
+/// Slices go through the middle of what is labelled. The first index of x (of y, in the slice across x) is on the left;
+/// z points up, and in the slice across z y does: in a NIfTI file as it should be, the patient's front.
 pub fn write(path: &Path, image: &Array3<f32>, truth: &Array3<i32>, predicted: &Array3<i32>) -> Result<(), DataError> {
     let (low, high) = image.iter().fold((f32::MAX, f32::MIN), |(l, h), v| (l.min(*v), h.max(*v)));
     let grey = |v: f32| (v - low) / (high - low).max(1e-6) * 255.0;
@@ -42,8 +43,7 @@ pub fn write(path: &Path, image: &Array3<f32>, truth: &Array3<i32>, predicted: &
                 let mut at = [0; 3];
                 at[cut] = centre[cut];
                 at[right] = (u / scale) as usize;
-                let row = (v / scale) as usize;
-                at[down] = if down == 2 { image.len_of(Axis(2)) - 1 - row } else { row };
+                at[down] = image.len_of(Axis(down)) - 1 - (v / scale) as usize;
                 let g = grey(image[at]);
                 let class = labels[at];
                 let pixel = match usize::try_from(class) {

@@ -167,7 +167,7 @@ mod tests {
         let mut to = vec![0u32; 18];
         let plan = CopyPlan::new(&copy, 4);
         // SAFETY: the box lies inside both arrays.
-        unsafe { plan.run(&Pool::new(1), from.as_ptr().cast(), to.as_mut_ptr().cast()) };
+        unsafe { plan.run(&Pool::new(1, None), from.as_ptr().cast(), to.as_mut_ptr().cast()) };
         for (i, j, k) in (0..18).map(|n| (n / 9, n / 3 % 3, n % 3)) {
             assert_eq!(to[j * 6 + i * 3 + k], from[(i + 1) * 30 + (j + 2) * 6 + k + 1]);
         }

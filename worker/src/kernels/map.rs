@@ -1,7 +1,7 @@
 //! Fused elementwise loops.
 
 use super::isa::Isa;
-use super::vm::{BLOCK, Machine, StepContext, to_bf16};
+use super::vm::{BLOCK, Evaluation, Machine, StepContext, to_bf16};
 use crate::pool::Pool;
 use mesh::body::Loop;
 use mesh::dim::DType;
@@ -53,14 +53,15 @@ impl MapPlan {
         pool.run(tasks, &|t, workspace| {
             let pointers = pointers;
             let range = self.blocks * t / tasks..self.blocks * (t + 1) / tasks;
-            for b in range {
-                // SAFETY: by this function's contract; each block is done by one task.
-                unsafe { self.block(b, pointers, cx, workspace.floats()) };
+            // SAFETY: by this function's contract; each block is done by one task.
+            unsafe {
+                let mut evaluation = self.machine.evaluation(cx, pointers.0, workspace.floats());
+                range.for_each(|b| self.block(b, &mut evaluation, pointers.1));
             }
         });
     }
 
-    unsafe fn block(&self, b: usize, pointers: Pointers, cx: StepContext, registers: &mut [f32]) {
+    unsafe fn block(&self, b: usize, evaluation: &mut Evaluation, to: &[*mut u8]) {
         let m = &self.machine;
         let d = m.extents.len();
         let mut at = [0usize; 16];
@@ -76,28 +77,26 @@ impl MapPlan {
         let columns = BLOCK.min(m.extents[d - 1] - columns_at);
         let first = at[..d].iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);
         let n = rows * columns;
-        // SAFETY: by the contract of `run`. All operands of a block are read before its results are stored, and what
-        // is loaded in place is only read by instructions, which end before.
-        unsafe {
-            m.block(cx, pointers.0, &at[..d], rows, columns, registers, |values| {
-                for (r, (slot, dtype)) in m.results.iter().enumerate() {
-                    let from = std::slice::from_raw_parts(values.pointer(*slot), n);
-                    match dtype {
-                        DType::F32 | DType::I32 => {
-                            let to = pointers.1[r].cast::<u32>().add(first);
-                            std::ptr::copy(from.as_ptr(), to, n);
-                        }
-                        DType::Bf16 => {
-                            let to = std::slice::from_raw_parts_mut(pointers.1[r].cast::<u16>().add(first), n);
-                            to.iter_mut().zip(from).for_each(|(t, f)| *t = to_bf16(*f));
-                        }
-                        DType::Bool => {
-                            let to = std::slice::from_raw_parts_mut(pointers.1[r].add(first), n);
-                            to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as u8);
-                        }
+        evaluation.block(&at[..d], rows, columns);
+        for (r, (slot, dtype)) in m.results.iter().enumerate() {
+            // SAFETY: by the contract of `run`. All operands of a block are read before its results are stored, and
+            // what is loaded in place is only read by instructions, which end before.
+            unsafe {
+                let from = std::slice::from_raw_parts(evaluation.pointer(*slot), n);
+                match dtype {
+                    DType::F32 | DType::I32 => {
+                        std::ptr::copy(from.as_ptr(), to[r].cast::<u32>().add(first), n);
+                    }
+                    DType::Bf16 => {
+                        let to = std::slice::from_raw_parts_mut(to[r].cast::<u16>().add(first), n);
+                        to.iter_mut().zip(from).for_each(|(t, f)| *t = to_bf16(*f));
+                    }
+                    DType::Bool => {
+                        let to = std::slice::from_raw_parts_mut(to[r].add(first), n);
+                        to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as u8);
                     }
                 }
-            });
+            }
         }
     }
 }

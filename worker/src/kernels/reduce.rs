@@ -8,7 +8,8 @@
 
 use super::isa::Isa;
 use super::math;
-use super::vm::{BLOCK, Machine, StepContext};
+use super::vm::{BLOCK, Evaluation, Machine, StepContext};
+use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use mesh::body::Reduction;
 use mesh::chunk::Event;
@@ -19,12 +20,15 @@ const LANES: usize = 16;
 
 /// A fused reduction, prepared.
 pub struct ReducePlan {
+    isa: Isa,
     machine: Machine,
     f: ReduceFn,
     /// By loop of the machine: whether it is reduced.
     reduced: Vec<bool>,
     /// Leaves: by reduced loop the local range.
     leaves: Vec<Vec<std::ops::Range<usize>>>,
+    /// Runs of leaves that differ only in where they lie along the rows' loop, one behind the other: they share blocks.
+    runs: Vec<std::ops::Range<usize>>,
     /// Nodes: the stack machine over leaves, in order.
     nodes: Vec<Vec<Combine>>,
     /// Extents of the kept loops but the innermost one (all of them, if the innermost loop is reduced).
@@ -98,13 +102,16 @@ impl ReducePlan {
             nodes.push(program);
         }
         let d = machine.extents.len();
+        let shared = !reduced[d - 1] && reduced[d - 2];
+        let runs =
+            if shared { gather_runs(&mut leaves, &mut nodes) } else { (0..leaves.len()).map(|l| l..l + 1).collect() };
         let inner = if reduced[d - 1] { 1 } else { machine.extents[d - 1] };
         let kept: Vec<usize> =
             (0..d - usize::from(!reduced[d - 1])).filter(|&l| !reduced[l]).map(|l| machine.extents[l]).collect();
         let points = kept.iter().product::<usize>() * inner;
         let few =
             points * machine.results.len() <= FEW && points * machine.results.len() * 4 * 2 <= WORKSPACE_BYTES / 4;
-        ReducePlan { machine, f: r.f, reduced, leaves, nodes, kept, inner, by_leaf: few, depth }
+        ReducePlan { isa, machine, f: r.f, reduced, leaves, runs, nodes, kept, inner, by_leaf: few, depth }
     }
 
     fn results(&self) -> usize {
@@ -135,20 +142,26 @@ impl ReducePlan {
         let p = Pointers { operands, results, scratch: scratch.cast() };
         let (points, count) = (self.kept_points(), self.results());
         if self.by_leaf {
-            pool.run(self.leaves.len(), &|leaf, w| {
-                let p = p;
-                let (sums, rest) =
-                    w.floats().split_at_mut(count * points.max(1) * if self.inner == 1 { LANES } else { 1 } + LANES);
-                // SAFETY: each leaf has its own part of the scratch.
-                let out =
-                    unsafe { std::slice::from_raw_parts_mut(p.scratch.add(leaf * count * points), count * points) };
-                let outer: usize = self.kept.iter().product();
-                for k in 0..outer {
-                    // SAFETY: by this function's contract.
-                    unsafe { self.leaf(leaf, k, 0, self.inner, p.operands, cx, sums, rest) };
-                    for r in 0..count {
-                        out[r * points + k * self.inner..][..self.inner]
-                            .copy_from_slice(&sums[r * self.inner..][..self.inner]);
+            let row = count * if self.reduced[self.reduced.len() - 1] { LANES } else { self.inner };
+            let most = self.runs.iter().map(|r| r.len()).max().unwrap_or(1);
+            pool.run(self.runs.len(), &|run, w| {
+                let (p, run) = (p, self.runs[run].clone());
+                let (sums, registers) = w.floats().split_at_mut((most * row).next_multiple_of(LANES));
+                // SAFETY: by this function's contract; each leaf has its own part of the scratch.
+                let (mut e, out) = unsafe {
+                    let out = p.scratch.add(run.start * count * points);
+                    (
+                        self.machine.evaluation(cx, p.operands, registers),
+                        std::slice::from_raw_parts_mut(out, run.len() * count * points),
+                    )
+                };
+                for k in 0..self.kept.iter().product() {
+                    self.leaves(run.clone(), k, 0, self.inner, &mut e, sums);
+                    for (leaf, out) in out.chunks_exact_mut(count * points).enumerate() {
+                        for r in 0..count {
+                            let from = &sums[leaf * row + r * self.inner..][..self.inner];
+                            out[r * points + k * self.inner..][..self.inner].copy_from_slice(from);
+                        }
                     }
                 }
             });
@@ -169,22 +182,30 @@ impl ReducePlan {
             let groups = blocks / last.max(1) * last.div_ceil(rows);
             let tasks = groups.min(pool.threads() * 8);
             pool.run(tasks, &|t, w| {
-                for g in groups * t / tasks..groups * (t + 1) / tasks {
-                    let (outer, first) = (g / last.div_ceil(rows), g % last.div_ceil(rows) * rows);
-                    let p = p;
-                    // SAFETY: by this function's contract; each kept point is done by one task.
-                    unsafe { self.rows(outer * last + first, rows.min(last - first), p, cx, w.floats()) };
+                let p = p;
+                let (stack, registers) = w.floats().split_at_mut(self.stack(1));
+                // SAFETY: by this function's contract; each kept point is done by one task.
+                unsafe {
+                    let mut e = self.machine.evaluation(cx, p.operands, registers);
+                    for g in groups * t / tasks..groups * (t + 1) / tasks {
+                        let (outer, first) = (g / last.div_ceil(rows), g % last.div_ceil(rows) * rows);
+                        self.rows(outer * last + first, rows.min(last - first), p, &mut e, stack);
+                    }
                 }
             });
             return;
         }
         let tasks = blocks.min(pool.threads() * 8);
         pool.run(tasks, &|t, w| {
-            for b in blocks * t / tasks..blocks * (t + 1) / tasks {
-                let (k, start) = (b / per_row, b % per_row * width);
-                let p = p;
-                // SAFETY: by this function's contract; each kept point is done by one task.
-                unsafe { self.points(k, start, width.min(self.inner - start), p, cx, w.floats()) };
+            let p = p;
+            let (stack, registers) = w.floats().split_at_mut(self.stack(width));
+            // SAFETY: by this function's contract; each kept point is done by one task.
+            unsafe {
+                let mut e = self.machine.evaluation(cx, p.operands, registers);
+                for b in blocks * t / tasks..blocks * (t + 1) / tasks {
+                    let (k, start) = (b / per_row, b % per_row * width);
+                    self.points(k, start, width.min(self.inner - start), p, &mut e, stack);
+                }
             }
         });
     }
@@ -287,25 +308,24 @@ impl ReducePlan {
         at
     }
 
-    /// Sums one leaf for the kept points `start .. start + width` along the innermost loop (or for the one kept point,
-    /// if that loop is reduced), at kept point `k` of the others, into the first values of `sums`.
-    unsafe fn leaf(
+    /// Sums a run of leaves for the kept points `start .. start + width` along the innermost loop (or for the one kept
+    /// point, if that loop is reduced), at kept point `k` of the others: leaf after leaf a row of sums a result.
+    fn leaves(
         &self,
-        leaf: usize,
+        run: std::ops::Range<usize>,
         k: usize,
         start: usize,
         width: usize,
-        operands: &[*const u8],
-        cx: StepContext,
+        evaluation: &mut Evaluation,
         sums: &mut [f32],
-        registers: &mut [f32],
     ) {
         let d = self.reduced.len();
         let inner_reduced = self.reduced[d - 1];
         let row = if inner_reduced { LANES } else { width };
         let count = self.results();
-        sums[..count * row].fill(self.identity());
-        let box_ = &self.leaves[leaf];
+        sums[..run.len() * count * row].fill(self.identity());
+        let leaves = &self.leaves[run];
+        let box_ = &leaves[0];
         let mut at = self.kept_at(k);
         // The ranges of the machine's loops: the leaf's for reduced ones, a single point for kept ones.
         let mut ranges: [std::ops::Range<usize>; 16] = std::array::from_fn(|_| 0..1);
@@ -317,6 +337,11 @@ impl ReducePlan {
             } else {
                 at[l]..at[l] + 1
             };
+        }
+        // The rows' loop is the innermost reduced one where leaves share blocks; they follow each other along it.
+        let rows_of = |leaf: &Vec<std::ops::Range<usize>>| leaf[leaf.len() - 1].clone();
+        if leaves.len() > 1 {
+            ranges[d - 2] = rows_of(box_).start..rows_of(&leaves[leaves.len() - 1]).end;
         }
         if !inner_reduced {
             ranges[d - 1] = start..start + width;
@@ -339,21 +364,27 @@ impl ReducePlan {
                     let columns = BLOCK.min(ranges[d - 1].end - c);
                     (at[d - 2], at[d - 1]) = (m, c);
                     let lane = c - ranges[d - 1].start;
-                    // SAFETY: the block lies inside the nest.
-                    unsafe {
-                        self.machine.block(cx, operands, &at[..d], rows, columns, registers, |values| {
-                            for (r, (slot, _)) in self.machine.results.iter().enumerate() {
-                                let v = std::slice::from_raw_parts(values.pointer(*slot).cast::<f32>(), rows * columns);
-                                let acc = &mut sums[r * row..(r + 1) * row];
-                                for v in v.chunks_exact(columns) {
-                                    if inner_reduced {
-                                        self.fold_lanes(acc, v, lane);
-                                    } else {
-                                        self.fold(&mut acc[lane..lane + columns], v);
-                                    }
-                                }
+                    evaluation.block(&at[..d], rows, columns);
+                    for (r, (slot, _)) in self.machine.results.iter().enumerate() {
+                        // SAFETY: the block has that many points.
+                        let v: &[f32] =
+                            unsafe { std::slice::from_raw_parts(evaluation.pointer(*slot).cast(), rows * columns) };
+                        if inner_reduced {
+                            let acc = &mut sums[r * row..(r + 1) * row];
+                            v.chunks_exact(columns).for_each(|v| self.fold_lanes(acc, v, lane));
+                            continue;
+                        }
+                        for (l, leaf) in leaves.iter().enumerate() {
+                            let part = if leaves.len() > 1 { rows_of(leaf) } else { m..m + rows };
+                            let (first, end) = (part.start.max(m), part.end.min(m + rows));
+                            if first < end {
+                                let acc = &mut sums[(l * count + r) * row..][..row];
+                                self.fold(
+                                    &mut acc[lane..lane + columns],
+                                    &v[(first - m) * columns..(end - m) * columns],
+                                );
                             }
-                        });
+                        }
                     }
                     c += columns;
                 }
@@ -380,9 +411,29 @@ impl ReducePlan {
         }
     }
 
-    #[inline(always)]
+    /// Adds rows of values to a row of sums, one after the other.
     fn fold(&self, acc: &mut [f32], v: &[f32]) {
-        self.add(acc, v);
+        let float = self.machine.results[0].1.is_float();
+        if self.f != ReduceFn::Sum || !float {
+            v.chunks_exact(acc.len()).for_each(|v| self.add(acc, v));
+            return;
+        }
+        dispatch!(self.isa, fn(acc: &mut [f32], v: &[f32]) {
+            match acc.len() {
+                1 => add_rows::<1>(acc, v),
+                2 => add_rows::<2>(acc, v),
+                3 => add_rows::<3>(acc, v),
+                4 => add_rows::<4>(acc, v),
+                5 => add_rows::<5>(acc, v),
+                6 => add_rows::<6>(acc, v),
+                7 => add_rows::<7>(acc, v),
+                8 => add_rows::<8>(acc, v),
+                16 => add_rows::<16>(acc, v),
+                32 => add_rows::<32>(acc, v),
+                64 => add_rows::<64>(acc, v),
+                n => v.chunks_exact(n).for_each(|v| acc.iter_mut().zip(v).for_each(|(a, b)| *a += *b)),
+            }
+        });
     }
 
     /// Adds a run of values to the lanes; value `i` goes to lane `(first + i) % 16`, and `first` is a multiple of 16.
@@ -407,18 +458,21 @@ impl ReducePlan {
         l[0]
     }
 
+    /// Floats of the stack of sums of `width` kept points.
+    fn stack(&self, width: usize) -> usize {
+        (self.depth + 1) * self.results() * width.max(LANES)
+    }
+
     /// All nodes of the kept points `start .. start + width` at kept point `k`, one leaf after another.
-    unsafe fn points(&self, k: usize, start: usize, width: usize, p: Pointers, cx: StepContext, w: &mut [f32]) {
+    unsafe fn points(&self, k: usize, start: usize, width: usize, p: Pointers, e: &mut Evaluation, stack: &mut [f32]) {
         let count = self.results();
         let row = count * width.max(LANES);
-        let (stack, registers) = w.split_at_mut((self.depth + 1) * row);
         for (n, program) in self.nodes.iter().enumerate() {
             let mut top = 0;
             for c in program {
                 match *c {
                     Combine::Leaf(l) => {
-                        // SAFETY: by the contract of `run`.
-                        unsafe { self.leaf(l, k, start, width, p.operands, cx, &mut stack[top * row..], registers) };
+                        self.leaves(l..l + 1, k, start, width, e, &mut stack[top * row..]);
                         top += 1;
                     }
                     Combine::Add => {
@@ -439,7 +493,7 @@ impl ReducePlan {
 
     /// All nodes of `rows` kept points from `k` on, neighbours along the loop before the innermost, reduced one: a
     /// block holds several of them.
-    unsafe fn rows(&self, k: usize, rows: usize, p: Pointers, cx: StepContext, w: &mut [f32]) {
+    unsafe fn rows(&self, k: usize, rows: usize, p: Pointers, e: &mut Evaluation, room: &mut [f32]) {
         let d = self.reduced.len();
         let n = self.machine.extents[d - 1];
         let count = self.results();
@@ -447,44 +501,84 @@ impl ReducePlan {
         if self.reduced[..d - 1].iter().any(|r| *r) || n > BLOCK {
             for i in 0..rows {
                 // SAFETY: by the contract of `run`.
-                unsafe { self.points(k + i, 0, 1, p, cx, w) };
+                unsafe { self.points(k + i, 0, 1, p, e, room) };
             }
             return;
         }
         let at = self.kept_at(k);
         let mut sums = [0.0f32; 128];
         let mut stack = [0.0f32; 64];
-        // SAFETY: the rows are whole rows inside the nest.
-        unsafe {
-            self.machine.block(cx, p.operands, &at[..d], rows, n, w, |values| {
-                for (r, (slot, _)) in self.machine.results.iter().enumerate().take(count) {
-                    let v = std::slice::from_raw_parts(values.pointer(*slot).cast::<f32>(), rows * n);
-                    for (node, program) in self.nodes.iter().enumerate() {
-                        for (sum, v) in sums.iter_mut().zip(v.chunks_exact(n.max(1))) {
-                            let mut top = 0;
-                            for c in program {
-                                match *c {
-                                    Combine::Leaf(l) => {
-                                        let mut lanes = [self.identity(); LANES];
-                                        self.fold_lanes(&mut lanes, &v[self.leaves[l][0].clone()], 0);
-                                        stack[top] = self.finish_lanes(&lanes);
-                                        top += 1;
-                                    }
-                                    Combine::Add => {
-                                        let (a, b) = stack.split_at_mut(top - 1);
-                                        self.add(&mut a[top - 2..top - 1], &b[..1]);
-                                        top -= 1;
-                                    }
-                                }
+        e.block(&at[..d], rows, n);
+        for (r, (slot, _)) in self.machine.results.iter().enumerate().take(count) {
+            // SAFETY: the block has that many points.
+            let v = unsafe { std::slice::from_raw_parts(e.pointer(*slot).cast::<f32>(), rows * n) };
+            for (node, program) in self.nodes.iter().enumerate() {
+                for (sum, v) in sums.iter_mut().zip(v.chunks_exact(n.max(1))) {
+                    let mut top = 0;
+                    for c in program {
+                        match *c {
+                            Combine::Leaf(l) => {
+                                let mut lanes = [self.identity(); LANES];
+                                self.fold_lanes(&mut lanes, &v[self.leaves[l][0].clone()], 0);
+                                stack[top] = self.finish_lanes(&lanes);
+                                top += 1;
                             }
-                            *sum = stack[0];
+                            Combine::Add => {
+                                let (a, b) = stack.split_at_mut(top - 1);
+                                self.add(&mut a[top - 2..top - 1], &b[..1]);
+                                top -= 1;
+                            }
                         }
-                        self.store(r, node * self.kept_points() + k, &sums[..rows], p);
                     }
+                    *sum = stack[0];
                 }
-            });
+                // SAFETY: by the contract of `run`.
+                unsafe { self.store(r, node * self.kept_points() + k, &sums[..rows], p) };
+            }
         }
     }
+}
+
+/// Brings leaves that differ only in the last loop, one behind the other, next to each other; gives their runs.
+fn gather_runs(
+    leaves: &mut Vec<Vec<std::ops::Range<usize>>>,
+    nodes: &mut [Vec<Combine>],
+) -> Vec<std::ops::Range<usize>> {
+    let key = |l: &[std::ops::Range<usize>]| l.iter().map(|r| (r.start, r.end)).collect::<Vec<_>>();
+    let mut order: Vec<usize> = (0..leaves.len()).collect();
+    order.sort_by_key(|&l| key(&leaves[l]));
+    let mut place = vec![0; leaves.len()];
+    order.iter().enumerate().for_each(|(at, &l)| place[l] = at);
+    *leaves = order.iter().map(|&l| leaves[l].clone()).collect();
+    for c in nodes.iter_mut().flatten() {
+        if let Combine::Leaf(l) = c {
+            *l = place[*l];
+        }
+    }
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    for (at, leaf) in leaves.iter().enumerate() {
+        let last = leaf.len() - 1;
+        match runs.last_mut() {
+            Some(r) if leaves[at - 1][..last] == leaf[..last] && leaves[at - 1][last].end == leaf[last].start => {
+                r.end = at + 1;
+            }
+            _ => runs.push(at..at + 1),
+        }
+    }
+    runs
+}
+
+/// Adds rows of N values to N sums, which stay in registers.
+#[inline(always)]
+fn add_rows<const N: usize>(acc: &mut [f32], v: &[f32]) {
+    let Ok(sums) = <&mut [f32; N]>::try_from(acc) else { return };
+    let mut local = *sums;
+    for row in v.as_chunks::<N>().0 {
+        for l in 0..N {
+            local[l] += row[l];
+        }
+    }
+    *sums = local;
 }
 
 fn integer(f: ReduceFn, x: i32, y: i32) -> i32 {

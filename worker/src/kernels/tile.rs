@@ -93,6 +93,26 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(p: *const f32) -> Self;
     /// Stores sixteen floats.
     unsafe fn store(self, p: *mut f32);
+    /// The first `n` floats, fewer than sixteen; zeros in the other lanes.
+    #[inline(always)]
+    unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        let mut buffer = [0.0f32; 16];
+        // SAFETY: by the caller's contract `n` floats lie at `p`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
+            Self::load(buffer.as_ptr())
+        }
+    }
+    /// Stores the first `n` floats, fewer than sixteen.
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut f32, n: usize) {
+        let mut buffer = [0.0f32; 16];
+        // SAFETY: by the caller's contract `n` floats fit at `p`.
+        unsafe {
+            self.store(buffer.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+        }
+    }
     /// self + x * w, rounded once.
     unsafe fn fma(self, x: f32, w: Self) -> Self;
     /// self + other.
@@ -150,6 +170,16 @@ pub(super) mod x86 {
         unsafe fn store(self, p: *mut f32) {
             // SAFETY: as above.
             unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn load_first(p: *const f32, n: usize) -> Self {
+            // SAFETY: as above; lanes that are masked out are not touched.
+            Avx512(unsafe { _mm512_maskz_loadu_ps((1u16 << n).wrapping_sub(1), p) })
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, p: *mut f32, n: usize) {
+            // SAFETY: as above.
+            unsafe { _mm512_mask_storeu_ps(p, (1u16 << n).wrapping_sub(1), self.0) }
         }
         #[inline(always)]
         unsafe fn fma(self, x: f32, w: Self) -> Self {
@@ -211,9 +241,7 @@ pub(super) unsafe fn store_row<V: Lanes, const NV: usize>(row: [V; NV], out: *mu
             if n == 16 {
                 lanes.store(out.add(v * 16));
             } else if n > 0 {
-                let mut buffer = [0.0f32; 16];
-                lanes.store(buffer.as_mut_ptr());
-                std::ptr::copy_nonoverlapping(buffer.as_ptr(), out.add(v * 16), n);
+                lanes.store_first(out.add(v * 16), n);
             }
         }
     }

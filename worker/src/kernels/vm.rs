@@ -55,21 +55,24 @@ pub struct Machine {
     origin: Vec<usize>,
     operands: Vec<Operand>,
     instrs: Vec<(Instr, DType, usize)>,
+    /// Instructions whose values are the same in every block of the same columns, and the others.
+    fixed: Vec<usize>,
+    moving: Vec<usize>,
     registers: usize,
     /// Values that are the results.
     pub results: Vec<(usize, DType)>,
 }
 
-/// Where each value of a block lies.
-pub struct Values<'a> {
-    pointers: &'a [*const u32],
-}
-
-impl Values<'_> {
-    /// The lanes of a value.
-    pub fn pointer(&self, slot: usize) -> *const u32 {
-        self.pointers[slot]
-    }
+/// A thread's evaluation of a machine, block after block, over one set of operands.
+pub struct Evaluation<'a> {
+    machine: &'a Machine,
+    cx: StepContext,
+    operands: &'a [*const u8],
+    registers: &'a mut [f32],
+    /// Where each value of the block lies.
+    pointers: [*const u32; MAX_INSTRS],
+    /// The first column, the columns and the rows for which the fixed values are there.
+    fixed: (usize, usize, usize),
 }
 
 /// The most instructions a body may have.
@@ -150,7 +153,8 @@ impl Machine {
                 Operand { dtype, offset, strides, mode }
             })
             .collect();
-        let (instrs, registers) = allocate(instrs, &nest.body.results);
+        let fixed = invariants(&instrs, &operands, &extents);
+        let (instrs, registers) = allocate(instrs, &nest.body.results, &fixed);
         let results: Vec<(usize, DType)> = nest.body.results.iter().map(|&r| (r, nest.body.instrs[r].1)).collect();
         // A result that is merely loaded is copied to a register first: its memory may be another result's.
         let mut operands: Vec<Operand> = operands;
@@ -159,7 +163,8 @@ impl Machine {
                 operands[o].mode = Mode::Strided;
             }
         }
-        (Machine { isa, extents, origin, operands, instrs, registers, results }, merged)
+        let (fixed, moving) = (0..instrs.len()).partition(|i| fixed[*i]);
+        (Machine { isa, extents, origin, operands, instrs, fixed, moving, registers, results }, merged)
     }
 
     /// Floats of workspace that evaluation needs.
@@ -172,41 +177,63 @@ impl Machine {
         (BLOCK / self.extents[self.extents.len() - 1].max(1)).max(1)
     }
 
-    /// Evaluates `rows x columns` points (at most [`BLOCK`]) from the point `at` (local loop indices) on; more than one
-    /// row only of whole rows. `use_values` sees where the results lie.
+    /// Begins an evaluation with registers of at least [`Machine::workspace`] floats.
     ///
     /// # Safety
-    /// `operands` are buffers that hold what the loop nest's accesses reach, not written while this runs except as
-    /// [`super::map::MapPlan::run`] allows.
-    #[inline]
-    pub unsafe fn block<R>(
-        &self,
+    /// Until the evaluation ends, `operands` are buffers that hold what the loop nest's accesses reach, not written
+    /// except as [`super::map::MapPlan::run`] allows.
+    pub unsafe fn evaluation<'a>(
+        &'a self,
         cx: StepContext,
-        operands: &[*const u8],
-        at: &[usize],
-        rows: usize,
-        columns: usize,
-        registers: &mut [f32],
-        use_values: impl FnOnce(Values<'_>) -> R,
-    ) -> R {
-        let mut pointers = [std::ptr::null::<u32>(); MAX_INSTRS];
-        let len = rows * columns;
-        debug_assert!(len <= BLOCK && registers.len() >= self.workspace());
-        let base = registers.as_mut_ptr().cast::<u32>();
-        let isa = self.isa;
-        let (machine, pointers_ref) = (self, &mut pointers);
-        // SAFETY: by this function's contract; registers are large enough for every instruction's block.
-        dispatch!(isa, fn(machine: &Machine, cx: StepContext, operands: &[*const u8], at: &[usize], rows: usize, columns: usize, base: *mut u32, pointers_ref: &mut [*const u32; MAX_INSTRS]) {
-            // SAFETY: as above.
-            unsafe { evaluate(machine, cx, operands, at, rows, columns, base, pointers_ref) }
-        });
-        let _ = len;
-        use_values(Values { pointers: &pointers })
+        operands: &'a [*const u8],
+        registers: &'a mut [f32],
+    ) -> Evaluation<'a> {
+        assert!(registers.len() >= self.workspace());
+        let pointers = [std::ptr::null(); MAX_INSTRS];
+        Evaluation { machine: self, cx, operands, registers, pointers, fixed: (0, 0, 0) }
     }
 }
 
-/// Gives every instruction a register such that values that are alive together have different ones.
-fn allocate(instrs: Vec<(Instr, DType)>, results: &[usize]) -> (Vec<(Instr, DType, usize)>, usize) {
+impl Evaluation<'_> {
+    /// Evaluates `rows x columns` points (at most [`BLOCK`]) from the point `at` (local loop indices) on; more than one
+    /// row only of whole rows.
+    #[inline]
+    pub fn block(&mut self, at: &[usize], rows: usize, columns: usize) {
+        assert!(rows * columns <= BLOCK);
+        let (isa, e) = (self.machine.isa, self);
+        dispatch!(isa, fn(e: &mut Evaluation, at: &[usize], rows: usize, columns: usize) {
+            // SAFETY: the buffers are as the contract of `Machine::evaluation` says, and the registers large enough.
+            unsafe { evaluate(e, at, rows, columns) }
+        });
+    }
+
+    /// The lanes of a value of the last block, as many as it had points.
+    pub fn pointer(&self, slot: usize) -> *const u32 {
+        self.pointers[slot]
+    }
+}
+
+/// Which instructions depend on nothing but the position along the innermost loop.
+fn invariants(instrs: &[(Instr, DType)], operands: &[Operand], extents: &[usize]) -> Vec<bool> {
+    let outer = extents.len() - 1;
+    let mut fixed: Vec<bool> = Vec::with_capacity(instrs.len());
+    for (instr, _) in instrs {
+        fixed.push(match instr {
+            Instr::Constant(_) | Instr::Step => true,
+            Instr::Load(o) => operands[*o].strides[..outer].iter().zip(extents).all(|(s, n)| *s == 0 || *n <= 1),
+            Instr::Index { dim } => *dim == outer,
+            Instr::Random { .. } => false,
+            Instr::Unary(..) | Instr::Binary(..) | Instr::Compare(..) | Instr::Select(..) | Instr::Cast(_) => {
+                arguments(instr).into_iter().all(|a| fixed[a])
+            }
+        });
+    }
+    fixed
+}
+
+/// Gives every instruction a register such that values that are alive together have different ones; fixed ones keep
+/// theirs.
+fn allocate(instrs: Vec<(Instr, DType)>, results: &[usize], fixed: &[bool]) -> (Vec<(Instr, DType, usize)>, usize) {
     let mut last: Vec<usize> = (0..instrs.len()).collect();
     for (i, (instr, _)) in instrs.iter().enumerate() {
         for a in arguments(instr) {
@@ -214,12 +241,14 @@ fn allocate(instrs: Vec<(Instr, DType)>, results: &[usize]) -> (Vec<(Instr, DTyp
         }
     }
     results.iter().for_each(|&r| last[r] = instrs.len());
+    (0..instrs.len()).filter(|i| fixed[*i]).for_each(|i| last[i] = instrs.len());
     let mut free: Vec<usize> = Vec::new();
     let mut count = 0;
     let mut register = vec![0; instrs.len()];
     let mut out = Vec::with_capacity(instrs.len());
     for (i, (instr, dtype)) in instrs.into_iter().enumerate() {
-        register[i] = free.pop().unwrap_or_else(|| {
+        // A fixed value is computed before all others, whatever its place.
+        register[i] = free.pop().filter(|_| !fixed[i]).unwrap_or_else(|| {
             count += 1;
             count - 1
         });
@@ -246,18 +275,25 @@ fn arguments(instr: &Instr) -> Vec<usize> {
 }
 
 #[inline(always)]
-unsafe fn evaluate(
-    m: &Machine,
-    cx: StepContext,
-    operands: &[*const u8],
-    at: &[usize],
-    rows: usize,
-    columns: usize,
-    base: *mut u32,
-    pointers: &mut [*const u32; MAX_INSTRS],
-) {
+unsafe fn evaluate(e: &mut Evaluation, at: &[usize], rows: usize, columns: usize) {
+    let column = at[at.len() - 1];
+    // SAFETY: by the caller's contract.
+    unsafe {
+        if e.fixed.0 != column || e.fixed.1 != columns || e.fixed.2 < rows {
+            e.fixed = (column, columns, rows);
+            run(e, &e.machine.fixed, at, rows, columns);
+        }
+        run(e, &e.machine.moving, at, rows, columns);
+    }
+}
+
+#[inline(always)]
+unsafe fn run(e: &mut Evaluation, list: &[usize], at: &[usize], rows: usize, columns: usize) {
     let n = rows * columns;
-    for (i, (instr, dtype, register)) in m.instrs.iter().enumerate() {
+    let (m, cx, operands, pointers) = (e.machine, e.cx, e.operands, &mut e.pointers);
+    let base = e.registers.as_mut_ptr().cast::<u32>();
+    for &i in list {
+        let (instr, dtype, register) = &m.instrs[i];
         // SAFETY: registers are BLOCK lanes each, and n <= BLOCK.
         let out = unsafe { std::slice::from_raw_parts_mut(base.add(register * BLOCK), n) };
         pointers[i] = out.as_ptr();
@@ -339,6 +375,18 @@ unsafe fn load(
                         o.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(start + r * row), columns) });
                     }
                 }
+                Mode::Strided if column == 0 && row == 1 && (2..=8).contains(&columns) => {
+                    let first = unsafe { std::slice::from_raw_parts(from.add(start), rows) };
+                    match columns {
+                        2 => repeat::<2>(first, out),
+                        3 => repeat::<3>(first, out),
+                        4 => repeat::<4>(first, out),
+                        5 => repeat::<5>(first, out),
+                        6 => repeat::<6>(first, out),
+                        7 => repeat::<7>(first, out),
+                        _ => repeat::<8>(first, out),
+                    }
+                }
                 Mode::Strided if column == 0 => {
                     for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
                         o.fill(unsafe { *from.add(start + r * row) });
@@ -371,6 +419,12 @@ unsafe fn load(
             }
         }
     }
+}
+
+/// Each element N times.
+#[inline(always)]
+fn repeat<const N: usize>(from: &[u32], to: &mut [u32]) {
+    to.as_chunks_mut::<N>().0.iter_mut().zip(from).for_each(|(t, f)| *t = [*f; N]);
 }
 
 #[inline(always)]

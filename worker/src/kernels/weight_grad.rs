@@ -388,16 +388,8 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: &[Ra
 unsafe fn load_row<V: Lanes, const NV: usize>(p: *const f32, columns: usize) -> [V; NV] {
     std::array::from_fn(|v| {
         let n = columns.saturating_sub(v * 16).min(16);
-        // SAFETY: `columns` floats lie at `p`; fewer than sixteen go by way of a buffer.
-        unsafe {
-            if n == 16 {
-                V::load(p.add(v * 16))
-            } else {
-                let mut buffer = [0.0f32; 16];
-                std::ptr::copy_nonoverlapping(p.add(v * 16), buffer.as_mut_ptr(), n);
-                V::load(buffer.as_ptr())
-            }
-        }
+        // SAFETY: `columns` floats lie at `p`.
+        unsafe { if n == 16 { V::load(p.add(v * 16)) } else { V::load_first(p.add(v * 16), n) } }
     })
 }
 

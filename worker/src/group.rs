@@ -1,7 +1,8 @@
-//! A mesh inside one process: a thread for each device, memory shared between them.
+//! The devices of one process, each with a thread that drives it.
 
 use crate::device::{Arena, Device, DeviceError};
-use crate::transport::InProcess;
+use crate::pool::Cores;
+use crate::transport::{InProcess, Transport};
 use mesh::plan::ProgramPlan;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -34,8 +35,8 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The devices of a mesh, each with a thread that drives it.
-pub struct EmbeddedMesh {
+/// The devices of one process, each with a thread that drives it: all of a mesh's, or a worker's share.
+pub struct DeviceGroup {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     /// Kept until every thread has stopped: a device may read a peer's memory while it receives.
@@ -47,16 +48,33 @@ pub struct EmbeddedMesh {
 #[error("W0004: {0}")]
 pub struct MeshFailure(pub String);
 
-impl EmbeddedMesh {
-    /// Loads a plan on as many devices as its mesh has, with `threads` threads each.
-    pub fn new(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<EmbeddedMesh, DeviceError> {
+impl DeviceGroup {
+    /// All devices of a plan's mesh, with `threads` threads each.
+    ///
+    /// # Errors
+    /// A device for which there is no memory.
+    pub fn embedded(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<DeviceGroup, DeviceError> {
         let steps = plan.functions.values().flatten().flat_map(|p| &p.steps);
         let messages = steps.map(|s| s.work.most_messages()).max().unwrap_or(0);
-        let ends = InProcess::mesh(plan.mesh.size(), messages);
+        let ends = InProcess::mesh(plan.mesh.size(), messages).into_iter();
+        DeviceGroup::new(plan, ends.map(|end| Box::new(end) as _).enumerate().collect(), threads, seed)
+    }
+
+    /// Some devices of a plan, by their number in the mesh, each with its end of the transport.
+    ///
+    /// # Errors
+    /// A device for which there is no memory.
+    pub fn new(
+        plan: &ProgramPlan,
+        ends: Vec<(usize, Box<dyn Transport>)>,
+        threads: usize,
+        seed: u64,
+    ) -> Result<DeviceGroup, DeviceError> {
+        let size = ends.len();
         let devices: Vec<Device> = ends
             .into_iter()
             .enumerate()
-            .map(|(d, end)| Device::new(plan, d, Box::new(end), threads, seed))
+            .map(|(i, (d, end))| Device::new(plan, d, end, threads, Cores::of(i, size, threads), seed))
             .collect::<Result<_, _>>()?;
         let arenas = devices.iter().map(Device::arena).collect();
         let shared = Arc::new(Shared {
@@ -65,13 +83,16 @@ impl EmbeddedMesh {
             done: Condvar::new(),
             devices: devices.into_iter().map(Mutex::new).collect(),
         });
-        let threads = (0..plan.mesh.size())
-            .map(|d| {
-                let shared = shared.clone();
-                std::thread::spawn(move || drive(&shared, d))
+        let threads = (0..size)
+            .map(|i| {
+                let (shared, cores) = (shared.clone(), Cores::of(i, size, threads));
+                std::thread::spawn(move || {
+                    cores.iter().for_each(|c| c.pin(0));
+                    drive(&shared, i)
+                })
             })
             .collect();
-        Ok(EmbeddedMesh { shared, threads, _arenas: arenas })
+        Ok(DeviceGroup { shared, threads, _arenas: arenas })
     }
 
     /// Runs a function, by its index ([`Device::function`]), on every device, and waits for all of them.
@@ -90,7 +111,7 @@ impl EmbeddedMesh {
         board.failure.clone().map_or(Ok(()), |f| Err(MeshFailure(f)))
     }
 
-    /// A device, between runs.
+    /// A device by its place in the group, between runs.
     pub fn device(&self, index: usize) -> MutexGuard<'_, Device> {
         lock(&self.shared.devices[index])
     }
@@ -134,7 +155,7 @@ fn drive(shared: &Shared, index: usize) {
     }
 }
 
-impl Drop for EmbeddedMesh {
+impl Drop for DeviceGroup {
     fn drop(&mut self) {
         {
             let mut board = lock(&self.shared.board);

@@ -1,0 +1,84 @@
+"""The peer of `benches/unet.rs`: the same 3-D UNet step in PyTorch. Prints one JSON line.
+
+usage: unet_torch.py [--res 64] [--base 16] [--threads 2] [--steps 5]"""
+import argparse
+import json
+import statistics
+import time
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--res", type=int, default=64)
+parser.add_argument("--base", type=int, default=16)
+parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--steps", type=int, default=5)
+args = parser.parse_args()
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+torch.set_num_threads(args.threads)
+torch.manual_seed(0)
+
+
+class Block(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.conv = nn.ModuleList([nn.Conv3d(cin, cout, 3, padding=1), nn.Conv3d(cout, cout, 3, padding=1)])
+        self.norm = nn.ModuleList([nn.InstanceNorm3d(cout, affine=True) for _ in range(2)])
+
+    def forward(self, x):
+        for conv, norm in zip(self.conv, self.norm):
+            x = F.relu(norm(conv(x)))
+        return x
+
+
+class UNet(nn.Module):
+    def __init__(self, base, classes=3, levels=4):
+        super().__init__()
+        width = [base << level for level in range(levels)]
+        self.down = nn.ModuleList([Block(1 if level == 0 else width[level - 1], width[level]) for level in range(levels)])
+        self.up = nn.ModuleList([nn.ConvTranspose3d(width[l + 1], width[l], 2, stride=2) for l in range(levels - 1)])
+        self.join = nn.ModuleList([Block(2 * width[l], width[l]) for l in range(levels - 1)])
+        self.head = nn.Conv3d(base, classes, 1)
+
+    def forward(self, x):
+        skips = []
+        for level, block in enumerate(self.down):
+            x = block(F.max_pool3d(x, 2) if level else x)
+            skips.append(x)
+        for level in reversed(range(len(self.up))):
+            x = self.join[level](torch.cat([self.up[level](x), skips[level]], 1))
+        return self.head(x)
+
+
+def loss_of(logits, target):
+    p = torch.softmax(logits, 1)
+    both, total = (p * target).sum((2, 3, 4)), p.sum((2, 3, 4)) + target.sum((2, 3, 4))
+    return 1 - ((2 * both + 1) / (total + 1)).mean()
+
+
+net = UNet(args.base).to(memory_format=torch.channels_last_3d)
+optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+x = torch.rand(1, 1, args.res, args.res, args.res)
+target = F.one_hot((x[:, 0] * 3).long().clamp(max=2), 3).permute(0, 4, 1, 2, 3).float()
+x, target = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, target))
+
+
+def step():
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(net(x), target)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+step()
+seconds = []
+for _ in range(args.steps):
+    begun = time.perf_counter()
+    step()
+    seconds.append(time.perf_counter() - begun)
+print(json.dumps({"case": "unet", "impl": f"torch {torch.__version__}", "res": args.res, "base": args.base,
+                  "threads": args.threads, "step_s": statistics.median(seconds), "min_s": min(seconds),
+                  "max_s": max(seconds)}))

@@ -1,0 +1,326 @@
+//! A worker: some devices offered to a coordinator, and the service by which it drives them.
+//!
+//! Every call carries the epoch of the session that it belongs to. Loading begins an epoch; what belongs to another one is
+//! refused before anything is touched. A worker plans for itself: planning is a function of program, mesh and layout,
+//! so all devices come to plans that fit together, and no plan travels.
+
+use crate::group::DeviceGroup;
+use crate::kernels::kernel::CpuBackend;
+use crate::transport::{Address, ConnectOptions, Doom, HostId, Listener, Roster, TransportChoice};
+use crate::wire::{self, Assembler};
+use mesh::array::Array;
+use mesh::dim::Name;
+use mesh::plan::{Part, PlanOptions, ProgramPlan, plan_program};
+use mesh::program::Program;
+use proto::control::{self, worker_server};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio_stream::{StreamExt, iter};
+use tonic::{Request, Response, Status, Streaming};
+
+/// What a worker offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Devices.
+    pub devices: usize,
+    /// Threads of each.
+    pub threads: usize,
+    /// Bytes that each may use; None for no limit of the worker's own.
+    pub memory: Option<usize>,
+}
+
+/// A program on the worker's devices.
+struct Loaded {
+    epoch: u64,
+    program: Program,
+    plan: ProgramPlan,
+    /// The worker's devices by their number in the mesh.
+    own: Vec<usize>,
+    group: DeviceGroup,
+}
+
+/// The epoch that runs, and how to stop its devices while they do.
+#[derive(Default)]
+struct Current {
+    epoch: u64,
+    doom: Option<Doom>,
+}
+
+/// The service of a worker.
+#[derive(Clone)]
+pub struct WorkerService {
+    offer: Offer,
+    listener: Arc<Listener>,
+    current: Arc<Mutex<Current>>,
+    loaded: Arc<Mutex<Option<Loaded>>>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn stale(given: u64, current: u64) -> Status {
+    Status::failed_precondition(format!("W0020: a call of epoch {given}, and this worker is in epoch {current}"))
+}
+
+/// Runs what blocks on a thread of its own.
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(f).await;
+    done.unwrap_or_else(|e| Err(Status::internal(format!("W0021: a task of the worker ended: {e}"))))
+}
+
+type ArrayStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::ArrayPart, Status>> + Send>>;
+
+impl WorkerService {
+    /// A worker with that offer, whose devices meet their peers at `listener`.
+    pub fn new(offer: Offer, listener: Arc<Listener>) -> WorkerService {
+        WorkerService { offer, listener, current: Arc::default(), loaded: Arc::default() }
+    }
+
+    /// Stops what runs and forgets the program; the worker is free for another epoch.
+    pub fn unload(&self, epoch: u64, reason: &str) {
+        let doom = {
+            let mut current = lock(&self.current);
+            current.epoch = current.epoch.max(epoch);
+            current.doom.take()
+        };
+        if let Some(doom) = doom {
+            doom.doom(reason);
+        }
+        // Waits for the devices to stop.
+        *lock(&self.loaded) = None;
+    }
+
+    /// Does something with the program of that epoch, on a thread that may block.
+    async fn with<T: Send + 'static>(
+        &self,
+        epoch: u64,
+        f: impl FnOnce(&mut Loaded) -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
+        let this = self.clone();
+        blocking(move || {
+            let mut loaded = lock(&this.loaded);
+            let current = lock(&this.current).epoch;
+            match loaded.as_mut() {
+                Some(l) if l.epoch == epoch && current == epoch => f(l),
+                _ => Err(stale(epoch, current)),
+            }
+        })
+        .await
+    }
+
+    fn load(&self, head: control::LoadHead, program: &[u8]) -> Result<control::Loaded, Status> {
+        let bad = |e: mesh::error::Error| Status::invalid_argument(e.to_string());
+        let settings = head.settings.unwrap_or_default();
+        let program = wire::decode(program).map_err(bad)?;
+        let mesh = settings.mesh.parse().map_err(bad)?;
+        let layout = settings.layout.parse().map_err(bad)?;
+        let limits = [self.offer.memory, (settings.memory > 0).then_some(settings.memory as usize)];
+        let options = PlanOptions { memory: limits.into_iter().flatten().min(), devices: Some(head.peers.len()) };
+        let backend = CpuBackend { threads: self.offer.threads };
+        let plan = plan_program(&program, &mesh, &layout, &options, &backend).map_err(bad)?;
+        let own: Vec<usize> = head.own.iter().map(|d| *d as usize).collect();
+        if own.is_empty() || own.len() > self.offer.devices || own.iter().any(|d| *d >= head.peers.len()) {
+            return Err(Status::invalid_argument("W0022: devices that this worker does not have"));
+        }
+        let transport: TransportChoice =
+            head.transport.parse().map_err(|e: String| Status::invalid_argument(format!("W0023: {e}")))?;
+        let addresses = head.peers.into_iter().map(|p| Address {
+            host: HostId::from(p.host),
+            socket: p.socket,
+            grpc: p.address,
+        });
+        let roster = Roster { job: head.job, epoch: head.epoch, addresses: addresses.collect(), mine: own.clone() };
+        let options = ConnectOptions { transport, ..ConnectOptions::default() };
+        let ends = self.listener.connect(&roster, &options).map_err(|e| Status::unavailable(e.to_string()))?;
+        let doom = Doom::of(&ends);
+        let links = ends.iter().map(ToString::to_string).collect();
+        let ends = own.iter().copied().zip(ends.into_iter().map(|end| Box::new(end) as _)).collect();
+        let group = DeviceGroup::new(&plan, ends, self.offer.threads, settings.seed)
+            .map_err(|e| Status::resource_exhausted(e.to_string()))?;
+        let mut loaded = lock(&self.loaded);
+        let mut current = lock(&self.current);
+        if current.epoch != head.epoch {
+            return Err(stale(head.epoch, current.epoch));
+        }
+        current.doom = Some(doom);
+        *loaded = Some(Loaded { epoch: head.epoch, program, plan, own, group });
+        Ok(control::Loaded { links })
+    }
+
+    /// Takes arrays off a stream and writes each where `place` says.
+    async fn take(&self, mut stream: Streaming<control::ArrayPart>) -> Result<Response<control::Done>, Status> {
+        let mut assembler = Assembler::default();
+        while let Some(part) = stream.next().await {
+            let Some((head, array)) = assembler.take(part?).map_err(Status::invalid_argument)? else { continue };
+            let name = head.name.unwrap_or_default();
+            let device = head.device as usize;
+            self.with(name.epoch, move |l| {
+                let place = l.place(&name)?;
+                let (at, part) = l.part(place, device)?;
+                if array.shape() != part.region.shape() || array.dtype() != part.ty.dtype {
+                    let text = format!("W0024: `{}` is {} here, and was sent {:?}", name.name, part.region, array.shape());
+                    return Err(Status::invalid_argument(text));
+                }
+                let mut device = l.group.device(at);
+                match place {
+                    Place::Variable(v) => device.set_variable(v, &array),
+                    Place::Edge { function, index, .. } => device.feed(function, index, &array),
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(Response::new(control::Done {}))
+    }
+}
+
+/// Where an array lies.
+#[derive(Clone, Copy)]
+enum Place {
+    Variable(usize),
+    Edge { function: usize, index: usize, input: bool },
+}
+
+impl Loaded {
+    /// A variable, a feed or a fetch by name.
+    fn place(&self, name: &control::ArrayName) -> Result<Place, Status> {
+        let missing = || Status::not_found(format!("W0025: `{}` of `{}` is not there", name.name, name.function));
+        if name.function.is_empty() {
+            return self.program.variable(&name.name).map(|v| Place::Variable(v.index())).ok_or_else(missing);
+        }
+        let function = self.function(&name.function)?;
+        let plan = &self.plan.functions[&Name::from(name.function.as_str())][self.own[0]];
+        let find = |list: &[(Name, Part, mesh::plan::Buffer)]| list.iter().position(|(n, _, _)| **n == *name.name);
+        let input = find(&plan.inputs).map(|index| Place::Edge { function, index, input: true });
+        let output = || find(&plan.outputs).map(|index| Place::Edge { function, index, input: false });
+        input.or_else(output).ok_or_else(missing)
+    }
+
+    fn function(&self, name: &str) -> Result<usize, Status> {
+        let found = self.plan.functions.keys().position(|n| **n == *name);
+        found.ok_or_else(|| Status::not_found(format!("W0025: there is no function `{name}`")))
+    }
+
+    /// A device's place in the group, and the part that it holds.
+    fn part(&self, place: Place, device: usize) -> Result<(usize, &Part), Status> {
+        let at = self.own.iter().position(|d| *d == device);
+        let at = at.ok_or_else(|| Status::invalid_argument(format!("W0022: device {device} is not this worker's")))?;
+        Ok((at, self.part_of(place, device)))
+    }
+
+    fn part_of(&self, place: Place, device: usize) -> &Part {
+        match place {
+            Place::Variable(v) => &self.plan.variables[device][v].0,
+            Place::Edge { function, index, input } => {
+                // Functions are numbered in the order of the plan's map.
+                let plan = self.plan.functions.values().nth(function).expect("found by `function`");
+                let list = if input { &plan[device].inputs } else { &plan[device].outputs };
+                &list[index].1
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl worker_server::Worker for WorkerService {
+    async fn load(
+        &self,
+        request: Request<Streaming<control::LoadPart>>,
+    ) -> Result<Response<control::Loaded>, Status> {
+        use control::load_part::Kind;
+        let mut stream = request.into_inner();
+        let (mut head, mut program) = (None, Vec::new());
+        while let Some(part) = stream.next().await {
+            match part?.kind {
+                Some(Kind::Head(h)) => head = Some(h),
+                Some(Kind::Program(bytes)) if program.len() + bytes.len() <= wire::PROGRAM_BYTES => {
+                    program.extend_from_slice(&bytes);
+                }
+                _ => return Err(Status::invalid_argument("W0026: a program beyond all bounds")),
+            }
+        }
+        let head = head.ok_or_else(|| Status::invalid_argument("W0026: a program without a head"))?;
+        {
+            let mut current = lock(&self.current);
+            if head.epoch <= current.epoch {
+                return Err(stale(head.epoch, current.epoch));
+            }
+            current.epoch = head.epoch;
+        }
+        let this = self.clone();
+        let loaded = blocking(move || {
+            this.unload(head.epoch, "another program is loaded");
+            WorkerService::load(&this, head, &program)
+        });
+        Ok(Response::new(loaded.await?))
+    }
+
+    async fn feed(&self, request: Request<Streaming<control::ArrayPart>>) -> Result<Response<control::Done>, Status> {
+        self.take(request.into_inner()).await
+    }
+
+    async fn set(&self, request: Request<Streaming<control::ArrayPart>>) -> Result<Response<control::Done>, Status> {
+        self.take(request.into_inner()).await
+    }
+
+    async fn run(&self, request: Request<control::StepRequest>) -> Result<Response<control::Done>, Status> {
+        let r = request.into_inner();
+        self.with(r.epoch, move |l| {
+            let function = l.function(&r.function)?;
+            l.group.run(function, r.step).map_err(|e| Status::aborted(e.to_string()))
+        })
+        .await?;
+        Ok(Response::new(control::Done {}))
+    }
+
+    type FetchStream = ArrayStream;
+
+    async fn fetch(&self, request: Request<control::ArrayName>) -> Result<Response<ArrayStream>, Status> {
+        let name = request.into_inner();
+        let parts = self
+            .with(name.epoch, move |l| {
+                let place = l.place(&name)?;
+                let mut parts = Vec::new();
+                for (at, device) in l.own.iter().enumerate() {
+                    let part = l.part_of(place, *device);
+                    let mut array = Array::zeros(part.ty.dtype, &part.region.shape());
+                    let held = l.group.device(at);
+                    match place {
+                        Place::Variable(v) => held.variable(v, &mut array),
+                        Place::Edge { function, index, .. } => held.fetch(function, index, &mut array),
+                    }
+                    parts.extend(wire::parts(name.clone(), *device as u32, &part.region, &array));
+                }
+                Ok(parts)
+            })
+            .await?;
+        Ok(Response::new(Box::pin(iter(parts.into_iter().map(Ok)))))
+    }
+
+    async fn memory(&self, request: Request<control::SessionName>) -> Result<Response<control::MemoryReply>, Status> {
+        let devices = self.with(request.into_inner().epoch, |l| {
+            let peak = |(at, d): (usize, &usize)| control::DeviceMemory {
+                device: *d as u32,
+                predicted: l.plan.peak_bytes(*d) as u64,
+                measured: l.group.device(at).peak_bytes() as u64,
+            };
+            Ok(l.own.iter().enumerate().map(peak).collect())
+        });
+        Ok(Response::new(control::MemoryReply { devices: devices.await? }))
+    }
+
+    async fn abort(&self, request: Request<control::AbortRequest>) -> Result<Response<control::Done>, Status> {
+        let r = request.into_inner();
+        let current = lock(&self.current).epoch;
+        if r.epoch < current {
+            return Err(stale(r.epoch, current));
+        }
+        let this = self.clone();
+        blocking(move || {
+            this.unload(r.epoch, &r.reason);
+            Ok(())
+        })
+        .await?;
+        Ok(Response::new(control::Done {}))
+    }
+}

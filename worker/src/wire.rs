@@ -1,0 +1,291 @@
+//! Programs and arrays as messages.
+//!
+//! A program is a flat list of nodes; an op travels as JSON with bounded numbers, texts, lists and depth. Types are not
+//! sent: [`Program::checked`] works them out again, so that a program from outside is as sound as one that was built here.
+
+use mesh::array::Array;
+use mesh::dim::{DType, Dim, Name, Type, is_name};
+use mesh::error::{Cause, Error, Place};
+use mesh::graph::{Node, NodeId};
+use mesh::program::{Chunking, Function, Program, VarId, Variable};
+use mesh::region::Region;
+use prost::Message;
+use proto::{control, program as wire};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Mutex, PoisonError};
+
+/// Version of the program format.
+const VERSION: u32 = 1;
+/// Largest encoded program.
+pub const PROGRAM_BYTES: usize = 64 << 20;
+/// Bytes of a part of a stream.
+pub const PART_BYTES: usize = 1 << 20;
+/// Largest array that is taken from the other side.
+pub const ARRAY_BYTES: usize = 8 << 30;
+
+fn invalid(what: impl Into<String>) -> Error {
+    Cause::Invalid { what: what.into() }.into()
+}
+
+fn dtype(d: DType) -> wire::DType {
+    match d {
+        DType::F32 => wire::DType::F32,
+        DType::Bf16 => wire::DType::Bf16,
+        DType::I32 => wire::DType::I32,
+        DType::Bool => wire::DType::Bool,
+    }
+}
+
+fn dtype_from(d: i32) -> Result<DType, Error> {
+    match wire::DType::try_from(d) {
+        Ok(wire::DType::F32) => Ok(DType::F32),
+        Ok(wire::DType::Bf16) => Ok(DType::Bf16),
+        Ok(wire::DType::I32) => Ok(DType::I32),
+        Ok(wire::DType::Bool) => Ok(DType::Bool),
+        Ok(wire::DType::Unspecified) | Err(_) => Err(invalid(format!("{d} is no dtype"))),
+    }
+}
+
+/// Texts by index, each once.
+#[derive(Default)]
+struct Texts {
+    list: Vec<String>,
+    index: HashMap<String, u32>,
+}
+
+impl Texts {
+    fn add(&mut self, text: &str) -> u32 {
+        if let Some(&i) = self.index.get(text) {
+            return i;
+        }
+        self.list.push(text.into());
+        self.index.insert(text.into(), self.list.len() as u32 - 1);
+        self.list.len() as u32 - 1
+    }
+    fn place(&mut self, p: Place) -> Option<wire::Place> {
+        Some(wire::Place { file: self.add(p.file), line: p.line, column: p.column })
+    }
+}
+
+/// A program as bytes, the same ones for the same program.
+pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
+    let mut texts = Texts::default();
+    let variables = program
+        .variables
+        .iter()
+        .map(|v| {
+            let dims = v.ty.dims.iter().map(|d| wire::Dim { name: d.name.to_string(), size: d.size as u64 }).collect();
+            Ok(wire::Variable {
+                name: v.name.to_string(),
+                r#type: Some(wire::Type { dtype: dtype(v.ty.dtype).into(), dims }),
+                init: json(&v.init)?,
+                trainable: v.trainable,
+                place: texts.place(v.place),
+            })
+        })
+        .collect::<Result<_, Error>>()?;
+    let edges = |list: &[(Name, NodeId)]| list.iter().map(|(n, i)| wire::Edge { name: n.to_string(), node: i.0 }).collect();
+    let functions = program
+        .functions
+        .values()
+        .map(|f| {
+            let nodes = f.nodes.iter().map(|n| {
+                Ok(wire::Node {
+                    op: json(&n.op)?,
+                    inputs: n.inputs.iter().map(|i| i.0).collect(),
+                    place: texts.place(n.place),
+                    scope: texts.add(&n.scope),
+                    layout: n.layout.as_ref().map(|l| l.to_string()),
+                })
+            });
+            Ok(wire::Function {
+                name: f.name.to_string(),
+                nodes: nodes.collect::<Result<_, Error>>()?,
+                inputs: edges(&f.inputs),
+                outputs: edges(&f.outputs),
+                assigns: f.assigns.iter().map(|(v, n)| wire::Assign { variable: v.0, node: n.0 }).collect(),
+            })
+        })
+        .collect::<Result<_, Error>>()?;
+    let grains = program.chunking.grains().map(|(n, g)| wire::Dim { name: n.to_string(), size: g as u64 }).collect();
+    let message = wire::Program {
+        version: VERSION,
+        texts: texts.list,
+        variables,
+        functions,
+        chunks: program.chunking.chunks as u32,
+        grains,
+    };
+    Ok(message.encode_to_vec())
+}
+
+fn json(value: &impl serde::Serialize) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec(value).map_err(|e| invalid(e.to_string()))
+}
+
+/// Reads JSON whose numbers, texts, lists and depth are bounded.
+fn bounded<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    fn small(value: &serde_json::Value, depth: usize) -> bool {
+        match value {
+            _ if depth > 6 => false,
+            serde_json::Value::Null | serde_json::Value::Bool(_) => true,
+            serde_json::Value::Number(n) => n.as_f64().is_some_and(|v| v.abs() <= 4294967295.0),
+            serde_json::Value::String(s) => s.len() <= 256,
+            serde_json::Value::Array(a) => a.len() <= 64 && a.iter().all(|v| small(v, depth + 1)),
+            serde_json::Value::Object(o) => o.len() <= 64 && o.values().all(|v| small(v, depth + 1)),
+        }
+    }
+    if bytes.len() > 64 << 10 {
+        return Err(invalid("an op of more than 64 KiB"));
+    }
+    let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| invalid(format!("an op: {e}")))?;
+    if !small(&value, 0) {
+        return Err(invalid("an op with a number, text, list or depth beyond all bounds"));
+    }
+    serde_json::from_value(value).map_err(|e| invalid(format!("an op: {e}")))
+}
+
+/// A file's name for as long as the process lives: places hold it so. Programs name few files.
+fn file_name(text: &str) -> Result<&'static str, Error> {
+    static KNOWN: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(k) = known.get(text) {
+        return Ok(k);
+    }
+    if text.len() > 1024 || known.len() >= 4096 {
+        return Err(invalid("too many source files, or too long a name"));
+    }
+    let kept: &'static str = Box::leak(text.to_string().into_boxed_str());
+    known.insert(kept);
+    Ok(kept)
+}
+
+/// The program that those bytes stand for.
+///
+/// # Errors
+/// Bytes that are no program, of another version, or that break a rule.
+pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
+    if bytes.len() > PROGRAM_BYTES {
+        return Err(invalid(format!("{} bytes, and {PROGRAM_BYTES} are the most", bytes.len())));
+    }
+    let message = wire::Program::decode(bytes).map_err(|e| invalid(e.to_string()))?;
+    if message.version != VERSION {
+        let text = format!("it is of format {}, and this program reads format {VERSION}", message.version);
+        return Err(invalid(text));
+    }
+    let texts = message.texts;
+    let text = |i: u32| texts.get(i as usize).map(String::as_str).ok_or_else(|| invalid("a text that is not there"));
+    let place = |p: Option<wire::Place>| {
+        let p = p.unwrap_or_default();
+        Ok::<_, Error>(Place { file: file_name(text(p.file)?)?, line: p.line, column: p.column })
+    };
+    let name = |n: String| if n.is_empty() || n.len() > 1024 { Err(invalid("an empty or endless name")) } else { Ok(Name::from(n)) };
+    let dims = |list: Vec<wire::Dim>| {
+        let one = |d: wire::Dim| match usize::try_from(d.size) {
+            Ok(size) if is_name(&d.name) => Ok(Dim { name: d.name.into(), size }),
+            _ => Err(invalid(format!("`{}` is no dimension", d.name))),
+        };
+        list.into_iter().map(one).collect::<Result<Vec<Dim>, Error>>()
+    };
+    let mut variables = Vec::with_capacity(message.variables.len());
+    for v in message.variables {
+        let ty = v.r#type.unwrap_or_default();
+        variables.push(Variable {
+            name: name(v.name)?,
+            ty: Type::new(dtype_from(ty.dtype)?, dims(ty.dims)?),
+            init: bounded(&v.init)?,
+            trainable: v.trainable,
+            place: place(v.place)?,
+        });
+    }
+    let edges = |list: Vec<wire::Edge>| {
+        list.into_iter().map(|e| Ok((name(e.name)?, NodeId(e.node)))).collect::<Result<Vec<_>, Error>>()
+    };
+    let mut functions = BTreeMap::new();
+    for f in message.functions {
+        let mut nodes = Vec::with_capacity(f.nodes.len());
+        for n in f.nodes {
+            nodes.push(Node {
+                op: bounded(&n.op)?,
+                inputs: n.inputs.into_iter().map(NodeId).collect(),
+                // Worked out by `checked`.
+                ty: Type::scalar(DType::F32),
+                place: place(n.place)?,
+                scope: text(n.scope)?.into(),
+                layout: n.layout.map(Name::from),
+            });
+        }
+        let function = Function {
+            name: name(f.name)?,
+            nodes,
+            inputs: edges(f.inputs)?,
+            outputs: edges(f.outputs)?,
+            assigns: f.assigns.into_iter().map(|a| (VarId(a.variable), NodeId(a.node))).collect(),
+        };
+        if functions.insert(function.name.clone(), function).is_some() {
+            return Err(invalid("two functions of one name"));
+        }
+    }
+    let mut chunking = Chunking { chunks: message.chunks as usize, ..Chunking::default() };
+    for d in dims(message.grains)? {
+        chunking.raise_grain(d.name, d.size);
+    }
+    Program { variables, functions, chunking }.checked()
+}
+
+/// An array, or the box `at` of one, as the parts of a stream: its head, then its bytes.
+pub fn parts(name: control::ArrayName, device: u32, at: &Region, array: &Array) -> Vec<control::ArrayPart> {
+    use control::array_part::Kind;
+    let head = control::ArrayHead {
+        name: Some(name),
+        dtype: dtype(array.dtype()).into(),
+        start: at.0.iter().map(|(_, r)| r.start as u64).collect(),
+        shape: array.shape().iter().map(|n| *n as u64).collect(),
+        device,
+    };
+    let bytes = bytes::Bytes::from(array.to_bytes());
+    let data = (0..bytes.len()).step_by(PART_BYTES).map(|i| bytes.slice(i..(i + PART_BYTES).min(bytes.len())));
+    let all = std::iter::once(Kind::Head(head)).chain(data.map(Kind::Data));
+    all.map(|kind| control::ArrayPart { kind: Some(kind) }).collect()
+}
+
+/// Puts the parts of a stream of arrays together again.
+#[derive(Default)]
+pub struct Assembler {
+    head: Option<(control::ArrayHead, DType, Vec<usize>, usize)>,
+    bytes: Vec<u8>,
+}
+
+impl Assembler {
+    /// Takes the next part; gives an array when it is complete.
+    ///
+    /// # Errors
+    /// Parts that do not follow each other, and arrays beyond [`ARRAY_BYTES`]; in words.
+    pub fn take(&mut self, part: control::ArrayPart) -> Result<Option<(control::ArrayHead, Array)>, String> {
+        use control::array_part::Kind;
+        match (part.kind, &self.head) {
+            (Some(Kind::Head(head)), None) => {
+                let dtype = dtype_from(head.dtype).map_err(|e| e.to_string())?;
+                let shape: Vec<usize> = head.shape.iter().map(|n| *n as usize).collect();
+                let bytes = shape.iter().try_fold(dtype.bytes(), |n, s| n.checked_mul(*s));
+                let bytes = bytes.filter(|b| *b <= ARRAY_BYTES).ok_or("an array beyond all bounds")?;
+                if shape.len() > 16 || head.start.len() != shape.len() {
+                    return Err("an array's start and extents do not belong together".into());
+                }
+                self.head = Some((head, dtype, shape, bytes));
+            }
+            (Some(Kind::Data(data)), Some((_, _, _, bytes))) if self.bytes.len() + data.len() <= *bytes => {
+                self.bytes.extend_from_slice(&data);
+            }
+            _ => return Err("the parts of an array do not follow each other".into()),
+        }
+        match &self.head {
+            Some((_, dtype, shape, bytes)) if self.bytes.len() == *bytes => {
+                let array = Array::from_bytes(*dtype, shape, &self.bytes).ok_or("an array of no known dtype")?;
+                self.bytes.clear();
+                Ok(self.head.take().map(|(head, ..)| (head, array)))
+            }
+            _ => Ok(None),
+        }
+    }
+}
