@@ -124,7 +124,7 @@ fn main() {
     }
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
-    let peak: Vec<usize> = session.peaks().iter().map(|p| p.peak_bytes_measured >> 20).collect();
+    let peak: Vec<usize> = session.peaks().unwrap_or_default().iter().map(|p| p.peak_bytes_measured >> 20).collect();
     println!(
         "{}",
         serde_json::json!({

@@ -1,7 +1,17 @@
 //! Sessions that model programs run in, and checkpoints of their variables.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`session`] | a program running on a mesh: in this process, or on workers behind a coordinator |
+//! | [`checkpoint`] | a session's variables on disk |
+//! | [`server`] | the coordinator: knows the workers and drives them in step |
+//! | [`launch`] | a coordinator in this process and workers beside it |
 
 pub mod checkpoint;
 pub mod error;
+pub mod launch;
+mod remote;
+pub mod server;
 pub mod session;
 
 pub use error::Failure;

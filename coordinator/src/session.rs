@@ -1,6 +1,7 @@
 //! A session: a program planned for a mesh and running on it, driven step by step from the model program.
 
 use crate::error::{Failure, feed};
+use crate::remote::Remote;
 use mesh::array::Array;
 use mesh::dim::Name;
 use mesh::error::nearest;
@@ -9,6 +10,7 @@ use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
 use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
+use worker::transport::connector::TransportChoice;
 
 /// Where and how a program runs. None of it changes a bit of the results, but for the seed.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +27,8 @@ pub struct Options {
     pub memory: Option<usize>,
     /// Seed of every random number of the run.
     pub seed: u64,
+    /// How the devices of worker processes reach each other.
+    pub transport: TransportChoice,
 }
 
 impl Options {
@@ -54,11 +58,19 @@ pub struct Peak {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FunctionId(usize);
 
+/// Where the devices are.
+enum Engine {
+    /// In this process.
+    Embedded(DeviceGroup),
+    /// In worker processes, behind a coordinator.
+    Remote(Box<Remote>),
+}
+
 /// A program that runs on a mesh.
 pub struct Session {
     program: Program,
     plan: ProgramPlan,
-    mesh: DeviceGroup,
+    engine: Engine,
     seed: u64,
 }
 
@@ -70,10 +82,32 @@ impl Session {
     pub fn embedded(program: Program, options: &Options) -> Result<Session, Failure> {
         let plan = options.plan(&program)?;
         let mesh = DeviceGroup::embedded(&plan, options.threads(), options.seed)?;
-        let mut session = Session { program, plan, mesh, seed: options.seed };
+        Session::begin(program, plan, Engine::Embedded(mesh), options.seed)
+    }
+
+    /// The same on the workers of a coordinator: `http://host:port`. Nothing else is different, nor is any bit.
+    ///
+    /// # Errors
+    /// As for [`Session::embedded`]; a coordinator that is not there or has too few workers.
+    pub fn connect(url: &str, program: Program, options: &Options) -> Result<Session, Failure> {
+        let plan = options.plan(&program)?;
+        let remote = Remote::open(url, &program, options)?;
+        Session::begin(program, plan, Engine::Remote(Box::new(remote)), options.seed)
+    }
+
+    fn begin(program: Program, plan: ProgramPlan, engine: Engine, seed: u64) -> Result<Session, Failure> {
+        let mut session = Session { program, plan, engine, seed };
         let init = session.function("init")?;
         session.step(init, 0)?;
         Ok(session)
+    }
+
+    /// How devices in worker processes reach their peers, a line each; none in one process.
+    pub fn links(&self) -> &[String] {
+        match &self.engine {
+            Engine::Embedded(_) => &[],
+            Engine::Remote(r) => &r.links,
+        }
     }
 
     /// The program.
@@ -92,11 +126,13 @@ impl Session {
     /// Looks a function up.
     pub fn function(&self, name: &str) -> Result<FunctionId, Failure> {
         self.program.function(name)?;
-        self.mesh
-            .device(0)
-            .function(name)
-            .map(FunctionId)
-            .ok_or_else(|| Failure::Mesh(format!("`{name}` is not loaded")))
+        // Functions are numbered in the order of the plan's map, on devices too.
+        let index = self.plan.functions.keys().position(|n| **n == *name);
+        index.map(FunctionId).ok_or_else(|| Failure::Mesh(format!("`{name}` is not loaded")))
+    }
+
+    fn function_name(&self, f: FunctionId) -> &Name {
+        self.plan.functions.keys().nth(f.0).expect("made by `function`")
     }
 
     fn device_plan(&self, f: FunctionId) -> &mesh::plan::DevicePlan {
@@ -120,13 +156,23 @@ impl Session {
             let what = format!("feed `{name}` is {ty}, and was given {} of shape {:?}", array.dtype(), array.shape());
             return Err(feed(what, "give an array of that type, its dimensions in that order"));
         }
-        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).feed(f.0, index, array));
+        let function = self.function_name(f).clone();
+        match &mut self.engine {
+            Engine::Embedded(mesh) => (0..mesh.size()).for_each(|d| mesh.device(d).feed(f.0, index, array)),
+            Engine::Remote(r) => r.feed(&function, name, array)?,
+        }
         Ok(())
     }
 
     /// Runs a function as step `step`, with what was fed. Allocates nothing.
     pub fn step(&mut self, f: FunctionId, step: u32) -> Result<(), Failure> {
-        self.mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()))
+        match &mut self.engine {
+            Engine::Embedded(mesh) => mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string())),
+            Engine::Remote(r) => {
+                let name = self.plan.functions.keys().nth(f.0).expect("made by `function`");
+                r.step(name, step)
+            }
+        }
     }
 
     /// A result of the function that ran last.
@@ -137,9 +183,15 @@ impl Session {
             let help = near.map_or("see the program's outputs".into(), |n| format!("did you mean `{n}`?"));
             return Err(feed(format!("the function has no result `{name}`"), help));
         };
-        let mut array = Array::zeros(outputs[index].1.ty.dtype, &outputs[index].1.ty.shape());
-        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).fetch(f.0, index, &mut array));
-        Ok(array)
+        let ty = &outputs[index].1.ty;
+        match &self.engine {
+            Engine::Embedded(mesh) => {
+                let mut array = Array::zeros(ty.dtype, &ty.shape());
+                (0..mesh.size()).for_each(|d| mesh.device(d).fetch(f.0, index, &mut array));
+                Ok(array)
+            }
+            Engine::Remote(r) => r.fetch(self.function_name(f), name),
+        }
     }
 
     /// Feeds, runs and fetches everything: the convenient way.
@@ -169,9 +221,15 @@ impl Session {
     /// A variable's value, whole.
     pub fn variable(&self, name: &str) -> Result<Array, Failure> {
         let index = self.variable_index(name)?;
-        let mut array = Array::zeros(self.program.variables[index].ty.dtype, &self.program.variables[index].ty.shape());
-        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).variable(index, &mut array));
-        Ok(array)
+        let ty = &self.program.variables[index].ty;
+        match &self.engine {
+            Engine::Embedded(mesh) => {
+                let mut array = Array::zeros(ty.dtype, &ty.shape());
+                (0..mesh.size()).for_each(|d| mesh.device(d).variable(index, &mut array));
+                Ok(array)
+            }
+            Engine::Remote(r) => r.fetch("", name),
+        }
     }
 
     /// Sets a variable.
@@ -182,7 +240,10 @@ impl Session {
             let what = format!("variable `{name}` is {ty}, and was given {} {:?}", array.dtype(), array.shape());
             return Err(feed(what, "give an array of that type"));
         }
-        (0..self.mesh.size()).for_each(|d| self.mesh.device(d).set_variable(index, array));
+        match &mut self.engine {
+            Engine::Embedded(mesh) => (0..mesh.size()).for_each(|d| mesh.device(d).set_variable(index, array)),
+            Engine::Remote(r) => r.set(name, array)?,
+        }
         Ok(())
     }
 
@@ -200,17 +261,27 @@ impl Session {
     }
 
     /// Predicted and measured memory of each device.
-    pub fn peaks(&self) -> Vec<Peak> {
-        (0..self.mesh.size())
-            .map(|d| Peak {
-                peak_bytes_predicted: self.plan.peak_bytes(d),
-                peak_bytes_measured: self.mesh.device(d).peak_bytes(),
-            })
-            .collect()
+    ///
+    /// # Errors
+    /// Workers that do not answer.
+    pub fn peaks(&self) -> Result<Vec<Peak>, Failure> {
+        match &self.engine {
+            Engine::Embedded(mesh) => Ok((0..mesh.size())
+                .map(|d| Peak {
+                    peak_bytes_predicted: self.plan.peak_bytes(d),
+                    peak_bytes_measured: mesh.device(d).peak_bytes(),
+                })
+                .collect()),
+            Engine::Remote(r) => r.peaks(),
+        }
     }
 
     /// Seconds spent by device 0 in the steps of each op and scope since the last call; measures from the first call on.
+    /// Nothing for devices in worker processes.
     pub fn profile(&self) -> Vec<(Name, f64)> {
-        self.mesh.device(0).profile()
+        match &self.engine {
+            Engine::Embedded(mesh) => mesh.device(0).profile(),
+            Engine::Remote(_) => vec![],
+        }
     }
 }

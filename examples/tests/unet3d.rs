@@ -166,6 +166,8 @@ fn a_resumed_run_is_the_run_that_was_never_stopped() {
     assert_eq!(steps, [0, 1, 2, 3, 4, 5], "each step once");
     assert_eq!(bits(&parts)[3..], bits(&whole)[3..]);
     assert_eq!(bits(&parts)[..2], bits(&whole)[..2]);
+    // Step 2 was the last one of its part, and so has a hash there.
+    assert_eq!(bits(&parts)[2][..4], bits(&whole)[2][..4]);
     assert_eq!(
         fs::read(place.path("parts/prediction.nii.gz")).unwrap(),
         fs::read(place.path("whole/prediction.nii.gz")).unwrap()
@@ -384,7 +386,7 @@ fn a_plan_says_what_a_run_would_take() {
     let says = |text: &str| assert!(r.out.contains(text), "no `{text}` in\n{}", r.out);
     says("5,600,960 parameters");
     says("resampled to 64x64x64");
-    says("mesh     x=2 (2 x ");
+    says("mesh     x=2 (2 devices, ");
     // Forward and both gradients of the published network, but for the image's own gradient.
     says("335,561,097,216");
     says("112,004,694,016");

@@ -1,7 +1,8 @@
 //! Host arrays: what is fed to a program and fetched from it.
 
 use crate::dim::DType;
-use ndarray::ArrayD;
+use crate::region::Region;
+use ndarray::{ArrayD, SliceInfoElem};
 
 /// An array of one of the dtypes that cross the API's edge, its dimensions in a tensor type's order.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +39,33 @@ impl Array {
             DType::I32 => Array::I32(ArrayD::zeros(shape)),
             DType::Bool => Array::Bool(ArrayD::from_elem(shape, false)),
         }
+    }
+    /// The box of it.
+    pub fn part(&self, at: &Region) -> Array {
+        let at: Vec<SliceInfoElem> = at.0.iter().map(|(_, r)| SliceInfoElem::from(r.start..r.end)).collect();
+        match self {
+            Array::F32(a) => Array::F32(a.slice(at.as_slice()).to_owned()),
+            Array::I32(a) => Array::I32(a.slice(at.as_slice()).to_owned()),
+            Array::Bool(a) => Array::Bool(a.slice(at.as_slice()).to_owned()),
+        }
+    }
+    /// Puts an array into the box of it that begins at `start`; says whether that fits.
+    pub fn put(&mut self, start: &[usize], part: &Array) -> bool {
+        let fits = start.len() == self.shape().len()
+            && part.shape().len() == start.len()
+            && start.iter().zip(part.shape()).zip(self.shape()).all(|((s, n), whole)| s + n <= *whole);
+        if !fits {
+            return false;
+        }
+        let at: Vec<SliceInfoElem> =
+            start.iter().zip(part.shape()).map(|(s, n)| SliceInfoElem::from(*s..s + n)).collect();
+        match (self, part) {
+            (Array::F32(a), Array::F32(p)) => a.slice_mut(at.as_slice()).assign(p),
+            (Array::I32(a), Array::I32(p)) => a.slice_mut(at.as_slice()).assign(p),
+            (Array::Bool(a), Array::Bool(p)) => a.slice_mut(at.as_slice()).assign(p),
+            _ => return false,
+        }
+        true
     }
     /// An `f32` scalar.
     pub fn scalar(value: f32) -> Array {

@@ -8,12 +8,20 @@
 //! | [`collective`] | exchanges and all-reduces, over any transport |
 //! | [`transport`] | how bytes move between devices |
 //! | [`pool`] | a device's threads |
+//! | [`wire`] | programs and arrays as messages |
+//! | [`service`] | the service by which a coordinator drives a worker's devices |
+//! | [`node`] | a worker's life: joining a coordinator, beats, leaving |
+//! | [`cli`] | a worker's command line |
 //! | [`data`] | readers and writers of volumes |
 
+pub mod cli;
 pub mod collective;
 pub mod data;
 pub mod device;
 pub mod group;
 pub mod kernels;
+pub mod node;
 pub mod pool;
+pub mod service;
 pub mod transport;
+pub mod wire;

@@ -6,7 +6,8 @@
 
 use crate::group::DeviceGroup;
 use crate::kernels::kernel::CpuBackend;
-use crate::transport::{Address, ConnectOptions, Doom, HostId, Listener, Roster, TransportChoice};
+use crate::transport::bell::Doom;
+use crate::transport::connector::{Address, ConnectOptions, HostId, Listener, Roster, TransportChoice};
 use crate::wire::{self, Assembler};
 use mesh::array::Array;
 use mesh::dim::Name;
@@ -84,7 +85,7 @@ impl WorkerService {
             current.doom.take()
         };
         if let Some(doom) = doom {
-            doom.doom(reason);
+            doom.strike(reason);
         }
         // Waits for the devices to stop.
         *lock(&self.loaded) = None;
@@ -122,27 +123,31 @@ impl WorkerService {
         if own.is_empty() || own.len() > self.offer.devices || own.iter().any(|d| *d >= head.peers.len()) {
             return Err(Status::invalid_argument("W0022: devices that this worker does not have"));
         }
-        let transport: TransportChoice =
-            head.transport.parse().map_err(|e: String| Status::invalid_argument(format!("W0023: {e}")))?;
-        let addresses = head.peers.into_iter().map(|p| Address {
-            host: HostId::from(p.host),
-            socket: p.socket,
-            grpc: p.address,
-        });
-        let roster = Roster { job: head.job, epoch: head.epoch, addresses: addresses.collect(), mine: own.clone() };
-        let options = ConnectOptions { transport, ..ConnectOptions::default() };
-        let ends = self.listener.connect(&roster, &options).map_err(|e| Status::unavailable(e.to_string()))?;
-        let doom = Doom::of(&ends);
-        let links = ends.iter().map(ToString::to_string).collect();
+        let choice: TransportChoice =
+            settings.transport.parse().map_err(|e: String| Status::invalid_argument(format!("W0023: {e}")))?;
+        let addresses =
+            head.peers.into_iter().map(|p| Address { host: HostId::from(p.host), socket: p.socket, grpc: p.address });
+        let roster = Roster { job: head.job, epoch: head.epoch, devices: addresses.collect(), mine: own.clone() };
+        let options = ConnectOptions { choice, ..ConnectOptions::default() };
+        let doom = Doom::new();
+        {
+            // From now on an abort finds what it has to stop.
+            let mut current = lock(&self.current);
+            if current.epoch != head.epoch {
+                return Err(stale(head.epoch, current.epoch));
+            }
+            current.doom = Some(doom.clone());
+        }
+        let ends = self.listener.connect(&roster, &options, &doom).map_err(|e| Status::unavailable(e.to_string()))?;
+        let links = ends.iter().map(|e| e.to_string()).collect();
         let ends = own.iter().copied().zip(ends.into_iter().map(|end| Box::new(end) as _)).collect();
         let group = DeviceGroup::new(&plan, ends, self.offer.threads, settings.seed)
             .map_err(|e| Status::resource_exhausted(e.to_string()))?;
         let mut loaded = lock(&self.loaded);
-        let mut current = lock(&self.current);
-        if current.epoch != head.epoch {
-            return Err(stale(head.epoch, current.epoch));
+        let current = lock(&self.current).epoch;
+        if current != head.epoch {
+            return Err(stale(head.epoch, current));
         }
-        current.doom = Some(doom);
         *loaded = Some(Loaded { epoch: head.epoch, program, plan, own, group });
         Ok(control::Loaded { links })
     }
@@ -158,7 +163,8 @@ impl WorkerService {
                 let place = l.place(&name)?;
                 let (at, part) = l.part(place, device)?;
                 if array.shape() != part.region.shape() || array.dtype() != part.ty.dtype {
-                    let text = format!("W0024: `{}` is {} here, and was sent {:?}", name.name, part.region, array.shape());
+                    let text =
+                        format!("W0024: `{}` is {} here, and was sent {:?}", name.name, part.region, array.shape());
                     return Err(Status::invalid_argument(text));
                 }
                 let mut device = l.group.device(at);
@@ -223,10 +229,7 @@ impl Loaded {
 
 #[tonic::async_trait]
 impl worker_server::Worker for WorkerService {
-    async fn load(
-        &self,
-        request: Request<Streaming<control::LoadPart>>,
-    ) -> Result<Response<control::Loaded>, Status> {
+    async fn load(&self, request: Request<Streaming<control::LoadPart>>) -> Result<Response<control::Loaded>, Status> {
         use control::load_part::Kind;
         let mut stream = request.into_inner();
         let (mut head, mut program) = (None, Vec::new());

@@ -84,7 +84,8 @@ pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
             })
         })
         .collect::<Result<_, Error>>()?;
-    let edges = |list: &[(Name, NodeId)]| list.iter().map(|(n, i)| wire::Edge { name: n.to_string(), node: i.0 }).collect();
+    let edges =
+        |list: &[(Name, NodeId)]| list.iter().map(|(n, i)| wire::Edge { name: n.to_string(), node: i.0 }).collect();
     let functions = program
         .functions
         .values()
@@ -179,7 +180,9 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
         let p = p.unwrap_or_default();
         Ok::<_, Error>(Place { file: file_name(text(p.file)?)?, line: p.line, column: p.column })
     };
-    let name = |n: String| if n.is_empty() || n.len() > 1024 { Err(invalid("an empty or endless name")) } else { Ok(Name::from(n)) };
+    let name = |n: String| {
+        if n.is_empty() || n.len() > 1024 { Err(invalid("an empty or endless name")) } else { Ok(Name::from(n)) }
+    };
     let dims = |list: Vec<wire::Dim>| {
         let one = |d: wire::Dim| match usize::try_from(d.size) {
             Ok(size) if is_name(&d.name) => Ok(Dim { name: d.name.into(), size }),
@@ -226,7 +229,8 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
             return Err(invalid("two functions of one name"));
         }
     }
-    let mut chunking = Chunking { chunks: message.chunks as usize, ..Chunking::default() };
+    let mut chunking = Chunking::default();
+    chunking.chunks = message.chunks as usize;
     for d in dims(message.grains)? {
         chunking.raise_grain(d.name, d.size);
     }

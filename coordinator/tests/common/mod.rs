@@ -32,6 +32,43 @@ pub fn i32s(dims: &[Dim], key: u32, below: i32) -> (Vec<Dim>, Array) {
     (dims.to_vec(), Array::I32(ramp(dims, key).mapv(|v| (((v + 1.0) * 0.5 * below as f32) as i32).clamp(0, below - 1))))
 }
 
+/// A draw from `0 .. below`, in order.
+pub struct Draws(Stream, u64);
+
+impl Draws {
+    /// Draws that are a function of `seed`.
+    pub fn new(seed: u64) -> Draws {
+        Draws(Stream { seed, step: 0, key: 1 }, 0)
+    }
+    /// The next one.
+    pub fn below(&mut self, below: usize) -> usize {
+        self.1 += 1;
+        ((self.0.uniform(self.1) * below as f32) as usize).min(below - 1)
+    }
+}
+
+/// Layouts (mesh and rules) that split one, two or three of the dimensions over 2 to 4 devices each; the first ones
+/// split each dimension alone.
+pub fn layouts(draw: &mut Draws, dims: &[Dim], more: usize) -> Vec<(String, String)> {
+    let large: Vec<&Dim> = dims.iter().filter(|d| d.size > 1).collect();
+    let mut out = Vec::new();
+    for i in 0..large.len() + if large.len() > 1 { more } else { 0 } {
+        let mut chosen = vec![large[i % large.len()]];
+        for _ in 0..if i < large.len() { 0 } else { 1 + draw.below(2) } {
+            let d = large[draw.below(large.len())];
+            if !chosen.contains(&d) {
+                chosen.push(d);
+            }
+        }
+        let most = if chosen.len() > 1 { 3 } else { 4 };
+        let shards: Vec<usize> = chosen.iter().map(|d| 2 + draw.below(d.size.min(most) - 1)).collect();
+        let mesh: Vec<String> = shards.iter().enumerate().map(|(a, n)| format!("m{a}={n}")).collect();
+        let rules: Vec<String> = chosen.iter().enumerate().map(|(a, d)| format!("{}:m{a}", d.name)).collect();
+        out.push((mesh.join(","), rules.join(",")));
+    }
+    out
+}
+
 /// A program whose `f` takes `x0, x1, ..` and gives `y`, and the gradients `d x0, ..` of a random weighting of y by
 /// its float inputs.
 pub fn program(feeds: &[(Vec<Dim>, Array)], gradients: bool, build: impl Fn(&Graph, &[Tensor]) -> Tensor) -> Program {
@@ -68,7 +105,7 @@ pub fn run(p: &Program, feeds: &[(Vec<Dim>, Array)], mesh: &str, layout: &str, t
     let names: Vec<String> = (0..feeds.len()).map(|i| format!("x{i}")).collect();
     let feeds: Vec<(&str, &Array)> = names.iter().zip(feeds).map(|(n, (_, a))| (n.as_str(), a)).collect();
     let out = session.run("f", 0, &feeds).unwrap();
-    for peak in session.peaks() {
+    for peak in session.peaks().unwrap() {
         assert!(peak.peak_bytes_measured <= peak.peak_bytes_predicted);
     }
     out
@@ -174,21 +211,6 @@ pub fn same_on_the_grid(what: &str, p: &Program, feeds: &[(Vec<Dim>, Array)], to
     let layouts = grid(p, "f");
     let layouts: Vec<(&str, &str)> = layouts.iter().map(|(m, l)| (m.as_str(), l.as_str())).collect();
     same_everywhere(what, p, feeds, &layouts, tolerance);
-}
-
-/// Draws from `0 .. below`, in order.
-pub struct Draws(Stream, u64);
-
-impl Draws {
-    /// A sequence of its own for each seed.
-    pub fn new(seed: u64) -> Draws {
-        Draws(Stream { seed, step: 0, key: 1 }, 0)
-    }
-    /// The next one.
-    pub fn below(&mut self, below: usize) -> usize {
-        self.1 += 1;
-        ((self.0.uniform(self.1) * below as f32) as usize).min(below - 1)
-    }
 }
 
 /// A program whose function `step` is what `build` makes.

@@ -284,12 +284,9 @@ impl Config {
         if text.is_empty() {
             return Ok(None);
         }
-        let units = [("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)];
-        let (number, shift) =
-            units.iter().find_map(|(u, s)| text.strip_suffix(u).map(|n| (n, *s))).unwrap_or((text, 0));
-        match number.trim().parse::<f64>() {
-            Ok(n) if n > 0.0 && n < 1e12 => Ok(Some((n * f64::from(1 << shift)) as usize)),
-            _ => mistake(
+        match worker::cli::memory(text) {
+            Ok(n) => Ok(Some(n)),
+            Err(_) => mistake(
                 format!("--memory {text} is no amount of memory"),
                 "write `2GiB`, `512MiB` or a number of bytes",
             ),

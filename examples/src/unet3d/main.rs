@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use config::{Config, Dtype, Mistake, Norm, OptimizerKind};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use worker::transport::connector::TransportChoice;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -17,6 +18,7 @@ Examples:
   unet3d train --mesh x=2,y=2,z=2 --base 16 --out runs/big
   unet3d train --data scan.nii.gz --labels organs.nii.gz --size 128
   unet3d train --resume --steps 300 --mesh x=2        goes on, on another mesh, with the same bits
+  unet3d train --workers 4                            each device in a process of its own, with the same bits
   unet3d eval --out runs/big
   unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
 
@@ -28,7 +30,7 @@ Exit codes:
   4  there is no good checkpoint, or it is one of another program";
 
 const KEYS: &str = "\
-Every option but --devices, --config, --set, --out and --resume is also a key of the configuration, for --config and
+Every option but --devices, --coordinator, --workers, --transport, --config, --set, --out and --resume is also a key of the configuration, for --config and
 --set; further keys are
   organ_weight      weight of an organ's voxel in the cross-entropy; the background's is 1 [default: 8]
   checkpoint_every  steps between checkpoints; one is always written at the end [default: 50]
@@ -66,6 +68,9 @@ enum Command {
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
     Plan(Options),
+    /// Offer devices to a coordinator: what `train --workers` starts
+    #[command(hide = true)]
+    Worker(worker::cli::WorkerArgs),
 }
 
 #[derive(Args)]
@@ -86,6 +91,15 @@ struct Options {
     /// Memory that each device may use, such as `2GiB` [default: no limit]
     #[arg(long, help_heading = "Devices", value_name = "BYTES")]
     memory: Option<String>,
+    /// Run on the workers of this coordinator instead of in this process
+    #[arg(long, help_heading = "Devices", value_name = "URL", conflicts_with = "workers")]
+    coordinator: Option<String>,
+    /// Start a coordinator and so many worker processes for this run, and share the devices out to them
+    #[arg(long, help_heading = "Devices", value_name = "N")]
+    workers: Option<usize>,
+    /// How worker processes reach each other: rings in shared memory on one host and gRPC between hosts, or one of them
+    #[arg(long, help_heading = "Devices", value_name = "auto|ring|grpc", default_value = "auto")]
+    transport: TransportChoice,
     /// Filters at the first level; each of the three levels below has twice as many [default: 8]
     #[arg(long, help_heading = "Model", value_name = "N")]
     base: Option<usize>,
@@ -188,10 +202,17 @@ fn main() -> ExitCode {
         Command::Train(o) => (o, train::train),
         Command::Eval(o) => (o, train::eval),
         Command::Plan(o) => (o, train::plan),
+        Command::Worker(args) => return worker::cli::main(args),
     };
     let of_run = options.resume || matches!(cli.command, Command::Eval(_));
     let result = options.config(of_run).map_err(train::Failed::from).and_then(|config| {
-        run(&train::Task { config, out: options.out.clone(), resume: options.resume, devices: options.devices })
+        let place = match (&options.coordinator, options.workers) {
+            (Some(url), _) => train::Place::Coordinator(url.clone()),
+            (None, Some(n)) => train::Place::Workers(n),
+            (None, None) => train::Place::Here,
+        };
+        let (out, resume, devices) = (options.out.clone(), options.resume, options.devices);
+        run(&train::Task { config, out, resume, devices, place, transport: options.transport })
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

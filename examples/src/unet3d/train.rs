@@ -5,22 +5,41 @@ use crate::data::{Outline, Scan, ScanError};
 use crate::model::{self, Shape};
 use crate::report::{Progress, Row, say};
 use coordinator::checkpoint::{self, Position};
+use coordinator::launch::Launched;
 use coordinator::session::FunctionId;
 use coordinator::{Failure, Options, Session};
 use mesh::array::Array;
 use mesh::layout::Mesh;
 use mesh::plan::describe::{bytes, thousands};
+use mesh::program::Program;
 use ndarray::{Array4, Array5, ArrayD, Axis, Ix4};
 use std::fs;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use worker::data::{DataError, picture, volume::View};
+use worker::transport::connector::TransportChoice;
 
 /// The resolved configuration in a run folder.
 pub const CONFIG_FILE: &str = "config.toml";
 const METRICS_FILE: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
+
+/// Where the devices are.
+pub enum Place {
+    /// In this process.
+    Here,
+    /// In so many worker processes, started for this run.
+    Workers(usize),
+    /// In the workers of a coordinator.
+    Coordinator(String),
+}
+
+/// A session, and the workers that were started for it, which end after it.
+struct Running {
+    session: Session,
+    _workers: Option<Launched>,
+}
 
 /// What is to be done.
 pub struct Task {
@@ -32,6 +51,10 @@ pub struct Task {
     pub resume: bool,
     /// Devices there are, if given.
     pub devices: Option<usize>,
+    /// Where the devices are.
+    pub place: Place,
+    /// How worker processes reach each other.
+    pub transport: TransportChoice,
 }
 
 /// Why a command failed. Each text begins with its code, or is a whole `error[code]: ..` already.
@@ -103,8 +126,39 @@ impl Task {
             threads: (c.threads > 0).then_some(c.threads),
             memory: c.memory_bytes()?,
             seed: c.seed,
+            transport: self.transport,
             mesh,
         })
+    }
+
+    /// Begins a session where the devices are.
+    fn session(&self, program: Program, options: &Options) -> Result<Running, Failed> {
+        let session = match &self.place {
+            Place::Here => Session::embedded(program, options)?,
+            Place::Coordinator(url) => Session::connect(url, program, options)?,
+            Place::Workers(n) => {
+                let devices = options.mesh.size();
+                if *n == 0 || devices % n != 0 {
+                    return config::mistake(
+                        format!("--workers {n} cannot share out the {devices} devices of the mesh {}", options.mesh),
+                        "make it a divisor of the number of devices",
+                    )?;
+                }
+                // What is wrong with the plan is said before any process starts.
+                options.plan(&program)?;
+                let own = std::env::current_exe()
+                    .map_err(|why| Failed::Output { path: "this program's own file".into(), why })?;
+                let workers = Launched::start(*n, |address| {
+                    let mut command = std::process::Command::new(&own);
+                    command.args(["worker", "--join", address, "--devices", &format!("cpu:{}", devices / n)]);
+                    command.args(["--threads", &options.threads().to_string()]);
+                    command
+                })?;
+                let session = Session::connect(&workers.url, program, options)?;
+                return Ok(Running { session, _workers: Some(workers) });
+            }
+        };
+        Ok(Running { session, _workers: None })
     }
 
     fn scan(&self) -> Result<Scan, Failed> {
@@ -126,6 +180,11 @@ fn shape(outline: &Outline) -> Shape {
     Shape { volume: outline.shape, classes: outline.classes.len() }
 }
 
+/// `1 device`, `2 devices`.
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// What is about to be done with what, in a few lines.
 fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: usize) -> String {
     let mut extents = outline.shape;
@@ -140,7 +199,7 @@ fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: us
     let optimizer = format!("{:?}", c.optimizer).to_lowercase();
     let mut text = format!(
         "data     {}\nlevels   {}{odd}\nclasses  {}\nmodel    {} parameters: base {}, {norm} norm, drop-out {}\n\
-         training {optimizer} at rate {}, batch {}{}, seed {}\nmesh     {} ({} x {} threads), layout {}\n",
+         training {optimizer} at rate {}, batch {}{}, seed {}\nmesh     {} ({}, {} each), layout {}\n",
         outline.source,
         levels.join(", "),
         outline.classes.join(", "),
@@ -152,9 +211,9 @@ fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: us
         if c.augment { ", augmented" } else { "" },
         c.seed,
         options.mesh,
-        options.mesh.size(),
-        options.threads(),
-        if options.layout.rules().is_empty() { "of no splits".into() } else { options.layout.to_string() },
+        count(options.mesh.size(), "device"),
+        count(options.threads(), "thread"),
+        if options.layout.rules().is_empty() { "of nothing split".into() } else { options.layout.to_string() },
     );
     for (axis, _) in options.mesh.axes().iter().filter(|(_, size)| *size > 1) {
         if !options.layout.rules().iter().any(|(_, a)| a == axis) {
@@ -200,13 +259,14 @@ pub fn train(task: &Task) -> Result<(), Failed> {
     };
     let scan = task.scan()?;
     let outline = scan.outline();
-    let mut session = Session::embedded(model::program(&shape(&outline), c)?, &options)?;
+    let mut running = task.session(model::program(&shape(&outline), c)?, &options)?;
+    let session = &mut running.session;
     eprint!("{}", introduction(c, &outline, &options, session.program().parameters()));
     let most = (0..options.mesh.size()).map(|d| session.plan().peak_bytes(d)).max().unwrap_or(0);
     eprintln!("memory   {} at most on a device\nrun      {}", bytes(most), task.out.display());
     let (mut first, mut samples) = (0, 0);
     if let Some(loaded) = &resumed {
-        loaded.restore(&mut session)?;
+        loaded.restore(session)?;
         (first, samples) = (loaded.manifest.step, loaded.manifest.samples);
         eprintln!("resumed from {} with {first} steps done", loaded.path.display());
         let changed = c.changes(&loaded.manifest.config);
@@ -241,16 +301,16 @@ pub fn train(task: &Task) -> Result<(), Failed> {
         session.feed(f, "labels", &labels)?;
         session.step(f, step)?;
         samples += c.batch as u64;
-        let (loss, grad_norm) = (scalar(&session, f, "loss")?, scalar(&session, f, "grad_norm")?);
+        let (loss, grad_norm) = (scalar(session, f, "loss")?, scalar(session, f, "grad_norm")?);
         let seconds = begun.elapsed().as_secs_f64();
         let last = step + 1 == c.steps;
         let mut row = Row::new(step, loss, grad_norm, seconds, ids);
         if last {
-            row.finish(session.variables_hash()?, session.peaks());
+            row.finish(session.variables_hash()?, session.peaks()?);
         }
         let line = row.line();
         written(&metrics, writeln!(rows, "{line}").and_then(|()| rows.flush()))?;
-        progress.step(step, loss, scalar(&session, f, "dice")?, voxels as f64 / seconds);
+        progress.step(step, loss, scalar(session, f, "dice")?, voxels as f64 / seconds);
         if !loss.is_finite() || !grad_norm.is_finite() {
             progress.finish();
             let kept =
@@ -260,13 +320,13 @@ pub fn train(task: &Task) -> Result<(), Failed> {
             )));
         }
         if last || (c.checkpoint_every > 0 && (step + 1) % c.checkpoint_every == 0) {
-            save(&session, step + 1, samples)?;
+            save(session, step + 1, samples)?;
             saved = Some(step + 1);
         }
     }
     progress.finish();
     say(format!("variables {}", session.variables_hash()?));
-    judge(task, &scan, &mut session)
+    judge(task, &scan, session)
 }
 
 fn diverged(what: String) -> Failed {
@@ -276,13 +336,13 @@ fn diverged(what: String) -> Failed {
 /// Opens the metrics for the rows from step `first` on, keeping those before it.
 fn open_metrics(path: &Path, first: u32) -> Result<fs::File, Failed> {
     let mut kept = Vec::new();
-    if first > 0 {
-        if let Ok(file) = fs::File::open(path) {
-            for line in BufReader::new(file).lines().map_while(Result::ok) {
-                let step = serde_json::from_str::<serde_json::Value>(&line).ok().and_then(|v| v["step"].as_u64());
-                if step.is_some_and(|s| s < u64::from(first)) {
-                    kept.push(line);
-                }
+    if first > 0
+        && let Ok(file) = fs::File::open(path)
+    {
+        for line in BufReader::new(file).lines().map_while(Result::ok) {
+            let step = serde_json::from_str::<serde_json::Value>(&line).ok().and_then(|v| v["step"].as_u64());
+            if step.is_some_and(|s| s < u64::from(first)) {
+                kept.push(line);
             }
         }
     }
@@ -334,11 +394,12 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     let loaded = task.checkpoint()?;
     let scan = task.scan()?;
     let outline = scan.outline();
-    let mut session = Session::embedded(model::eval_program(&shape(&outline), &task.config)?, &options)?;
+    let mut running = task.session(model::eval_program(&shape(&outline), &task.config)?, &options)?;
+    let session = &mut running.session;
     eprint!("{}", introduction(&task.config, &outline, &options, session.program().parameters()));
-    loaded.restore(&mut session)?;
+    loaded.restore(session)?;
     eprintln!("checkpoint {} of {} steps", loaded.path.display(), loaded.manifest.step);
-    judge(task, &scan, &mut session)
+    judge(task, &scan, session)
 }
 
 /// Prints what a run would do.

@@ -6,13 +6,20 @@ pub mod cast;
 pub mod compare;
 pub mod contract;
 pub mod conv;
+pub mod gather;
 pub mod max_pool;
 pub mod movement;
 pub mod reduce;
+pub mod resize;
+pub mod rows;
+pub mod scatter_add;
 pub mod select;
 pub mod source;
+pub mod split;
+pub mod top_k;
 pub mod unary;
 pub mod window;
+pub mod window_sum;
 
 use crate::op::Op;
 
@@ -81,8 +88,22 @@ table! {
     MaxPool(max_pool::MaxPool),
     /// Its gradient.
     MaxPoolGrad(max_pool::MaxPoolGrad),
+    /// Sum of each window along a dimension.
+    WindowSum(window_sum::WindowSum),
+    /// A dimension sampled at another number of places.
+    Resize(resize::ResizeDim),
+    /// Elements of a table by index.
+    Gather(gather::Gather),
+    /// Sums by index.
+    ScatterAdd(scatter_add::ScatterAdd),
+    /// Indices of the largest elements.
+    TopK(top_k::TopK),
     /// Another name for a dimension.
     Rename(movement::Rename),
+    /// A dimension as several.
+    SplitDim(split::SplitDim),
+    /// Several dimensions as one.
+    MergeDims(split::MergeDims),
     /// Some elements of a dimension.
     Slice(movement::Slice),
     /// More elements of one value.

@@ -72,7 +72,7 @@ impl Builder<'_> {
         }
         let root = self.fused.root(v);
         let slot = if self.fused.stored.contains(&root) && !self.inside.contains(&root) {
-            self.load(root, &loops)
+            self.load(v, root, &loops)
         } else {
             self.compute(v, &loops)
         };
@@ -80,7 +80,8 @@ impl Builder<'_> {
         slot
     }
 
-    fn load(&mut self, v: ValueId, loops: &[usize]) -> Slot {
+    /// Loads `v`, whose bytes are those of `root`.
+    fn load(&mut self, v: ValueId, root: ValueId, loops: &[usize]) -> Slot {
         let value = &self.fused.spmd.values[v.index()];
         let held = &value.regions[self.device];
         let own = strides(&held.shape());
@@ -90,7 +91,7 @@ impl Builder<'_> {
             access.strides[l] = *s;
         }
         self.operands.push(access);
-        self.loaded.push(v);
+        self.loaded.push(root);
         self.push(Instr::Load(self.operands.len() - 1), value.ty.dtype)
     }
 

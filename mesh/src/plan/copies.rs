@@ -1,9 +1,11 @@
 //! Ops that only move elements within a device, as copies of boxes.
 
+use super::body::strides;
 use super::exchange::box_copy;
 use super::step::{CopyWork, Part};
 use crate::dim::{DType, Name};
 use crate::ops::Prim;
+use crate::ops::split::{boxes as split_boxes, steps};
 use crate::region::Region;
 use std::ops::Range;
 
@@ -17,6 +19,40 @@ pub(super) fn copies(prim: &Prim, inputs: &[Part], output: &Part) -> Option<Copy
             let from = renamed(&inputs[0].region, output);
             boxes.push((0, box_copy(&output.region, &from, &output.region)));
         }
+        Prim::SplitDim(s) => {
+            let at = inputs[0].ty.position(&s.dim)?;
+            let steps = steps(&s.sizes());
+            let (held, own) = (&inputs[0].region, &output.region);
+            if !own.is_empty() {
+                let read = strides(&held.shape());
+                let mut copy = box_copy(own, own, own);
+                let joint: usize = own.0[at..].iter().zip(&steps).map(|((_, r), s)| r.start * s).sum();
+                let first = |i: usize| if i < at { own.0[i].1.start } else { own.0[i + steps.len() - 1].1.start };
+                let first = |i: usize| if i == at { joint } else { first(i) };
+                copy.from = held.0.iter().enumerate().map(|(i, (_, h))| (first(i) - h.start) * read[i]).sum();
+                copy.from_strides = read.clone();
+                copy.from_strides.splice(at..at + 1, steps.iter().map(|s| s * read[at]));
+                boxes.push((0, copy));
+            }
+        }
+        Prim::MergeDims(m) => {
+            let at = output.ty.position(&m.into)?;
+            let sizes = m.sizes(&inputs[0].ty);
+            let steps = steps(&sizes);
+            let (held, own) = (&inputs[0].region, &output.region);
+            let written = strides(&own.shape());
+            let range = if own.is_empty() { 0..0 } else { own.0[at].1.clone() };
+            for part in split_boxes(&range, &sizes) {
+                let joint: usize = part.iter().zip(&steps).map(|(r, s)| r.start * s).sum();
+                let mut piece = own.clone();
+                piece.0.splice(at..at + 1, m.dims.iter().cloned().zip(part));
+                let mut copy = box_copy(&piece, held, &piece);
+                copy.to = (joint - range.start) * written[at];
+                copy.to_strides = written.clone();
+                copy.to_strides.splice(at..at + 1, steps.iter().map(|s| s * written[at]));
+                boxes.push((0, copy));
+            }
+        }
         Prim::Slice(s) => {
             // The box is laid out in the input's indices; only its strides along the dimension differ.
             let at = output.ty.position(&s.dim)?;
@@ -27,7 +63,7 @@ pub(super) fn copies(prim: &Prim, inputs: &[Part], output: &Part) -> Option<Copy
                 let held = &inputs[0].region;
                 let moved = output.region.clone().with(&s.dim, first..first + 1);
                 copy.from = box_copy(&moved, held, &moved).from;
-                copy.from_strides = super::body::strides(&held.shape());
+                copy.from_strides = strides(&held.shape());
                 copy.from_strides[at] *= s.stride;
                 boxes.push((0, copy));
             }

@@ -9,7 +9,7 @@ use crate::dim::Type;
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
 use crate::ops::unary::UnaryFn;
-use crate::spmd::{SpmdOp, SpmdProgram, ValueId};
+use crate::spmd::{Instr, SpmdOp, SpmdProgram, ValueId};
 use std::collections::{HashMap, HashSet};
 
 /// A step to be: what it is made of, before offsets.
@@ -111,6 +111,11 @@ impl<'a> Fused<'a> {
         for instr in spmd.instrs.iter().rev() {
             let (out, u) = (instr.output, uses[instr.output.index()].clone());
             let Some(prim) = self.elementwise(out).cloned() else {
+                if self.lies_there(instr) {
+                    self.alias.insert(out, instr.inputs[0]);
+                    uses[instr.inputs[0].index()].hard = true;
+                    continue;
+                }
                 self.stored.insert(out);
                 let reduce = matches!(&instr.op, SpmdOp::Compute { prim: Prim::Reduce(_), .. });
                 for &i in &instr.inputs {
@@ -152,6 +157,27 @@ impl<'a> Fused<'a> {
         let (a, b) = (&self.spmd.values[a.index()], &self.spmd.values[b.index()]);
         let ranges = |r: &crate::region::Region| r.0.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>();
         a.nodes == b.nodes && a.regions.iter().zip(&b.regions).all(|(r, s)| ranges(r) == ranges(s))
+    }
+
+    /// Whether an instruction splits or merges dimensions whose bytes stay the same on every device.
+    fn lies_there(&self, instr: &Instr) -> bool {
+        let Some(input) = instr.inputs.first().map(|v| &self.spmd.values[v.index()]) else { return false };
+        let mut regions = input.regions.iter().zip(&self.spmd.values[instr.output.index()].regions);
+        match &instr.op {
+            SpmdOp::Compute { prim: Prim::SplitDim(s), .. } => regions.all(|(x, y)| s.same_bytes(x, y)),
+            SpmdOp::Compute { prim: Prim::MergeDims(m), .. } => regions.all(|(x, y)| m.same_bytes(&input.ty, x, y)),
+            _ => false,
+        }
+    }
+
+    /// Whether the loops that compute `v` read one of `outputs` with its dimensions split or merged.
+    fn reads_reshaped(&self, v: ValueId, outputs: &[ValueId]) -> bool {
+        let Some(instr) = self.producer[v.index()].map(|i| &self.spmd.instrs[i]) else { return false };
+        match self.alias.contains_key(&v) && self.elementwise(v).is_none() {
+            true => outputs.contains(&self.root(v)),
+            false if self.stored.contains(&v) => false,
+            false => instr.inputs.iter().any(|&v| self.reads_reshaped(v, outputs)),
+        }
     }
 
     fn group(&mut self) {
@@ -237,12 +263,14 @@ impl<'a> Fused<'a> {
         let (a, b) = (&self.spmd.instrs[earlier.instrs[0]], &self.spmd.instrs[later.instrs[0]]);
         let reads_earlier = later.inputs.iter().any(|v| earlier.outputs.contains(v));
         let ready = later.inputs.iter().all(|v| earlier.outputs.contains(v) || made.get(v).is_none_or(|&m| m < at));
-        if earlier.kind != later.kind || !ready || earlier.outputs.len() >= 4 {
+        // Within one pass a value is at hand point by point, in its own dimensions only.
+        let reshaped = || b.inputs.iter().any(|&v| self.reads_reshaped(v, &earlier.outputs));
+        if earlier.kind != later.kind || !ready || earlier.outputs.len() >= 4 || reads_earlier && reshaped() {
             return false;
         }
         match (&a.op, &b.op) {
             (SpmdOp::Compute { prim: Prim::Reduce(f), sum: s }, SpmdOp::Compute { prim: Prim::Reduce(g), sum: t }) => {
-                let space = |i: &crate::spmd::Instr| {
+                let space = |i: &Instr| {
                     let (x, y) = (self.ty(i.inputs[0]).clone(), &self.spmd.values[i.output.index()]);
                     (x.dims, y.regions.clone())
                 };

@@ -3,10 +3,14 @@
 use super::contract::ContractPlan;
 use super::conv::ConvPlan;
 use super::copy::CopiesPlan;
+use super::gather::GatherPlan;
 use super::isa::Isa;
 use super::map::MapPlan;
 use super::max_pool::MaxPoolPlan;
 use super::reduce::ReducePlan;
+use super::rows::RowsPlan;
+use super::scatter_add::ScatterAddPlan;
+use super::top_k::TopKPlan;
 use super::vm::StepContext;
 use super::weight_grad::WeightGradPlan;
 use crate::collective::{AllReducePlan, ExchangePlan};
@@ -28,6 +32,14 @@ pub enum Kernel {
     Contract(Box<ContractPlan>),
     /// Max pooling or its gradient.
     MaxPool(MaxPoolPlan),
+    /// Windows' sums, resizing, and their adjoints.
+    Rows(RowsPlan),
+    /// Elements of a table by index.
+    Gather(GatherPlan),
+    /// Sums by index.
+    ScatterAdd(Box<ScatterAddPlan>),
+    /// Indices of the largest elements.
+    TopK(TopKPlan),
     /// Copies within the device.
     Copies(CopiesPlan),
     /// Boxes between devices.
@@ -67,6 +79,10 @@ impl Kernel {
                 .or_else(|| WeightGradPlan::with_isa(op, isa).map(|p| Kernel::WeightGrad(Box::new(p))))
                 .or_else(|| ContractPlan::with_isa(op, isa).map(|p| Kernel::Contract(Box::new(p))))
                 .or_else(|| MaxPoolPlan::with_isa(op, isa).map(Kernel::MaxPool))
+                .or_else(|| RowsPlan::new(op).map(Kernel::Rows))
+                .or_else(|| GatherPlan::new(op).map(Kernel::Gather))
+                .or_else(|| ScatterAddPlan::new(op).map(|p| Kernel::ScatterAdd(Box::new(p))))
+                .or_else(|| TopKPlan::new(op).map(Kernel::TopK))
                 .unwrap_or_else(|| unreachable!("{} is planned as a loop, a copy or a kernel", op.op.op().name())),
         }
     }
@@ -78,7 +94,9 @@ impl Kernel {
             Kernel::Conv(p) => p.scratch_bytes(),
             Kernel::WeightGrad(p) => p.scratch_bytes(),
             Kernel::Contract(p) => p.scratch_bytes(),
-            Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Copies(_) => 0,
+            Kernel::ScatterAdd(p) => p.scratch_bytes(),
+            Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Rows(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
+            Kernel::Copies(_) => 0,
             // The planner works these out itself.
             Kernel::Exchange(_) | Kernel::AllReduce(_) => 0,
         }
@@ -105,6 +123,10 @@ impl Kernel {
                 Kernel::WeightGrad(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
                 Kernel::Contract(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
                 Kernel::MaxPool(p) => p.run(pool, inputs, out),
+                Kernel::Rows(p) => p.run(pool, inputs[0], out),
+                Kernel::Gather(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast()),
+                Kernel::ScatterAdd(p) => p.run(pool, inputs[0], inputs[1].cast(), out, scratch.cast()),
+                Kernel::TopK(p) => p.run(pool, inputs[0].cast(), out.cast()),
                 Kernel::Copies(p) => p.run(pool, inputs, out, o.output_bytes),
                 Kernel::Exchange(p) => return p.run(pool, transport, inputs[0], out, scratch),
                 Kernel::AllReduce(p) => return p.run(pool, transport, inputs[0], out, scratch),

@@ -4,12 +4,17 @@
 pub mod contract;
 pub mod conv;
 pub mod copy;
+pub mod gather;
 pub mod isa;
 pub mod kernel;
 pub mod map;
 pub mod math;
 pub mod max_pool;
+pub mod nest;
 pub mod reduce;
+pub mod rows;
+pub mod scatter_add;
 pub mod tile;
+pub mod top_k;
 pub mod vm;
 pub mod weight_grad;

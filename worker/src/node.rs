@@ -1,0 +1,230 @@
+//! A worker's life: it offers its devices to a coordinator and stays for as long as that wants it.
+
+use crate::service::{Offer, WorkerService};
+use crate::transport::connector::{self, ListenOptions, Listener, Version};
+use proto::control::{FromWorker, WorkerHello, from_worker, membership_client::MembershipClient, to_worker};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::transport::{Channel, Endpoint, Server};
+
+/// Largest message of the control plane.
+pub const MESSAGE_BYTES: usize = 4 << 20;
+/// Version of the control plane's protocol.
+pub const PROTOCOL: u32 = 1;
+/// How long a worker without a coordinator tries to find it again, if none has said otherwise.
+const LEASE: Duration = Duration::from_secs(10);
+/// Time between two beats.
+const BEAT: Duration = Duration::from_millis(500);
+
+/// How a worker runs.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// The coordinator: `host:port` or `http://host:port`.
+    pub join: String,
+    /// Where the worker's own services listen.
+    pub bind: SocketAddr,
+    /// What it offers.
+    pub offer: Offer,
+    /// Allows services without TLS where other hosts can reach them.
+    pub insecure: bool,
+}
+
+/// Why a worker ends.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The coordinator does not let it in: another attempt would not help.
+    #[error("error[W0030]: the coordinator {coordinator} refuses this worker: {reason}")]
+    Refused {
+        /// Who.
+        coordinator: String,
+        /// Why.
+        reason: String,
+    },
+    /// The coordinator cannot be reached, or is gone.
+    #[error(
+        "error[W0031]: the coordinator {coordinator} is not there: {reason}\n  help: start it with `coordinator --listen \
+         {coordinator}`, or name another one with --join"
+    )]
+    Gone {
+        /// Who.
+        coordinator: String,
+        /// Why.
+        reason: String,
+    },
+    /// Something that the system does not give.
+    #[error("error[W0032]: {0}")]
+    System(String),
+}
+
+impl NodeError {
+    /// The process's exit code: 2 configuration, 75 try again.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            NodeError::Refused { .. } => 2,
+            NodeError::Gone { .. } => 75,
+            NodeError::System(_) => 1,
+        }
+    }
+}
+
+/// A channel to a control service.
+///
+/// # Errors
+/// An address that is none; in words.
+pub fn endpoint(address: &str) -> Result<Endpoint, String> {
+    let uri = if address.contains("://") { address.to_string() } else { format!("http://{address}") };
+    let endpoint = Endpoint::from_shared(uri).map_err(|e| format!("`{address}` is no address: {e}"))?;
+    Ok(endpoint
+        .connect_timeout(Duration::from_secs(5))
+        .tcp_nodelay(true)
+        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(8 << 20))
+}
+
+/// Refuses to serve others in the clear.
+///
+/// # Errors
+/// An address that other hosts reach, without TLS; in words.
+pub fn check_bind(bind: SocketAddr, insecure: bool) -> Result<(), String> {
+    if bind.ip().is_loopback() || insecure {
+        return Ok(());
+    }
+    Err(format!(
+        "{bind} can be reached from other hosts, and nothing there would be encrypted; pass --insecure if you mean it"
+    ))
+}
+
+/// Runs a worker until the coordinator is gone for good, or refuses it; blocks.
+///
+/// # Errors
+/// Always, in the end: why it ended.
+pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
+    let system = |e: &dyn std::fmt::Display| NodeError::System(e.to_string());
+    check_bind(options.bind, options.insecure).map_err(|e| system(&e))?;
+    let runtime = connector::runtime().map_err(|e| system(&e))?;
+    let listen = ListenOptions {
+        bind: SocketAddr::new(options.bind.ip(), 0),
+        insecure: options.insecure,
+        ..ListenOptions::default()
+    };
+    let listener = Arc::new(Listener::bind(listen, runtime.handle().clone()).map_err(|e| system(&e))?);
+    let service = WorkerService::new(options.offer.clone(), listener.clone());
+    let end = runtime.block_on(async {
+        let socket = TcpListener::bind(options.bind).await.map_err(|e| system(&e))?;
+        let address = socket.local_addr().map_err(|e| system(&e))?;
+        let served =
+            proto::control::worker_server::WorkerServer::new(service.clone()).max_decoding_message_size(MESSAGE_BYTES);
+        let server = Server::builder()
+            .initial_stream_window_size(4 << 20)
+            .initial_connection_window_size(8 << 20)
+            .add_service(served)
+            .serve_with_incoming(TcpListenerStream::new(socket));
+        let server = tokio::spawn(server);
+        let own = listener.address();
+        let hello = WorkerHello {
+            protocol: PROTOCOL,
+            build: Version::default().build,
+            address: address.to_string(),
+            data_address: own.grpc.clone(),
+            host: own.host.to_string(),
+            socket: own.socket.clone(),
+            devices: options.offer.devices as u32,
+            threads: options.offer.threads as u32,
+            memory: options.offer.memory.unwrap_or(0) as u64,
+        };
+        let end = stay(options, &hello, &service).await;
+        server.abort();
+        end
+    });
+    let stop = service.clone();
+    // Devices may be waiting for peers that are gone.
+    std::thread::spawn(move || stop.unload(u64::MAX, "the worker ends")).join().ok();
+    end
+}
+
+/// Joins, and joins again when the coordinator was lost, until it is gone for longer than the lease.
+async fn stay(options: &NodeOptions, hello: &WorkerHello, service: &WorkerService) -> Result<(), NodeError> {
+    let gone = |reason: String| NodeError::Gone { coordinator: options.join.clone(), reason };
+    let channel: Channel = endpoint(&options.join).map_err(NodeError::System)?.connect_lazy();
+    let mut lease = LEASE;
+    let mut alone = Instant::now();
+    loop {
+        match join(&channel, hello, &mut lease).await {
+            Left::Refused(reason) => {
+                return Err(NodeError::Refused { coordinator: options.join.clone(), reason });
+            }
+            Left::Lost { reason, joined } => {
+                if joined {
+                    tracing::warn!("lost the coordinator {}: {reason}", options.join);
+                    alone = Instant::now();
+                    // What runs belongs to an epoch that ends with the connection.
+                    let service = service.clone();
+                    let stop = move || service.unload(0, "this worker has lost its coordinator");
+                    tokio::task::spawn_blocking(stop).await.map_err(|e| NodeError::System(e.to_string()))?;
+                }
+                if alone.elapsed() > lease {
+                    return Err(gone(reason));
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+enum Left {
+    Refused(String),
+    Lost { reason: String, joined: bool },
+}
+
+async fn join(channel: &Channel, hello: &WorkerHello, lease: &mut Duration) -> Left {
+    let mut client = MembershipClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES);
+    let (send, receive) = mpsc::channel(8);
+    let message = |kind| FromWorker { kind: Some(kind) };
+    let lost = |reason: String, joined| Left::Lost { reason, joined };
+    if send.send(message(from_worker::Kind::Hello(hello.clone()))).await.is_err() {
+        return lost("the stream did not open".into(), false);
+    }
+    let mut stream = match client.join(ReceiverStream::new(receive)).await {
+        Ok(reply) => reply.into_inner(),
+        Err(s) if s.code() == tonic::Code::FailedPrecondition => return Left::Refused(s.message().into()),
+        Err(s) => return lost(s.message().into(), false),
+    };
+    let mut joined = false;
+    let mut beats = tokio::time::interval(BEAT);
+    let mut heard = Instant::now();
+    let mut count = 0;
+    loop {
+        tokio::select! {
+            _ = beats.tick() => {
+                count += 1;
+                if heard.elapsed() > *lease {
+                    return lost(format!("it was silent for {:?}", heard.elapsed()), joined);
+                }
+                if send.send(message(from_worker::Kind::Beat(proto::control::Beat { count }))).await.is_err() {
+                    return lost("the stream is closed".into(), joined);
+                }
+            }
+            next = stream.next() => match next.map(|n| n.map(|m| m.kind)) {
+                Some(Ok(Some(to_worker::Kind::Welcome(w)))) => {
+                    if w.build != hello.build || w.protocol != hello.protocol {
+                        let ours = format!("build {} (control protocol {})", hello.build, hello.protocol);
+                        let theirs = format!("build {} (control protocol {})", w.build, w.protocol);
+                        return Left::Refused(format!("this worker is {ours} and the coordinator {theirs}"));
+                    }
+                    *lease = Duration::from_millis(u64::from(w.lease_ms.max(1000)));
+                    (joined, heard) = (true, Instant::now());
+                    tracing::info!("joined as worker {} with {} devices", w.worker, hello.devices);
+                }
+                Some(Ok(Some(to_worker::Kind::Refusal(reason)))) => return Left::Refused(reason),
+                Some(Ok(_)) => heard = Instant::now(),
+                Some(Err(s)) => return lost(s.message().into(), joined),
+                None => return lost("it has closed the stream".into(), joined),
+            }
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What a switchboard asks of a link.
+
+use super::TransportError;
+
+/// The most bytes that one call of [`Link::write`] or [`Link::read`] moves between a message's memory and a ring, so
+/// that both sides of a large message work at once.
+pub const PIECE: usize = 256 << 10;
+
+/// One device's end of a pair of ordered pipes of bytes, to and from one peer. Nothing here waits for the peer.
+///
+/// Whenever the peer has done something that may matter, the device's [`Bell`](super::bell::Bell) rings.
+pub trait Link: Send {
+    /// What it is, for people.
+    fn kind(&self) -> &'static str;
+
+    /// Takes as many of the bytes as there is room for now, and says how many.
+    ///
+    /// # Safety
+    /// The bytes are readable, and stay so and unchanged until [`Link::settled`] says true or [`Link::release`] has
+    /// returned.
+    unsafe fn write(&mut self, from: *const u8, bytes: usize) -> Result<usize, TransportError>;
+
+    /// Gives as many of the next bytes as are there now, `bytes` at most, and says how many.
+    ///
+    /// # Safety
+    /// `bytes` bytes are writable.
+    unsafe fn read(&mut self, to: *mut u8, bytes: usize) -> Result<usize, TransportError>;
+
+    /// Makes sure that the peer learns of what was written and read.
+    fn flush(&mut self);
+
+    /// Whether nothing that was written is still being looked at.
+    fn settled(&self) -> bool;
+
+    /// Stops looking at anything that was written, sent or not.
+    fn release(&mut self);
+
+    /// Whether the peer has given up: the device that was the first, and its reason.
+    fn aborted(&self) -> Option<(usize, String)>;
+
+    /// How it is known that the peer is gone, if it is. What it had sent before may still be read.
+    fn lost(&mut self) -> Option<String>;
+
+    /// Leaves word that device `device` has given up.
+    fn abort(&mut self, device: usize, reason: &str);
+
+    /// Says that nothing more will be written; true once what was written is with the peer, or never will be. Called
+    /// again until then.
+    fn close(&mut self) -> bool;
+}
+
+/// What stands before every message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    /// The sender's epoch.
+    pub epoch: u64,
+    /// Messages that the sender sent to this receiver before.
+    pub sequence: u64,
+    /// Bytes of the message.
+    pub length: u64,
+}
+
+impl Envelope {
+    /// Bytes on the wire.
+    pub const BYTES: usize = 24;
+
+    /// On the wire.
+    pub fn encode(self) -> [u8; Envelope::BYTES] {
+        let mut out = [0; Envelope::BYTES];
+        for (to, word) in out.chunks_exact_mut(8).zip([self.epoch, self.sequence, self.length]) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        out
+    }
+
+    /// From the wire. Whatever the bytes are, they are some envelope; the receiver knows which one must come.
+    pub fn decode(bytes: &[u8; Envelope::BYTES]) -> Envelope {
+        let word = |i: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[i * 8..i * 8 + 8]);
+            u64::from_le_bytes(word)
+        };
+        Envelope { epoch: word(0), sequence: word(1), length: word(2) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn envelopes_survive_the_wire(epoch: u64, sequence: u64, length: u64) {
+            let envelope = Envelope { epoch, sequence, length };
+            prop_assert_eq!(Envelope::decode(&envelope.encode()), envelope);
+        }
+    }
+}

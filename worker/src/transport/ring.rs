@@ -1,0 +1,402 @@
+//! The link between processes of one host: two rings in memory that both map.
+//!
+//! Each ring has one producer and one consumer. The producer copies bytes in behind its head and publishes the head; the
+//! consumer copies bytes out behind its tail and publishes the tail. Heads and tails count bytes and never wrap. Each
+//! side works with its own count and only publishes it; what the other side published is checked every time it is read,
+//! so that a peer that writes nonsense is found out and cannot lead a copy outside the ring.
+
+use super::TransportError;
+use super::bell::Bell;
+use super::link::{Link, PIECE};
+use super::memory::SharedMemory;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Bytes of a ring. Measured: from 1 MiB on, larger rings are no faster on large messages, and stay in no cache.
+pub const RING_BYTES: usize = 4 << 20;
+/// The smallest and the largest ring that a peer may ask for.
+pub const RING_LIMITS: std::ops::RangeInclusive<usize> = 4 << 10..=256 << 20;
+
+/// A ring's page of control words. Head and tail lie two cache lines apart, for processors fetch lines in pairs.
+const CONTROL: usize = 4096;
+/// Bytes that the producer has put in.
+const HEAD: usize = 0;
+/// Bytes that the consumer has taken out.
+const TAIL: usize = 128;
+/// 1 once the producer has given up; then the device that gave up first, and the reason's length and bytes.
+const ABORTED: usize = 256;
+const ABORT_DEVICE: usize = 260;
+const ABORT_LENGTH: usize = 264;
+const ABORT_REASON: usize = 320;
+const REASON_BYTES: usize = 1024;
+
+/// The memory of a pair of rings. The first is the dialler's to fill, the second the acceptor's.
+#[derive(Clone, Debug)]
+pub struct RingMemory {
+    memory: Arc<SharedMemory>,
+    capacity: usize,
+}
+
+impl RingMemory {
+    fn bytes(capacity: usize) -> io::Result<usize> {
+        if RING_LIMITS.contains(&capacity) && capacity.is_power_of_two() {
+            Ok(2 * (CONTROL + capacity))
+        } else {
+            Err(io::Error::other(format!(
+                "a ring of {capacity} bytes; it must be a power of two from {} to {}",
+                RING_LIMITS.start(),
+                RING_LIMITS.end()
+            )))
+        }
+    }
+
+    /// New rings of `capacity` bytes each, and the descriptor to hand to the peer.
+    pub fn create(capacity: usize) -> io::Result<(RingMemory, OwnedFd)> {
+        let (memory, fd) = SharedMemory::create("mesh-ring", RingMemory::bytes(capacity)?)?;
+        Ok((RingMemory { memory: Arc::new(memory), capacity }, fd))
+    }
+
+    /// The rings of `capacity` bytes that a peer made.
+    pub fn open(fd: &OwnedFd, capacity: usize) -> io::Result<RingMemory> {
+        let memory = SharedMemory::open(fd, RingMemory::bytes(capacity)?)?;
+        Ok(RingMemory { memory: Arc::new(memory), capacity })
+    }
+
+    fn lane(&self, second: bool) -> Lane {
+        let control = if second { CONTROL + self.capacity } else { 0 };
+        Lane { memory: self.memory.clone(), control, capacity: self.capacity, mine: 0, theirs: 0 }
+    }
+}
+
+/// One ring, seen from one of its ends.
+struct Lane {
+    memory: Arc<SharedMemory>,
+    control: usize,
+    capacity: usize,
+    /// This side's count; the shared word only tells the peer.
+    mine: u64,
+    /// The peer's count, as last read.
+    theirs: u64,
+}
+
+impl Lane {
+    /// Room for the producer, from the peer's tail as last read.
+    fn room(&self) -> usize {
+        self.capacity - (self.mine - self.theirs) as usize
+    }
+
+    /// Bytes for the consumer, from the peer's head as last read.
+    fn filled(&self) -> usize {
+        (self.theirs - self.mine) as usize
+    }
+
+    /// Reads the consumer's tail: it moves forward only, and never past the head.
+    fn look_at_tail(&mut self) -> Result<(), String> {
+        let tail = self.memory.word64(self.control + TAIL).load(Ordering::Acquire);
+        if tail < self.theirs || tail > self.mine {
+            return Err(format!("the ring's tail is {tail}, where {} to {} can be", self.theirs, self.mine));
+        }
+        self.theirs = tail;
+        Ok(())
+    }
+
+    /// Reads the producer's head: it moves forward only, and never more than the capacity past the tail.
+    fn look_at_head(&mut self) -> Result<(), String> {
+        let head = self.memory.word64(self.control + HEAD).load(Ordering::Acquire);
+        let last = self.mine.saturating_add(self.capacity as u64);
+        if head < self.theirs || head > last {
+            return Err(format!("the ring's head is {head}, where {} to {last} can be", self.theirs));
+        }
+        self.theirs = head;
+        Ok(())
+    }
+
+    /// Where `n` bytes from this side's count on lie: an offset in the memory and the bytes before the ring's end.
+    fn span(&self, n: usize) -> (usize, usize) {
+        let at = (self.mine % self.capacity as u64) as usize;
+        (self.control + CONTROL + at, n.min(self.capacity - at))
+    }
+
+    /// Copies up to a piece in.
+    ///
+    /// # Safety
+    /// `bytes` bytes are readable.
+    unsafe fn put(&mut self, from: *const u8, bytes: usize) -> Result<usize, String> {
+        let wanted = bytes.min(PIECE);
+        if self.room() < wanted {
+            self.look_at_tail()?;
+        }
+        let n = wanted.min(self.room());
+        let (at, first) = self.span(n);
+        // SAFETY: `n` is at most `bytes`; both parts lie in the ring.
+        unsafe {
+            self.memory.write(at, from, first);
+            self.memory.write(self.control + CONTROL, from.add(first), n - first);
+        }
+        self.mine += n as u64;
+        self.memory.word64(self.control + HEAD).store(self.mine, Ordering::Release);
+        Ok(n)
+    }
+
+    /// Copies up to a piece out.
+    ///
+    /// # Safety
+    /// `bytes` bytes are writable.
+    unsafe fn take(&mut self, to: *mut u8, bytes: usize) -> Result<usize, String> {
+        let wanted = bytes.min(PIECE);
+        if self.filled() < wanted {
+            self.look_at_head()?;
+        }
+        let n = wanted.min(self.filled());
+        let (at, first) = self.span(n);
+        // SAFETY: `n` is at most `bytes`; both parts lie in the ring.
+        unsafe {
+            self.memory.read(at, to, first);
+            self.memory.read(self.control + CONTROL, to.add(first), n - first);
+        }
+        self.mine += n as u64;
+        self.memory.word64(self.control + TAIL).store(self.mine, Ordering::Release);
+        Ok(n)
+    }
+
+    /// Leaves the producer's last word.
+    fn abort(&self, device: usize, reason: &str) {
+        let aborted = self.memory.word32(self.control + ABORTED);
+        if aborted.load(Ordering::Relaxed) != 0 {
+            return;
+        }
+        let bytes = reason.len().min(REASON_BYTES);
+        self.memory.word32(self.control + ABORT_DEVICE).store(device as u32, Ordering::Relaxed);
+        self.memory.word32(self.control + ABORT_LENGTH).store(bytes as u32, Ordering::Relaxed);
+        // SAFETY: the reason has at least so many bytes.
+        unsafe { self.memory.write(self.control + ABORT_REASON, reason.as_ptr(), bytes) };
+        aborted.store(1, Ordering::Release);
+    }
+
+    /// The producer's last word, if there is one.
+    fn aborted(&self) -> Option<(usize, String)> {
+        if self.memory.word32(self.control + ABORTED).load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let device = self.memory.word32(self.control + ABORT_DEVICE).load(Ordering::Relaxed) as usize;
+        let length = self.memory.word32(self.control + ABORT_LENGTH).load(Ordering::Relaxed) as usize;
+        let mut reason = [0u8; REASON_BYTES];
+        // SAFETY: the whole field is copied, whatever length the peer wrote.
+        unsafe { self.memory.read(self.control + ABORT_REASON, reason.as_mut_ptr(), REASON_BYTES) };
+        Some((device, String::from_utf8_lossy(&reason[..length.min(REASON_BYTES)]).into_owned()))
+    }
+}
+
+/// One device's end of a pair of rings.
+pub struct RingLink {
+    me: usize,
+    peer: usize,
+    out: Lane,
+    into: Lane,
+    /// The peer's bell.
+    bell: Arc<Bell>,
+    /// Bytes moved since the bell was rung last.
+    unrung: usize,
+    /// Closes when the peer's process ends; None between devices of one process.
+    socket: Option<UnixStream>,
+}
+
+impl RingLink {
+    /// Device `me`'s end. `dialler` says which ring is whose; `bell` is the peer's; `socket` must not block, and is
+    /// only watched.
+    pub fn new(
+        me: usize,
+        peer: usize,
+        memory: &RingMemory,
+        dialler: bool,
+        bell: Arc<Bell>,
+        socket: Option<UnixStream>,
+    ) -> RingLink {
+        RingLink { me, peer, out: memory.lane(!dialler), into: memory.lane(dialler), bell, unrung: 0, socket }
+    }
+
+    fn corrupt(&self, what: String) -> TransportError {
+        TransportError::Corrupt { me: self.me, peer: self.peer, what }
+    }
+
+    /// Counts bytes moved; rings when they are so many that the peer should begin before we are through.
+    fn moved(&mut self, n: usize) {
+        self.unrung += n;
+        if self.unrung >= PIECE {
+            self.flush();
+        }
+    }
+}
+
+impl Link for RingLink {
+    fn kind(&self) -> &'static str {
+        "ring"
+    }
+
+    unsafe fn write(&mut self, from: *const u8, bytes: usize) -> Result<usize, TransportError> {
+        // SAFETY: by this function's contract.
+        let n = unsafe { self.out.put(from, bytes) }.map_err(|what| self.corrupt(what))?;
+        self.moved(n);
+        Ok(n)
+    }
+
+    unsafe fn read(&mut self, to: *mut u8, bytes: usize) -> Result<usize, TransportError> {
+        // SAFETY: by this function's contract.
+        let n = unsafe { self.into.take(to, bytes) }.map_err(|what| self.corrupt(what))?;
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn flush(&mut self) {
+        if self.unrung > 0 {
+            self.unrung = 0;
+            self.bell.ring();
+        }
+    }
+
+    fn settled(&self) -> bool {
+        true
+    }
+
+    fn release(&mut self) {}
+
+    fn aborted(&self) -> Option<(usize, String)> {
+        self.into.aborted()
+    }
+
+    fn lost(&mut self) -> Option<String> {
+        let socket = self.socket.as_ref()?;
+        let mut byte = [0u8; 1];
+        match rustix::net::recv(socket, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Err(Errno::AGAIN | Errno::INTR) => None,
+            Ok((0, _)) => Some("its process has ended or closed the connection".into()),
+            Ok(_) => Some("it sent bytes where none are allowed".into()),
+            Err(e) => Some(e.to_string()),
+        }
+    }
+
+    fn abort(&mut self, device: usize, reason: &str) {
+        self.out.abort(device, reason);
+        self.bell.ring();
+    }
+
+    fn close(&mut self) -> bool {
+        // The peer maps the memory too.
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::bell::Doom;
+    use crate::transport::switchboard::Switchboard;
+    use crate::transport::{Transport, link::Envelope};
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    const CAPACITY: usize = 4096;
+
+    /// A device's end of a pair of rings, and the memory, for a peer that does with it what it likes.
+    fn end_and_memory() -> (Switchboard, RingMemory) {
+        let (memory, _) = RingMemory::create(CAPACITY).unwrap();
+        let bell = Arc::new(Bell::create().unwrap().0);
+        let theirs = Arc::new(Bell::create().unwrap().0);
+        let link: Box<dyn Link> = Box::new(RingLink::new(0, 1, &memory, false, theirs, None));
+        (Switchboard::new(0, 7, vec![None, Some(link)], bell, Doom::new(), Duration::ZERO), memory)
+    }
+
+    /// What a hostile peer does to one word of the memory.
+    fn attack() -> impl Strategy<Value = (usize, u64)> {
+        let words = [HEAD, TAIL, ABORT_DEVICE / 8 * 8, ABORT_LENGTH, ABORT_REASON];
+        let lanes = [0, CONTROL + CAPACITY];
+        let word = (0..words.len(), 0..2usize).prop_map(move |(w, l)| lanes[l] + words[w]);
+        let data = (0..CAPACITY / 8).prop_map(|i| CONTROL + i * 8);
+        let value = prop_oneof![any::<u64>(), 0..3 * CAPACITY as u64, Just(u64::MAX), Just(CAPACITY as u64 + 1)];
+        (prop_oneof![3 => word, 1 => data], value)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Reads and writes go on while a peer spoils the memory: they give bytes or an error, and nothing is touched
+        /// outside the buffers.
+        #[test]
+        fn a_hostile_peer_gets_an_error_and_nothing_else(
+            steps in prop::collection::vec((attack(), 0..6000usize, any::<bool>()), 1..40),
+        ) {
+            let (memory, _) = RingMemory::create(CAPACITY).unwrap();
+            let theirs = Arc::new(Bell::create().unwrap().0);
+            let mut link = RingLink::new(0, 1, &memory, false, theirs, None);
+            for ((offset, value), bytes, write) in steps {
+                memory.memory.word64(offset).store(value, Ordering::Release);
+                let mut buffer = vec![0xa5u8; bytes + 128];
+                // SAFETY: `bytes` bytes lie in the buffer behind the first 64.
+                let done = unsafe {
+                    let at = buffer.as_mut_ptr().add(64);
+                    if write { link.write(at, bytes) } else { link.read(at, bytes) }
+                };
+                match done {
+                    Ok(n) => prop_assert!(n <= bytes.min(CAPACITY)),
+                    Err(TransportError::Corrupt { me: 0, peer: 1, .. }) => {}
+                    Err(e) => prop_assert!(false, "{}", e),
+                }
+                prop_assert!(buffer[..64].iter().chain(&buffer[64 + bytes..]).all(|b| *b == 0xa5));
+                prop_assert!(link.aborted().is_none_or(|(_, reason)| reason.chars().count() <= REASON_BYTES));
+            }
+        }
+
+        /// A peer that keeps the counts but writes any envelope is told apart by what is wrong with it.
+        #[test]
+        fn a_wrong_envelope_is_an_error(epoch in 6..9u64, sequence in 0..3u64, length in prop_oneof![90..110u64, any::<u64>()]) {
+            let (mut end, memory) = end_and_memory();
+            let sent = Envelope { epoch, sequence, length };
+            let bell = Arc::new(Bell::create().unwrap().0);
+            let mut peer = RingLink::new(1, 0, &memory, true, bell, None);
+            let bytes = [sent.encode().to_vec(), vec![3; 100]].concat();
+            let mut got = [0u8; 100];
+            // SAFETY: the arrays outlive the calls.
+            let result = unsafe {
+                prop_assert_eq!(peer.write(bytes.as_ptr(), bytes.len()).unwrap(), bytes.len());
+                end.recv(1, got.as_mut_ptr(), 100).unwrap();
+                end.finish()
+            };
+            let expected = match sent {
+                Envelope { epoch: 7, sequence: 0, length: 100 } => Ok(()),
+                Envelope { epoch: 7, sequence: 0, length } => {
+                    Err(TransportError::Disagreement { me: 0, peer: 1, expected: 100, sent: length as usize })
+                }
+                Envelope { epoch: 7, sequence, .. } => {
+                    Err(TransportError::OutOfOrder { me: 0, peer: 1, expected: 0, sent: sequence })
+                }
+                Envelope { epoch, .. } => Err(TransportError::StaleEpoch { me: 0, peer: 1, expected: 7, sent: epoch }),
+            };
+            prop_assert_eq!(&result, &expected);
+            if result.is_err() {
+                prop_assert_eq!(end.finish(), expected, "an error stays");
+            }
+        }
+    }
+
+    #[test]
+    fn rings_of_a_strange_size_are_refused() {
+        for capacity in [0, 1, 4095, 5000, 3 << 20, 512 << 20, usize::MAX] {
+            assert!(RingMemory::create(capacity).is_err(), "{capacity}");
+        }
+    }
+
+    #[test]
+    fn a_head_at_the_end_of_all_numbers_is_no_overflow() {
+        let (memory, _) = RingMemory::create(CAPACITY).unwrap();
+        let mut lane = memory.lane(false);
+        lane.mine = u64::MAX - 10;
+        lane.theirs = u64::MAX - 10;
+        memory.memory.word64(HEAD).store(u64::MAX, Ordering::Release);
+        assert_eq!((lane.look_at_head(), lane.filled()), (Ok(()), 10));
+    }
+}

@@ -1,0 +1,604 @@
+//! What every transport keeps to, in one process and between real ones.
+#![cfg(target_os = "linux")]
+
+use mesh::chunk::{Tree, TreeDim, shard_chunks};
+use mesh::dim::DType;
+use mesh::ops::reduce::ReduceFn;
+use mesh::plan::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Wire};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+use worker::collective::{AllReducePlan, ExchangePlan};
+use worker::pool::Pool;
+use worker::transport::bell::Doom;
+use worker::transport::connector::{
+    self, Address, ConnectError, ConnectOptions, ListenOptions, Listener, Roster, TransportChoice, Version,
+};
+use worker::transport::switchboard::Switchboard;
+use worker::transport::{InProcess, Transport, TransportError};
+
+/// The transports that must behave the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    InProcess,
+    /// Rings between devices of one process, which need not dial.
+    Siblings,
+    /// Rings, as between processes.
+    Rings,
+    Grpc,
+}
+
+const KINDS: [Kind; 4] = [Kind::InProcess, Kind::Siblings, Kind::Rings, Kind::Grpc];
+
+fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| connector::runtime().unwrap())
+}
+
+fn listener() -> Listener {
+    Listener::bind(ListenOptions::default(), runtime().handle().clone()).unwrap()
+}
+
+fn options(choice: TransportChoice) -> ConnectOptions {
+    ConnectOptions { choice, timeout: Duration::from_secs(20), ..ConnectOptions::default() }
+}
+
+/// Connects listeners that have a device each.
+fn connect(listeners: &[Listener], epoch: u64, choice: TransportChoice, doom: &Doom) -> Vec<Switchboard> {
+    let devices: Vec<Address> = listeners.iter().map(|l| l.address().clone()).collect();
+    std::thread::scope(|s| {
+        let one = |(d, l)| {
+            let l: &Listener = l;
+            let roster = Roster { job: "test".into(), epoch, devices: devices.clone(), mine: vec![d] };
+            s.spawn(move || l.connect(&roster, &options(choice), doom).unwrap().pop().unwrap())
+        };
+        let threads: Vec<_> = listeners.iter().enumerate().map(one).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+/// The ends of a mesh, and what must stay open for them.
+fn ends(kind: Kind, devices: usize) -> (Vec<Box<dyn Transport>>, Vec<Listener>) {
+    let boxed = |ends: Vec<Switchboard>| ends.into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect();
+    let several = |choice| {
+        let listeners: Vec<Listener> = (0..devices).map(|_| listener()).collect();
+        (boxed(connect(&listeners, 1, choice, &Doom::new())), listeners)
+    };
+    match kind {
+        Kind::InProcess => {
+            (InProcess::mesh(devices, 4).into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect(), vec![])
+        }
+        Kind::Siblings => {
+            let l = listener();
+            let all = vec![l.address().clone(); devices];
+            let roster = Roster { job: "test".into(), epoch: 1, devices: all, mine: (0..devices).collect() };
+            (boxed(l.connect(&roster, &options(TransportChoice::Auto), &Doom::new()).unwrap()), vec![l])
+        }
+        Kind::Rings => several(TransportChoice::Ring),
+        Kind::Grpc => several(TransportChoice::Grpc),
+    }
+}
+
+/// Runs `f` for every device, each on a thread.
+fn on_all<E: Transport + ?Sized>(ends: Vec<Box<E>>, f: impl Fn(usize, &mut E) + Sync)
+where
+    Box<E>: Send,
+{
+    std::thread::scope(|s| {
+        for (me, mut end) in ends.into_iter().enumerate() {
+            let f = &f;
+            s.spawn(move || f(me, &mut end));
+        }
+    });
+}
+
+/// The bytes that `from` sends to `to` in a round.
+fn pattern(from: usize, to: usize, round: usize, bytes: usize) -> Vec<u8> {
+    let start = from * 31 + to * 17 + round * 7;
+    (0..bytes).map(|i| (start + i + (i >> 8) * 3) as u8).collect()
+}
+
+/// One round: everyone sends `bytes` bytes to everyone.
+fn all_to_all(
+    end: &mut dyn Transport,
+    me: usize,
+    devices: usize,
+    round: usize,
+    bytes: usize,
+) -> Result<(), TransportError> {
+    let others: Vec<usize> = (0..devices).filter(|p| *p != me).collect();
+    let out: Vec<Vec<u8>> = others.iter().map(|p| pattern(me, *p, round, bytes)).collect();
+    let mut got: Vec<Vec<u8>> = others.iter().map(|_| vec![0u8; bytes]).collect();
+    // SAFETY: both lists outlive `finish`.
+    unsafe {
+        for (peer, out) in others.iter().zip(&out) {
+            end.send(*peer, out.as_ptr(), bytes)?;
+        }
+        for (peer, got) in others.iter().zip(&mut got).rev() {
+            end.recv(*peer, got.as_mut_ptr(), bytes)?;
+        }
+    }
+    end.finish()?;
+    for (peer, got) in others.iter().zip(&got) {
+        assert!(*got == pattern(*peer, me, round, bytes), "{me} was sent something else by {peer}");
+    }
+    Ok(())
+}
+
+#[test]
+fn messages_of_a_pair_arrive_in_order_while_all_devices_exchange_at_once() {
+    let devices = 4;
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, devices);
+        on_all(ends, |me, end| {
+            for round in 0..100u64 {
+                let out: Vec<[u64; 2]> = (0..devices as u64).map(|to| [me as u64 * 100 + to, round]).collect();
+                let mut got = vec![[0u64; 2]; devices];
+                // SAFETY: both arrays outlive `finish`.
+                unsafe {
+                    for peer in (0..devices).filter(|p| *p != me) {
+                        for half in 0..2 {
+                            end.send(peer, (&raw const out[peer][half]).cast(), 8).unwrap();
+                            end.recv(peer, (&raw mut got[peer][half]).cast(), 8).unwrap();
+                        }
+                    }
+                }
+                end.finish().unwrap();
+                for peer in (0..devices).filter(|p| *p != me) {
+                    assert_eq!(got[peer], [peer as u64 * 100 + me as u64, round], "{kind:?}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn messages_of_every_size_arrive_whole() {
+    let sizes = [0, 1, 23, 24, 25, 4095, (64 << 10) - 1, 64 << 10, (1 << 20) + 1, (5 << 20) + 3, 40 << 20];
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 2);
+        on_all(ends, |me, end| {
+            for (round, bytes) in sizes.into_iter().enumerate() {
+                all_to_all(end, me, 2, round, bytes).unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn four_devices_with_more_on_the_way_than_any_buffer_holds_do_not_block_each_other() {
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 4);
+        on_all(ends, |me, end| all_to_all(end, me, 4, 0, 12 << 20).unwrap());
+    }
+}
+
+#[test]
+fn an_abort_wakes_whoever_waits_also_behind_full_buffers() {
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 4);
+        let told = Err(TransportError::Aborted { device: 2, reason: "out of paper".into() });
+        on_all(ends, |me, end| {
+            let (large, mut byte) = (vec![1u8; 48 << 20], 0u8);
+            // SAFETY: the bytes outlive `finish` and `abort`.
+            unsafe {
+                match me {
+                    // Wait for messages that never come, while others have sent more than fits.
+                    0 => end.recv(1, &raw mut byte, 1).unwrap(),
+                    3 => end.recv(0, &raw mut byte, 1).unwrap(),
+                    // Waits for one that takes nothing.
+                    1 => end.send(3, large.as_ptr(), large.len()).unwrap(),
+                    _ => {
+                        std::thread::sleep(Duration::from_millis(50));
+                        end.send(0, large.as_ptr(), large.len()).unwrap();
+                        std::thread::sleep(Duration::from_millis(50));
+                        return end.abort("out of paper");
+                    }
+                }
+            }
+            assert_eq!(end.finish(), told, "{kind:?}");
+            assert_eq!(end.finish(), told, "{kind:?}: it stays so");
+        });
+    }
+}
+
+#[test]
+fn devices_of_different_plans_find_out() {
+    for kind in KINDS {
+        let (mut ends, _listeners) = ends(kind, 2);
+        let (mut b, mut a) = (ends.pop().unwrap(), ends.pop().unwrap());
+        let (out, mut got) = ([1u8; 4], [0u8; 8]);
+        // SAFETY: both arrays outlive `finish`.
+        unsafe {
+            a.send(1, out.as_ptr(), 4).unwrap();
+            b.recv(0, got.as_mut_ptr(), 8).unwrap();
+        }
+        if kind != Kind::InProcess {
+            a.finish().unwrap();
+        }
+        let found = b.finish();
+        assert_eq!(found, Err(TransportError::Disagreement { me: 1, peer: 0, expected: 8, sent: 4 }), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_doom_stops_the_devices_of_its_process_and_they_tell_the_others() {
+    for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
+        let listeners = [listener(), listener()];
+        let (mine, doom) = (Doom::new(), Doom::new());
+        let devices: Vec<Address> = listeners.iter().map(|l| l.address().clone()).collect();
+        let run = |d: usize, doom: &Doom| {
+            let roster = Roster { job: "test".into(), epoch: 1, devices: devices.clone(), mine: vec![d] };
+            let mut end = listeners[d].connect(&roster, &options(choice), doom).unwrap().pop().unwrap();
+            let mut byte = 0u8;
+            // SAFETY: the byte outlives `finish`.
+            unsafe { end.recv(1 - d, &raw mut byte, 1).unwrap() };
+            let e = end.finish().unwrap_err();
+            end.abort(&e.to_string());
+            e
+        };
+        std::thread::scope(|s| {
+            let a = s.spawn(|| run(0, &mine));
+            let b = s.spawn(|| run(1, &doom));
+            std::thread::sleep(Duration::from_millis(100));
+            doom.strike("the coordinator is gone");
+            let doomed = TransportError::Doomed { me: 1, reason: "the coordinator is gone".into() };
+            assert_eq!(a.join().unwrap(), TransportError::Aborted { device: 1, reason: doomed.to_string() });
+            assert_eq!(b.join().unwrap(), doomed);
+        });
+    }
+}
+
+#[test]
+fn listeners_serve_epoch_after_epoch_and_a_stale_one_is_refused() {
+    for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
+        let listeners = [listener(), listener()];
+        for epoch in [1, 2, 7] {
+            let ends = connect(&listeners, epoch, choice, &Doom::new()).into_iter().map(Box::new).collect();
+            on_all(ends, |me, end| all_to_all(end, me, 2, 0, 100_000).unwrap());
+        }
+        // A process that was away and has not heard of the new epoch.
+        let old = listener();
+        let devices = vec![listeners[0].address().clone(), old.address().clone()];
+        let roster = |epoch, d| Roster { job: "test".into(), epoch, devices: devices.clone(), mine: vec![d] };
+        match old.connect(&roster(3, 1), &options(choice), &Doom::new()).err() {
+            Some(ConnectError::Refused { me: 1, peer: 0, reason, .. }) => {
+                assert_eq!(reason, "epoch 3 of job `test` has passed; this process is in epoch 7");
+            }
+            other => panic!("{choice}: {other:?}"),
+        }
+        match listeners[0].connect(&roster(3, 0), &options(choice), &Doom::new()).err() {
+            Some(ConnectError::Stale { epoch: 3, current: 7, .. }) => {}
+            other => panic!("{choice}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn whoever_comes_early_waits_for_the_epoch() {
+    for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
+        let listeners = [listener(), listener()];
+        let devices: Vec<Address> = listeners.iter().map(|l| l.address().clone()).collect();
+        let roster = |d| Roster { job: "test".into(), epoch: 4, devices: devices.clone(), mine: vec![d] };
+        std::thread::scope(|s| {
+            let early = s.spawn(|| listeners[1].connect(&roster(1), &options(choice), &Doom::new()).unwrap());
+            std::thread::sleep(Duration::from_millis(150));
+            listeners[0].connect(&roster(0), &options(choice), &Doom::new()).unwrap();
+            early.join().unwrap();
+        });
+    }
+}
+
+#[test]
+fn another_build_is_refused_with_both_versions() {
+    for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
+        let ours = listener();
+        let version = Version { protocol: 1, build: "0.0.9".into() };
+        let theirs = ListenOptions { version, ..ListenOptions::default() };
+        let theirs = Listener::bind(theirs, runtime().handle().clone()).unwrap();
+        let devices = vec![ours.address().clone(), theirs.address().clone()];
+        let roster = Roster { job: "test".into(), epoch: 1, devices, mine: vec![1] };
+        match theirs.connect(&roster, &options(choice), &Doom::new()).err() {
+            Some(ConnectError::Refused { reason, .. }) => assert_eq!(
+                reason,
+                format!(
+                    "build {} (data protocol 1) does not work with build 0.0.9 (data protocol 1); run the same build everywhere",
+                    env!("CARGO_PKG_VERSION")
+                )
+            ),
+            other => panic!("{choice}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn who_did_not_answer_is_named() {
+    let l = listener();
+    let nobody = Address { socket: "mesh-nobody".into(), grpc: "127.0.0.1:9".into(), ..l.address().clone() };
+    let devices = vec![nobody.clone(), l.address().clone(), nobody];
+    for (epoch, choice) in [(1, TransportChoice::Ring), (2, TransportChoice::Grpc)] {
+        let roster = Roster { job: "test".into(), epoch, devices: devices.clone(), mine: vec![1] };
+        let options = ConnectOptions { timeout: Duration::from_millis(300), ..options(choice) };
+        let e = l.connect(&roster, &options, &Doom::new()).err().unwrap();
+        let ConnectError::Unanswered { missing, .. } = &e else { panic!("{e}") };
+        assert_eq!(missing.iter().map(|m| (m.me, m.peer)).collect::<Vec<_>>(), [(1, 0), (1, 2)]);
+        let text = e.to_string();
+        assert!(text.contains("device 0 at 127.0.0.1:9 (for device 1: "), "{text}");
+        assert!(text.contains("refused"), "{text}");
+        assert!(text.contains("device 2 at 127.0.0.1:9 (for device 1: it has not called)"), "{text}");
+    }
+}
+
+#[test]
+fn tensors_do_not_travel_in_the_clear_by_accident() {
+    let open = ListenOptions { bind: ([0, 0, 0, 0], 0).into(), ..ListenOptions::default() };
+    let bind = |options| Listener::bind(options, runtime().handle().clone());
+    assert!(matches!(bind(open.clone()).err(), Some(ConnectError::Insecure { .. })));
+    let l = bind(ListenOptions { insecure: true, advertise: Some("node7".into()), ..open }).unwrap();
+    assert!(l.address().grpc.starts_with("node7:"));
+}
+
+#[test]
+fn choices_are_spelled_as_they_are_read() {
+    for choice in [TransportChoice::Auto, TransportChoice::Ring, TransportChoice::Grpc] {
+        assert_eq!(choice.to_string().parse(), Ok(choice));
+    }
+    assert!("tcp".parse::<TransportChoice>().is_err());
+}
+
+#[test]
+fn processes_with_several_devices_each_mix_links() {
+    let listeners = [listener(), listener()];
+    let of = [0, 1, 1, 0];
+    let mut devices: Vec<Address> = of.iter().map(|l: &usize| listeners[*l].address().clone()).collect();
+    // The second process claims to be elsewhere: rings inside, gRPC between.
+    for d in [1, 2] {
+        devices[d].host = "elsewhere".to_string().into();
+    }
+    std::thread::scope(|s| {
+        for process in 0..2 {
+            let mine: Vec<usize> = (0..4).filter(|d| of[*d] == process).collect();
+            let roster = Roster { job: "test".into(), epoch: 1, devices: devices.clone(), mine };
+            let listeners = &listeners;
+            s.spawn(move || {
+                let ends = listeners[process].connect(&roster, &options(TransportChoice::Auto), &Doom::new()).unwrap();
+                std::thread::scope(|s| {
+                    for mut end in ends {
+                        s.spawn(move || {
+                            let me = end.device();
+                            (0..3).for_each(|round| all_to_all(&mut end, me, 4, round, 300_000).unwrap());
+                        });
+                    }
+                });
+            });
+        }
+    });
+}
+
+#[test]
+fn collectives_give_the_same_bits_over_every_transport() {
+    for devices in [3, 4] {
+        for segmented in [false, true] {
+            let reduced = KINDS.map(|kind| all_reduce(kind, devices, segmented));
+            assert!(reduced[0].iter().all(|r| *r == reduced[0][0]), "all devices have the same");
+            assert!(reduced.iter().all(|r| *r == reduced[0]), "all transports give the same");
+        }
+        let exchanged = KINDS.map(|kind| exchange(kind, devices));
+        assert!(exchanged.iter().all(|r| *r == exchanged[0]));
+    }
+}
+
+/// Every device's result of an all-reduce of values of very different sizes, as bits.
+fn all_reduce(kind: Kind, devices: usize, segmented: bool) -> Vec<Vec<u32>> {
+    let elements = 70_001;
+    let tree = Tree { dims: vec![TreeDim { size: 8, chunks: 8 }] };
+    let owned: Vec<_> = (0..devices).map(|d| vec![shard_chunks(8, devices, d)]).collect();
+    let nodes: Vec<usize> = owned.iter().map(|o| tree.nodes(o).len()).collect();
+    let order = tree.finish(&owned);
+    let (ends, _listeners) = ends(kind, devices);
+    let (results, collected) = mpsc::channel();
+    on_all(ends, |me, end| {
+        let work = AllReduce {
+            f: ReduceFn::Sum,
+            dtype: DType::F32,
+            elements,
+            devices: (0..devices).collect(),
+            nodes: nodes.clone(),
+            me,
+            order: order.clone().into(),
+            segmented,
+        };
+        let value = |i: usize| ((i * 2654435761 + me * 97) % 1009) as f32 * 10f32.powi((i % 13) as i32 - 6);
+        let input: Vec<f32> = (0..nodes[me] * elements).map(value).collect();
+        let mut output = vec![0f32; elements];
+        let mut scratch = vec![0u8; work.scratch_bytes()];
+        let plan = AllReducePlan::new(&work);
+        let pool = Pool::new(1, None);
+        for _ in 0..3 {
+            // SAFETY: the buffers are as large as the work says.
+            unsafe {
+                plan.run(&pool, end, input.as_ptr().cast(), output.as_mut_ptr().cast(), scratch.as_mut_ptr()).unwrap();
+            }
+        }
+        results.send((me, output.iter().map(|v| v.to_bits()).collect())).unwrap();
+    });
+    drop(results);
+    sorted(collected)
+}
+
+/// Every device's result of an all-to-all from rows to columns.
+fn exchange(kind: Kind, devices: usize) -> Vec<Vec<u32>> {
+    let (rows, columns) = (40, 300 * devices);
+    let part = columns / devices;
+    let (ends, _listeners) = ends(kind, devices);
+    let (results, collected) = mpsc::channel();
+    on_all(ends, |me, end| {
+        let bytes = rows * part * 4;
+        let take = |peer: usize, to: usize| BoxCopy {
+            extents: vec![rows, part],
+            from: peer * part,
+            from_strides: vec![columns, 1],
+            to,
+            to_strides: vec![part, 1],
+        };
+        let others = || (0..devices).filter(|p| *p != me);
+        let work = Exchange {
+            kind: ExchangeKind::AllToAll,
+            element: 4,
+            local: vec![take(me, me * rows * part)],
+            sends: others()
+                .map(|peer| {
+                    let at = Wire::Staged { scratch: peer * bytes, copy: take(peer, 0) };
+                    Message { peer, bytes, at }
+                })
+                .collect(),
+            recvs: others().map(|peer| Message { peer, bytes, at: Wire::InPlace(peer * bytes) }).collect(),
+        };
+        let input: Vec<u32> = (0..rows * columns).map(|i| (i * 8 + me) as u32).collect();
+        let mut output = vec![0u32; rows * columns];
+        let mut scratch = vec![0u8; devices * bytes];
+        let plan = ExchangePlan::new(&work);
+        // SAFETY: the buffers are as large as the work says.
+        unsafe {
+            plan.run(&Pool::new(1, None), end, input.as_ptr().cast(), output.as_mut_ptr().cast(), scratch.as_mut_ptr())
+                .unwrap();
+        }
+        results.send((me, output)).unwrap();
+    });
+    drop(results);
+    sorted(collected)
+}
+
+fn sorted<T>(collected: mpsc::Receiver<(usize, T)>) -> Vec<T> {
+    let mut all: Vec<_> = collected.into_iter().collect();
+    all.sort_by_key(|(d, _)| *d);
+    all.into_iter().map(|(_, r)| r).collect()
+}
+
+const CHILD: &str = "MESH_TEST_CHILD";
+
+/// A process of the tests below: this binary again.
+struct Process {
+    child: Child,
+    stdin: ChildStdin,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Process {
+    fn start(role: &str) -> Process {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+            .env(CHILD, role)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (send, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                // The harness may have written on the same line before.
+                if let Some((_, said)) = line.split_once('@') {
+                    let _ = send.send(said.to_string());
+                }
+            }
+        });
+        Process { child, stdin, lines }
+    }
+
+    /// What the process says next.
+    fn hear(&self) -> String {
+        self.lines.recv_timeout(Duration::from_secs(20)).expect("the process says something")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts processes with a device each and tells them of one another, as a coordinator does.
+fn start(devices: usize, choice: TransportChoice, scenario: &str) -> Vec<Process> {
+    let mut all: Vec<Process> = (0..devices).map(|d| Process::start(&format!("{d} {choice} {scenario}"))).collect();
+    let addresses: Vec<Address> = all.iter().map(|p| serde_json::from_str(&p.hear()).unwrap()).collect();
+    for p in &mut all {
+        writeln!(p.stdin, "{}", serde_json::to_string(&addresses).unwrap()).unwrap();
+    }
+    all
+}
+
+/// Not a test: what the processes of the tests below do.
+#[test]
+fn child() {
+    let Ok(role) = std::env::var(CHILD) else { return };
+    let mut words = role.split(' ');
+    let me: usize = words.next().unwrap().parse().unwrap();
+    let choice: TransportChoice = words.next().unwrap().parse().unwrap();
+    let scenario = words.next().unwrap();
+    let l = listener();
+    println!("@{}", serde_json::to_string(l.address()).unwrap());
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    let devices: Vec<Address> = serde_json::from_str(&line).unwrap();
+    let n = devices.len();
+    let roster = Roster { job: "test".into(), epoch: 1, devices, mine: vec![me] };
+    let mut end = l.connect(&roster, &options(choice), &Doom::new()).unwrap().pop().unwrap();
+    match scenario {
+        "exchange" => {
+            for (round, bytes) in [0, 1000, 100_000, 6 << 20, 10].into_iter().enumerate() {
+                all_to_all(&mut end, me, n, round, bytes).unwrap();
+            }
+            println!("@done");
+            // What was sent last must arrive although the sender ends at once.
+        }
+        "forever" => {
+            println!("@running");
+            let failed = (0..).find_map(|round| all_to_all(&mut end, me, n, round, 16 << 20).err()).unwrap();
+            end.abort(&failed.to_string());
+            println!("@{failed}");
+            // Stays until it is killed: a broken socket must not be what tells the others.
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn processes_exchange_over_rings_and_grpc() {
+    for choice in [TransportChoice::Auto, TransportChoice::Ring, TransportChoice::Grpc] {
+        let mut all = start(3, choice, "exchange");
+        for p in &mut all {
+            assert_eq!(p.hear(), "done", "{choice}");
+        }
+        for p in &mut all {
+            assert!(p.child.wait().unwrap().success(), "{choice}");
+        }
+    }
+}
+
+#[test]
+fn the_death_of_a_process_in_the_middle_of_a_transfer_is_an_error_for_all_within_a_second() {
+    for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
+        let mut all = start(4, choice, "forever");
+        for p in &all {
+            assert_eq!(p.hear(), "running");
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        let mut dead = all.remove(2);
+        let killed = Instant::now();
+        dead.child.kill().unwrap();
+        for p in &all {
+            let said = p.hear();
+            assert!(said.starts_with("W0008") || said.starts_with("W0001"), "{choice}: {said}");
+            assert!(said.contains("has lost device 2"), "{choice}: {said}");
+        }
+        let took = killed.elapsed();
+        assert!(took < Duration::from_secs(1), "{choice}: {took:?}");
+    }
+}
