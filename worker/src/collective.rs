@@ -105,7 +105,7 @@ pub struct AllReducePlan {
 /// Results on the stack at a time: a tree over owners is no deeper.
 const DEPTH: usize = 64;
 /// Elements combined at a time, so that the stack stays in the first-level cache.
-const BLOCK: usize = 64;
+const BLOCK: usize = 256;
 
 impl AllReducePlan {
     /// Prepares an all-reduce.
@@ -155,10 +155,16 @@ impl AllReducePlan {
             transport.finish()?;
             let parts = Parts { plan: self, input, scratch };
             let result = output.add(own.start * size);
-            match w.dtype {
-                DType::I32 => parts.combine(result.cast(), pool, integer(w.f)),
-                DType::Bool => parts.combine(result, pool, truth(w.f)),
-                DType::F32 | DType::Bf16 => parts.combine(result.cast(), pool, real(w.f)),
+            // Each combination is a loop of its own, so that the compiler can make it one of vectors.
+            match (w.dtype, w.f) {
+                (DType::I32, ReduceFn::Sum) => parts.combine(result.cast(), pool, i32::wrapping_add),
+                (DType::I32, ReduceFn::Max) => parts.combine(result.cast(), pool, i32::max),
+                (DType::I32, ReduceFn::Min) => parts.combine(result.cast(), pool, i32::min),
+                (DType::Bool, ReduceFn::Sum | ReduceFn::Max) => parts.combine(result, pool, |a: u8, b| a | b),
+                (DType::Bool, ReduceFn::Min) => parts.combine(result, pool, |a: u8, b| a & b),
+                (DType::F32 | DType::Bf16, ReduceFn::Sum) => parts.combine(result.cast(), pool, |a: f32, b| a + b),
+                (DType::F32 | DType::Bf16, ReduceFn::Max) => parts.combine(result.cast(), pool, math::max),
+                (DType::F32 | DType::Bf16, ReduceFn::Min) => parts.combine(result.cast(), pool, math::min),
             }
             if w.segmented {
                 for p in others() {
@@ -170,29 +176,6 @@ impl AllReducePlan {
             }
         }
         Ok(())
-    }
-}
-
-fn real(f: ReduceFn) -> fn(f32, f32) -> f32 {
-    match f {
-        ReduceFn::Sum => |a, b| a + b,
-        ReduceFn::Max => math::max,
-        ReduceFn::Min => math::min,
-    }
-}
-
-fn integer(f: ReduceFn) -> fn(i32, i32) -> i32 {
-    match f {
-        ReduceFn::Sum => i32::wrapping_add,
-        ReduceFn::Max => i32::max,
-        ReduceFn::Min => i32::min,
-    }
-}
-
-fn truth(f: ReduceFn) -> fn(u8, u8) -> u8 {
-    match f {
-        ReduceFn::Sum | ReduceFn::Max => |a, b| a | b,
-        ReduceFn::Min => |a, b| a & b,
     }
 }
 
@@ -213,39 +196,46 @@ unsafe impl<T> Sync for Output<T> {}
 
 impl Parts<'_> {
     /// Combines the parts along the tree, block by block of elements.
-    unsafe fn combine<T: Copy + Default>(&self, output: *mut T, pool: &Pool, f: fn(T, T) -> T) {
+    unsafe fn combine<T: Copy + Default>(&self, output: *mut T, pool: &Pool, f: impl Fn(T, T) -> T + Copy + Sync) {
         let output = Output(output);
         let blocks = self.plan.work.segment(self.plan.work.me).len().div_ceil(BLOCK);
         let tasks = if blocks < 64 { 1 } else { pool.threads() };
         pool.run(tasks, &|t, _| {
             // The wrappers, not the pointers inside, are shared with the tasks.
             let (parts, output) = (*self, &output);
+            let mut stack = [[T::default(); BLOCK]; DEPTH];
             for b in blocks * t / tasks..blocks * (t + 1) / tasks {
                 // SAFETY: by the contract of `AllReducePlan::run`; blocks are disjoint.
-                unsafe { parts.block(b * BLOCK, output.0, f) };
+                unsafe { parts.block(b * BLOCK, &mut stack, output.0, f) };
             }
         });
     }
 
-    unsafe fn block<T: Copy + Default>(&self, at: usize, output: *mut T, f: fn(T, T) -> T) {
+    unsafe fn block<T: Copy>(&self, at: usize, stack: &mut [[T; BLOCK]; DEPTH], output: *mut T, f: impl Fn(T, T) -> T) {
         let w = &self.plan.work;
         let own = w.segment(w.me);
         let n = BLOCK.min(own.len() - at);
-        let mut stack = [[T::default(); BLOCK]; DEPTH];
         let mut top = 0;
-        for step in w.order.iter() {
+        let mut steps = w.order.iter().peekable();
+        while let Some(step) = steps.next() {
             match *step {
                 Finish::Take { owner, node } => {
-                    // SAFETY: a participant's nodes have a segment's elements each.
-                    unsafe {
-                        let part = if owner == w.me {
+                    // SAFETY: a participant's nodes have a segment's elements each, and nobody writes to them now.
+                    let part = unsafe {
+                        let first = if owner == w.me {
                             self.input.cast::<T>().add(node * w.elements + own.start)
                         } else {
                             self.scratch.cast::<T>().add((self.plan.first[owner] + node) * own.len())
                         };
-                        std::ptr::copy_nonoverlapping(part.add(at), stack[top].as_mut_ptr(), n);
+                        std::slice::from_raw_parts(first.add(at), n)
+                    };
+                    // What is taken to be combined at once needs no place of its own.
+                    if steps.next_if_eq(&&Finish::Combine).is_some() {
+                        stack[top - 1][..n].iter_mut().zip(part).for_each(|(a, b)| *a = f(*a, *b));
+                    } else {
+                        stack[top][..n].copy_from_slice(part);
+                        top += 1;
                     }
-                    top += 1;
                 }
                 Finish::Combine => {
                     let (a, b) = stack.split_at_mut(top - 1);

@@ -100,7 +100,7 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
     let backend = CpuBackend { threads: 1 };
     let (mesh, layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
     let plan = plan_program(p, &mesh, &layout, &PlanOptions::default(), &backend).unwrap();
-    let pools: Vec<Pool> = (1..=3).map(Pool::new).collect();
+    let pools: Vec<Pool> = (1..=3).map(|n| Pool::new(n, None)).collect();
     let mut end = InProcess::mesh(1, 0).remove(0);
     for device in plan.functions.values().flatten() {
         for (s, step) in device.steps.iter().enumerate() {

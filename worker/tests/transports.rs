@@ -333,12 +333,37 @@ fn who_did_not_answer_is_named() {
 }
 
 #[test]
+fn a_doom_ends_the_waiting_for_peers() {
+    let l = listener();
+    let roster = Roster {
+        job: "test".into(),
+        epoch: 1,
+        devices: vec![l.address().clone(), listener().address().clone()],
+        mine: vec![0],
+    };
+    let doom = Doom::new();
+    std::thread::scope(|s| {
+        let waits = s.spawn(|| l.connect(&roster, &options(TransportChoice::Auto), &doom).err());
+        std::thread::sleep(Duration::from_millis(50));
+        doom.strike("the job is over");
+        let told = waits.join().unwrap();
+        assert!(matches!(&told, Some(ConnectError::Doomed { reason }) if reason == "the job is over"), "{told:?}");
+    });
+}
+
+#[test]
 fn tensors_do_not_travel_in_the_clear_by_accident() {
     let open = ListenOptions { bind: ([0, 0, 0, 0], 0).into(), ..ListenOptions::default() };
     let bind = |options| Listener::bind(options, runtime().handle().clone());
     assert!(matches!(bind(open.clone()).err(), Some(ConnectError::Insecure { .. })));
-    let l = bind(ListenOptions { insecure: true, advertise: Some("node7".into()), ..open }).unwrap();
-    assert!(l.address().grpc.starts_with("node7:"));
+    let advertised = |name: Option<&str>| {
+        let options = ListenOptions { insecure: true, advertise: name.map(Into::into), ..open.clone() };
+        bind(options).unwrap().address().grpc.clone()
+    };
+    assert!(advertised(Some("node7")).starts_with("node7:"));
+    assert_eq!(advertised(Some("node7:80")), "node7:80");
+    assert!(advertised(Some("fd00::7")).starts_with("[fd00::7]:"));
+    assert!(!advertised(None).starts_with("0.0.0.0"));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net as std_unix;
@@ -38,6 +38,8 @@ pub const PROTOCOL: u32 = 1;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Callers that wait in the lobby at the most; the oldest are turned away.
 const LOBBY: usize = 4096;
+/// How often a connecting thread looks whether it was told to stop.
+const WATCH: Duration = Duration::from_millis(50);
 /// How long a device looks again before it sleeps, where every device has a core.
 const SPIN: Duration = Duration::from_micros(10);
 
@@ -97,6 +99,12 @@ pub enum ConnectError {
         device: usize,
         /// What is wrong with it.
         why: &'static str,
+    },
+    /// This process was told to stop.
+    #[error("W0018: told to stop while connecting: {reason}")]
+    Doomed {
+        /// Why.
+        reason: String,
     },
     /// A ring was asked for where none can be.
     #[error("W0017: device {me} and device {peer} are on different hosts and share no memory; use `auto` or `grpc`")]
@@ -236,7 +244,7 @@ impl Version {
 pub struct ListenOptions {
     /// Where the gRPC server listens; port 0 lets the system choose.
     pub bind: SocketAddr,
-    /// What peers shall call, if that is not the bound address (host, or host and port).
+    /// What peers shall call: host, or host and port. None: the bound address, or the host's name where that is none.
     pub advertise: Option<String>,
     /// Allows a server without TLS where other hosts can reach it.
     pub insecure: bool,
@@ -495,11 +503,7 @@ impl Listener {
         let incoming = TcpIncoming::bind(options.bind).map_err(system("the gRPC address cannot be bound"))?;
         let incoming = incoming.with_nodelay(Some(true));
         let bound = incoming.local_addr().map_err(system("the gRPC address is not known"))?;
-        let grpc = match &options.advertise {
-            Some(name) if name.contains(':') => name.clone(),
-            Some(name) => format!("{name}:{}", bound.port()),
-            None => bound.to_string(),
-        };
+        let grpc = advertised(&options, bound).map_err(system("the host has no name"))?;
         let host = HostId::here().map_err(system("the host has no identity"))?;
         let address = Address { host, socket, grpc };
         let (tls, version) = (options.server_tls.clone(), options.version.clone());
@@ -536,7 +540,7 @@ impl Listener {
         let (events, happened) = mpsc::channel();
         let late = self.lobby.open().begin(roster, events.clone())?;
         late.into_iter().for_each(|(arrival, reason)| arrival.refuse(&reason));
-        let links = meeting.hold(&events, &happened);
+        let links = meeting.hold(&events, &happened, doom);
         self.lobby.open().caller = None;
         let spin = options.spin.unwrap_or_else(|| spin(roster, &self.address.host));
         let board = |((me, links), bell): ((&usize, Vec<Option<Box<dyn Link>>>), &(Arc<Bell>, OwnedFd))| {
@@ -557,6 +561,20 @@ fn spin(roster: &Roster, host: &HostId) -> Duration {
     let devices = roster.devices.iter().filter(|a| a.host == *host).count();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if devices > cores { Duration::ZERO } else { SPIN }
+}
+
+/// What peers are to call.
+fn advertised(options: &ListenOptions, bound: SocketAddr) -> io::Result<String> {
+    let port = bound.port();
+    Ok(match &options.advertise {
+        Some(name) if name.parse::<Ipv6Addr>().is_ok() => format!("[{name}]:{port}"),
+        Some(name) if name.contains(':') => name.clone(),
+        Some(name) => format!("{name}:{port}"),
+        None if bound.ip().is_unspecified() => {
+            format!("{}:{port}", std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim())
+        }
+        None => bound.to_string(),
+    })
 }
 
 fn bind_unix() -> io::Result<(String, UnixListener)> {
@@ -640,6 +658,7 @@ impl<'a> Meeting<'a> {
         &self,
         events: &mpsc::Sender<Event>,
         happened: &mpsc::Receiver<Event>,
+        doom: &Doom,
     ) -> Result<Vec<Vec<Option<Box<dyn Link>>>>, ConnectError> {
         let roster = self.roster;
         let begun = Instant::now();
@@ -673,8 +692,11 @@ impl<'a> Meeting<'a> {
         }
         self.claim(&mut links, &mut missing);
         while !missing.is_empty() {
+            if let Some(reason) = doom.reason() {
+                return Err(ConnectError::Doomed { reason: reason.into() });
+            }
             let left = deadline.saturating_duration_since(Instant::now());
-            match happened.recv_timeout(left) {
+            match happened.recv_timeout(left.min(WATCH)) {
                 Ok(Event::Arrived) => self.claim(&mut links, &mut missing),
                 Ok(Event::Note { me, peer, detail }) => {
                     missing.entry((me, peer)).and_modify(|d| *d = detail);
@@ -688,6 +710,7 @@ impl<'a> Meeting<'a> {
                         links[mine][peer] = Some(link);
                     }
                 }
+                Err(_) if !left.is_zero() => {}
                 Err(_) => {
                     let one = |((me, peer), detail)| {
                         let address: &Address = &roster.devices[peer];

@@ -34,6 +34,8 @@ impl Door {
 }
 
 /// Transport between devices of one process: receivers copy straight out of the senders' memory.
+///
+/// After an error a peer may still read what was sent to it: the memory stays until every device has stopped.
 pub struct InProcess {
     me: usize,
     doors: Arc<[Door]>,

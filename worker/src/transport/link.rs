@@ -3,7 +3,7 @@
 use super::TransportError;
 
 /// The most bytes that one call of [`Link::write`] or [`Link::read`] moves between a message's memory and a ring, so
-/// that both sides of a large message work at once.
+/// that both sides of a large message work at once. Measured: less wakes too often, more keeps the peer waiting.
 pub const PIECE: usize = 256 << 10;
 
 /// One device's end of a pair of ordered pipes of bytes, to and from one peer. Nothing here waits for the peer.

@@ -13,8 +13,8 @@
 //! | [`ring`] | the link between processes of one host: rings in shared memory |
 //! | [`grpc`] | the link between hosts: a gRPC stream with credits |
 //! | [`bell`] | what a device sleeps on, and the word that ends an epoch |
-//! | [`memory`] | memory that processes share |
-//! | [`socket`] | messages with file descriptors, between processes that meet |
+//! | `memory` | memory that processes share |
+//! | `socket` | messages with file descriptors, between processes that meet |
 
 #[cfg(target_os = "linux")]
 pub mod bell;
@@ -130,15 +130,14 @@ pub trait Transport: Send {
     /// Posts the sending of `bytes` bytes to device `to`.
     ///
     /// # Safety
-    /// The bytes stay readable and unchanged until [`Transport::finish`] returns, or a call has failed, or
-    /// [`Transport::abort`] has returned.
+    /// The bytes stay readable and unchanged until [`Transport::finish`] returns; the transport says what holds after
+    /// an error.
     unsafe fn send(&mut self, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError>;
 
     /// Posts the receiving of `bytes` bytes from device `from`.
     ///
     /// # Safety
-    /// The bytes stay writable, and nobody else touches them, until [`Transport::finish`] returns, or a call has
-    /// failed, or [`Transport::abort`] has returned.
+    /// The bytes stay writable, and nobody else touches them, until [`Transport::finish`] returns.
     unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError>;
 
     /// Waits until all that was posted is done.

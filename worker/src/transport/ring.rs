@@ -17,7 +17,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Bytes of a ring. Measured: from 1 MiB on, larger rings are no faster on large messages, and stay in no cache.
+/// Bytes of a ring. Measured: from 1 MiB on, a stream of large messages runs at the same speed. Larger rings let a sender
+/// go on before the receiver is there; smaller ones stay in a core's cache, which an all-reduce gains from.
 pub const RING_BYTES: usize = 4 << 20;
 /// The smallest and the largest ring that a peer may ask for.
 pub const RING_LIMITS: std::ops::RangeInclusive<usize> = 4 << 10..=256 << 20;

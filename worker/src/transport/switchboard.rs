@@ -22,6 +22,9 @@ const QUEUE: usize = 64;
 const TURN: usize = 4 * PIECE;
 
 /// One device's end, over one link a peer.
+///
+/// Once a call has failed or [`Transport::abort`] has returned, no posted memory is looked at any more, and all that
+/// comes later fails as well: a new epoch gets a new switchboard.
 pub struct Switchboard {
     me: usize,
     bell: Arc<Bell>,
