@@ -121,8 +121,10 @@ pub fn save(session: &Session, dir: &Path, position: &Position, keep: usize) -> 
     };
     write().map_err(|e| failed("write", &target, e))?;
     // Later steps are left from before a resume: damaged, or of a course that this run has not taken.
-    let (kept, mut gone): (Vec<_>, Vec<_>) = list(dir).into_iter().partition(|p| *p <= target);
-    gone.extend(kept.iter().take(kept.len().saturating_sub(keep.max(1))).cloned());
+    let mut kept = list(dir);
+    let end = kept.iter().position(|p| *p == target).map_or(kept.len(), |at| at + 1);
+    let mut gone = kept.split_off(end);
+    gone.extend(kept.drain(..kept.len().saturating_sub(keep.max(1))));
     for path in gone {
         // One that cannot be deleted does no harm.
         let _ = fs::remove_dir_all(path);

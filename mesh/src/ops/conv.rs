@@ -90,7 +90,7 @@ impl Conv {
         let groups = self.groups.max(1);
         let mut dims: Vec<Dim> = self.windows.iter().map(|w| dim(w.kernel(), w.size)).collect();
         dims.extend([dim(&self.input, input / groups), dim(&self.output, output)]);
-        if f.dims != dims || input % groups != 0 || output % groups != 0 {
+        if f.dims != dims || !input.is_multiple_of(groups) || !output.is_multiple_of(groups) {
             let wanted = Type::new(f.dtype, dims);
             return refuse(
                 "C2",
