@@ -244,18 +244,23 @@ fn a_plan_over_the_budget_names_what_is_large_and_where_it_comes_from() {
     let needed = with(usize::MAX).unwrap().peak_bytes(0);
     assert!(with(needed).is_ok());
     let (product, largest, variable) = (4 * 8 * 100 * 4, 4 * 100 * 4, 3 * 100 * 4);
+    let said = |n: usize| format!("{:.1} KiB ({} bytes)", n as f64 / 1024.0, mesh::plan::describe::thousands(n as u64));
     assert_eq!(
         printed(&with(needed - 1).unwrap_err()),
         format!(
-            "error[M0001]: device 0 needs {needed} bytes, but {} are allowed\n  \
-             = {product} bytes: contract f32[batch:4, x:8, hidden:100] (mesh/tests/layouts.rs:{})\n  \
-             = {largest} bytes: reduce_max f32[batch:4, hidden:100] (mesh/tests/layouts.rs:{})\n  \
-             = {variable} bytes: variable w f32[channel:3, hidden:100] (mesh/tests/layouts.rs:{line})\n  \
-             = in function `f`\n  help: split more dimensions over more devices, use a smaller crop or batch, put the \
-             large ones in a recompute region, or raise the budget",
-            needed - 1,
+            "error[M0001]: device 0 needs {}, but may use {}\n  \
+             = {}: contract f32[batch:4, x:8, hidden:100] (mesh/tests/layouts.rs:{})\n  \
+             = {}: reduce_max f32[batch:4, hidden:100] (mesh/tests/layouts.rs:{})\n  \
+             = {}: variable w f32[channel:3, hidden:100] (mesh/tests/layouts.rs:{line})\n  \
+             = in function `f`, with 1.0 KiB for the workspaces of threads\n  help: split more dimensions over more \
+             devices, use a smaller crop or batch, put the large ones in a recompute region, or raise the budget",
+            said(needed),
+            said(needed - 1),
+            said(product),
             line + 1,
-            line + 2
+            said(largest),
+            line + 2,
+            said(variable),
         )
     );
     // The device with the highest need is named: an uneven split gives the first ones more.
