@@ -140,7 +140,7 @@ impl Session {
         &self.plan.functions.values().nth(f.0).expect("made by `function`")[0]
     }
 
-    /// Feeds an array to a function, for one step: its memory is used for other things once it has been read.
+    /// Feeds an array to a function; it stays for the steps to come, until another one is fed or another function runs.
     ///
     /// # Errors
     /// A name that is no feed of the function, an array of another shape or dtype.

@@ -198,7 +198,7 @@ fn the_memory_that_was_predicted_is_the_memory_that_is_used() {
     for (mesh, layout) in MESHES {
         for threads in [1, 2] {
             // What is written may look like the pattern by chance, so there are two.
-            let mut used = vec![0; 8];
+            let mut used = [0; 8];
             for pattern in [0xff, 0x5b] {
                 PATTERN.store(pattern, SeqCst);
                 COUNT.store(0, SeqCst);

@@ -138,7 +138,7 @@ impl Task {
             Place::Coordinator(url) => Session::connect(url, program, options)?,
             Place::Workers(n) => {
                 let devices = options.mesh.size();
-                if *n == 0 || devices % n != 0 {
+                if *n == 0 || !devices.is_multiple_of(*n) {
                     return config::mistake(
                         format!("--workers {n} cannot share out the {devices} devices of the mesh {}", options.mesh),
                         "make it a divisor of the number of devices",

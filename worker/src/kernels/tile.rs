@@ -158,7 +158,7 @@ pub(super) mod x86 {
     impl Lanes for Avx512 {
         #[inline(always)]
         unsafe fn zero() -> Self {
-            // SAFETY (all of this impl): only used by functions compiled for AVX-512; pointers by the callers' contracts.
+            // SAFETY: as all of this impl, only used by functions compiled for AVX-512; pointers by the callers' contracts.
             Avx512(unsafe { _mm512_setzero_ps() })
         }
         #[inline(always)]
@@ -199,7 +199,7 @@ pub(super) mod x86 {
     impl Lanes for Avx2 {
         #[inline(always)]
         unsafe fn zero() -> Self {
-            // SAFETY (all of this impl): only used by functions compiled for AVX2 and FMA; pointers by the callers' contracts.
+            // SAFETY: as all of this impl, only used by functions compiled for AVX2 and FMA; pointers by the callers' contracts.
             unsafe { Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()) }
         }
         #[inline(always)]

@@ -362,40 +362,42 @@ unsafe fn load(
     match operand.dtype {
         DType::F32 | DType::I32 => {
             let from = buffer.cast::<u32>();
-            match operand.mode {
-                // SAFETY (all arms): the block's elements lie in the buffer by the caller's contract.
-                Mode::Contiguous => *pointer = unsafe { from.add(start) },
-                Mode::Splat => out.fill(unsafe { *from.add(start) }),
-                Mode::SameRow => {
-                    let first = unsafe { std::slice::from_raw_parts(from.add(start), columns) };
-                    out.chunks_exact_mut(columns.max(1)).for_each(|o| o.copy_from_slice(first));
-                }
-                Mode::Strided if column == 1 => {
-                    for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
-                        o.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(start + r * row), columns) });
+            // SAFETY: the block's elements lie in the buffer by the caller's contract.
+            unsafe {
+                match operand.mode {
+                    Mode::Contiguous => *pointer = from.add(start),
+                    Mode::Splat => out.fill(*from.add(start)),
+                    Mode::SameRow => {
+                        let first = std::slice::from_raw_parts(from.add(start), columns);
+                        out.chunks_exact_mut(columns.max(1)).for_each(|o| o.copy_from_slice(first));
                     }
-                }
-                Mode::Strided if column == 0 && row == 1 && (2..=8).contains(&columns) => {
-                    let first = unsafe { std::slice::from_raw_parts(from.add(start), rows) };
-                    match columns {
-                        2 => repeat::<2>(first, out),
-                        3 => repeat::<3>(first, out),
-                        4 => repeat::<4>(first, out),
-                        5 => repeat::<5>(first, out),
-                        6 => repeat::<6>(first, out),
-                        7 => repeat::<7>(first, out),
-                        _ => repeat::<8>(first, out),
+                    Mode::Strided if column == 1 => {
+                        for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+                            o.copy_from_slice(std::slice::from_raw_parts(from.add(start + r * row), columns));
+                        }
                     }
-                }
-                Mode::Strided if column == 0 => {
-                    for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
-                        o.fill(unsafe { *from.add(start + r * row) });
+                    Mode::Strided if column == 0 && row == 1 && (2..=8).contains(&columns) => {
+                        let first = std::slice::from_raw_parts(from.add(start), rows);
+                        match columns {
+                            2 => repeat::<2>(first, out),
+                            3 => repeat::<3>(first, out),
+                            4 => repeat::<4>(first, out),
+                            5 => repeat::<5>(first, out),
+                            6 => repeat::<6>(first, out),
+                            7 => repeat::<7>(first, out),
+                            _ => repeat::<8>(first, out),
+                        }
                     }
-                }
-                Mode::Strided => {
-                    for r in 0..rows {
-                        for c in 0..columns {
-                            out[r * columns + c] = unsafe { *from.add(start + r * row + c * column) };
+                    Mode::Strided if column == 0 => {
+                        for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+                            o.fill(*from.add(start + r * row));
+                        }
+                    }
+                    Mode::Strided => {
+                        for r in 0..rows {
+                            for c in 0..columns {
+                                out[r * columns + c] = *from.add(start + r * row + c * column);
+                            }
                         }
                     }
                 }

@@ -338,7 +338,7 @@ fn tile_rows(isa: Isa, left: usize) -> usize {
         Isa::Portable => &[4, 1],
     };
     // Sixteen channels go as 8 + 8, not as 12 + 4.
-    if isa == Isa::Avx512 && left % 12 != 0 && left % 8 == 0 && left < 24 {
+    if isa == Isa::Avx512 && !left.is_multiple_of(12) && left.is_multiple_of(8) && left < 24 {
         return 8;
     }
     sizes.iter().copied().find(|s| *s <= left).unwrap_or(1)
