@@ -29,7 +29,7 @@ fn indices(g: &Graph, dims: &[Dim], values: &[i32]) -> Tensor {
     let n = dim("i", values.len());
     let places = g.iota(&n);
     let zero = g.scalar_i32(0);
-    let list = values.iter().enumerate().fold(zero.broadcast(&[n.clone()]), |sum, (i, v)| {
+    let list = values.iter().enumerate().fold(zero.broadcast(std::slice::from_ref(&n)), |sum, (i, v)| {
         sum.add(&places.equal(&g.scalar_i32(i as i32)).select(&g.scalar_i32(*v), &zero))
     });
     match dims {
