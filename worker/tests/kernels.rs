@@ -8,6 +8,7 @@ use mesh::dim::{DType, Dim, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, BatchNorm, Dense, Kernel as Filter, Mode};
 use mesh::ops::binary::{Binary, BinaryFn};
+use mesh::ops::resize::Resize;
 use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
@@ -250,4 +251,48 @@ fn every_function_of_a_value_is_the_same_bits_on_every_instruction_set_and_threa
         hold(&p, mesh, layout, &mut seen);
     }
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["copy", "map", "reduce"]);
+}
+
+#[test]
+fn indexing_and_resampling_are_the_same_bits_on_every_instruction_set_and_thread() {
+    let d = [dim("a", 6), dim("b", 9), dim("c", 37)];
+    let mut p = ProgramBuilder::new();
+    p.function("f", |g: &Graph| {
+        let x = g.input("x", DType::F32, &d);
+        let (i, j) = (g.input("i", DType::I32, &d[..2]), g.input("j", DType::I32, &[dim("n", 50)]));
+        let table = x.sum(&["b"]);
+        let window = [Window::padded("b", 3, 2, 1, 1), Window::same("c", 37, 4, 3, 1)];
+        let outputs = [
+            table.gather(&j, "a"),
+            x.gather(&i.rename("b", "k"), "c"),
+            g.iota(&dim("v", 5)).gather(&j, "v"),
+            x.scatter_add(&i, &dim("row", 7)),
+            x.scatter_add_over(&i, &dim("row", 4), &["b"]),
+            x.reorder(&["c", "b", "a"]).scatter_add_over(&i, &dim("row", 4), &[]),
+            i.scatter_add(&i, &dim("row", 3)),
+            x.top_k("c", &dim("k", 5)).1,
+            i.top_k("a", &dim("k", 6)).0,
+            x.avg_pool(&window),
+            x.resize(&[("b", 14), ("c", 20)], Resize::Linear),
+            x.resize(&[("a", 4), ("c", 50)], Resize::Nearest),
+            x.less(&g.scalar(0.1)).resize(&[("b", 5)], Resize::Nearest),
+        ];
+        for (n, y) in outputs.iter().enumerate() {
+            g.output(format!("y{n}"), y);
+            if y.ty().dtype == DType::F32 {
+                let grad = g.gradients(&y.square().sum_all(), &[&x]).remove(0);
+                g.output(format!("d{n}"), &grad);
+            }
+        }
+    })
+    .unwrap();
+    let p = p.finish().unwrap();
+    let mut seen = BTreeSet::new();
+    for (mesh, layout) in [("1", ""), ("m=3", "a:m"), ("m=2,n=3", "b:m,c:n"), ("m=3,n=2", "a:m,row:n")] {
+        hold(&p, mesh, layout, &mut seen);
+    }
+    let all = ["gather", "resize", "resize_grad", "scatter_add", "top_k", "window_sum", "window_sum_grad"];
+    for kernel in all {
+        assert!(seen.contains(kernel), "{kernel}: not in {seen:?}");
+    }
 }

@@ -79,7 +79,7 @@ impl Kernel {
                 .or_else(|| WeightGradPlan::with_isa(op, isa).map(|p| Kernel::WeightGrad(Box::new(p))))
                 .or_else(|| ContractPlan::with_isa(op, isa).map(|p| Kernel::Contract(Box::new(p))))
                 .or_else(|| MaxPoolPlan::with_isa(op, isa).map(Kernel::MaxPool))
-                .or_else(|| RowsPlan::new(op).map(Kernel::Rows))
+                .or_else(|| RowsPlan::with_isa(op, isa).map(Kernel::Rows))
                 .or_else(|| GatherPlan::new(op).map(Kernel::Gather))
                 .or_else(|| ScatterAddPlan::new(op).map(|p| Kernel::ScatterAdd(Box::new(p))))
                 .or_else(|| TopKPlan::new(op).map(Kernel::TopK))

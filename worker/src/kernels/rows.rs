@@ -36,8 +36,8 @@ unsafe impl Sync for Pointers {}
 unsafe impl Send for Pointers {}
 
 impl RowsPlan {
-    /// Prepares a map; None for an op that is none.
-    pub fn new(work: &OpWork) -> Option<RowsPlan> {
+    /// Prepares a map for one instruction set; None for an op that is none.
+    pub fn with_isa(work: &OpWork, isa: Isa) -> Option<RowsPlan> {
         let (rows, dim, chooses): (Rows, &Name, bool) = match &work.op {
             Prim::WindowSum(w) => (w.rows(), &w.window.dim, false),
             Prim::Resize(r) => (r.rows(), &r.dim, r.chooses()),
@@ -55,7 +55,7 @@ impl RowsPlan {
             ends.push(entries.len());
         }
         let chosen = chooses.then(|| y.ty.dtype.bytes());
-        Some(RowsPlan { isa: Isa::detect(), outer, lanes, pitch: super::conv::strides(y)[at], ends, entries, chosen })
+        Some(RowsPlan { isa, outer, lanes, pitch: super::conv::strides(y)[at], ends, entries, chosen })
     }
 
     /// Runs it.
