@@ -20,8 +20,9 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt, iter};
+use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
 use worker::kernels::kernel::CpuBackend;
@@ -119,7 +120,7 @@ impl Coordinator {
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(control)
             .add_service(membership)
-            .serve_with_incoming(TcpListenerStream::new(socket))
+            .serve_with_incoming(TcpIncoming::from(socket).with_nodelay(Some(true)))
             .await;
         watch.abort();
         done

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint, Server};
 
 /// Largest message of the control plane.
@@ -123,7 +124,7 @@ pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(8 << 20)
             .add_service(served)
-            .serve_with_incoming(TcpListenerStream::new(socket));
+            .serve_with_incoming(TcpIncoming::from(socket).with_nodelay(Some(true)));
         let server = tokio::spawn(server);
         let own = listener.address();
         let hello = WorkerHello {
