@@ -458,3 +458,47 @@ fn help_tells_options_examples_and_exit_codes() {
         }
     }
 }
+
+#[test]
+fn worker_processes_give_the_bits_of_one_process_by_either_transport() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = ["--data", "phantom", "--crop", "24x21x19", "--base", "4", "--steps", "4", "--dropout", "0.2"];
+    let hash = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let mut args = vec!["train", "--mesh", "x=2,y=2", "--out", out.to_str().unwrap()];
+        args.extend(small);
+        args.extend(more);
+        let done = Command::new(env!("CARGO_BIN_EXE_unet3d")).args(args).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let rows = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let rows: Vec<serde_json::Value> = rows.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let losses: Vec<String> = rows.iter().map(|r| r["loss_bits"].to_string()).collect();
+        for device in rows[rows.len() - 1]["devices"].as_array().unwrap() {
+            assert_eq!(device["peak_bytes_predicted"], device["peak_bytes_measured"]);
+        }
+        (losses, rows[rows.len() - 1]["variables_hash"].to_string())
+    };
+    let here = hash("here", &[]);
+    assert_eq!(here.0.len(), 4);
+    assert_eq!(hash("rings", &["--workers", "4"]), here);
+    assert_eq!(hash("grpc", &["--workers", "2", "--transport", "grpc"]), here);
+}
+
+#[test]
+fn workers_that_cannot_share_the_devices_out_are_refused_before_any_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let run = |args: &[&str]| {
+        let common =
+            ["train", "--data", "phantom", "--crop", "16", "--mesh", "x=2,y=2", "--out", out.to_str().unwrap()];
+        let done = Command::new(env!("CARGO_BIN_EXE_unet3d")).args(common).args(args).output().unwrap();
+        (done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    let (code, text) = run(&["--workers", "3"]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("cannot share out the 4 devices") && text.contains("divisor"), "{text}");
+    let (code, text) = run(&["--coordinator", "http://127.0.0.1:9"]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("the coordinator http://127.0.0.1:9 is not there"), "{text}");
+    assert!(!out.join("metrics.jsonl").exists());
+}
