@@ -194,4 +194,14 @@ mod tests {
         assert_eq!(flops("train"), 3 * forward - 2 * 27 * 32 * 64 * 64 * 64);
         assert!((forward as f64 / 112e9 - 1.0).abs() < 0.01);
     }
+
+    #[test]
+    fn its_activations_take_less_than_two_kilobytes_a_voxel() {
+        let config = Config { base: 32, norm: Norm::Batch, ..Config::default() };
+        let p = program(&Shape { volume: [64; 3], classes: 3 }, &config).unwrap();
+        let plan = coordinator::Options { threads: Some(1), ..Default::default() }.plan(&p).unwrap();
+        let variables: usize = p.variables.iter().map(|v| v.ty.bytes()).sum();
+        let voxel = (plan.peak_bytes(0) - variables) as f64 / f64::from(64 * 64 * 64);
+        assert!((1000.0..2000.0).contains(&voxel), "{voxel} bytes a voxel");
+    }
 }
