@@ -15,6 +15,7 @@ use proto::control::{
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -67,7 +68,8 @@ struct Active {
     plan: ProgramPlan,
     /// Workers with their devices, by device.
     crew: Vec<(u64, Vec<u32>)>,
-    steps: u64,
+    /// Steps that every device has done.
+    steps: AtomicU64,
 }
 
 #[derive(Default)]
@@ -295,7 +297,7 @@ impl Coordinator {
                 }));
             }
             state.epoch += 1;
-            let session = Arc::new(Active { epoch: state.epoch, program, plan, crew, steps: 0 });
+            let session = Arc::new(Active { epoch: state.epoch, program, plan, crew, steps: AtomicU64::new(0) });
             (state.session, state.failed) = (Some(session.clone()), None);
             (session, peers)
         };
@@ -499,6 +501,7 @@ impl control_server::Control for Coordinator {
             async move { client.run(r).await }
         })
         .await?;
+        session.steps.fetch_add(1, Ordering::Relaxed);
         Ok(Response::new(Done {}))
     }
 
@@ -558,7 +561,7 @@ impl control_server::Control for Coordinator {
                 .as_ref()
                 .map(|s| format!("mesh {}, layout {}", s.plan.mesh, s.plan.layout))
                 .unwrap_or_default(),
-            steps: state.session.as_ref().map_or(0, |s| s.steps),
+            steps: state.session.as_ref().map_or(0, |s| s.steps.load(Ordering::Relaxed)),
         }))
     }
 }
