@@ -15,6 +15,9 @@ pub enum Failure {
     /// A step that could not be finished.
     #[error("C0001: the mesh has failed: {0}")]
     Mesh(String),
+    /// Certificates that are not good, or an address that contradicts them.
+    #[error(transparent)]
+    Tls(#[from] worker::tls::TlsError),
     /// A checkpoint that cannot be written or read.
     #[error("{0}")]
     Checkpoint(String),

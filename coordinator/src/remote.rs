@@ -14,6 +14,7 @@ use tokio_stream::{StreamExt, iter};
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 use worker::node::{MESSAGE_BYTES, endpoint};
+use worker::tls::{self, Role};
 use worker::wire::{self, Assembler};
 
 /// A session that a coordinator holds.
@@ -32,6 +33,14 @@ fn failed(status: Status) -> Failure {
     Failure::Mesh(status.message().to_string())
 }
 
+/// Why there is no connection to a coordinator.
+fn unreachable(url: &str, e: &(dyn std::error::Error + 'static)) -> String {
+    match tls::refusal(e) {
+        Some(reason) => format!("the coordinator {url} is there, but {reason}"),
+        None => format!("the coordinator {url} is not there: {}", tls::causes(e)),
+    }
+}
+
 impl Remote {
     /// Opens a session.
     ///
@@ -48,11 +57,8 @@ impl Remote {
             transport: options.transport.to_string(),
         };
         let (client, opened, held) = runtime.block_on(async {
-            let endpoint = endpoint(url).map_err(Failure::Mesh)?;
-            let channel = endpoint.connect().await.map_err(|e| {
-                let why = std::error::Error::source(&e).map_or(e.to_string(), |s| s.to_string());
-                Failure::Mesh(format!("the coordinator {url} is not there: {why}"))
-            })?;
+            let endpoint = endpoint(url, options.tls.as_ref(), Role::Coordinator)?;
+            let channel = endpoint.connect().await.map_err(|e| Failure::Mesh(unreachable(url, &e)))?;
             let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES);
             let data = (0..bytes.len()).step_by(wire::PART_BYTES);
             let data = data.map(|i| open_part::Kind::Program(bytes.slice(i..(i + wire::PART_BYTES).min(bytes.len()))));
@@ -60,7 +66,13 @@ impl Remote {
                 .chain(data)
                 .map(|k| OpenPart { kind: Some(k) })
                 .collect();
-            let mut held = client.open(iter(parts)).await.map_err(failed)?.into_inner();
+            // A certificate that the coordinator does not accept shows only now.
+            let opened = client.open(iter(parts)).await;
+            let opened = opened.map_err(|s| match tls::refusal(&s) {
+                Some(_) => Failure::Mesh(unreachable(url, &s)),
+                None => failed(s),
+            });
+            let mut held = opened?.into_inner();
             let opened = held.next().await.ok_or_else(|| Failure::Mesh("the session ended at once".into()))?;
             Ok::<_, Failure>((client, opened.map_err(failed)?, held))
         })?;

@@ -14,6 +14,8 @@ use proto::control::{
 };
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +30,7 @@ use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
 use worker::kernels::kernel::CpuBackend;
 use worker::node::{MESSAGE_BYTES, PROTOCOL, endpoint};
+use worker::tls::{Role, Tls};
 use worker::wire::{self, Assembler};
 
 /// How the coordinator runs.
@@ -39,11 +42,30 @@ pub struct ServerOptions {
     pub lease: Duration,
     /// How long a session waits for enough devices.
     pub wait: Duration,
+    /// How long a session waits for a worker in a lost one's place.
+    pub replace: Duration,
+    /// TLS of every connection.
+    pub tls: Option<Tls>,
+    /// Where a status is served, read-only.
+    pub status: Option<SocketAddr>,
+    /// Folder for what must outlive the coordinator.
+    pub state: Option<PathBuf>,
+    /// Where checkpoints lie: a folder or a URL.
+    pub store: String,
 }
 
 impl Default for ServerOptions {
     fn default() -> ServerOptions {
-        ServerOptions { silence: Duration::from_secs(2), lease: Duration::from_secs(10), wait: Duration::from_secs(60) }
+        ServerOptions {
+            silence: Duration::from_secs(2),
+            lease: Duration::from_secs(10),
+            wait: Duration::from_secs(60),
+            replace: Duration::from_secs(60),
+            tls: None,
+            status: None,
+            state: None,
+            store: ".".into(),
+        }
     }
 }
 
@@ -113,10 +135,15 @@ impl Coordinator {
     /// # Errors
     /// A server that cannot go on.
     pub async fn serve(self, socket: TcpListener) -> Result<(), tonic::transport::Error> {
+        let tls = self.options.tls.clone();
         let watch = tokio::spawn(self.clone().watch());
         let control = control_server::ControlServer::new(self.clone()).max_decoding_message_size(MESSAGE_BYTES);
         let membership = membership_server::MembershipServer::new(self).max_decoding_message_size(MESSAGE_BYTES);
-        let done = Server::builder()
+        let mut server = Server::builder();
+        if let Some(tls) = &tls {
+            server = server.tls_config(tls.server())?;
+        }
+        let done = server
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(8 << 20)
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
@@ -411,7 +438,8 @@ impl membership_server::Membership for Coordinator {
         if hello.devices == 0 || hello.devices > 1 << 16 {
             return Err(Status::failed_precondition(format!("C0017: a worker with {} devices", hello.devices)));
         }
-        let channel = endpoint(&hello.address).map_err(invalid)?.connect_lazy();
+        let channel =
+            endpoint(&hello.address, self.options.tls.as_ref(), Role::Worker).map_err(invalid)?.connect_lazy();
         let (send, receive) = mpsc::channel(8);
         let id = {
             let mut state = lock(&self.state);

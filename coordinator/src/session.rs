@@ -10,6 +10,7 @@ use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
 use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
+use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
 
 /// Where and how a program runs. None of it changes a bit of the results, but for the seed.
@@ -29,6 +30,8 @@ pub struct Options {
     pub seed: u64,
     /// How the devices of worker processes reach each other.
     pub transport: TransportChoice,
+    /// TLS to a coordinator.
+    pub tls: Option<Tls>,
 }
 
 impl Options {

@@ -11,11 +11,14 @@
 //! | [`wire`] | programs and arrays as messages |
 //! | [`service`] | the service by which a coordinator drives a worker's devices |
 //! | [`node`] | a worker's life: joining a coordinator, beats, leaving |
+//! | [`tls`] | mutual TLS by role |
 //! | [`cli`] | a worker's command line |
+//! | [`config`](mod@config) | options from a file |
 //! | [`data`] | readers and writers of volumes |
 
 pub mod cli;
 pub mod collective;
+pub mod config;
 pub mod data;
 pub mod device;
 pub mod group;
@@ -23,5 +26,6 @@ pub mod kernels;
 pub mod node;
 pub mod pool;
 pub mod service;
+pub mod tls;
 pub mod transport;
 pub mod wire;

@@ -1,6 +1,7 @@
 //! A worker's life: it offers its devices to a coordinator and stays for as long as that wants it.
 
 use crate::service::{Offer, WorkerService};
+use crate::tls::{self, Role, Tls, TlsError};
 use crate::transport::connector::{self, ListenOptions, Listener, Version};
 use proto::control::{FromWorker, WorkerHello, from_worker, membership_client::MembershipClient, to_worker};
 use std::net::SocketAddr;
@@ -25,14 +26,22 @@ const BEAT: Duration = Duration::from_millis(500);
 /// How a worker runs.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
-    /// The coordinator: `host:port` or `http://host:port`.
+    /// The coordinator: `host:port`, or a URL.
     pub join: String,
     /// Where the worker's own services listen.
     pub bind: SocketAddr,
+    /// What others call instead: `host` or `host:port`, the port being that of the worker's service.
+    pub advertise: Option<String>,
     /// What it offers.
     pub offer: Offer,
     /// Allows services without TLS where other hosts can reach them.
     pub insecure: bool,
+    /// TLS of every connection.
+    pub tls: Option<Tls>,
+    /// Where checkpoints lie: a folder or a URL.
+    pub store: String,
+    /// How long a worker that is told to end may take to leave.
+    pub grace: Duration,
 }
 
 /// Why a worker ends.
@@ -60,26 +69,44 @@ pub enum NodeError {
     /// Something that the system does not give.
     #[error("error[W0032]: {0}")]
     System(String),
+    /// Options that are wrong, or none together.
+    #[error("error[W0033]: {what}\n  help: {help}")]
+    Options {
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        help: &'static str,
+    },
+    /// Certificates that are not good, or an address that contradicts them.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 impl NodeError {
     /// The process's exit code: 2 configuration, 75 try again.
     pub fn exit_code(&self) -> u8 {
         match self {
-            NodeError::Refused { .. } => 2,
+            NodeError::Refused { .. } | NodeError::Options { .. } | NodeError::Tls(_) => 2,
             NodeError::Gone { .. } => 75,
             NodeError::System(_) => 1,
         }
     }
 }
 
-/// A channel to a control service.
+/// A channel to a control service of a process of that role.
 ///
 /// # Errors
-/// An address that is none; in words.
-pub fn endpoint(address: &str) -> Result<Endpoint, String> {
-    let uri = if address.contains("://") { address.to_string() } else { format!("http://{address}") };
-    let endpoint = Endpoint::from_shared(uri).map_err(|e| format!("`{address}` is no address: {e}"))?;
+/// An address that is none, or contradicts whether there is TLS.
+pub fn endpoint(address: &str, tls: Option<&Tls>, callee: Role) -> Result<Endpoint, TlsError> {
+    let wrong = |e: tonic::transport::Error| TlsError::Address {
+        address: address.into(),
+        why: format!("is no address: {}", tls::causes(&e)),
+        help: "write `host:port`",
+    };
+    let mut endpoint = Endpoint::from_shared(tls::url(address, tls.is_some())?).map_err(wrong)?;
+    if let Some(tls) = tls {
+        endpoint = endpoint.tls_config(tls.client(callee)).map_err(wrong)?;
+    }
     Ok(endpoint
         .connect_timeout(Duration::from_secs(5))
         .tcp_nodelay(true)
@@ -90,14 +117,16 @@ pub fn endpoint(address: &str) -> Result<Endpoint, String> {
 /// Refuses to serve others in the clear.
 ///
 /// # Errors
-/// An address that other hosts reach, without TLS; in words.
-pub fn check_bind(bind: SocketAddr, insecure: bool) -> Result<(), String> {
-    if bind.ip().is_loopback() || insecure {
+/// An address that other hosts reach, without TLS.
+pub fn check_bind(bind: SocketAddr, tls: bool, insecure: bool) -> Result<(), NodeError> {
+    if bind.ip().is_loopback() || tls || insecure {
         return Ok(());
     }
-    Err(format!(
-        "{bind} can be reached from other hosts, and nothing there would be encrypted; pass --insecure if you mean it"
-    ))
+    Err(NodeError::Options {
+        what: format!("{bind} can be reached from other hosts, and anyone there could use this process"),
+        help: "name a folder of certificates with --tls (`coordinator certs init` makes one), or pass --insecure if \
+               everyone on that network may",
+    })
 }
 
 /// Runs a worker until the coordinator is gone for good, or refuses it; blocks.
@@ -106,11 +135,14 @@ pub fn check_bind(bind: SocketAddr, insecure: bool) -> Result<(), String> {
 /// Always, in the end: why it ended.
 pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
     let system = |e: &dyn std::fmt::Display| NodeError::System(e.to_string());
-    check_bind(options.bind, options.insecure).map_err(|e| system(&e))?;
+    check_bind(options.bind, options.tls.is_some(), options.insecure)?;
     let runtime = connector::runtime().map_err(|e| system(&e))?;
     let listen = ListenOptions {
         bind: SocketAddr::new(options.bind.ip(), 0),
+        // The port that is given is that of the worker's service.
+        advertise: options.advertise.as_deref().map(|a| connector::host_and_port(a).0.into()),
         insecure: options.insecure,
+        tls: options.tls.clone(),
         ..ListenOptions::default()
     };
     let listener = Arc::new(Listener::bind(listen, runtime.handle().clone()).map_err(|e| system(&e))?);
@@ -120,7 +152,12 @@ pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
         let address = socket.local_addr().map_err(|e| system(&e))?;
         let served =
             proto::control::worker_server::WorkerServer::new(service.clone()).max_decoding_message_size(MESSAGE_BYTES);
-        let server = Server::builder()
+        let address = connector::advertised(options.advertise.as_deref(), address).map_err(|e| system(&e))?;
+        let mut server = Server::builder();
+        if let Some(tls) = &options.tls {
+            server = server.tls_config(tls.server()).map_err(|e| system(&tls::causes(&e)))?;
+        }
+        let server = server
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(8 << 20)
             .add_service(served)
@@ -130,7 +167,7 @@ pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
         let hello = WorkerHello {
             protocol: PROTOCOL,
             build: Version::default().build,
-            address: address.to_string(),
+            address,
             data_address: own.grpc.clone(),
             host: own.host.to_string(),
             socket: own.socket.clone(),
@@ -151,7 +188,7 @@ pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
 /// Joins, and joins again when the coordinator was lost, until it is gone for longer than the lease.
 async fn stay(options: &NodeOptions, hello: &WorkerHello, service: &WorkerService) -> Result<(), NodeError> {
     let gone = |reason: String| NodeError::Gone { coordinator: options.join.clone(), reason };
-    let channel: Channel = endpoint(&options.join).map_err(NodeError::System)?.connect_lazy();
+    let channel = endpoint(&options.join, options.tls.as_ref(), Role::Coordinator)?.connect_lazy();
     let mut lease = LEASE;
     let mut alone = Instant::now();
     loop {
@@ -192,8 +229,13 @@ async fn join(channel: &Channel, hello: &WorkerHello, lease: &mut Duration) -> L
     }
     let mut stream = match client.join(ReceiverStream::new(receive)).await {
         Ok(reply) => reply.into_inner(),
-        Err(s) if s.code() == tonic::Code::FailedPrecondition => return Left::Refused(s.message().into()),
-        Err(s) => return lost(s.message().into(), false),
+        Err(s) if matches!(s.code(), tonic::Code::FailedPrecondition | tonic::Code::PermissionDenied) => {
+            return Left::Refused(s.message().into());
+        }
+        Err(s) => match tls::refusal(&s) {
+            Some(reason) => return Left::Refused(reason),
+            None => return lost(tls::causes(&s), false),
+        },
     };
     let mut joined = false;
     let mut beats = tokio::time::interval(BEAT);

@@ -8,8 +8,11 @@ mod train;
 
 use clap::{Args, Parser, Subcommand};
 use config::{Config, Dtype, Mistake, Norm, OptimizerKind};
+use coordinator::Failure;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use worker::tls::{Role, Tls};
 use worker::transport::connector::TransportChoice;
 
 const EXAMPLES: &str = "\
@@ -30,7 +33,7 @@ Exit codes:
   4  there is no good checkpoint, or it is one of another program";
 
 const KEYS: &str = "\
-Every option but --devices, --coordinator, --workers, --transport, --config, --set, --out and --resume is also a key of the configuration, for --config and
+Every option but --devices, --coordinator, --tls, --workers, --transport, --config, --set, --out and --resume is also a key of the configuration, for --config and
 --set; further keys are
   organ_weight      weight of an organ's voxel in the cross-entropy; the background's is 1 [default: 8]
   checkpoint_every  steps between checkpoints; one is always written at the end [default: 50]
@@ -69,8 +72,24 @@ enum Command {
     #[command(after_long_help = KEYS)]
     Plan(Options),
     /// Offer devices to a coordinator: what `train --workers` starts
-    #[command(hide = true)]
-    Worker(worker::cli::WorkerArgs),
+    #[command(hide = true, disable_help_flag = true)]
+    Worker(Rest),
+    /// Be a coordinator
+    #[command(hide = true, disable_help_flag = true)]
+    Coordinator(Rest),
+}
+
+/// A command line that is read elsewhere.
+#[derive(Args)]
+struct Rest {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<OsString>,
+}
+
+impl Rest {
+    fn of(&self, program: &str) -> impl Iterator<Item = OsString> {
+        std::iter::once(program.into()).chain(self.args.clone())
+    }
 }
 
 #[derive(Args)]
@@ -94,6 +113,9 @@ struct Options {
     /// Run on the workers of this coordinator instead of in this process
     #[arg(long, help_heading = "Devices", value_name = "URL", conflicts_with = "workers")]
     coordinator: Option<String>,
+    /// Folder with ca.pem, client.pem and client.key, for a --coordinator with TLS
+    #[arg(long, help_heading = "Devices", value_name = "DIR", env = "MESH_TLS", hide_env_values = true)]
+    tls: Option<PathBuf>,
     /// Start a coordinator and so many worker processes for this run, and share the devices out to them
     #[arg(long, help_heading = "Devices", value_name = "N")]
     workers: Option<usize>,
@@ -202,7 +224,8 @@ fn main() -> ExitCode {
         Command::Train(o) => (o, train::train),
         Command::Eval(o) => (o, train::eval),
         Command::Plan(o) => (o, train::plan),
-        Command::Worker(args) => return worker::cli::main(args),
+        Command::Worker(rest) => return worker::cli::main(rest.of("worker")),
+        Command::Coordinator(rest) => return coordinator::cli::main(rest.of("coordinator")),
     };
     let of_run = options.resume || matches!(cli.command, Command::Eval(_));
     let result = options.config(of_run).map_err(train::Failed::from).and_then(|config| {
@@ -211,13 +234,17 @@ fn main() -> ExitCode {
             (None, Some(n)) => train::Place::Workers(n),
             (None, None) => train::Place::Here,
         };
+        let tls = match (&place, &options.tls) {
+            (train::Place::Coordinator(_), Some(dir)) => Some(Tls::load(dir, Role::Client).map_err(Failure::from)?),
+            _ => None,
+        };
         let (out, resume, devices) = (options.out.clone(), options.resume, options.devices);
-        run(&train::Task { config, out, resume, devices, place, transport: options.transport })
+        run(&train::Task { config, out, resume, devices, place, transport: options.transport, tls })
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{}", report::error_text(&e.to_string()));
+            eprintln!("{}", worker::cli::error_text(&e.to_string()));
             ExitCode::from(e.exit_code())
         }
     }

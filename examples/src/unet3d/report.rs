@@ -105,17 +105,6 @@ pub fn say(line: String) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-/// What people see of a failure whose text begins with its code: `D0001: ..` is `error[D0001]: ..`.
-pub fn error_text(text: &str) -> String {
-    match text.split_once(": ") {
-        Some((code, rest)) if code.len() == 5 && code[1..].bytes().all(|b| b.is_ascii_digit()) => {
-            format!("error[{code}]: {rest}")
-        }
-        _ if text.starts_with("error[") => text.into(),
-        _ => format!("error: {text}"),
-    }
-}
-
 fn time(d: Duration) -> String {
     let s = d.as_secs();
     if s >= 3600 { format!("{}h{:02}m", s / 3600, s / 60 % 60) } else { format!("{}m{:02}s", s / 60, s % 60) }

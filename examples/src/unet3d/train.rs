@@ -18,6 +18,7 @@ use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use worker::data::{DataError, picture, volume::View};
+use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
 
 /// The resolved configuration in a run folder.
@@ -55,6 +56,8 @@ pub struct Task {
     pub place: Place,
     /// How worker processes reach each other.
     pub transport: TransportChoice,
+    /// TLS to a coordinator.
+    pub tls: Option<Tls>,
 }
 
 /// Why a command failed. Each text begins with its code, or is a whole `error[code]: ..` already.
@@ -100,7 +103,9 @@ impl Failed {
     /// The process's exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failed::Config(_) | Failed::Session(Failure::Program(_)) | Failed::Scan(ScanError::Option(_)) => 2,
+            Failed::Config(_)
+            | Failed::Session(Failure::Program(_) | Failure::Tls(_))
+            | Failed::Scan(ScanError::Option(_)) => 2,
             Failed::Scan(ScanError::Data(_) | ScanError::Mismatch { .. }) | Failed::Data(DataError::Format { .. }) => 3,
             Failed::Session(Failure::Checkpoint(_)) => 4,
             Failed::Data(DataError::Fetch(_) | DataError::File { .. })
@@ -127,6 +132,7 @@ impl Task {
             memory: c.memory_bytes()?,
             seed: c.seed,
             transport: self.transport,
+            tls: self.tls.clone(),
             mesh,
         })
     }
@@ -154,7 +160,8 @@ impl Task {
                     command.args(["--threads", &options.threads().to_string()]);
                     command
                 })?;
-                let session = Session::connect(&workers.url, program, options)?;
+                let options = Options { tls: Some(workers.tls.clone()), ..options.clone() };
+                let session = Session::connect(&workers.url, program, &options)?;
                 return Ok(Running { session, _workers: Some(workers) });
             }
         };

@@ -10,6 +10,7 @@ use super::link::Link;
 use super::ring::{RING_BYTES, RingLink, RingMemory};
 use super::socket;
 use super::switchboard::Switchboard;
+use crate::tls::Tls;
 use prost::Message;
 use proto::data::{Answer, Frame, Hello, answer::Kind};
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,6 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::Streaming;
 use tonic::transport::server::TcpIncoming;
-use tonic::transport::{ClientTlsConfig, ServerTlsConfig};
 
 /// The version of the data plane's protocol.
 pub const PROTOCOL: u32 = 1;
@@ -248,10 +248,8 @@ pub struct ListenOptions {
     pub advertise: Option<String>,
     /// Allows a server without TLS where other hosts can reach it.
     pub insecure: bool,
-    /// TLS for those who call.
-    pub server_tls: Option<ServerTlsConfig>,
-    /// TLS for those whom we call.
-    pub client_tls: Option<ClientTlsConfig>,
+    /// TLS for those who call and whom we call.
+    pub tls: Option<Tls>,
     /// The version that peers must have.
     pub version: Version,
 }
@@ -262,8 +260,7 @@ impl Default for ListenOptions {
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
             insecure: false,
-            server_tls: None,
-            client_tls: None,
+            tls: None,
             version: Version::default(),
         }
     }
@@ -494,7 +491,7 @@ pub struct Listener {
 impl Listener {
     /// Binds the unix socket and the gRPC server; `runtime` runs their tasks and those of the links.
     pub fn bind(options: ListenOptions, runtime: Handle) -> Result<Listener, ConnectError> {
-        if !options.bind.ip().is_loopback() && options.server_tls.is_none() && !options.insecure {
+        if !options.bind.ip().is_loopback() && options.tls.is_none() && !options.insecure {
             return Err(ConnectError::Insecure { address: options.bind });
         }
         let _inside = runtime.enter();
@@ -503,10 +500,10 @@ impl Listener {
         let incoming = TcpIncoming::bind(options.bind).map_err(system("the gRPC address cannot be bound"))?;
         let incoming = incoming.with_nodelay(Some(true));
         let bound = incoming.local_addr().map_err(system("the gRPC address is not known"))?;
-        let grpc = advertised(&options, bound).map_err(system("the host has no name"))?;
+        let grpc = advertised(options.advertise.as_deref(), bound).map_err(system("the host has no name"))?;
         let host = HostId::here().map_err(system("the host has no identity"))?;
         let address = Address { host, socket, grpc };
-        let (tls, version) = (options.server_tls.clone(), options.version.clone());
+        let (tls, version) = (options.tls.clone(), options.version.clone());
         let serve = grpc::serve(incoming, tls, version.clone(), lobby.clone());
         let tasks = vec![
             // Whoever waits for an answer is told by the time-out of `connect`.
@@ -563,18 +560,25 @@ fn spin(roster: &Roster, host: &HostId) -> Duration {
     if devices > cores { Duration::ZERO } else { SPIN }
 }
 
-/// What peers are to call.
-fn advertised(options: &ListenOptions, bound: SocketAddr) -> io::Result<String> {
-    let port = bound.port();
-    Ok(match &options.advertise {
-        Some(name) if name.parse::<Ipv6Addr>().is_ok() => format!("[{name}]:{port}"),
-        Some(name) if name.contains(':') => name.clone(),
-        Some(name) => format!("{name}:{port}"),
-        None if bound.ip().is_unspecified() => {
-            format!("{}:{port}", std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim())
-        }
-        None => bound.to_string(),
-    })
+/// What others are to call: the name that is advertised, or else the bound address, or else this host's name.
+pub(crate) fn advertised(advertise: Option<&str>, bound: SocketAddr) -> io::Result<String> {
+    let host = match advertise.map(host_and_port) {
+        Some((host, Some(port))) => return Ok(format!("{host}:{port}")),
+        Some((host, None)) => host.to_string(),
+        None if bound.ip().is_unspecified() => std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_string(),
+        None => return Ok(bound.to_string()),
+    };
+    let host = if host.parse::<Ipv6Addr>().is_ok() { format!("[{host}]") } else { host };
+    Ok(format!("{host}:{}", bound.port()))
+}
+
+/// Host and port of `host`, `host:port`, `::1` or `[::1]:port`.
+pub(crate) fn host_and_port(text: &str) -> (&str, Option<u16>) {
+    let split = || text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    match split() {
+        Some((host, port)) if text.parse::<Ipv6Addr>().is_err() => (host, Some(port)),
+        _ => (text, None),
+    }
 }
 
 fn bind_unix() -> io::Result<(String, UnixListener)> {
@@ -761,7 +765,7 @@ impl<'a> Meeting<'a> {
                 let _ = events.send(Event::Dialled { me, peer, link: link.map(|l| Box::new(l) as Box<dyn Link>) });
             }));
         } else {
-            let tls = self.listener.options.client_tls.clone();
+            let tls = self.listener.options.tls.clone();
             self.listener.runtime.spawn(tokio::time::timeout(left, async move {
                 let hello = roster.hello(&version, me, peer, WINDOW);
                 let check = |answer: &Hello| roster.check_answer(&version, me, peer, answer);

@@ -10,6 +10,7 @@ use super::TransportError;
 use super::bell::Bell;
 use super::connector::{Arrival, Caller, Lobby, Version};
 use super::link::Link;
+use crate::tls::{Role, Tls, causes};
 use bytes::{Bytes, BytesMut};
 use proto::data::data_plane_client::DataPlaneClient;
 use proto::data::data_plane_server::{DataPlane, DataPlaneServer};
@@ -24,7 +25,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
-use tonic::transport::{ClientTlsConfig, Endpoint, Server, ServerTlsConfig};
+use tonic::transport::{Endpoint, Server};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 /// Bytes of a data frame.
@@ -476,7 +477,7 @@ impl Ends {
     pub(super) async fn dial(
         self,
         address: String,
-        tls: Option<ClientTlsConfig>,
+        tls: Option<Tls>,
         hello: Hello,
         check: impl Fn(&Hello) -> Result<(), String>,
         note: impl Fn(String),
@@ -493,7 +494,9 @@ impl Ends {
             .tcp_nodelay(true)
             .connect_timeout(HELLO_TIMEOUT);
         if let Some(tls) = tls {
-            endpoint = endpoint.tls_config(tls).map_err(|e| format!("the TLS configuration is wrong: {e}"))?;
+            endpoint = endpoint
+                .tls_config(tls.client(Role::Worker))
+                .map_err(|e| format!("the TLS configuration is wrong: {e}"))?;
         }
         loop {
             let pipe = Pipe::new(hello.clone(), 0, self.bell.clone());
@@ -521,17 +524,6 @@ async fn call(endpoint: &Endpoint, pipe: &Arc<Pipe>) -> Result<(Hello, Streaming
         Some(Frame { kind: Some(Kind::Hello(hello)) }) => Ok((hello, frames)),
         _ => Err(Status::unavailable("it answered without a hello")),
     }
-}
-
-/// An error with what caused it.
-fn causes(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut next = e.source();
-    while let Some(e) = next {
-        text += &format!(": {e}");
-        next = e.source();
-    }
-    text
 }
 
 /// The end that is called.
@@ -565,7 +557,7 @@ impl DataPlane for Service {
 /// Serves callers until the task is stopped.
 pub(super) async fn serve(
     incoming: TcpIncoming,
-    tls: Option<ServerTlsConfig>,
+    tls: Option<Tls>,
     version: Version,
     lobby: Arc<Lobby>,
 ) -> Result<(), tonic::transport::Error> {
@@ -576,7 +568,7 @@ pub(super) async fn serve(
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
     if let Some(tls) = tls {
-        server = server.tls_config(tls)?;
+        server = server.tls_config(tls.server())?;
     }
     let service = DataPlaneServer::new(Service { lobby, version }).max_decoding_message_size(LONGEST);
     server.add_service(service).serve_with_incoming(incoming).await
