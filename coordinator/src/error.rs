@@ -15,6 +15,24 @@ pub enum Failure {
     /// A step that could not be finished.
     #[error("C0001: the mesh has failed: {0}")]
     Mesh(String),
+    /// A coordinator that cannot be reached: another attempt may help.
+    #[error(
+        "C0022: the coordinator {coordinator} is not there: {reason}\n  help: start it, name another one, or try again later"
+    )]
+    Unreachable {
+        /// Who.
+        coordinator: String,
+        /// Why.
+        reason: String,
+    },
+    /// A coordinator that does not let this program in, or is not one: another attempt would not help.
+    #[error("C0023: the coordinator {coordinator} does not let this program in: {reason}")]
+    Refused {
+        /// Who.
+        coordinator: String,
+        /// Why.
+        reason: String,
+    },
     /// Certificates that are not good, or an address that contradicts them.
     #[error(transparent)]
     Tls(#[from] worker::tls::TlsError),

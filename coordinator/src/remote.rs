@@ -12,7 +12,7 @@ use proto::control::{
 use tokio::runtime::{Builder, Runtime};
 use tokio_stream::{StreamExt, iter};
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 use worker::node::{MESSAGE_BYTES, endpoint};
 use worker::tls::{self, Role};
 use worker::wire::{self, Assembler};
@@ -34,10 +34,11 @@ fn failed(status: Status) -> Failure {
 }
 
 /// Why there is no connection to a coordinator.
-fn unreachable(url: &str, e: &(dyn std::error::Error + 'static)) -> String {
+fn unreachable(url: &str, e: &(dyn std::error::Error + 'static)) -> Failure {
+    let coordinator = url.into();
     match tls::refusal(e) {
-        Some(reason) => format!("the coordinator {url} is there, but {reason}"),
-        None => format!("the coordinator {url} is not there: {}", tls::causes(e)),
+        Some(reason) => Failure::Refused { coordinator, reason },
+        None => Failure::Unreachable { coordinator, reason: tls::causes(e) },
     }
 }
 
@@ -58,7 +59,7 @@ impl Remote {
         };
         let (client, opened, held) = runtime.block_on(async {
             let endpoint = endpoint(url, options.tls.as_ref(), Role::Coordinator)?;
-            let channel = endpoint.connect().await.map_err(|e| Failure::Mesh(unreachable(url, &e)))?;
+            let channel = endpoint.connect().await.map_err(|e| unreachable(url, &e))?;
             let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES);
             let data = (0..bytes.len()).step_by(wire::PART_BYTES);
             let data = data.map(|i| open_part::Kind::Program(bytes.slice(i..(i + wire::PART_BYTES).min(bytes.len()))));
@@ -68,9 +69,12 @@ impl Remote {
                 .collect();
             // A certificate that the coordinator does not accept shows only now.
             let opened = client.open(iter(parts)).await;
-            let opened = opened.map_err(|s| match tls::refusal(&s) {
-                Some(_) => Failure::Mesh(unreachable(url, &s)),
-                None => failed(s),
+            let opened = opened.map_err(|s| match (std::error::Error::source(&s), s.code()) {
+                (Some(_), _) => unreachable(url, &s),
+                (None, Code::PermissionDenied) => {
+                    Failure::Refused { coordinator: url.into(), reason: s.message().into() }
+                }
+                (None, _) => failed(s),
             });
             let mut held = opened?.into_inner();
             let opened = held.next().await.ok_or_else(|| Failure::Mesh("the session ended at once".into()))?;

@@ -25,9 +25,10 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt, iter};
+use tonic::transport::Channel;
 use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
+use worker::access;
 use worker::kernels::kernel::CpuBackend;
 use worker::node::{MESSAGE_BYTES, PROTOCOL, endpoint};
 use worker::tls::{Role, Tls};
@@ -139,16 +140,16 @@ impl Coordinator {
         let watch = tokio::spawn(self.clone().watch());
         let control = control_server::ControlServer::new(self.clone()).max_decoding_message_size(MESSAGE_BYTES);
         let membership = membership_server::MembershipServer::new(self).max_decoding_message_size(MESSAGE_BYTES);
-        let mut server = Server::builder();
-        if let Some(tls) = &tls {
-            server = server.tls_config(tls.server())?;
-        }
-        let done = server
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<control_server::ControlServer<Coordinator>>().await;
+        let done = access::server(tls.as_ref())?
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(8 << 20)
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(control)
             .add_service(membership)
+            .add_service(health_service)
+            .add_service(access::reflection())
             .serve_with_incoming(TcpIncoming::from(socket).with_nodelay(Some(true)))
             .await;
         watch.abort();

@@ -498,7 +498,13 @@ fn workers_that_cannot_share_the_devices_out_are_refused_before_any_starts() {
     assert_eq!(code, Some(2), "{text}");
     assert!(text.contains("cannot share out the 4 devices") && text.contains("divisor"), "{text}");
     let (code, text) = run(&["--coordinator", "http://127.0.0.1:9"]);
-    assert_eq!(code, Some(1), "{text}");
-    assert!(text.contains("the coordinator http://127.0.0.1:9 is not there"), "{text}");
+    assert_eq!(code, Some(75), "{text}");
+    assert!(text.contains("error[C0022]: the coordinator http://127.0.0.1:9 is not there"), "{text}");
+    let (code, text) = run(&["--coordinator", "https://127.0.0.1:9"]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("error[W0045]: ") && text.contains("name their folder with --tls"), "{text}");
+    let (code, text) = run(&["--coordinator", "127.0.0.1:9", "--tls", dir.path().to_str().unwrap()]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("error[W0040]: cannot read ") && text.contains("ca.pem"), "{text}");
     assert!(!out.join("metrics.jsonl").exists());
 }

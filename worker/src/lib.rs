@@ -12,10 +12,12 @@
 //! | [`service`] | the service by which a coordinator drives a worker's devices |
 //! | [`node`] | a worker's life: joining a coordinator, beats, leaving |
 //! | [`tls`] | mutual TLS by role |
+//! | [`access`] | which role may call which method |
 //! | [`cli`] | a worker's command line |
 //! | [`config`](mod@config) | options from a file |
 //! | [`data`] | readers and writers of volumes |
 
+pub mod access;
 pub mod cli;
 pub mod collective;
 pub mod config;

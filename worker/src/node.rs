@@ -1,8 +1,10 @@
 //! A worker's life: it offers its devices to a coordinator and stays for as long as that wants it.
 
+use crate::access;
 use crate::service::{Offer, WorkerService};
 use crate::tls::{self, Role, Tls, TlsError};
 use crate::transport::connector::{self, ListenOptions, Listener, Version};
+use proto::control::worker_server::WorkerServer;
 use proto::control::{FromWorker, WorkerHello, from_worker, membership_client::MembershipClient, to_worker};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Channel, Endpoint, Server};
+use tonic::transport::{Channel, Endpoint};
 
 /// Largest message of the control plane.
 pub const MESSAGE_BYTES: usize = 4 << 20;
@@ -134,6 +136,14 @@ pub fn check_bind(bind: SocketAddr, tls: bool, insecure: bool) -> Result<(), Nod
 /// # Errors
 /// Always, in the end: why it ended.
 pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
+    run_telling(options, |_| ())
+}
+
+/// The same; `bound` is told where the worker is reached, before it joins.
+///
+/// # Errors
+/// As for [`run`].
+pub fn run_telling(options: &NodeOptions, bound: impl FnOnce(&WorkerHello)) -> Result<(), NodeError> {
     let system = |e: &dyn std::fmt::Display| NodeError::System(e.to_string());
     check_bind(options.bind, options.tls.is_some(), options.insecure)?;
     let runtime = connector::runtime().map_err(|e| system(&e))?;
@@ -150,17 +160,17 @@ pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
     let end = runtime.block_on(async {
         let socket = TcpListener::bind(options.bind).await.map_err(|e| system(&e))?;
         let address = socket.local_addr().map_err(|e| system(&e))?;
-        let served =
-            proto::control::worker_server::WorkerServer::new(service.clone()).max_decoding_message_size(MESSAGE_BYTES);
+        let served = WorkerServer::new(service.clone()).max_decoding_message_size(MESSAGE_BYTES);
         let address = connector::advertised(options.advertise.as_deref(), address).map_err(|e| system(&e))?;
-        let mut server = Server::builder();
-        if let Some(tls) = &options.tls {
-            server = server.tls_config(tls.server()).map_err(|e| system(&tls::causes(&e)))?;
-        }
-        let server = server
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<WorkerServer<WorkerService>>().await;
+        let server = access::server(options.tls.as_ref())
+            .map_err(|e| system(&tls::causes(&e)))?
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(8 << 20)
             .add_service(served)
+            .add_service(health_service)
+            .add_service(access::reflection())
             .serve_with_incoming(TcpIncoming::from(socket).with_nodelay(Some(true)));
         let server = tokio::spawn(server);
         let own = listener.address();
@@ -175,6 +185,7 @@ pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
             threads: options.offer.threads as u32,
             memory: options.offer.memory.unwrap_or(0) as u64,
         };
+        bound(&hello);
         let end = stay(options, &hello, &service).await;
         server.abort();
         end
@@ -234,7 +245,7 @@ async fn join(channel: &Channel, hello: &WorkerHello, lease: &mut Duration) -> L
         }
         Err(s) => match tls::refusal(&s) {
             Some(reason) => return Left::Refused(reason),
-            None => return lost(tls::causes(&s), false),
+            None => return lost(tls::said(&s), false),
         },
     };
     let mut joined = false;

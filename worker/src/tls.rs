@@ -329,6 +329,11 @@ pub fn causes(e: &dyn std::error::Error) -> String {
     text
 }
 
+/// What a call that failed says: what caused it, or else what the other side answered.
+pub fn said(status: &tonic::Status) -> String {
+    std::error::Error::source(status).map_or_else(|| status.message().into(), causes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

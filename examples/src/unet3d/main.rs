@@ -22,15 +22,17 @@ Examples:
   unet3d train --data scan.nii.gz --labels organs.nii.gz --size 128
   unet3d train --resume --steps 300 --mesh x=2        goes on, on another mesh, with the same bits
   unet3d train --workers 4                            each device in a process of its own, with the same bits
+  unet3d train --coordinator head:7070 --tls DIR      on the workers of a cluster
   unet3d eval --out runs/big
   unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
 
 Exit codes:
-  0  done
-  1  something failed on the way: a device, the disk, training that diverges
-  2  the command line, the configuration or the layout is wrong, or the plan is over --memory
-  3  the data are missing or not usable
-  4  there is no good checkpoint, or it is one of another program";
+   0  done
+   1  something failed on the way: a device, the disk, training that diverges
+   2  the command line, the configuration, a certificate or the layout is wrong, or the plan is over --memory
+   3  the data are missing or not usable
+   4  there is no good checkpoint, or it is one of another program
+  75  the coordinator is not there: try again";
 
 const KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --config, --set, --out and --resume is also a key of the configuration, for --config and

@@ -104,10 +104,11 @@ impl Failed {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failed::Config(_)
-            | Failed::Session(Failure::Program(_) | Failure::Tls(_))
+            | Failed::Session(Failure::Program(_) | Failure::Tls(_) | Failure::Refused { .. })
             | Failed::Scan(ScanError::Option(_)) => 2,
             Failed::Scan(ScanError::Data(_) | ScanError::Mismatch { .. }) | Failed::Data(DataError::Format { .. }) => 3,
             Failed::Session(Failure::Checkpoint(_)) => 4,
+            Failed::Session(Failure::Unreachable { .. }) => 75,
             Failed::Data(DataError::Fetch(_) | DataError::File { .. })
             | Failed::Session(Failure::Device(_) | Failure::Mesh(_))
             | Failed::Output { .. }

@@ -10,6 +10,7 @@ use super::TransportError;
 use super::bell::Bell;
 use super::connector::{Arrival, Caller, Lobby, Version};
 use super::link::Link;
+use crate::access;
 use crate::tls::{Role, Tls, causes};
 use bytes::{Bytes, BytesMut};
 use proto::data::data_plane_client::DataPlaneClient;
@@ -24,8 +25,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio_stream::{Stream, StreamExt};
+use tonic::transport::Endpoint;
 use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Endpoint, Server};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 /// Bytes of a data frame.
@@ -561,15 +562,12 @@ pub(super) async fn serve(
     version: Version,
     lobby: Arc<Lobby>,
 ) -> Result<(), tonic::transport::Error> {
-    let mut server = Server::builder()
+    let mut server = access::server(tls.as_ref())?
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(HTTP2_FRAME)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
-    if let Some(tls) = tls {
-        server = server.tls_config(tls.server())?;
-    }
     let service = DataPlaneServer::new(Service { lobby, version }).max_decoding_message_size(LONGEST);
     server.add_service(service).serve_with_incoming(incoming).await
 }
