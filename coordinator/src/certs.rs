@@ -212,7 +212,7 @@ fn write(path: &Path, text: &str, secret: bool) -> Result<(), CertsError> {
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, if secret { 0o600 } else { 0o644 });
     let _ = fs::remove_file(&fresh);
     let mut file = written(&fresh, options.open(&fresh))?;
-    written(&fresh, file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))?;
+    written(&fresh, file.write_all(text.as_bytes()))?;
     written(path, fs::rename(&fresh, path))
 }
 

@@ -1,6 +1,7 @@
 //! Who may call what: every method of every server, by everyone who may not, changes nothing.
 
 use coordinator::certs::{Authority, Issued};
+use coordinator::launch::Launched;
 use coordinator::server::{Coordinator, ServerOptions};
 use coordinator::{Options, Session};
 use mesh::dim::dim;
@@ -389,6 +390,22 @@ fn a_worker_cannot_pose_as_the_coordinator_and_a_coordinator_without_tls_is_noti
     assert!(call(channel.clone(), "/mesh.control.v1.Control/Status", vec![vec![]]).is_ok());
     let e = call(channel, "/mesh.control.v1.Control/Shutdown", vec![vec![]]).unwrap_err();
     assert_eq!((e.code(), &e.message()[..5]), (Code::PermissionDenied, "W0050"));
+}
+
+#[test]
+fn a_coordinator_that_a_model_program_starts_lets_nobody_else_in() {
+    let launched = Launched::start(0, |_| unreachable!("no workers")).unwrap();
+    let status = |own: Option<&Tls>| {
+        let address = launched.url.strip_prefix("https://").unwrap();
+        let _inside = runtime().enter();
+        let channel = node::endpoint(address, own, Role::Coordinator).unwrap().connect_lazy();
+        runtime().block_on(ControlClient::new(channel).status(StatusRequest {}))
+    };
+    assert!(status(Some(&launched.tls)).is_ok());
+    assert!(status(None).is_err());
+    let other = Authority::new().unwrap();
+    let other = other.tls(Role::Client, &other.issue_for(Role::Client, "launched", 1).unwrap()).unwrap();
+    assert!(status(Some(&other)).is_err());
 }
 
 #[test]

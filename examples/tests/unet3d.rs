@@ -508,3 +508,48 @@ fn workers_that_cannot_share_the_devices_out_are_refused_before_any_starts() {
     assert!(text.contains("error[W0040]: cannot read ") && text.contains("ca.pem"), "{text}");
     assert!(!out.join("metrics.jsonl").exists());
 }
+
+/// A process that ends with the test.
+struct Running(std::process::Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_cluster_with_certificates_and_configuration_files_gives_the_bits_of_one_process() {
+    use std::io::{BufRead, BufReader};
+    let place = Place::new();
+    place.ok("coordinator certs init certs");
+    place.ok("coordinator certs init others");
+    let write = |name: &str, text: &str| fs::write(place.path(name), text).unwrap();
+    write("coordinator.toml", "listen = \"127.0.0.1:0\"\ntls = \"certs\"\nwait = 20\n");
+    let mut command = place.command("coordinator --config coordinator.toml");
+    let mut coordinator = Running(command.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut line = String::new();
+    BufReader::new(coordinator.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let address = line.strip_prefix("listening on ").unwrap().trim().to_string();
+
+    // The file says 1 device, the environment another folder, and the command line wins.
+    write("worker.toml", &format!("join = \"{address}\"\ntls = \"certs\"\ndevices = \"cpu:1\"\nthreads = 1\n"));
+    let r = ran(place.command("worker --config worker.toml").env("MESH_TLS", "others").output().unwrap());
+    assert_eq!(r.code, 2, "{}", r.err);
+    assert!(r.err.contains("error[W0030]: the coordinator ") && r.err.contains("certificate"), "{}", r.err);
+    let mut command = place.command("worker --config worker.toml --devices cpu:2 --tls certs");
+    let _worker = Running(command.env("MESH_TLS", "others").env("MESH_LOG", "warn").spawn().unwrap());
+
+    let train = format!("train {SMALL} --steps 3 --mesh x=2 --threads 1");
+    place.ok(&format!("{train} --out here"));
+    place.ok(&format!("{train} --coordinator {address} --tls certs --out there"));
+    assert_eq!(bits(&place.rows("there")), bits(&place.rows("here")));
+    let there = format!("{train} --out not --coordinator");
+    place.fails(&format!("{there} http://{address} --tls certs"), 2, &["error[W0045]", "means no encryption"]);
+    place.fails(&format!("{there} {address} --tls others"), 2, &["error[C0023]", "certificate"]);
+    place.fails(&format!("{there} {address}"), 75, &["error[C0022]"]);
+    place.fails("coordinator --listen 0.0.0.0:0", 2, &["error[W0033]", "--tls"]);
+    place.fails("worker --join 127.0.0.1:9 --listen 0.0.0.0:0", 2, &["error[W0033]", "--insecure"]);
+    place.fails("worker --help", 0, &[]);
+}

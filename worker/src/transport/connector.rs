@@ -68,7 +68,7 @@ pub enum ConnectError {
     },
     /// Tensors would travel in the clear.
     #[error(
-        "W0013: {address} can be reached from other hosts and there is no TLS; configure TLS, bind a loopback address, or allow it with `insecure`"
+        "W0013: {address} can be reached from other hosts and there is no TLS; name a folder of certificates with --tls, listen on a loopback address, or allow it with --insecure"
     )]
     Insecure {
         /// What was to be bound.
