@@ -13,6 +13,7 @@
 //! | [`node`] | a worker's life: joining a coordinator, beats, leaving |
 //! | [`cli`] | a worker's command line |
 //! | [`data`] | readers and writers of volumes |
+//! | [`store`] | where checkpoints lie: a folder or an object store |
 
 pub mod cli;
 pub mod collective;
@@ -23,5 +24,6 @@ pub mod kernels;
 pub mod node;
 pub mod pool;
 pub mod service;
+pub mod store;
 pub mod transport;
 pub mod wire;
