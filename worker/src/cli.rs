@@ -26,6 +26,12 @@ pub struct WorkerArgs {
     /// Serve other hosts without encryption
     #[arg(long)]
     pub insecure: bool,
+    /// Where checkpoints may lie: this folder or object store, or below it
+    #[arg(long, env = "MESH_STORE", default_value = ".", value_name = "DIR|URL")]
+    pub store: String,
+    /// Seconds that a worker that was asked to end (SIGTERM) stays for its session to write a checkpoint
+    #[arg(long, env = "MESH_GRACE", default_value_t = 30, value_name = "SECONDS")]
+    pub grace: u64,
 }
 
 fn devices(text: &str) -> Result<usize, String> {
@@ -56,6 +62,8 @@ pub fn main(args: &WorkerArgs) -> ExitCode {
         bind: args.listen,
         offer: Offer { devices: args.devices, threads, memory: args.memory },
         insecure: args.insecure,
+        store: args.store.clone(),
+        grace: std::time::Duration::from_secs(args.grace),
     };
     match node::run(&options) {
         Ok(()) => ExitCode::SUCCESS,

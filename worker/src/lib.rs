@@ -9,12 +9,14 @@
 //! | [`transport`] | how bytes move between devices |
 //! | [`pool`] | a device's threads |
 //! | [`wire`] | programs and arrays as messages |
+//! | [`store`] | where checkpoints lie: a folder or an object store |
+//! | [`checkpoint`] | a checkpoint's format, and a worker's part in writing and reading it |
 //! | [`service`] | the service by which a coordinator drives a worker's devices |
 //! | [`node`] | a worker's life: joining a coordinator, beats, leaving |
 //! | [`cli`] | a worker's command line |
 //! | [`data`] | readers and writers of volumes |
-//! | [`store`] | where checkpoints lie: a folder or an object store |
 
+pub mod checkpoint;
 pub mod cli;
 pub mod collective;
 pub mod data;
