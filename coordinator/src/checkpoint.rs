@@ -1,225 +1,248 @@
-//! Checkpoints: all variables of a session in one folder, committed by rename.
+//! The catalogue of checkpoints in a store: which there are, committing another, letting go of old ones.
 //!
-//! `DIR/step-00000020/variables.safetensors` holds every variable whole, so that it loads on any mesh;
-//! `manifest.json` beside it names the step, the seed, what the program was configured to, and a BLAKE3 hash of each
-//! tensor. A folder is written under another name and renamed when all of it is on disk: a folder that has its name is
-//! complete, or damaged afterwards, which the hashes tell.
+//! `LOCATION/step-00000020-epoch-3/` is the checkpoint of 20 steps that the session of epoch 3 wrote; what is in it,
+//! [`worker::checkpoint`] says. What counts is read from the store each time, never remembered.
 
 use crate::error::Failure;
-use crate::session::Session;
-use mesh::array::Array;
-use mesh::dim::DType;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use serde::{Deserialize, Serialize};
+use mesh::plan::ProgramPlan;
+use mesh::program::Program;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::fmt;
+use std::str::FromStr;
+use worker::checkpoint::{CheckpointError, MANIFEST, Manifest, Tensor, VERSION};
+use worker::store::{Store, StoreError};
 
-/// What a checkpoint says of itself.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Version of the format.
-    pub version: u32,
-    /// Steps done: the next one has this number.
-    pub step: u32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Samples drawn so far, for the reader to go on behind them.
-    pub samples: u64,
-    /// Mesh and layout that wrote it, for people.
-    pub written_on: String,
-    /// What the program was configured to, as it likes.
-    pub config: serde_json::Value,
-    /// BLAKE3 of each variable's bytes, by name.
-    pub tensors: BTreeMap<String, String>,
+/// Where checkpoints go, and how many stay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoints {
+    /// A folder, or `s3://bucket/prefix`.
+    pub location: String,
+    /// The newest so many are kept.
+    pub keep: usize,
 }
 
-/// Version of the format that this code writes.
-const VERSION: u32 = 1;
-const TENSORS: &str = "variables.safetensors";
-const MANIFEST: &str = "manifest.json";
-/// Largest manifest that is read.
-const MANIFEST_BYTES: u64 = 64 << 20;
-
-/// What to write beside the variables.
-#[derive(Clone, Debug)]
+/// Where a run is.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Position {
-    /// Steps done.
+    /// Steps done: the next one has this number.
     pub step: u32,
     /// Samples drawn so far.
     pub samples: u64,
-    /// What the program was configured to.
+    /// What the program is configured to.
     pub config: serde_json::Value,
 }
 
-fn failed(what: &str, path: &Path, why: impl std::fmt::Display) -> Failure {
-    Failure::Checkpoint(format!("C0002: cannot {what} {}: {why}", path.display()))
-}
-
-fn damaged(path: &Path, what: impl std::fmt::Display) -> Failure {
-    Failure::Checkpoint(format!("C0003: the checkpoint {} is damaged: {what}", path.display()))
-}
-
-fn dtype_of(d: DType) -> Dtype {
-    match d {
-        DType::F32 => Dtype::F32,
-        DType::Bf16 => Dtype::BF16,
-        DType::I32 => Dtype::I32,
-        DType::Bool => Dtype::BOOL,
-    }
-}
-
-/// Writes a checkpoint of a session below `dir` and deletes all but the `keep` newest. Gives its folder.
-pub fn save(session: &Session, dir: &Path, position: &Position, keep: usize) -> Result<PathBuf, Failure> {
-    let mut bytes = Vec::new();
-    let mut tensors = BTreeMap::new();
-    for v in &session.program().variables {
-        let data = session.variable(&v.name)?.to_bytes();
-        tensors.insert(v.name.to_string(), blake3::hash(&data).to_hex().to_string());
-        bytes.push((v.name.to_string(), v.ty.clone(), data));
-    }
-    let views = bytes
-        .iter()
-        .map(|(name, ty, data)| TensorView::new(dtype_of(ty.dtype), ty.shape(), data).map(|view| (name.clone(), view)));
-    let views: Vec<_> = views.collect::<Result<_, _>>().map_err(|e| failed("write", dir, e))?;
-    let file = safetensors::serialize(views, None).map_err(|e| failed("write", dir, e))?;
-    let manifest = Manifest {
-        version: VERSION,
-        step: position.step,
-        seed: session.seed(),
-        samples: position.samples,
-        written_on: format!("mesh {}, layout {}", session.plan().mesh, session.plan().layout),
-        config: position.config.clone(),
-        tensors,
-    };
-    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| failed("write", dir, e))?;
-
-    let target = dir.join(format!("step-{:08}", position.step));
-    let staging = dir.join(format!(".writing-{:08}-{}", position.step, std::process::id()));
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(dir)?;
-        let _ = fs::remove_dir_all(&staging);
-        fs::create_dir(&staging)?;
-        for (name, data) in [(TENSORS, &file), (MANIFEST, &text)] {
-            let mut f = File::create(staging.join(name))?;
-            f.write_all(data)?;
-            f.sync_all()?;
-        }
-        File::open(&staging)?.sync_all()?;
-        // The same step again, after a resume: the new one takes its place.
-        let old = dir.join(format!(".old-{:08}-{}", position.step, std::process::id()));
-        if target.exists() {
-            fs::rename(&target, &old)?;
-        }
-        fs::rename(&staging, &target)?;
-        File::open(dir)?.sync_all()?;
-        if old.exists() {
-            fs::remove_dir_all(&old)?;
-        }
-        Ok(())
-    };
-    write().map_err(|e| failed("write", &target, e))?;
-    // Later steps are left from before a resume: damaged, or of a course that this run has not taken.
-    let mut kept = list(dir);
-    let end = kept.iter().position(|p| *p == target).map_or(kept.len(), |at| at + 1);
-    let mut gone = kept.split_off(end);
-    gone.extend(kept.drain(..kept.len().saturating_sub(keep.max(1))));
-    for path in gone {
-        // One that cannot be deleted does no harm.
-        let _ = fs::remove_dir_all(path);
-    }
-    Ok(target)
-}
-
-/// The checkpoints below a folder, by step.
-pub fn list(dir: &Path) -> Vec<PathBuf> {
-    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u32>().ok();
-    let entries = fs::read_dir(dir).into_iter().flatten().filter_map(|e| e.ok());
-    let mut found: Vec<(u32, PathBuf)> = entries.filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
-    found.sort();
-    found.into_iter().map(|(_, path)| path).collect()
-}
-
-/// A checkpoint in memory, every hash checked.
-pub struct Loaded {
-    /// What it says of itself.
-    pub manifest: Manifest,
+/// A checkpoint that a session's variables were set to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Restored {
     /// Its folder.
-    pub path: PathBuf,
-    arrays: Vec<(String, Array)>,
+    pub folder: String,
+    /// Where it is in its run.
+    pub position: Position,
 }
 
-/// Reads one checkpoint.
-pub fn load(path: &Path) -> Result<Loaded, Failure> {
-    let text = path.join(MANIFEST);
-    let size = fs::metadata(&text).map_err(|e| failed("read", &text, e))?.len();
-    if size > MANIFEST_BYTES {
-        return Err(damaged(path, format!("its manifest has {size} bytes")));
-    }
-    let manifest = fs::read(&text).map_err(|e| failed("read", &text, e))?;
-    let manifest: Manifest = serde_json::from_slice(&manifest).map_err(|e| damaged(path, format!("manifest: {e}")))?;
-    if manifest.version != VERSION {
-        let why = format!("it is of format {}, and this program reads format {VERSION}", manifest.version);
-        return Err(failed("read", path, why));
-    }
-    let bytes = fs::read(path.join(TENSORS)).map_err(|e| failed("read", &path.join(TENSORS), e))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(path, e))?;
-    let mut arrays = Vec::new();
-    for (name, hash) in &manifest.tensors {
-        let view = file.tensor(name).map_err(|e| damaged(path, format!("tensor `{name}`: {e}")))?;
-        if blake3::hash(view.data()).to_hex().as_str() != hash {
-            return Err(damaged(path, format!("tensor `{name}` does not have its hash")));
-        }
-        let dtype = match view.dtype() {
-            Dtype::F32 => DType::F32,
-            Dtype::I32 => DType::I32,
-            Dtype::BOOL => DType::Bool,
-            other => return Err(damaged(path, format!("tensor `{name}` is {other:?}"))),
-        };
-        let array = Array::from_bytes(dtype, view.shape(), view.data());
-        arrays.push((name.clone(), array.ok_or_else(|| damaged(path, format!("tensor `{name}` is cut short")))?));
-    }
-    Ok(Loaded { manifest, path: path.to_path_buf(), arrays })
+/// Name of a checkpoint's folder: `step-00000020-epoch-3`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// Steps done.
+    pub step: u32,
+    /// Epoch of the session that wrote it.
+    pub epoch: u64,
 }
 
-/// Reads the newest checkpoint below a folder that is good; a damaged one is reported to `warn` and passed over.
-pub fn load_newest(dir: &Path, mut warn: impl FnMut(&Failure)) -> Result<Loaded, Failure> {
-    for path in list(dir).iter().rev() {
-        match load(path) {
-            Ok(loaded) => return Ok(loaded),
-            Err(e) => warn(&e),
-        }
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "step-{:08}-epoch-{}", self.step, self.epoch)
     }
-    Err(Failure::Checkpoint(format!("C0004: there is no good checkpoint in {}", dir.display())))
 }
 
-impl Loaded {
-    /// Sets a session's variables, on whatever mesh it runs.
+impl FromStr for Entry {
+    type Err = ();
+    fn from_str(name: &str) -> Result<Entry, ()> {
+        let (step, epoch) = name.strip_prefix("step-").and_then(|n| n.split_once("-epoch-")).ok_or(())?;
+        let entry = Entry { step: step.parse().map_err(|_| ())?, epoch: epoch.parse().map_err(|_| ())? };
+        if entry.to_string() == name { Ok(entry) } else { Err(()) }
+    }
+}
+
+/// The checkpoints in a store.
+#[derive(Clone)]
+pub struct Catalogue {
+    store: Store,
+}
+
+impl Catalogue {
+    /// That of a store.
+    pub fn new(store: Store) -> Catalogue {
+        Catalogue { store }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// All folders of checkpoints, finished or not, the oldest first.
     ///
     /// # Errors
-    /// A variable of the program that the checkpoint lacks or has with another type; the session is left as it was.
-    pub fn restore(&self, session: &mut Session) -> Result<(), Failure> {
-        let mut found = Vec::new();
-        for v in &session.program().variables {
-            let array = self.arrays.iter().find(|(n, _)| **n == *v.name).map(|(_, a)| a);
-            let fits = array.filter(|a| a.dtype() == v.ty.dtype && a.shape() == v.ty.shape());
-            let Some(array) = fits else {
-                let has = array.map_or("lacks it".into(), |a| format!("has {} {:?}", a.dtype(), a.shape()));
-                let text = format!(
-                    "C0005: the program's variable `{}` is {}, and the checkpoint {} {has}; resume with the \
-                     configuration that it was written with (`config` in its {MANIFEST})",
-                    v.name,
-                    v.ty,
-                    self.path.display()
-                );
-                return Err(Failure::Checkpoint(text));
-            };
-            found.push((v.name.clone(), array));
+    /// A store that cannot be listed; one that is not there yet has none.
+    pub fn entries(&self) -> Result<Vec<Entry>, StoreError> {
+        let names = match self.store.list("") {
+            Err(StoreError::NotFound { .. }) => vec![],
+            names => names?,
+        };
+        let mut entries: Vec<Entry> = names.iter().filter_map(|n| n.parse().ok()).collect();
+        entries.sort();
+        Ok(entries)
+    }
+
+    /// An epoch after all that have written here.
+    ///
+    /// # Errors
+    /// As for [`Catalogue::entries`].
+    pub fn next_epoch(&self) -> Result<u64, StoreError> {
+        Ok(self.entries()?.iter().map(|e| e.epoch).max().map_or(1, |e| e.saturating_add(1)))
+    }
+
+    /// The manifest of a checkpoint, and the hash of its text.
+    ///
+    /// # Errors
+    /// A checkpoint that was not finished, or is damaged.
+    pub fn read(&self, entry: Entry) -> Result<(Manifest, String), CheckpointError> {
+        let damaged = |file: String, what: String| CheckpointError::Damaged { folder: entry.to_string(), file, what };
+        let unfinished =
+            |_| damaged(MANIFEST.into(), "it is not there; the checkpoint was not finished, or lost it".into());
+        let (manifest, hash) = match Manifest::read(&self.store, &entry.to_string()) {
+            Err(CheckpointError::Store(e @ StoreError::NotFound { .. })) => return Err(unfinished(e)),
+            read => read?,
+        };
+        if manifest.step != entry.step {
+            return Err(damaged(MANIFEST.into(), format!("it is of step {}", manifest.step)));
         }
-        for (name, array) in found {
-            session.set_variable(&name, array)?;
+        Ok((manifest, hash))
+    }
+
+    /// Tries checkpoints, the newest first, until `load` takes one; those passed over are told to `note`. None if there is
+    /// no checkpoint at all.
+    ///
+    /// # Errors
+    /// No good one among those that there are, or one of another program.
+    pub fn newest(
+        &self,
+        mut load: impl FnMut(&Manifest, &str) -> Result<(), CheckpointError>,
+        mut note: impl FnMut(String),
+    ) -> Result<Option<Restored>, Failure> {
+        let entries = self.entries().map_err(|e| Failure::Checkpoint(e.to_string()))?;
+        let mut failed = 0;
+        for entry in entries.into_iter().rev() {
+            match self.read(entry).and_then(|(m, hash)| load(&m, &hash).map(|()| m)) {
+                Ok(manifest) => return Ok(Some(Restored::new(manifest))),
+                Err(e) if e.concerns_one() => {
+                    failed += 1;
+                    note(format!("passed over: {e}"));
+                }
+                Err(e) => return Err(Failure::Checkpoint(e.to_string())),
+            }
+        }
+        if failed > 0 { Err(none_good(self.store.location())) } else { Ok(None) }
+    }
+
+    /// Commits a checkpoint whose shards are written: from now on it counts. Then lets go of old ones.
+    ///
+    /// # Errors
+    /// A shard that is not to be seen from here, or a store that refuses; the checkpoint does not count then.
+    pub fn commit(&self, manifest: &Manifest, keep: usize) -> Result<(), Failure> {
+        let failed = |e: StoreError| Failure::Checkpoint(e.to_string());
+        for (file, bytes) in &manifest.files {
+            let path = format!("{}/{file}", manifest.folder);
+            if self.store.size(&path).map_err(failed)? != Some(*bytes) {
+                return Err(Failure::Checkpoint(format!(
+                    "C0006: {path} was written by a worker and is not to be seen in {} from here; use a folder that all \
+                     hosts share, or an object store",
+                    self.store.location()
+                )));
+            }
+        }
+        let path = format!("{}/{MANIFEST}", manifest.folder);
+        self.store.put(&path, &mut std::iter::once(manifest.to_bytes())).map_err(failed)?;
+        // One that cannot be deleted does no harm.
+        if let Ok(entry) = manifest.folder.parse() {
+            self.let_go(entry, keep);
         }
         Ok(())
+    }
+
+    /// Deletes a folder that did not become a checkpoint.
+    pub fn abandon(&self, entry: Entry) {
+        // What stays has no manifest and does not count.
+        let _ = self.store.delete(&entry.to_string());
+    }
+
+    /// Deletes all but the `keep` newest up to `last`, which was just committed. Later steps are left from before a
+    /// rollback: damaged, or of a course that this run has not taken; an older epoch's of the same step is superseded.
+    fn let_go(&self, last: Entry, keep: usize) {
+        let Ok(entries) = self.entries() else { return };
+        let (before, mut gone): (Vec<Entry>, Vec<Entry>) =
+            entries.into_iter().filter(|e| *e != last).partition(|e| e.step < last.step);
+        let finished = |e: &Entry| self.store.size(&format!("{e}/{MANIFEST}")).is_ok_and(|s| s.is_some());
+        let (finished, unfinished): (Vec<Entry>, Vec<Entry>) = before.into_iter().partition(finished);
+        gone.extend(unfinished);
+        gone.extend(&finished[..finished.len().saturating_sub(keep.max(1) - 1)]);
+        gone.into_iter().for_each(|e| self.abandon(e));
+    }
+}
+
+/// There are checkpoints, and none of them is good.
+pub(crate) fn none_good(location: &str) -> Failure {
+    Failure::Checkpoint(format!("C0004: there is no good checkpoint in {location}"))
+}
+
+impl Restored {
+    pub(crate) fn new(m: Manifest) -> Restored {
+        Restored { folder: m.folder, position: Position { step: m.step, samples: m.samples, config: m.config } }
+    }
+}
+
+/// What a checkpoint is to say of itself before its parts are written.
+///
+/// # Errors
+/// A program that has no hash.
+pub(crate) fn manifest(
+    entry: Entry,
+    position: &Position,
+    seed: u64,
+    program: &Program,
+    plan: &ProgramPlan,
+) -> Result<Manifest, Failure> {
+    let tensor = |v: &mesh::program::Variable| {
+        (v.name.to_string(), Tensor { dtype: v.ty.dtype.to_string(), shape: v.ty.shape(), parts: vec![] })
+    };
+    Ok(Manifest {
+        version: VERSION,
+        folder: entry.to_string(),
+        step: position.step,
+        seed,
+        samples: position.samples,
+        program: worker::wire::hash(program)?,
+        mesh: plan.mesh.to_string(),
+        layout: plan.layout.to_string(),
+        config: position.config.clone(),
+        files: BTreeMap::new(),
+        tensors: program.variables.iter().map(tensor).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_checkpoints_are_read_back_and_others_are_none() {
+        for entry in [Entry { step: 0, epoch: 1 }, Entry { step: 123_456_789, epoch: u64::MAX }] {
+            assert_eq!(entry.to_string().parse(), Ok(entry));
+        }
+        for other in ["step-1-epoch-1", "step-00000001", "step-00000001-epoch-01", "step-00000001-epoch-", "best", ""] {
+            assert_eq!(other.parse::<Entry>(), Err(()), "{other}");
+        }
     }
 }

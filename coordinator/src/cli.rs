@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
 use worker::cli::{LogFormat, error_text, log, options};
 use worker::node::{NodeError, check_bind};
 use worker::tls::{Role, Tls};
@@ -88,10 +89,10 @@ struct Serve {
     /// Where a status for browsers and monitoring is served, read-only and unencrypted; nowhere if not given
     #[arg(long, env = "MESH_STATUS", value_name = "ADDR")]
     status: Option<SocketAddr>,
-    /// Folder for what must outlive the coordinator; none if not given
+    /// Folder in which to remember what must outlast this process; nothing is remembered if not given
     #[arg(long, env = "MESH_STATE", value_name = "DIR")]
     state: Option<PathBuf>,
-    /// Where checkpoints lie
+    /// Where checkpoints may lie: this folder or object store, or below it
     #[arg(long, env = "MESH_STORE", default_value = ".", value_name = "DIR|URL")]
     store: String,
     /// Seconds that a model program waits for enough devices
@@ -100,9 +101,12 @@ struct Serve {
     /// Seconds of silence after which a worker is given up
     #[arg(long, default_value_t = 2, value_name = "SECONDS", value_parser = seconds())]
     silence: u64,
-    /// Seconds that a session waits for a worker in a lost one's place
+    /// Seconds that a model program that has lost workers waits for others
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
     replace_timeout: u64,
+    /// Seconds that a model program has for a checkpoint when the coordinator is asked to end (SIGTERM)
+    #[arg(long, env = "MESH_GRACE", default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    grace: u64,
     /// Seconds that a worker looks for a lost coordinator before it ends
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = seconds())]
     lease: u64,
@@ -120,8 +124,11 @@ struct Serve {
 enum Failed {
     #[error("C0020: cannot listen on {address}: {why}\n  help: name another address with --listen")]
     Listen { address: SocketAddr, why: std::io::Error },
-    #[error("C0021: {0}")]
+    #[error("C0036: {0}")]
     System(String),
+    /// A store or a state that cannot be used.
+    #[error("{0}")]
+    Setup(String),
     #[error(transparent)]
     Options(#[from] NodeError),
     #[error(transparent)]
@@ -137,7 +144,7 @@ impl From<worker::tls::TlsError> for Failed {
 impl Failed {
     fn exit_code(&self) -> u8 {
         match self {
-            Failed::Listen { .. } => 2,
+            Failed::Listen { .. } | Failed::Setup(_) => 2,
             Failed::System(_) => 1,
             Failed::Options(e) => e.exit_code(),
             Failed::Certs(certs::CertsError::File { .. } | certs::CertsError::Make(_)) => 1,
@@ -182,7 +189,7 @@ fn serve(cli: Serve) -> Result<(), Failed> {
         silence: Duration::from_secs(cli.silence),
         lease: Duration::from_secs(cli.lease),
         wait: Duration::from_secs(cli.wait),
-        replace: Duration::from_secs(cli.replace_timeout),
+        replace_timeout: Duration::from_secs(cli.replace_timeout),
         tls,
         status: cli.status,
         state: cli.state,
@@ -194,7 +201,17 @@ fn serve(cli: Serve) -> Result<(), Failed> {
         let socket = tokio::net::TcpListener::bind(cli.listen).await;
         let socket = socket.map_err(|why| Failed::Listen { address: cli.listen, why })?;
         let address = socket.local_addr().map_err(|e| system(&e))?;
+        let coordinator = Coordinator::new(options).map_err(Failed::Setup)?;
+        let mut ends = signal(SignalKind::terminate()).map_err(|e| system(&e))?;
         println!("listening on {address}");
-        Coordinator::new(options).serve(socket).await.map_err(|e| system(&worker::tls::causes(&e)))
+        tokio::select! {
+            done = coordinator.clone().serve(socket) => done.map_err(|e| system(&worker::tls::causes(&e))),
+            _ = ends.recv() => {
+                let grace = Duration::from_secs(cli.grace);
+                tracing::info!("asked to end: the session has {grace:?} for a checkpoint");
+                coordinator.end("it was asked to end", grace).await;
+                Ok(())
+            }
+        }
     })
 }

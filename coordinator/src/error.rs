@@ -4,29 +4,22 @@ use mesh::error::{Cause, Error};
 use worker::device::DeviceError;
 
 /// A failure of a session.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Failure {
     /// A mistake in program, layout, plan or feed.
     #[error(transparent)]
     Program(#[from] Error),
     /// A device that cannot be set up.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
+    #[error("{0}")]
+    Device(String),
     /// A step that could not be finished.
     #[error("C0001: the mesh has failed: {0}")]
     Mesh(String),
-    /// A coordinator that cannot be reached: another attempt may help.
-    #[error(
-        "C0022: the coordinator {coordinator} is not there: {reason}\n  help: start it, name another one, or try again later"
-    )]
-    Unreachable {
-        /// Who.
-        coordinator: String,
-        /// Why.
-        reason: String,
-    },
+    /// Workers or the coordinator are gone: a session that is opened anew may go on.
+    #[error("C0002: the session is lost: {0}")]
+    Lost(String),
     /// A coordinator that does not let this program in, or is not one: another attempt would not help.
-    #[error("C0023: the coordinator {coordinator} does not let this program in: {reason}")]
+    #[error("C0035: the coordinator {coordinator} does not let this program in: {reason}")]
     Refused {
         /// Who.
         coordinator: String,
@@ -39,6 +32,24 @@ pub enum Failure {
     /// A checkpoint that cannot be written or read.
     #[error("{0}")]
     Checkpoint(String),
+}
+
+impl From<DeviceError> for Failure {
+    fn from(e: DeviceError) -> Failure {
+        Failure::Device(e.to_string())
+    }
+}
+
+impl Failure {
+    /// The exit code of a program that ends with it: 1 internal, 2 configuration, 4 no good checkpoint, 75 try again.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Program(_) | Failure::Refused { .. } | Failure::Tls(_) => 2,
+            Failure::Device(_) | Failure::Mesh(_) => 1,
+            Failure::Checkpoint(_) => 4,
+            Failure::Lost(_) => 75,
+        }
+    }
 }
 
 /// A mistake in what is given to a session.

@@ -3,20 +3,34 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`session`] | a program running on a mesh: in this process, or on workers behind a coordinator |
-//! | [`checkpoint`] | a session's variables on disk |
-//! | [`server`] | the coordinator: knows the workers and drives them in step |
+//! | [`drive`] | a run: steps, checkpoints when they are due, going on after a loss |
+//! | [`checkpoint`] | the catalogue of checkpoints in a store |
+//! | `keeper` | the checkpoints of a session in this process |
+//! | `remote` | the client's side of a session on workers |
+//! | [`server`] | the coordinator: knows which workers there are |
+//! | `crew` | the coordinator's side of a session: its workers, and what they are asked to do together |
+//! | `control` | what model programs and operators call |
+//! | [`journal`] | what a coordinator remembers when it is started again |
 //! | [`certs`] | a cluster's certificates: an authority of its own, a role each |
 //! | [`cli`] | a coordinator's command line |
 //! | [`launch`] | a coordinator in this process and workers beside it |
+//! | [`interrupt`] | being asked to stop |
 
 pub mod certs;
 pub mod checkpoint;
 pub mod cli;
+mod control;
+mod crew;
+pub mod drive;
 pub mod error;
+pub mod interrupt;
+pub mod journal;
+mod keeper;
 pub mod launch;
 mod remote;
 pub mod server;
 pub mod session;
 
+pub use checkpoint::{Checkpoints, Position};
 pub use error::Failure;
 pub use session::{Options, Session};

@@ -1,61 +1,92 @@
 //! The client's side of a session on workers: every call blocks.
 
+use crate::checkpoint::{Position, Restored};
 use crate::error::Failure;
 use crate::session::{Options, Peak};
 use mesh::array::Array;
+use mesh::layout::Mesh;
+use mesh::plan::ProgramPlan;
 use mesh::program::Program;
 use mesh::region::Region;
 use proto::control::{
-    ArrayName, ArrayPart, OpenPart, Opened, SessionName, Settings, StepRequest, control_client::ControlClient,
-    open_part,
+    ArrayName, ArrayPart, CheckpointRequest, Noted, OpenPart, Opened, SessionName, Settings, StepRequest,
+    control_client::ControlClient, open_part,
 };
+use std::cell::RefCell;
+use std::future::Future;
 use tokio::runtime::{Builder, Runtime};
 use tokio_stream::{StreamExt, iter};
 use tonic::transport::Channel;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Response, Status, Streaming};
 use worker::node::{MESSAGE_BYTES, endpoint};
 use worker::tls::{self, Role};
 use worker::wire::{self, Assembler};
 
 /// A session that a coordinator holds.
 pub(crate) struct Remote {
-    runtime: Runtime,
-    client: ControlClient<Channel>,
-    epoch: u64,
+    /// The coordinator.
+    pub url: String,
+    /// The session's epoch.
+    pub epoch: u64,
     /// How devices reach their peers, a line each.
     pub links: Vec<String>,
+    mesh: String,
+    runtime: Runtime,
+    client: ControlClient<Channel>,
+    heard: RefCell<Heard>,
     /// The session lasts for as long as this.
     _held: Streaming<Opened>,
 }
 
+/// What the coordinator has said beside its answers.
+#[derive(Default)]
+struct Heard {
+    notes: Vec<String>,
+    regroup: bool,
+    lost: Option<String>,
+}
+
 /// What a coordinator answers in place of a result.
 fn failed(status: Status) -> Failure {
-    Failure::Mesh(status.message().to_string())
+    let text = status.message().to_string();
+    match status.code() {
+        Code::Aborted | Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unknown => {
+            Failure::Lost(text)
+        }
+        // Of another epoch, or the workers are another program's for now.
+        Code::FailedPrecondition | Code::ResourceExhausted => Failure::Lost(text),
+        Code::DataLoss => Failure::Checkpoint(text),
+        _ => Failure::Mesh(text),
+    }
 }
 
 /// Why there is no connection to a coordinator.
 fn unreachable(url: &str, e: &(dyn std::error::Error + 'static)) -> Failure {
-    let coordinator = url.into();
     match tls::refusal(e) {
-        Some(reason) => Failure::Refused { coordinator, reason },
-        None => Failure::Unreachable { coordinator, reason: tls::causes(e) },
+        Some(reason) => Failure::Refused { coordinator: url.into(), reason },
+        None => Failure::Lost(format!("the coordinator {url} is not there: {}", tls::causes(e))),
     }
 }
 
 impl Remote {
-    /// Opens a session.
+    /// Opens a session; one of epoch `after` gives up its place to it.
     ///
     /// # Errors
     /// A coordinator that is not there, has too few workers, or refuses the program.
-    pub fn open(url: &str, program: &Program, options: &Options) -> Result<Remote, Failure> {
+    pub fn open(url: &str, program: &Program, options: &Options, after: u64) -> Result<Remote, Failure> {
         let runtime = Builder::new_current_thread().enable_all().build().map_err(|e| Failure::Mesh(e.to_string()))?;
         let bytes = bytes::Bytes::from(wire::encode(program)?);
+        let checkpoints = options.checkpoints.as_ref();
         let settings = Settings {
             mesh: options.mesh.to_string(),
             layout: options.layout.to_string(),
             seed: options.seed,
             memory: options.memory.unwrap_or(0) as u64,
             transport: options.transport.to_string(),
+            checkpoints: checkpoints.map(|c| c.location.clone()).unwrap_or_default(),
+            keep: checkpoints.map_or(0, |c| c.keep as u32),
+            shrink: options.shrink,
+            after,
         };
         let (client, opened, held) = runtime.block_on(async {
             let endpoint = endpoint(url, options.tls.as_ref(), Role::Coordinator)?;
@@ -77,10 +108,61 @@ impl Remote {
                 (None, _) => failed(s),
             });
             let mut held = opened?.into_inner();
-            let opened = held.next().await.ok_or_else(|| Failure::Mesh("the session ended at once".into()))?;
+            let opened = held.next().await.ok_or_else(|| Failure::Lost("the session ended at once".into()))?;
             Ok::<_, Failure>((client, opened.map_err(failed)?, held))
         })?;
-        Ok(Remote { runtime, client, epoch: opened.epoch, links: opened.links, _held: held })
+        Ok(Remote {
+            url: url.into(),
+            epoch: opened.epoch,
+            links: opened.links,
+            mesh: opened.mesh,
+            runtime,
+            client,
+            heard: RefCell::default(),
+            _held: held,
+        })
+    }
+
+    /// The plan of the session: `whole`, or that of the smaller mesh which it has.
+    ///
+    /// # Errors
+    /// A mesh that is none.
+    pub fn plan(&self, program: &Program, options: &Options, whole: ProgramPlan) -> Result<ProgramPlan, Failure> {
+        let mesh: Mesh = self.mesh.parse()?;
+        if mesh == whole.mesh {
+            return Ok(whole);
+        }
+        Ok(Options { mesh, devices: None, ..options.clone() }.plan(program)?)
+    }
+
+    /// Makes a call; remembers it if the session is lost with it.
+    fn call<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Failure> {
+        let result = self.runtime.block_on(call).map_err(failed);
+        if let Err(Failure::Lost(why)) = &result {
+            self.heard.borrow_mut().lost.get_or_insert_with(|| why.clone());
+        }
+        result
+    }
+
+    fn note(&self, reply: Response<Noted>) {
+        let (reply, mut heard) = (reply.into_inner(), self.heard.borrow_mut());
+        heard.notes.extend(reply.notes);
+        heard.regroup = reply.regroup;
+    }
+
+    /// Why the session is lost, if it is.
+    pub fn lost(&self) -> Option<String> {
+        self.heard.borrow().lost.clone()
+    }
+
+    /// Whether it is time for a checkpoint and a new session.
+    pub fn regroup(&self) -> bool {
+        self.heard.borrow().regroup
+    }
+
+    /// What was not told yet.
+    pub fn notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.heard.get_mut().notes)
     }
 
     fn name(&self, function: &str, name: &str) -> ArrayName {
@@ -95,41 +177,65 @@ impl Remote {
     /// Feeds a function.
     pub fn feed(&mut self, function: &str, name: &str, array: &Array) -> Result<(), Failure> {
         let parts = self.parts(function, name, array);
-        self.runtime.block_on(self.client.feed(iter(parts))).map(|_| ()).map_err(failed)
+        self.call(self.client.clone().feed(iter(parts))).map(|_| ())
     }
 
     /// Runs a function.
     pub fn step(&mut self, function: &str, step: u32) -> Result<(), Failure> {
         let request = StepRequest { epoch: self.epoch, function: function.into(), step };
-        self.runtime.block_on(self.client.step(request)).map(|_| ()).map_err(failed)
+        self.call(self.client.clone().step(request)).map(|reply| self.note(reply))
     }
 
     /// A result of a function, or a variable (of no function).
     pub fn fetch(&self, function: &str, name: &str) -> Result<Array, Failure> {
         let (request, mut client) = (self.name(function, name), self.client.clone());
-        self.runtime.block_on(async {
-            let mut stream = client.fetch(request).await.map_err(failed)?.into_inner();
+        let found = self.call(async {
+            let mut stream = client.fetch(request).await?.into_inner();
             let mut assembler = Assembler::default();
             while let Some(part) = stream.next().await {
-                if let Some((_, array)) = assembler.take(part.map_err(failed)?).map_err(Failure::Mesh)? {
+                if let Some((_, array)) = assembler.take(part?).map_err(Status::internal)? {
                     return Ok(array);
                 }
             }
-            Err(Failure::Mesh(format!("`{name}` came cut short")))
-        })
+            Err(Status::unavailable(format!("`{name}` came cut short")))
+        });
+        found
     }
 
     /// Sets a variable.
     pub fn set(&mut self, name: &str, array: &Array) -> Result<(), Failure> {
         let parts = self.parts("", name, array);
-        self.runtime.block_on(self.client.set(iter(parts))).map(|_| ()).map_err(failed)
+        self.call(self.client.clone().set(iter(parts))).map(|_| ())
+    }
+
+    /// Begins a checkpoint.
+    pub fn checkpoint(&mut self, position: &Position) -> Result<(), Failure> {
+        let Position { step, samples, ref config } = *position;
+        let config = serde_json::to_vec(config).unwrap_or_default().into();
+        let request = CheckpointRequest { epoch: self.epoch, step, samples, config };
+        self.call(self.client.clone().checkpoint(request)).map(|reply| self.note(reply))
+    }
+
+    /// Waits for the checkpoint that is being written.
+    pub fn settle(&mut self) -> Result<(), Failure> {
+        self.call(self.client.clone().settle(SessionName { epoch: self.epoch })).map(|reply| self.note(reply))
+    }
+
+    /// Sets the variables to the newest good checkpoint.
+    pub fn restore(&mut self) -> Result<Option<Restored>, Failure> {
+        let reply = self.call(self.client.clone().restore(SessionName { epoch: self.epoch }))?.into_inner();
+        self.heard.get_mut().notes.extend(reply.notes);
+        if !reply.found {
+            return Ok(None);
+        }
+        let config = serde_json::from_slice(&reply.config).unwrap_or_default();
+        let position = Position { step: reply.step, samples: reply.samples, config };
+        Ok(Some(Restored { folder: reply.folder, position }))
     }
 
     /// Predicted and measured memory, by device.
     pub fn peaks(&self) -> Result<Vec<Peak>, Failure> {
-        let mut client = self.client.clone();
-        let reply =
-            self.runtime.block_on(client.memory(SessionName { epoch: self.epoch })).map_err(failed)?.into_inner();
+        let reply = self.call(self.client.clone().memory(SessionName { epoch: self.epoch }))?.into_inner();
         let mut devices = reply.devices;
         devices.sort_by_key(|d| d.device);
         let peak = |d: proto::control::DeviceMemory| Peak {

@@ -1,6 +1,8 @@
 //! A session: a program planned for a mesh and running on it, driven step by step from the model program.
 
+use crate::checkpoint::{Checkpoints, Position, Restored};
 use crate::error::{Failure, feed};
+use crate::keeper::Keeper;
 use crate::remote::Remote;
 use mesh::array::Array;
 use mesh::dim::Name;
@@ -8,10 +10,15 @@ use mesh::error::nearest;
 use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
+use std::time::{Duration, Instant};
 use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
 use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
+
+/// How long a session that has lost its coordinator looks for it, and how often.
+const PATIENCE: Duration = Duration::from_secs(60);
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Where and how a program runs. None of it changes a bit of the results, but for the seed.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +39,10 @@ pub struct Options {
     pub transport: TransportChoice,
     /// TLS to a coordinator.
     pub tls: Option<Tls>,
+    /// Where checkpoints go, if any are to be written or read.
+    pub checkpoints: Option<Checkpoints>,
+    /// Whether to go on with a smaller mesh when workers are lost and none take their place.
+    pub shrink: bool,
 }
 
 impl Options {
@@ -64,7 +75,7 @@ pub struct FunctionId(usize);
 /// Where the devices are.
 enum Engine {
     /// In this process.
-    Embedded(DeviceGroup),
+    Embedded(DeviceGroup, Option<Keeper>),
     /// In worker processes, behind a coordinator.
     Remote(Box<Remote>),
 }
@@ -74,7 +85,7 @@ pub struct Session {
     program: Program,
     plan: ProgramPlan,
     engine: Engine,
-    seed: u64,
+    options: Options,
 }
 
 impl Session {
@@ -84,8 +95,9 @@ impl Session {
     /// A layout that does not fit the program or the mesh, a plan over the memory allowed: before anything runs.
     pub fn embedded(program: Program, options: &Options) -> Result<Session, Failure> {
         let plan = options.plan(&program)?;
+        let keeper = options.checkpoints.as_ref().map(Keeper::new).transpose()?;
         let mesh = DeviceGroup::embedded(&plan, options.threads(), options.seed)?;
-        Session::begin(program, plan, Engine::Embedded(mesh), options.seed)
+        Session::begin(program, plan, Engine::Embedded(mesh, keeper), options)
     }
 
     /// The same on the workers of a coordinator: `http://host:port`. Nothing else is different, nor is any bit.
@@ -93,22 +105,126 @@ impl Session {
     /// # Errors
     /// As for [`Session::embedded`]; a coordinator that is not there or has too few workers.
     pub fn connect(url: &str, program: Program, options: &Options) -> Result<Session, Failure> {
+        // What is wrong with the plan is said before anybody is called.
         let plan = options.plan(&program)?;
-        let remote = Remote::open(url, &program, options)?;
-        Session::begin(program, plan, Engine::Remote(Box::new(remote)), options.seed)
+        let remote = Remote::open(url, &program, options, 0)?;
+        let plan = remote.plan(&program, options, plan)?;
+        Session::begin(program, plan, Engine::Remote(Box::new(remote)), options)
     }
 
-    fn begin(program: Program, plan: ProgramPlan, engine: Engine, seed: u64) -> Result<Session, Failure> {
-        let mut session = Session { program, plan, engine, seed };
-        let init = session.function("init")?;
-        session.step(init, 0)?;
+    fn begin(program: Program, plan: ProgramPlan, engine: Engine, options: &Options) -> Result<Session, Failure> {
+        let mut session = Session { program, plan, engine, options: options.clone() };
+        session.init()?;
         Ok(session)
+    }
+
+    /// Sets the variables to their start.
+    fn init(&mut self) -> Result<(), Failure> {
+        let init = self.function("init")?;
+        self.step(init, 0)
+    }
+
+    /// Why the session is lost, if it is: workers or the coordinator are gone. It may be opened anew.
+    pub fn lost(&self) -> Option<String> {
+        match &self.engine {
+            Engine::Embedded(..) => None,
+            Engine::Remote(r) => r.lost(),
+        }
+    }
+
+    /// Opens a session on workers anew, with those that there are now, and sets the variables to the newest good
+    /// checkpoint, or to their start where there is none. Waits for the coordinator and for enough workers.
+    ///
+    /// # Errors
+    /// [`Failure::Lost`] if they do not come back in time.
+    pub fn reopen(&mut self) -> Result<Option<Restored>, Failure> {
+        let begun = Instant::now();
+        loop {
+            match self.open_anew() {
+                Err(Failure::Lost(_)) if begun.elapsed() < PATIENCE => std::thread::sleep(RETRY),
+                done => return done,
+            }
+        }
+    }
+
+    fn open_anew(&mut self) -> Result<Option<Restored>, Failure> {
+        let Engine::Remote(old) = &self.engine else {
+            return Err(Failure::Mesh("devices of this process cannot be opened anew".into()));
+        };
+        let remote = Remote::open(&old.url, &self.program, &self.options, old.epoch)?;
+        let plan = self.options.plan(&self.program)?;
+        self.plan = remote.plan(&self.program, &self.options, plan)?;
+        self.engine = Engine::Remote(Box::new(remote));
+        self.init()?;
+        if self.options.checkpoints.is_some() { self.restore() } else { Ok(None) }
+    }
+
+    /// Begins a checkpoint: when this returns the variables are copied, and training may go on while they are written.
+    /// One that is still being written is waited for. If one fails, [`Session::notes`] says so.
+    ///
+    /// # Errors
+    /// A session without a place for checkpoints; a session that is lost.
+    pub fn checkpoint(&mut self, position: &Position) -> Result<(), Failure> {
+        match &mut self.engine {
+            Engine::Embedded(mesh, Some(keeper)) => {
+                keeper.begin(&self.program, &self.plan, mesh, position, self.options.seed)
+            }
+            Engine::Embedded(_, None) => Err(no_place()),
+            Engine::Remote(r) => r.checkpoint(position),
+        }
+    }
+
+    /// Waits until the checkpoint that is being written, if one is, counts.
+    ///
+    /// # Errors
+    /// A checkpoint that could not be written; a session that is lost.
+    pub fn settle(&mut self) -> Result<(), Failure> {
+        match &mut self.engine {
+            Engine::Embedded(_, Some(keeper)) => keeper.settle(),
+            Engine::Embedded(_, None) => Ok(()),
+            Engine::Remote(r) => r.settle(),
+        }
+    }
+
+    /// Sets the variables to the newest good checkpoint, which any mesh may have written. Damaged ones are passed over
+    /// and noted. None if there is no checkpoint at all.
+    ///
+    /// # Errors
+    /// No good one among those that there are; one of another program. The variables are as they were then.
+    pub fn restore(&mut self) -> Result<Option<Restored>, Failure> {
+        match &mut self.engine {
+            Engine::Embedded(mesh, Some(keeper)) => keeper.restore(&self.program, &self.plan, mesh),
+            Engine::Embedded(_, None) => Err(no_place()),
+            Engine::Remote(r) => r.restore(),
+        }
+    }
+
+    /// What the user should know and was not told yet: checkpoints that failed or were passed over.
+    pub fn notes(&mut self) -> Vec<String> {
+        match &mut self.engine {
+            Engine::Embedded(_, keeper) => keeper.as_mut().map(Keeper::notes).unwrap_or_default(),
+            Engine::Remote(r) => r.notes(),
+        }
+    }
+
+    /// Whether workers are about to leave, or there are now enough for the whole mesh again: time for a checkpoint and
+    /// [`Session::reopen`].
+    pub fn regroup(&self) -> bool {
+        match &self.engine {
+            Engine::Embedded(..) => false,
+            Engine::Remote(r) => r.regroup(),
+        }
+    }
+
+    /// Where and how it runs; the mesh is the one asked for, which [`Session::plan`]'s need not be.
+    pub fn options(&self) -> &Options {
+        &self.options
     }
 
     /// How devices in worker processes reach their peers, a line each; none in one process.
     pub fn links(&self) -> &[String] {
         match &self.engine {
-            Engine::Embedded(_) => &[],
+            Engine::Embedded(..) => &[],
             Engine::Remote(r) => &r.links,
         }
     }
@@ -123,7 +239,7 @@ impl Session {
     }
     /// Seed of the run.
     pub fn seed(&self) -> u64 {
-        self.seed
+        self.options.seed
     }
 
     /// Looks a function up.
@@ -161,7 +277,7 @@ impl Session {
         }
         let function = self.function_name(f).clone();
         match &mut self.engine {
-            Engine::Embedded(mesh) => (0..mesh.size()).for_each(|d| mesh.device(d).feed(f.0, index, array)),
+            Engine::Embedded(mesh, _) => (0..mesh.size()).for_each(|d| mesh.device(d).feed(f.0, index, array)),
             Engine::Remote(r) => r.feed(&function, name, array)?,
         }
         Ok(())
@@ -170,7 +286,7 @@ impl Session {
     /// Runs a function as step `step`, with what was fed. Allocates nothing.
     pub fn step(&mut self, f: FunctionId, step: u32) -> Result<(), Failure> {
         match &mut self.engine {
-            Engine::Embedded(mesh) => mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string())),
+            Engine::Embedded(mesh, _) => mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string())),
             Engine::Remote(r) => {
                 let name = self.plan.functions.keys().nth(f.0).expect("made by `function`");
                 r.step(name, step)
@@ -188,7 +304,7 @@ impl Session {
         };
         let ty = &outputs[index].1.ty;
         match &self.engine {
-            Engine::Embedded(mesh) => {
+            Engine::Embedded(mesh, _) => {
                 let mut array = Array::zeros(ty.dtype, &ty.shape());
                 (0..mesh.size()).for_each(|d| mesh.device(d).fetch(f.0, index, &mut array));
                 Ok(array)
@@ -226,7 +342,7 @@ impl Session {
         let index = self.variable_index(name)?;
         let ty = &self.program.variables[index].ty;
         match &self.engine {
-            Engine::Embedded(mesh) => {
+            Engine::Embedded(mesh, _) => {
                 let mut array = Array::zeros(ty.dtype, &ty.shape());
                 (0..mesh.size()).for_each(|d| mesh.device(d).variable(index, &mut array));
                 Ok(array)
@@ -244,7 +360,7 @@ impl Session {
             return Err(feed(what, "give an array of that type"));
         }
         match &mut self.engine {
-            Engine::Embedded(mesh) => (0..mesh.size()).for_each(|d| mesh.device(d).set_variable(index, array)),
+            Engine::Embedded(mesh, _) => (0..mesh.size()).for_each(|d| mesh.device(d).set_variable(index, array)),
             Engine::Remote(r) => r.set(name, array)?,
         }
         Ok(())
@@ -269,7 +385,7 @@ impl Session {
     /// Workers that do not answer.
     pub fn peaks(&self) -> Result<Vec<Peak>, Failure> {
         match &self.engine {
-            Engine::Embedded(mesh) => Ok((0..mesh.size())
+            Engine::Embedded(mesh, _) => Ok((0..mesh.size())
                 .map(|d| Peak {
                     peak_bytes_predicted: self.plan.peak_bytes(d),
                     peak_bytes_measured: mesh.device(d).peak_bytes(),
@@ -283,8 +399,12 @@ impl Session {
     /// Nothing for devices in worker processes.
     pub fn profile(&self) -> Vec<(Name, f64)> {
         match &self.engine {
-            Engine::Embedded(mesh) => mesh.device(0).profile(),
+            Engine::Embedded(mesh, _) => mesh.device(0).profile(),
             Engine::Remote(_) => vec![],
         }
     }
+}
+
+fn no_place() -> Failure {
+    Failure::Checkpoint("C0005: this session has no place for checkpoints; give it one (`Options::checkpoints`)".into())
 }

@@ -34,6 +34,8 @@ const WITHOUT_EPOCH: &[(&str, &str)] = &[
     ("/mesh.control.v1.Membership/Join", "a worker is told the epoch when it is needed"),
     ("/mesh.control.v1.Control/Open", "it begins an epoch"),
     ("/mesh.control.v1.Control/Status", "it tells the epoch"),
+    ("/mesh.control.v1.Control/Watch", "it tells the epoch"),
+    ("/mesh.control.v1.Control/Drain", "an operator's, in any epoch; it names a worker"),
     ("/grpc.health.v1.Health/Check", "any client's"),
     ("/grpc.health.v1.Health/Watch", "any client's"),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", "any client's"),
@@ -156,7 +158,7 @@ fn serve(tls: Tls) -> String {
     let socket = runtime().block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = socket.local_addr().unwrap().to_string();
     let options = ServerOptions { tls: Some(tls), lease: Duration::from_secs(1), ..ServerOptions::default() };
-    runtime().spawn(Coordinator::new(options).serve(socket));
+    runtime().spawn(Coordinator::new(options).unwrap().serve(socket));
     address
 }
 
@@ -373,13 +375,13 @@ fn a_worker_cannot_pose_as_the_coordinator_and_a_coordinator_without_tls_is_noti
         };
     let false_one = serve(tls(Role::Worker));
     let e = connect(&false_one, Some(tls(Role::Client)));
-    assert!(e.starts_with("C0023: ") && e.contains("its certificate is not good"), "{e}");
+    assert!(e.starts_with("C0035: ") && e.contains("its certificate is not good"), "{e}");
     let e = connect(&format!("http://{false_one}"), Some(tls(Role::Client)));
-    assert!(e.starts_with("W0045: ") && e.contains("means no encryption, but --tls is given"), "{e}");
+    assert!(e.starts_with("W0075: ") && e.contains("means no encryption, but --tls is given"), "{e}");
 
     let socket = runtime().block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
     let plain = socket.local_addr().unwrap().to_string();
-    runtime().spawn(Coordinator::new(ServerOptions::default()).serve(socket));
+    runtime().spawn(Coordinator::new(ServerOptions::default()).unwrap().serve(socket));
     let e = connect(&plain, Some(tls(Role::Client)));
     assert!(e.contains("does not speak TLS"), "{e}");
     // Without TLS there are no roles, and still nothing beside the table.
@@ -394,7 +396,7 @@ fn a_worker_cannot_pose_as_the_coordinator_and_a_coordinator_without_tls_is_noti
 
 #[test]
 fn a_coordinator_that_a_model_program_starts_lets_nobody_else_in() {
-    let launched = Launched::start(0, |_| unreachable!("no workers")).unwrap();
+    let launched = Launched::start(0, ".", |_| unreachable!("no workers")).unwrap();
     let status = |own: Option<&Tls>| {
         let address = launched.url.strip_prefix("https://").unwrap();
         let _inside = runtime().enter();

@@ -55,7 +55,7 @@ fn a_further_certificate_comes_in_a_folder_that_can_be_named_as_it_is() {
     assert!(out.contains("node-7"), "{out}");
     let folder = dir.path().join("node-7");
     Tls::load(&folder, Role::Worker).unwrap();
-    assert!(error(Tls::load(&folder, Role::Client)).starts_with("W0040: cannot read "));
+    assert!(error(Tls::load(&folder, Role::Client)).starts_with("W0070: cannot read "));
     for (role, name, text) in [
         ("worker", "node-7", "error[C0030]: "),
         ("worker", "../up", "error[C0033]: `../up` is no name"),
@@ -91,29 +91,29 @@ fn files_that_are_not_good_are_named_with_what_to_do() {
     let none = || {};
 
     let e = load(&issue(Role::Worker, now - 9 * day, now - 3 * day), &none);
-    assert!(e.starts_with("W0042: the certificate ") && e.contains("worker.pem has expired 3 days ago"), "{e}");
+    assert!(e.starts_with("W0072: the certificate ") && e.contains("worker.pem has expired 3 days ago"), "{e}");
     assert!(e.contains("certs add DIR --role worker"), "{e}");
     let e = load(&issue(Role::Worker, now + 3 * day, now + 9 * day), &none);
-    assert!(e.starts_with("W0042: ") && e.contains("becomes valid in 3 days"), "{e}");
+    assert!(e.starts_with("W0072: ") && e.contains("becomes valid in 3 days"), "{e}");
     let e = load(&issue(Role::Client, now - day, now + day), &none);
-    assert!(e.starts_with("W0044: ") && e.contains("has the role client, and is needed for the role worker"), "{e}");
+    assert!(e.starts_with("W0074: ") && e.contains("has the role client, and is needed for the role worker"), "{e}");
 
     let e = load(&good, &|| fs::remove_file(&key).unwrap());
-    assert!(e.starts_with("W0040: cannot read ") && e.contains("worker.key: No such file"), "{e}");
+    assert!(e.starts_with("W0070: cannot read ") && e.contains("worker.key: No such file"), "{e}");
     assert!(e.contains("help: `coordinator certs init DIR`"), "{e}");
     let e = load(&good, &|| fs::write(&certificate, "-----BEGIN").unwrap());
-    assert!(e.starts_with("W0041: ") && e.contains("worker.pem holds no certificate"), "{e}");
+    assert!(e.starts_with("W0071: ") && e.contains("worker.pem holds no certificate"), "{e}");
     let e = load(&good, &|| fs::write(&key, &good.certificate).unwrap());
-    assert!(e.starts_with("W0041: ") && e.contains("worker.key holds no key"), "{e}");
+    assert!(e.starts_with("W0071: ") && e.contains("worker.key holds no key"), "{e}");
     let e = load(&good, &|| fs::write(&key, issue(Role::Worker, now, now + day).key).unwrap());
-    assert!(e.starts_with("W0044: ") && e.contains("worker.key is not the key of the certificate"), "{e}");
+    assert!(e.starts_with("W0074: ") && e.contains("worker.key is not the key of the certificate"), "{e}");
     let other = Authority::new().unwrap();
     let e = load(&good, &|| fs::write(dir.path().join("ca.pem"), other.pem()).unwrap());
-    assert!(e.starts_with("W0044: ") && e.contains("worker.pem is not a certificate of the authority"), "{e}");
+    assert!(e.starts_with("W0074: ") && e.contains("worker.pem is not a certificate of the authority"), "{e}");
 
     for open in [0o640, 0o604, 0o660] {
         let e = load(&good, &|| fs::set_permissions(&key, fs::Permissions::from_mode(open)).unwrap());
-        assert!(e.starts_with("W0043: ") && e.contains(&format!("mode {open:04o}")) && e.contains("chmod 600"), "{e}");
+        assert!(e.starts_with("W0073: ") && e.contains(&format!("mode {open:04o}")) && e.contains("chmod 600"), "{e}");
     }
     authority.write(dir.path(), Role::Worker, &good).unwrap();
     Tls::load(dir.path(), Role::Worker).unwrap();
@@ -128,7 +128,7 @@ fn a_coordinator_that_is_not_secure_is_refused_with_the_way_out() {
     let dir = tempfile::tempdir().unwrap();
     let (code, _, err) = run(&["--listen", "0.0.0.0:0", "--tls", dir.path().to_str().unwrap()]);
     assert_eq!(code, Some(2), "{err}");
-    assert!(err.starts_with("error[W0040]: cannot read ") && err.contains("ca.pem"), "{err}");
+    assert!(err.starts_with("error[W0070]: cannot read ") && err.contains("ca.pem"), "{err}");
     let file = dir.path().join("c.toml");
     fs::write(&file, "wait = 3\n\nreplace_timeout = 4\n").unwrap();
     let (code, _, err) = run(&["--config", file.to_str().unwrap()]);

@@ -499,13 +499,13 @@ fn workers_that_cannot_share_the_devices_out_are_refused_before_any_starts() {
     assert!(text.contains("cannot share out the 4 devices") && text.contains("divisor"), "{text}");
     let (code, text) = run(&["--coordinator", "http://127.0.0.1:9"]);
     assert_eq!(code, Some(75), "{text}");
-    assert!(text.contains("error[C0022]: the coordinator http://127.0.0.1:9 is not there"), "{text}");
+    assert!(text.contains("the coordinator http://127.0.0.1:9 is not there"), "{text}");
     let (code, text) = run(&["--coordinator", "https://127.0.0.1:9"]);
     assert_eq!(code, Some(2), "{text}");
-    assert!(text.contains("error[W0045]: ") && text.contains("name their folder with --tls"), "{text}");
+    assert!(text.contains("error[W0075]: ") && text.contains("name their folder with --tls"), "{text}");
     let (code, text) = run(&["--coordinator", "127.0.0.1:9", "--tls", dir.path().to_str().unwrap()]);
     assert_eq!(code, Some(2), "{text}");
-    assert!(text.contains("error[W0040]: cannot read ") && text.contains("ca.pem"), "{text}");
+    assert!(text.contains("error[W0070]: cannot read ") && text.contains("ca.pem"), "{text}");
     assert!(!out.join("metrics.jsonl").exists());
 }
 
@@ -546,9 +546,9 @@ fn a_cluster_with_certificates_and_configuration_files_gives_the_bits_of_one_pro
     place.ok(&format!("{train} --coordinator {address} --tls certs --out there"));
     assert_eq!(bits(&place.rows("there")), bits(&place.rows("here")));
     let there = format!("{train} --out not --coordinator");
-    place.fails(&format!("{there} http://{address} --tls certs"), 2, &["error[W0045]", "means no encryption"]);
-    place.fails(&format!("{there} {address} --tls others"), 2, &["error[C0023]", "certificate"]);
-    place.fails(&format!("{there} {address}"), 75, &["error[C0022]"]);
+    place.fails(&format!("{there} http://{address} --tls certs"), 2, &["error[W0075]", "means no encryption"]);
+    place.fails(&format!("{there} {address} --tls others"), 2, &["error[C0035]", "certificate"]);
+    place.fails(&format!("{there} {address}"), 75, &["error[C0002]", "is not there"]);
     place.fails("coordinator --listen 0.0.0.0:0", 2, &["error[W0033]", "--tls"]);
     place.fails("worker --join 127.0.0.1:9 --listen 0.0.0.0:0", 2, &["error[W0033]", "--insecure"]);
     place.fails("worker --help", 0, &[]);

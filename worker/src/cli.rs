@@ -53,10 +53,10 @@ struct WorkerArgs {
     /// Serve other hosts without encryption, to anyone
     #[arg(long)]
     insecure: bool,
-    /// Where checkpoints lie
+    /// Where checkpoints may lie: this folder or object store, or below it
     #[arg(long, env = "MESH_STORE", default_value = ".", value_name = "DIR|URL")]
     store: String,
-    /// Seconds that a worker which is told to end may take to leave in order
+    /// Seconds that a worker that was asked to end (SIGTERM) stays for its session to write a checkpoint
     #[arg(long, env = "MESH_GRACE", default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=86400))]
     grace: u64,
     /// File with any of these options

@@ -230,6 +230,24 @@ impl Device {
         self.read(part, *buffer, array);
     }
 
+    /// The bytes of what this device holds of a variable, row-major.
+    pub fn variable_bytes(&self, index: usize) -> bytes::Bytes {
+        let (part, buffer) = &self.variables[index];
+        let bytes = part.region.elements() * part.ty.dtype.bytes();
+        assert!(bytes <= buffer.bytes, "a part that is larger than its buffer");
+        // SAFETY: the buffer is this part's and no step runs now.
+        bytes::Bytes::copy_from_slice(unsafe { std::slice::from_raw_parts(self.arena.at(*buffer), bytes) })
+    }
+
+    /// Sets what this device holds of a variable from such bytes.
+    pub fn set_variable_bytes(&mut self, index: usize, bytes: &[u8]) {
+        let (part, buffer) = &self.variables[index];
+        assert_eq!(bytes.len(), part.region.elements() * part.ty.dtype.bytes(), "bytes of another part");
+        assert!(bytes.len() <= buffer.bytes, "a part that is larger than its buffer");
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.arena.at(*buffer), bytes.len()) };
+    }
+
     /// The array is the whole tensor or just the part.
     fn write(&self, part: &Part, buffer: Buffer, array: &Array) {
         let (to, at) = (self.arena.at(buffer), place(part, array));

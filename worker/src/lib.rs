@@ -9,6 +9,8 @@
 //! | [`transport`] | how bytes move between devices |
 //! | [`pool`] | a device's threads |
 //! | [`wire`] | programs and arrays as messages |
+//! | [`store`] | where checkpoints lie: a folder or an object store |
+//! | [`checkpoint`] | a checkpoint's format, and a worker's part in writing and reading it |
 //! | [`service`] | the service by which a coordinator drives a worker's devices |
 //! | [`node`] | a worker's life: joining a coordinator, beats, leaving |
 //! | [`tls`] | mutual TLS by role |
@@ -18,6 +20,7 @@
 //! | [`data`] | readers and writers of volumes |
 
 pub mod access;
+pub mod checkpoint;
 pub mod cli;
 pub mod collective;
 pub mod config;
@@ -28,6 +31,7 @@ pub mod kernels;
 pub mod node;
 pub mod pool;
 pub mod service;
+pub mod store;
 pub mod tls;
 pub mod transport;
 pub mod wire;

@@ -2,6 +2,7 @@
 
 use crate::access;
 use crate::service::{Offer, WorkerService};
+use crate::store::Store;
 use crate::tls::{self, Role, Tls, TlsError};
 use crate::transport::connector::{self, ListenOptions, Listener, Version};
 use proto::control::worker_server::WorkerServer;
@@ -10,7 +11,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::TcpIncoming;
@@ -40,9 +42,9 @@ pub struct NodeOptions {
     pub insecure: bool,
     /// TLS of every connection.
     pub tls: Option<Tls>,
-    /// Where checkpoints lie: a folder or a URL.
+    /// Where checkpoints may lie: there or below.
     pub store: String,
-    /// How long a worker that is told to end may take to leave.
+    /// How long a worker that was asked to end stays for its session to let go of it.
     pub grace: Duration,
 }
 
@@ -156,7 +158,8 @@ pub fn run_telling(options: &NodeOptions, bound: impl FnOnce(&WorkerHello)) -> R
         ..ListenOptions::default()
     };
     let listener = Arc::new(Listener::bind(listen, runtime.handle().clone()).map_err(|e| system(&e))?);
-    let service = WorkerService::new(options.offer.clone(), listener.clone());
+    let store = Store::open(&options.store).map_err(|e| system(&e))?;
+    let service = WorkerService::new(options.offer.clone(), listener.clone(), store);
     let end = runtime.block_on(async {
         let socket = TcpListener::bind(options.bind).await.map_err(|e| system(&e))?;
         let address = socket.local_addr().map_err(|e| system(&e))?;
@@ -184,9 +187,11 @@ pub fn run_telling(options: &NodeOptions, bound: impl FnOnce(&WorkerHello)) -> R
             devices: options.offer.devices as u32,
             threads: options.offer.threads as u32,
             memory: options.offer.memory.unwrap_or(0) as u64,
+            epoch: 0,
         };
         bound(&hello);
-        let end = stay(options, &hello, &service).await;
+        let asked = asked_to_end().map_err(|e| system(&e))?;
+        let end = stay(options, hello, &service, asked).await;
         server.abort();
         end
     });
@@ -196,14 +201,47 @@ pub fn run_telling(options: &NodeOptions, bound: impl FnOnce(&WorkerHello)) -> R
     end
 }
 
-/// Joins, and joins again when the coordinator was lost, until it is gone for longer than the lease.
-async fn stay(options: &NodeOptions, hello: &WorkerHello, service: &WorkerService) -> Result<(), NodeError> {
+/// Counts the times that this process was asked to end.
+fn asked_to_end() -> std::io::Result<watch::Receiver<u32>> {
+    let (send, receive) = watch::channel(0);
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let (mut signals, send) = (signal(kind)?, send.clone());
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                send.send_modify(|n| *n += 1);
+            }
+        });
+    }
+    Ok(receive)
+}
+
+/// Waits until this process was asked to end more than so many times.
+async fn times(asked: &mut watch::Receiver<u32>, seen: u32) -> u32 {
+    match asked.wait_for(|n| *n > seen).await {
+        Ok(n) => *n,
+        // Nobody will ask any more.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// Joins, and joins again when the coordinator was lost, until it is gone for longer than the lease or the worker may go.
+async fn stay(
+    options: &NodeOptions,
+    mut hello: WorkerHello,
+    service: &WorkerService,
+    mut asked: watch::Receiver<u32>,
+) -> Result<(), NodeError> {
     let gone = |reason: String| NodeError::Gone { coordinator: options.join.clone(), reason };
     let channel = endpoint(&options.join, options.tls.as_ref(), Role::Coordinator)?.connect_lazy();
     let mut lease = LEASE;
     let mut alone = Instant::now();
     loop {
-        match join(&channel, hello, &mut lease).await {
+        hello.epoch = service.epoch();
+        match join(&channel, &hello, &mut lease, &mut asked, options.grace).await {
+            Left::Done(reason) => {
+                tracing::info!("leaves: {reason}");
+                return Ok(());
+            }
             Left::Refused(reason) => {
                 return Err(NodeError::Refused { coordinator: options.join.clone(), reason });
             }
@@ -216,6 +254,9 @@ async fn stay(options: &NodeOptions, hello: &WorkerHello, service: &WorkerServic
                     let stop = move || service.unload(0, "this worker has lost its coordinator");
                     tokio::task::spawn_blocking(stop).await.map_err(|e| NodeError::System(e.to_string()))?;
                 }
+                if *asked.borrow() > 0 {
+                    return Ok(());
+                }
                 if alone.elapsed() > lease {
                     return Err(gone(reason));
                 }
@@ -226,11 +267,22 @@ async fn stay(options: &NodeOptions, hello: &WorkerHello, service: &WorkerServic
 }
 
 enum Left {
+    /// It was asked to end, and may go.
+    Done(String),
     Refused(String),
-    Lost { reason: String, joined: bool },
+    Lost {
+        reason: String,
+        joined: bool,
+    },
 }
 
-async fn join(channel: &Channel, hello: &WorkerHello, lease: &mut Duration) -> Left {
+async fn join(
+    channel: &Channel,
+    hello: &WorkerHello,
+    lease: &mut Duration,
+    asked: &mut watch::Receiver<u32>,
+    grace: Duration,
+) -> Left {
     let mut client = MembershipClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES);
     let (send, receive) = mpsc::channel(8);
     let message = |kind| FromWorker { kind: Some(kind) };
@@ -249,6 +301,7 @@ async fn join(channel: &Channel, hello: &WorkerHello, lease: &mut Duration) -> L
         },
     };
     let mut joined = false;
+    let mut deadline: Option<Instant> = None;
     let mut beats = tokio::time::interval(BEAT);
     let mut heard = Instant::now();
     let mut count = 0;
@@ -256,10 +309,25 @@ async fn join(channel: &Channel, hello: &WorkerHello, lease: &mut Duration) -> L
         tokio::select! {
             _ = beats.tick() => {
                 count += 1;
+                if deadline.is_some_and(|d| d <= Instant::now()) {
+                    return Left::Done(format!("its session has not let go of it within {grace:?}"));
+                }
                 if heard.elapsed() > *lease {
                     return lost(format!("it was silent for {:?}", heard.elapsed()), joined);
                 }
                 if send.send(message(from_worker::Kind::Beat(proto::control::Beat { count }))).await.is_err() {
+                    return lost("the stream is closed".into(), joined);
+                }
+            }
+            // A worker that was asked before it joined leaves as soon as it has; asked twice, it goes at once.
+            times = times(asked, u32::from(deadline.is_some() || !joined)) => {
+                if times > 1 {
+                    return Left::Done("it was asked to end at once".into());
+                }
+                deadline = Some(Instant::now() + grace);
+                let reason = format!("it was asked to end, and stays for {grace:?} at most");
+                tracing::info!("leaving: {reason}");
+                if send.send(message(from_worker::Kind::Leaving(reason))).await.is_err() {
                     return lost("the stream is closed".into(), joined);
                 }
             }
@@ -275,6 +343,7 @@ async fn join(channel: &Channel, hello: &WorkerHello, lease: &mut Duration) -> L
                     tracing::info!("joined as worker {} with {} devices", w.worker, hello.devices);
                 }
                 Some(Ok(Some(to_worker::Kind::Refusal(reason)))) => return Left::Refused(reason),
+                Some(Ok(Some(to_worker::Kind::Leave(reason)))) => return Left::Done(reason),
                 Some(Ok(_)) => heard = Instant::now(),
                 Some(Err(s)) => return lost(s.message().into(), joined),
                 None => return lost("it has closed the stream".into(), joined),

@@ -4,8 +4,10 @@
 //! refused before anything is touched. A worker plans for itself: planning is a function of program, mesh and layout,
 //! so all devices come to plans that fit together, and no plan travels.
 
+use crate::checkpoint::{self, CheckpointError, Manifest, Snapshot};
 use crate::group::DeviceGroup;
 use crate::kernels::kernel::CpuBackend;
+use crate::store::Store;
 use crate::transport::bell::Doom;
 use crate::transport::connector::{Address, ConnectOptions, HostId, Listener, Roster, TransportChoice};
 use crate::wire::{self, Assembler};
@@ -53,6 +55,10 @@ pub struct WorkerService {
     listener: Arc<Listener>,
     current: Arc<Mutex<Current>>,
     loaded: Arc<Mutex<Option<Loaded>>>,
+    /// Where checkpoints may lie.
+    store: Store,
+    /// What was copied for a checkpoint, and in which epoch.
+    copied: Arc<Mutex<Option<(u64, Snapshot)>>>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -69,12 +75,35 @@ async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T, Status> + Sen
     done.unwrap_or_else(|e| Err(Status::internal(format!("W0021: a task of the worker ended: {e}"))))
 }
 
+/// What a coordinator needs to know of a checkpoint's failure: DATA_LOSS if an older one may do.
+fn refused(e: CheckpointError) -> Status {
+    if e.concerns_one() { Status::data_loss(e.to_string()) } else { Status::failed_precondition(e.to_string()) }
+}
+
+type PartStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::ShardPart, Status>> + Send>>;
 type ArrayStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::ArrayPart, Status>> + Send>>;
 
 impl WorkerService {
-    /// A worker with that offer, whose devices meet their peers at `listener`.
-    pub fn new(offer: Offer, listener: Arc<Listener>) -> WorkerService {
-        WorkerService { offer, listener, current: Arc::default(), loaded: Arc::default() }
+    /// A worker with that offer, whose devices meet their peers at `listener`; checkpoints lie in `store` or below it.
+    pub fn new(offer: Offer, listener: Arc<Listener>, store: Store) -> WorkerService {
+        let (current, loaded, copied) = (Arc::default(), Arc::default(), Arc::default());
+        WorkerService { offer, listener, current, loaded, store, copied }
+    }
+
+    /// The highest epoch that this worker was part of.
+    pub fn epoch(&self) -> u64 {
+        lock(&self.current).epoch
+    }
+
+    /// The store of a session's checkpoints.
+    fn checkpoints(&self, location: &str) -> Result<Store, Status> {
+        if !self.store.contains(location) {
+            return Err(Status::permission_denied(format!(
+                "W0027: checkpoints in {location} are not below this worker's --store, {}",
+                self.store.location()
+            )));
+        }
+        Store::open(location).map_err(|e| Status::invalid_argument(e.to_string()))
     }
 
     /// Stops what runs and forgets the program; the worker is free for another epoch.
@@ -89,6 +118,7 @@ impl WorkerService {
         }
         // Waits for the devices to stop.
         *lock(&self.loaded) = None;
+        *lock(&self.copied) = None;
     }
 
     /// Does something with the program of that epoch, on a thread that may block.
@@ -298,6 +328,57 @@ impl worker_server::Worker for WorkerService {
             })
             .await?;
         Ok(Response::new(Box::pin(iter(parts.into_iter().map(Ok)))))
+    }
+
+    async fn copy(&self, request: Request<control::CopyRequest>) -> Result<Response<control::Done>, Status> {
+        let (epoch, copied) = (request.into_inner().epoch, self.copied.clone());
+        self.with(epoch, move |l| {
+            let snapshot = Snapshot::copy(&l.program, &l.plan, &l.own, &l.group);
+            *lock(&copied) = Some((epoch, snapshot));
+            Ok(())
+        })
+        .await?;
+        Ok(Response::new(control::Done {}))
+    }
+
+    type WriteStream = PartStream;
+
+    async fn write(&self, request: Request<control::WriteRequest>) -> Result<Response<PartStream>, Status> {
+        let r = request.into_inner();
+        let store = self.checkpoints(&r.checkpoints)?;
+        let snapshot = match lock(&self.copied).take() {
+            Some((epoch, snapshot)) if epoch == r.epoch => snapshot,
+            _ => return Err(stale(r.epoch, self.epoch())),
+        };
+        // Training goes on meanwhile: the program is not held.
+        let written =
+            blocking(move || snapshot.write(&store, &r.folder).map_err(|e| Status::resource_exhausted(e.to_string())));
+        let parts = written.await?.into_iter().map(|w| control::ShardPart {
+            variable: w.variable,
+            file: w.part.file,
+            start: w.part.start.iter().map(|s| *s as u64).collect(),
+            shape: w.part.shape.iter().map(|s| *s as u64).collect(),
+            blake3: w.part.blake3,
+            file_bytes: w.file_bytes,
+        });
+        Ok(Response::new(Box::pin(iter(parts.map(Ok).collect::<Vec<_>>()))))
+    }
+
+    async fn restore(&self, request: Request<control::RestoreRequest>) -> Result<Response<control::Done>, Status> {
+        let r = request.into_inner();
+        let store = self.checkpoints(&r.checkpoints)?;
+        self.with(r.epoch, move |l| {
+            let (manifest, hash) = Manifest::read(&store, &r.folder).map_err(refused)?;
+            if hash != r.manifest {
+                return Err(Status::data_loss(format!(
+                    "W0028: the checkpoint {} is another one here than the coordinator sees; use a store that all share",
+                    r.folder
+                )));
+            }
+            checkpoint::restore(&store, &manifest, &l.program, &l.plan, &l.own, &l.group).map_err(refused)
+        })
+        .await?;
+        Ok(Response::new(control::Done {}))
     }
 
     async fn memory(&self, request: Request<control::SessionName>) -> Result<Response<control::MemoryReply>, Status> {

@@ -72,21 +72,21 @@ pub fn name_uri(name: &str) -> String {
 }
 
 /// What is wrong with a process's certificate, or with an address and TLS.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file that cannot be read.
     #[error(
-        "W0040: cannot read {}: {why}\n  help: `coordinator certs init DIR` makes certificates; copy ca.pem, ROLE.pem \
+        "W0070: cannot read {}: {why}\n  help: `coordinator certs init DIR` makes certificates; copy ca.pem, ROLE.pem \
          and ROLE.key of the process's role here", path.display()
     )]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// Why.
-        why: std::io::Error,
+        why: String,
     },
     /// A file that holds something else.
-    #[error("W0041: {} holds no {what}\n  help: copy it again from where `coordinator certs` made it", path.display())]
+    #[error("W0071: {} holds no {what}\n  help: copy it again from where `coordinator certs` made it", path.display())]
     Garbled {
         /// The file.
         path: PathBuf,
@@ -95,7 +95,7 @@ pub enum TlsError {
     },
     /// A certificate outside its time.
     #[error(
-        "W0042: the certificate {} {when}\n  help: issue another one with `coordinator certs add DIR --role {role} --name \
+        "W0072: the certificate {} {when}\n  help: issue another one with `coordinator certs add DIR --role {role} --name \
          NAME`, or set this machine's clock", path.display()
     )]
     Expired {
@@ -108,7 +108,7 @@ pub enum TlsError {
     },
     /// A key that others can read.
     #[error(
-        "W0043: the key {} can be read by others (mode {mode:04o})\n  help: chmod 600 {}; if others had access, issue \
+        "W0073: the key {} can be read by others (mode {mode:04o})\n  help: chmod 600 {}; if others had access, issue \
          another one", path.display(), path.display()
     )]
     Exposed {
@@ -118,7 +118,7 @@ pub enum TlsError {
         mode: u32,
     },
     /// Files that do not belong together.
-    #[error("W0044: {} {why}\n  help: {help}", path.display())]
+    #[error("W0074: {} {why}\n  help: {help}", path.display())]
     Mismatch {
         /// The file.
         path: PathBuf,
@@ -128,7 +128,7 @@ pub enum TlsError {
         help: String,
     },
     /// An address that contradicts whether there is TLS.
-    #[error("W0045: `{address}` {why}\n  help: {help}")]
+    #[error("W0075: `{address}` {why}\n  help: {help}")]
     Address {
         /// The address.
         address: String,
@@ -190,7 +190,7 @@ impl Tls {
 /// Reads a file of at most [`FILE_BYTES`]. A secret one must not be readable by others; one of another owner, such as
 /// a mounted secret, may be readable by the group that gives us access.
 fn read(path: &Path, secret: bool) -> Result<Vec<u8>, TlsError> {
-    let unreadable = |why| TlsError::Unreadable { path: path.into(), why };
+    let unreadable = |e: std::io::Error| TlsError::Unreadable { path: path.into(), why: e.to_string() };
     let file = std::fs::File::open(path).map_err(unreadable)?;
     #[cfg(target_os = "linux")]
     if secret {
@@ -357,7 +357,7 @@ mod tests {
             ("ftp://h:1", true, "unknown scheme"),
         ] {
             let e = url(address, tls).unwrap_err().to_string();
-            assert!(e.starts_with("W0045: ") && e.contains(text), "{e}");
+            assert!(e.starts_with("W0075: ") && e.contains(text), "{e}");
         }
     }
 }

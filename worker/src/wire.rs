@@ -120,6 +120,18 @@ pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
     Ok(message.encode_to_vec())
 }
 
+/// BLAKE3 of what a program computes, wherever in a source it was written.
+///
+/// # Errors
+/// A program that cannot be encoded.
+pub fn hash(program: &Program) -> Result<String, Error> {
+    let nowhere = Place { file: "", line: 0, column: 0 };
+    let mut program = program.clone();
+    program.variables.iter_mut().for_each(|v| v.place = nowhere);
+    program.functions.values_mut().flat_map(|f| &mut f.nodes).for_each(|n| n.place = nowhere);
+    Ok(blake3::hash(&encode(&program)?).to_hex().to_string())
+}
+
 fn json(value: &impl serde::Serialize) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(value).map_err(|e| invalid(e.to_string()))
 }

@@ -1,6 +1,8 @@
 //! Helpers of the integration tests: programs on many meshes, bit for bit.
 #![allow(dead_code, reason = "each test uses some of them")]
 
+pub mod run;
+
 use coordinator::{Options, Session};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name};

@@ -32,11 +32,11 @@ Exit codes:
    2  the command line, the configuration, a certificate or the layout is wrong, or the plan is over --memory
    3  the data are missing or not usable
    4  there is no good checkpoint, or it is one of another program
-  75  the coordinator is not there: try again";
+  75  try again: stopped as asked, or workers or the coordinator are gone; --resume goes on";
 
 const KEYS: &str = "\
-Every option but --devices, --coordinator, --tls, --workers, --transport, --config, --set, --out and --resume is also a key of the configuration, for --config and
---set; further keys are
+Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints
+and --resume is also a key of the configuration, for --config and --set; further keys are
   organ_weight      weight of an organ's voxel in the cross-entropy; the background's is 1 [default: 8]
   checkpoint_every  steps between checkpoints; one is always written at the end [default: 50]
   keep              checkpoints to keep [default: 2]
@@ -124,6 +124,9 @@ struct Options {
     /// How worker processes reach each other: rings in shared memory on one host and gRPC between hosts, or one of them
     #[arg(long, help_heading = "Devices", value_name = "auto|ring|grpc", default_value = "auto")]
     transport: TransportChoice,
+    /// Go on with fewer devices when workers are lost and none take their place in time
+    #[arg(long, help_heading = "Devices")]
+    shrink: bool,
     /// Filters at the first level; each of the three levels below has twice as many [default: 8]
     #[arg(long, help_heading = "Model", value_name = "N")]
     base: Option<usize>,
@@ -176,7 +179,11 @@ struct Options {
     /// Run folder
     #[arg(long, help_heading = "Run", value_name = "DIR", default_value = "runs/unet3d")]
     out: PathBuf,
-    /// Go on from the newest good checkpoint in the run folder, on any mesh
+    /// Where checkpoints are: a folder that the workers reach too, or `s3://bucket/prefix` [default: the run folder's
+    /// `checkpoints`]
+    #[arg(long, help_heading = "Run", value_name = "DIR|URL")]
+    checkpoints: Option<String>,
+    /// Go on from the newest good checkpoint of the run, on any mesh
     #[arg(long, help_heading = "Run")]
     resume: bool,
 }
@@ -241,7 +248,8 @@ fn main() -> ExitCode {
             _ => None,
         };
         let (out, resume, devices) = (options.out.clone(), options.resume, options.devices);
-        run(&train::Task { config, out, resume, devices, place, transport: options.transport, tls })
+        let (transport, checkpoints, shrink) = (options.transport, options.checkpoints.clone(), options.shrink);
+        run(&train::Task { config, out, resume, devices, place, transport, checkpoints, shrink, tls })
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

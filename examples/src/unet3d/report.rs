@@ -40,6 +40,16 @@ impl Row {
         }
     }
 
+    /// Its step.
+    pub fn step(&self) -> u32 {
+        self.step
+    }
+
+    /// Bits of loss and gradient norm.
+    pub fn bits(&self) -> [String; 2] {
+        [self.loss_bits.clone(), self.grad_norm_bits.clone()]
+    }
+
     /// As a line of JSON.
     pub fn line(&self) -> String {
         serde_json::to_string(self).expect("a row has no maps with odd keys")
@@ -74,9 +84,17 @@ impl Progress {
         Progress { bar, steps, first, begun: Instant::now(), warm: None }
     }
 
+    /// Something that the user should know.
+    pub fn note(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+
     /// After a step.
     pub fn step(&mut self, step: u32, loss: f32, dice: f32, speed: f64) {
-        let done = step + 1 - self.first;
+        let done = (step + 1).saturating_sub(self.first).max(1);
         let left = match self.warm {
             Some(warm) if done > 1 => warm.elapsed().mul_f64(f64::from(self.steps - step - 1) / f64::from(done - 1)),
             _ => self.begun.elapsed() * (self.steps - step - 1),

@@ -4,20 +4,23 @@ use crate::config::{self, Config, Mistake, times};
 use crate::data::{Outline, Scan, ScanError};
 use crate::model::{self, Shape};
 use crate::report::{Progress, Row, say};
-use coordinator::checkpoint::{self, Position};
+use coordinator::checkpoint::{Catalogue, Checkpoints, Restored};
+use coordinator::drive::{End, Run, Schedule, again, drive};
 use coordinator::launch::Launched;
 use coordinator::session::FunctionId;
-use coordinator::{Failure, Options, Session};
+use coordinator::{Failure, Options, Position, Session, interrupt};
 use mesh::array::Array;
 use mesh::layout::Mesh;
 use mesh::plan::describe::{bytes, thousands};
 use mesh::program::Program;
 use ndarray::{Array4, Array5, ArrayD, Axis, Ix4};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use worker::data::{DataError, picture, volume::View};
+use worker::store::Store;
 use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
 
@@ -56,6 +59,10 @@ pub struct Task {
     pub place: Place,
     /// How worker processes reach each other.
     pub transport: TransportChoice,
+    /// Where checkpoints are; None for the run folder.
+    pub checkpoints: Option<String>,
+    /// Whether to go on with fewer devices when workers are lost.
+    pub shrink: bool,
     /// TLS to a coordinator.
     pub tls: Option<Tls>,
 }
@@ -91,6 +98,26 @@ pub enum Failed {
         /// What to do.
         help: String,
     },
+    /// A step that was done again after a loss came out otherwise.
+    #[error(
+        "U0009: step {step} was done again after a loss and came out otherwise: {field} was {before} and is {now}\n  help: use one build and one kind of machine everywhere; if they are, please report it"
+    )]
+    Otherwise {
+        /// The step.
+        step: u32,
+        /// What differs.
+        field: &'static str,
+        /// Before.
+        before: String,
+        /// Now.
+        now: String,
+    },
+    /// The process was asked to stop, and did.
+    #[error("U0010: stopped as asked after step {step}; go on with --resume")]
+    Interrupted {
+        /// Steps done.
+        step: u32,
+    },
 }
 
 impl From<mesh::error::Error> for Failed {
@@ -103,16 +130,14 @@ impl Failed {
     /// The process's exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failed::Config(_)
-            | Failed::Session(Failure::Program(_) | Failure::Tls(_) | Failure::Refused { .. })
-            | Failed::Scan(ScanError::Option(_)) => 2,
+            Failed::Config(_) | Failed::Scan(ScanError::Option(_)) => 2,
             Failed::Scan(ScanError::Data(_) | ScanError::Mismatch { .. }) | Failed::Data(DataError::Format { .. }) => 3,
-            Failed::Session(Failure::Checkpoint(_)) => 4,
-            Failed::Session(Failure::Unreachable { .. }) => 75,
+            Failed::Session(failure) => failure.exit_code(),
+            Failed::Interrupted { .. } => 75,
             Failed::Data(DataError::Fetch(_) | DataError::File { .. })
-            | Failed::Session(Failure::Device(_) | Failure::Mesh(_))
             | Failed::Output { .. }
-            | Failed::Diverged { .. } => 1,
+            | Failed::Diverged { .. }
+            | Failed::Otherwise { .. } => 1,
         }
     }
 }
@@ -133,9 +158,18 @@ impl Task {
             memory: c.memory_bytes()?,
             seed: c.seed,
             transport: self.transport,
+            checkpoints: Some(Checkpoints { location: self.location()?, keep: c.keep }),
+            shrink: self.shrink,
             tls: self.tls.clone(),
             mesh,
         })
+    }
+
+    /// Where checkpoints are, in a form that workers understand as well.
+    fn location(&self) -> Result<String, Failed> {
+        let location = self.checkpoints.clone().unwrap_or_else(|| self.out.join(CHECKPOINTS).display().to_string());
+        let store = Store::open(&location).map_err(|e| Failure::Checkpoint(e.to_string()))?;
+        Ok(store.location().into())
     }
 
     /// Begins a session where the devices are.
@@ -155,10 +189,13 @@ impl Task {
                 options.plan(&program)?;
                 let own = std::env::current_exe()
                     .map_err(|why| Failed::Output { path: "this program's own file".into(), why })?;
-                let workers = Launched::start(*n, |address| {
+                let (each, threads) = (format!("cpu:{}", devices / n), options.threads().to_string());
+                let store = options.checkpoints.as_ref().map_or(".", |c| &c.location).to_string();
+                let below = store.clone();
+                let workers = Launched::start(*n, &store, move |address| {
                     let mut command = std::process::Command::new(&own);
-                    command.args(["worker", "--join", address, "--devices", &format!("cpu:{}", devices / n)]);
-                    command.args(["--threads", &options.threads().to_string()]);
+                    command.args(["worker", "--join", address, "--devices", &each, "--threads", &threads]);
+                    command.args(["--store", &below]);
                     command
                 })?;
                 let options = Options { tls: Some(workers.tls.clone()), ..options.clone() };
@@ -173,10 +210,18 @@ impl Task {
         Ok(Scan::load(&self.config, |text| eprintln!("{text}"))?)
     }
 
-    /// The newest good checkpoint of the run folder.
-    fn checkpoint(&self) -> Result<checkpoint::Loaded, Failed> {
-        let dir = self.out.join(CHECKPOINTS);
-        Ok(checkpoint::load_newest(&dir, |e| eprintln!("passed over: {e}"))?)
+    /// Sets a session's variables to the newest good checkpoint of the run.
+    fn restore(&self, session: &mut Session) -> Result<Restored, Failed> {
+        let restored = session.restore();
+        session.notes().iter().for_each(|note| eprintln!("{note}"));
+        let none = || Failure::Checkpoint(format!("C0004: there is no good checkpoint in {}", self.out.display()));
+        Ok(restored?.ok_or_else(none)?)
+    }
+
+    /// Whether there is any checkpoint.
+    fn has_checkpoints(&self) -> Result<bool, Failed> {
+        let store = Store::open(&self.location()?).map_err(|e| Failure::Checkpoint(e.to_string()))?;
+        Ok(!Catalogue::new(store).entries().map_err(|e| Failure::Checkpoint(e.to_string()))?.is_empty())
     }
 
     fn folder(&self, what: &str, help: &str) -> Failed {
@@ -258,113 +303,153 @@ pub fn train(task: &Task) -> Result<(), Failed> {
     let c = &task.config;
     let options = task.options()?;
     let metrics = task.out.join(METRICS_FILE);
-    let resumed = if task.resume {
-        Some(task.checkpoint()?)
-    } else if metrics.exists() || !checkpoint::list(&task.out.join(CHECKPOINTS)).is_empty() {
+    if !task.resume && (metrics.exists() || task.has_checkpoints()?) {
         return Err(task.folder("holds a run already", "go on with it by --resume, or name another folder with --out"));
-    } else {
-        None
-    };
+    }
+    // Only now: what has not begun may be stopped in the usual way.
+    interrupt::listen(75).map_err(|e| Failure::Mesh(format!("cannot listen for signals: {e}")))?;
     let scan = task.scan()?;
     let outline = scan.outline();
     let mut running = task.session(model::program(&shape(&outline), c)?, &options)?;
     let session = &mut running.session;
     eprint!("{}", introduction(c, &outline, &options, session.program().parameters()));
-    let most = (0..options.mesh.size()).map(|d| session.plan().peak_bytes(d)).max().unwrap_or(0);
+    session.links().iter().for_each(|link| eprintln!("links    {link}"));
+    let most = (0..session.plan().mesh.size()).map(|d| session.plan().peak_bytes(d)).max().unwrap_or(0);
     eprintln!("memory   {} at most on a device\nrun      {}", bytes(most), task.out.display());
-    let (mut first, mut samples) = (0, 0);
-    if let Some(loaded) = &resumed {
-        loaded.restore(session)?;
-        (first, samples) = (loaded.manifest.step, loaded.manifest.samples);
-        eprintln!("resumed from {} with {first} steps done", loaded.path.display());
-        let changed = c.changes(&loaded.manifest.config);
+    let config = serde_json::to_value(c).unwrap_or_default();
+    let mut at = Position { step: 0, samples: 0, config };
+    if task.resume {
+        let Restored { folder, position } = task.restore(session)?;
+        eprintln!("resumed from {folder} with {} steps done", position.step);
+        let changed = c.changes(&position.config);
         if !changed.is_empty() {
             eprintln!("changed since: {}", changed.join(", "));
         }
-        if first >= c.steps {
+        if position.step >= c.steps {
             eprintln!("nothing left to train of --steps {}", c.steps);
         }
+        (at.step, at.samples) = (position.step, position.samples);
     }
     written(&task.out, fs::create_dir_all(&task.out))?;
     let path = task.out.join(CONFIG_FILE);
     written(&path, fs::write(&path, c.to_toml()))?;
-    let mut rows = open_metrics(&metrics, first)?;
-
-    let f = session.function("train")?;
-    let classes = scan.classes.len();
-    let voxels = c.batch * scan.image.len();
-    let mut progress = Progress::new(first, c.steps, std::io::stderr().is_terminal());
-    let mut saved = resumed.as_ref().map(|_| first);
-    let save = |session: &Session, step: u32, samples: u64| {
-        let config = serde_json::to_value(c).unwrap_or_default();
-        checkpoint::save(session, &task.out.join(CHECKPOINTS), &Position { step, samples, config }, c.keep)
+    let mut training = Training {
+        config: c,
+        scan: &scan,
+        function: session.function("train")?,
+        rows: Rows::open(&metrics, at.step)?,
+        progress: Progress::new(at.step, c.steps, std::io::stderr().is_terminal()),
     };
-    for step in first..c.steps {
+    let end =
+        drive(session, &mut training, &mut at, &Schedule { steps: c.steps, checkpoint_every: c.checkpoint_every });
+    training.progress.finish();
+    if end? == End::Interrupted {
+        return Err(Failed::Interrupted { step: at.step });
+    }
+    let hash = again(session, |note| eprintln!("{note}"), |s| s.variables_hash())?;
+    say(format!("variables {hash}"));
+    judge(task, &scan, session)
+}
+
+/// A run of training steps.
+struct Training<'a> {
+    config: &'a Config,
+    scan: &'a Scan,
+    function: FunctionId,
+    rows: Rows,
+    progress: Progress,
+}
+
+impl Run for Training<'_> {
+    type Error = Failed;
+
+    fn step(&mut self, session: &mut Session, at: &mut Position) -> Result<(), Failed> {
+        let (c, f, step) = (self.config, self.function, at.step);
         let begun = Instant::now();
-        let ids: Vec<u64> = (samples..samples + c.batch as u64).collect();
-        let drawn =
-            ids.iter().map(|id| if c.augment { View::draw(c.seed, *id, classes) } else { View::plain(*id, classes) });
-        let (image, labels) = views(&scan, &drawn.collect::<Vec<_>>());
+        let ids: Vec<u64> = (at.samples..at.samples + c.batch as u64).collect();
+        let classes = self.scan.classes.len();
+        let draw = |id: &u64| if c.augment { View::draw(c.seed, *id, classes) } else { View::plain(*id, classes) };
+        let (image, labels) = views(self.scan, &ids.iter().map(draw).collect::<Vec<_>>());
         session.feed(f, "image", &image)?;
         session.feed(f, "labels", &labels)?;
         session.step(f, step)?;
-        samples += c.batch as u64;
+        at.samples += c.batch as u64;
         let (loss, grad_norm) = (scalar(session, f, "loss")?, scalar(session, f, "grad_norm")?);
+        let dice = scalar(session, f, "dice")?;
         let seconds = begun.elapsed().as_secs_f64();
-        let last = step + 1 == c.steps;
         let mut row = Row::new(step, loss, grad_norm, seconds, ids);
-        if last {
+        if step + 1 == c.steps {
             row.finish(session.variables_hash()?, session.peaks()?);
         }
-        let line = row.line();
-        written(&metrics, writeln!(rows, "{line}").and_then(|()| rows.flush()))?;
-        progress.step(step, loss, scalar(session, f, "dice")?, voxels as f64 / seconds);
+        self.rows.add(&row)?;
+        let voxels = c.batch * self.scan.image.len();
+        self.progress.step(step, loss, dice, voxels as f64 / seconds);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            progress.finish();
-            let kept =
-                saved.map_or("there is no checkpoint".into(), |s| format!("the newest checkpoint is of step {s}"));
-            return Err(diverged(format!(
-                "at step {step} the loss is {loss}, the gradient's norm {grad_norm}; {kept}"
-            )));
+            return Err(diverged(format!("at step {step} the loss is {loss}, the gradient's norm {grad_norm}")));
         }
-        if last || (c.checkpoint_every > 0 && (step + 1) % c.checkpoint_every == 0) {
-            save(session, step + 1, samples)?;
-            saved = Some(step + 1);
-        }
+        Ok(())
     }
-    progress.finish();
-    say(format!("variables {}", session.variables_hash()?));
-    judge(task, &scan, session)
+
+    fn note(&mut self, text: &str) {
+        self.progress.note(text);
+    }
+}
+
+/// The rows of `metrics.jsonl`, each step once.
+struct Rows {
+    path: PathBuf,
+    file: fs::File,
+    /// Bits of loss and gradient norm of the steps that this process has done.
+    done: BTreeMap<u32, [String; 2]>,
+}
+
+impl Rows {
+    /// Opens the metrics for the rows from step `first` on, keeping those before it.
+    fn open(path: &Path, first: u32) -> Result<Rows, Failed> {
+        let mut kept = Vec::new();
+        if first > 0
+            && let Ok(file) = fs::File::open(path)
+        {
+            for line in BufReader::new(file).lines().map_while(Result::ok) {
+                let step = serde_json::from_str::<serde_json::Value>(&line).ok().and_then(|v| v["step"].as_u64());
+                if step.is_some_and(|s| s < u64::from(first)) {
+                    kept.push(line);
+                }
+            }
+        }
+        let mut file = written(path, fs::File::create(path))?;
+        for line in kept {
+            written(path, writeln!(file, "{line}"))?;
+        }
+        Ok(Rows { path: path.into(), file, done: BTreeMap::new() })
+    }
+
+    /// Adds a row; that of a step which is done again must have the same bits, and is not written again.
+    fn add(&mut self, row: &Row) -> Result<(), Failed> {
+        let now = row.bits();
+        if let Some(before) = self.done.get(&row.step()) {
+            for (field, (before, now)) in ["loss_bits", "grad_norm_bits"].into_iter().zip(before.iter().zip(&now)) {
+                if before != now {
+                    let (before, now) = (before.clone(), now.clone());
+                    return Err(Failed::Otherwise { step: row.step(), field, before, now });
+                }
+            }
+            return Ok(());
+        }
+        self.done.insert(row.step(), now);
+        written(&self.path, writeln!(self.file, "{}", row.line()).and_then(|()| self.file.flush()))
+    }
 }
 
 fn diverged(what: String) -> Failed {
     Failed::Diverged { what: format!("training has diverged: {what}"), help: "try a smaller --rate".into() }
 }
 
-/// Opens the metrics for the rows from step `first` on, keeping those before it.
-fn open_metrics(path: &Path, first: u32) -> Result<fs::File, Failed> {
-    let mut kept = Vec::new();
-    if first > 0
-        && let Ok(file) = fs::File::open(path)
-    {
-        for line in BufReader::new(file).lines().map_while(Result::ok) {
-            let step = serde_json::from_str::<serde_json::Value>(&line).ok().and_then(|v| v["step"].as_u64());
-            if step.is_some_and(|s| s < u64::from(first)) {
-                kept.push(line);
-            }
-        }
-    }
-    let mut file = written(path, fs::File::create(path))?;
-    for line in kept {
-        written(path, writeln!(file, "{line}"))?;
-    }
-    Ok(file)
-}
-
 /// Predicts the whole volume, says how good that is, and writes prediction and picture.
 fn judge(task: &Task, scan: &Scan, session: &mut Session) -> Result<(), Failed> {
     let (image, labels) = views(scan, &[View::plain(0, scan.classes.len())]);
-    let results = session.run("eval", 0, &[("image", &image), ("labels", &labels)])?;
+    let feeds = [("image", &image), ("labels", &labels)];
+    let results = again(session, |note| eprintln!("{note}"), |s| s.run("eval", 0, &feeds))?;
     let result = |name: &str| results.iter().find(|(n, _)| **n == *name).map(|(_, a)| a);
     let loss = result("loss").and_then(Array::to_f32).unwrap_or(f32::NAN);
     if !loss.is_finite() {
@@ -399,14 +484,13 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
         return Err(task.folder("holds no run", "train first, or name the folder of a run with --out"));
     }
     let options = task.options()?;
-    let loaded = task.checkpoint()?;
     let scan = task.scan()?;
     let outline = scan.outline();
     let mut running = task.session(model::eval_program(&shape(&outline), &task.config)?, &options)?;
     let session = &mut running.session;
     eprint!("{}", introduction(&task.config, &outline, &options, session.program().parameters()));
-    loaded.restore(session)?;
-    eprintln!("checkpoint {} of {} steps", loaded.path.display(), loaded.manifest.step);
+    let Restored { folder, position } = task.restore(session)?;
+    eprintln!("checkpoint {folder} of {} steps", position.step);
     judge(task, &scan, session)
 }
 

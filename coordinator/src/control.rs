@@ -1,0 +1,218 @@
+//! What model programs and operators call.
+
+use crate::checkpoint::Position;
+use crate::crew::Active;
+use crate::server::{Coordinator, Reply, Sent, invalid};
+use mesh::array::Array;
+use mesh::region::Region;
+use proto::control::{
+    self, ArrayName, ArrayPart, Done, Noted, OpenPart, Opened, SessionName, StatusReply, control_server, open_part,
+};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{StreamExt, iter};
+use tonic::{Request, Response, Status, Streaming};
+use worker::wire::{self, Assembler};
+
+/// Shortest time between two reports to one who watches.
+const WATCH: Duration = Duration::from_millis(200);
+/// Results of one number that are remembered for those who watch.
+const RESULTS: usize = 64;
+
+impl Coordinator {
+    /// Sends arrays to the devices that hold parts of them.
+    async fn spread(&self, mut stream: Streaming<ArrayPart>) -> Reply<Done> {
+        let mut assembler = Assembler::default();
+        while let Some(part) = stream.next().await {
+            let Some((head, array)) = assembler.take(part?).map_err(invalid)? else { continue };
+            let name = head.name.unwrap_or_default();
+            let session = self.session(name.epoch)?;
+            let parts = session.parts(&name)?;
+            if array.shape() != parts[0].ty.shape() || array.dtype() != parts[0].ty.dtype {
+                return Err(invalid(format!(
+                    "C0013: `{}` is {}, and was sent {:?}",
+                    name.name,
+                    parts[0].ty,
+                    array.shape()
+                )));
+            }
+            let feeding = !name.function.is_empty();
+            self.everywhere(&session, |mut client, place| {
+                let sent: Vec<ArrayPart> = session.crew[place]
+                    .1
+                    .iter()
+                    .flat_map(|d| {
+                        let region = &parts[*d as usize].region;
+                        wire::parts(name.clone(), *d, region, &array.part(region))
+                    })
+                    .collect();
+                async move { if feeding { client.feed(iter(sent)).await } else { client.set(iter(sent)).await } }
+            })
+            .await?;
+        }
+        Ok(Response::new(Done {}))
+    }
+
+    /// An answer, with what is to be said besides.
+    fn noted(&self, session: &Active) -> Reply<Noted> {
+        Ok(Response::new(Noted { notes: session.notes(), regroup: self.regroup(session) }))
+    }
+}
+
+#[tonic::async_trait]
+impl control_server::Control for Coordinator {
+    type OpenStream = Sent<Opened>;
+
+    async fn open(&self, request: Request<Streaming<OpenPart>>) -> Reply<Sent<Opened>> {
+        let mut stream = request.into_inner();
+        let (mut settings, mut program) = (None, Vec::new());
+        while let Some(part) = stream.next().await {
+            match part?.kind {
+                Some(open_part::Kind::Settings(s)) => settings = Some(s),
+                Some(open_part::Kind::Program(b)) if program.len() + b.len() <= wire::PROGRAM_BYTES => {
+                    program.extend_from_slice(&b);
+                }
+                _ => return Err(invalid("C0018: a program beyond all bounds")),
+            }
+        }
+        let settings = settings.ok_or_else(|| invalid("C0018: a session without settings"))?;
+        // A session that nobody waits for any more is closed all the same: the task goes on without the caller.
+        let this = self.clone();
+        let opened = tokio::spawn(async move {
+            let (session, links) = this.open_session(settings, program.into()).await?;
+            tracing::info!("session of epoch {} on {} workers", session.epoch, session.crew.len());
+            let (send, receive) = mpsc::channel(1);
+            let opened = Opened { epoch: session.epoch, links, mesh: session.settings.mesh.clone() };
+            let _ = send.send(Ok(opened)).await;
+            tokio::spawn(async move {
+                send.closed().await;
+                tracing::info!("session of epoch {} ends", session.epoch);
+                this.close(&session).await;
+            });
+            Ok::<_, Status>(receive)
+        });
+        let receive = opened.await.map_err(|e| Status::internal(e.to_string()))??;
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    async fn feed(&self, request: Request<Streaming<ArrayPart>>) -> Reply<Done> {
+        self.spread(request.into_inner()).await
+    }
+
+    async fn set(&self, request: Request<Streaming<ArrayPart>>) -> Reply<Done> {
+        self.spread(request.into_inner()).await
+    }
+
+    async fn step(&self, request: Request<control::StepRequest>) -> Reply<Noted> {
+        let r = request.into_inner();
+        let session = self.session(r.epoch)?;
+        self.everywhere(&session, |mut client, _| {
+            let r = r.clone();
+            async move { client.run(r).await }
+        })
+        .await?;
+        session.steps.fetch_add(1, Ordering::Relaxed);
+        self.changed();
+        self.noted(&session)
+    }
+
+    type FetchStream = Sent<ArrayPart>;
+
+    async fn fetch(&self, request: Request<ArrayName>) -> Reply<Sent<ArrayPart>> {
+        let name = request.into_inner();
+        let session = self.session(name.epoch)?;
+        let whole = self.gather(&session, &name).await?;
+        if let (Some(value), false) = (whole.to_f32(), name.function.is_empty()) {
+            let mut state = self.state();
+            if state.results.len() < RESULTS || state.results.contains_key(&name.name) {
+                state.results.insert(name.name.clone(), value);
+            }
+        }
+        let region = Region(whole.shape().iter().map(|n| ("".into(), 0..*n)).collect());
+        let parts = wire::parts(name, 0, &region, &whole);
+        Ok(Response::new(Box::pin(iter(parts.into_iter().map(Ok)))))
+    }
+
+    async fn checkpoint(&self, request: Request<control::CheckpointRequest>) -> Reply<Noted> {
+        let r = request.into_inner();
+        let session = self.session(r.epoch)?;
+        let config = serde_json::from_slice(&r.config);
+        let config = config.map_err(|e| invalid(format!("C0026: the configuration is no JSON: {e}")))?;
+        self.checkpoint(&session, Position { step: r.step, samples: r.samples, config }).await?;
+        self.noted(&session)
+    }
+
+    async fn settle(&self, request: Request<SessionName>) -> Reply<Noted> {
+        let session = self.session(request.into_inner().epoch)?;
+        self.settle(&session).await?;
+        self.noted(&session)
+    }
+
+    async fn restore(&self, request: Request<SessionName>) -> Reply<control::Restored> {
+        let session = self.session(request.into_inner().epoch)?;
+        self.restore(&session).await.map(Response::new)
+    }
+
+    async fn memory(&self, request: Request<SessionName>) -> Reply<control::MemoryReply> {
+        let r = request.into_inner();
+        let session = self.session(r.epoch)?;
+        let replies = self
+            .everywhere(&session, |mut client, _| async move { client.memory(r).await.map(|m| m.into_inner().devices) })
+            .await?;
+        Ok(Response::new(control::MemoryReply { devices: replies.into_iter().flatten().collect() }))
+    }
+
+    async fn status(&self, _: Request<control::StatusRequest>) -> Reply<StatusReply> {
+        Ok(Response::new(self.snapshot()))
+    }
+
+    type WatchStream = Sent<StatusReply>;
+
+    async fn watch(&self, _: Request<control::StatusRequest>) -> Reply<Sent<StatusReply>> {
+        let (this, mut changes) = (self.clone(), self.watched());
+        let (send, receive) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while send.send(Ok(this.snapshot())).await.is_ok() && changes.changed().await.is_ok() {
+                tokio::time::sleep(WATCH).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    async fn drain(&self, request: Request<control::DrainRequest>) -> Reply<Done> {
+        let r = request.into_inner();
+        Coordinator::drain(self, r.worker, &r.reason)?;
+        Ok(Response::new(Done {}))
+    }
+}
+
+impl Coordinator {
+    /// A result of a function or a variable, whole.
+    async fn gather(&self, session: &Arc<Active>, name: &ArrayName) -> Result<Array, Status> {
+        let ty = session.parts(name)?[0].ty.clone();
+        let pieces = self
+            .everywhere(session, |mut client, _| {
+                let name = name.clone();
+                async move {
+                    let mut stream = client.fetch(name).await?.into_inner();
+                    let (mut assembler, mut found) = (Assembler::default(), Vec::new());
+                    while let Some(part) = stream.next().await {
+                        found.extend(assembler.take(part?).map_err(invalid)?);
+                    }
+                    Ok(found)
+                }
+            })
+            .await?;
+        let mut whole = Array::zeros(ty.dtype, &ty.shape());
+        for (head, array) in pieces.into_iter().flatten() {
+            let start: Vec<usize> = head.start.iter().map(|s| *s as usize).collect();
+            if !whole.put(&start, &array) {
+                return Err(Status::internal(format!("C0019: a part of `{}` does not fit", name.name)));
+            }
+        }
+        Ok(whole)
+    }
+}
