@@ -107,6 +107,7 @@ impl Coordinator {
             let clients = session.crew.iter().filter_map(|(w, _)| state.members.get(w).map(|m| m.client.clone()));
             (epoch, clients.collect::<Vec<_>>())
         };
+        self.changed();
         let mut calls = JoinSet::new();
         for mut client in clients {
             let request = control::AbortRequest { epoch, reason: reason.into() };
@@ -148,23 +149,31 @@ impl Coordinator {
             calls.spawn(async move { (place, called.await) });
         }
         let mut replies: Vec<Option<T>> = session.crew.iter().map(|_| None).collect();
-        let mut failure: Option<Status> = None;
-        while let Some(done) = calls.join_next().await {
+        let mut changes = self.watched();
+        loop {
+            let done = tokio::select! {
+                done = calls.join_next() => done,
+                // A worker that hangs does not answer; it is given up by its silence, and everybody's calls with it.
+                _ = changes.changed() => match self.session(session.epoch) {
+                    Err(stopped) => return Err(stopped),
+                    Ok(_) => continue,
+                },
+            };
+            let Some(done) = done else { return Ok(replies.into_iter().flatten().collect()) };
             let (place, reply) = done.map_err(|e| Status::internal(e.to_string()))?;
             match reply {
                 Ok(r) => replies[place] = Some(r),
-                Err(status) if failure.is_none() => {
-                    let reason = format!("worker {}: {}", session.crew[place].0, status.message());
+                Err(status) => {
+                    // What the worker said has no source; what became of the connection has.
+                    let lost = if std::error::Error::source(&status).is_some() { " is lost" } else { "" };
+                    let reason = format!("worker {}{lost}: {}", session.crew[place].0, status.message());
                     if wait {
                         self.stop(session, &reason).await;
                     }
-                    failure = Some(Status::new(status.code(), reason));
+                    return Err(Status::new(status.code(), reason));
                 }
-                // What fails after that fails because it was stopped.
-                Err(_) => {}
             }
         }
-        failure.map_or(Ok(replies.into_iter().flatten().collect()), Err)
     }
 
     /// Has something done on every worker of a session. A failure stops all of them, and its reason is the session's.

@@ -1,13 +1,15 @@
 //! The program `unet3d` as people use it: started as a process, judged by what it prints, writes and exits with.
 
+mod common;
+
+use common::{Place, Ran, bits, ran};
 use ndarray::{Array2, Array3};
 use nifti::{NiftiHeader, NiftiObject, ReaderOptions, writer::WriterOptions};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use tempfile::TempDir;
+use std::path::Path;
+use std::process::Command;
 
 /// Writes an array as a NIfTI file.
 macro_rules! put {
@@ -16,73 +18,14 @@ macro_rules! put {
     };
 }
 
-/// A folder to run in, with an empty cache: nothing here may need the network.
-struct Place(TempDir);
-
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-impl Place {
-    fn new() -> Place {
-        Place(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn command(&self, args: &str) -> Command {
-        let mut c = Command::new(env!("CARGO_BIN_EXE_unet3d"));
-        c.current_dir(self.0.path()).env("XDG_CACHE_HOME", self.path("cache")).args(args.split_whitespace());
-        c
-    }
-
-    fn run(&self, args: &str) -> Ran {
-        ran(self.command(args).output().unwrap())
-    }
-
-    /// Runs what must succeed.
-    fn ok(&self, args: &str) -> Ran {
-        let r = self.run(args);
-        assert_eq!(r.code, 0, "`{args}` failed:\n{}{}", r.out, r.err);
-        r
-    }
-
-    /// Runs what must fail with that code, and with all of those texts.
-    fn fails(&self, args: &str, code: i32, texts: &[&str]) {
-        let r = self.run(args);
-        assert_eq!(r.code, code, "`{args}`:\n{}{}", r.out, r.err);
-        for t in texts {
-            assert!(r.err.contains(t), "`{args}` does not say `{t}`:\n{}", r.err);
-        }
-        assert!(!r.err.contains("panicked"), "{}", r.err);
-    }
-
-    fn rows(&self, run: &str) -> Vec<Value> {
-        let text = fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
-        text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
-    }
-
-    /// An image and labels of 3 classes: boxes of their own brightness.
-    fn volumes(&self, shape: [usize; 3]) {
-        let class = |i: usize, n: usize| (3 * i / n) as u8;
-        let labels = Array3::from_shape_fn(shape, |(x, y, _)| class(x, shape[0]).min(class(y, shape[1])));
-        let noise = |x: usize, y: usize, z: usize| ((x * 7 + y * 13 + z * 29) % 11) as i16;
-        let image = Array3::from_shape_fn(shape, |(x, y, z)| 100 * (1 + i16::from(labels[[x, y, z]])) + noise(x, y, z));
-        put!(self.path("image.nii.gz"), image);
-        put!(self.path("labels.nii.gz"), labels);
-    }
-}
-
-fn ran(o: Output) -> Ran {
-    Ran {
-        code: o.status.code().unwrap_or(-1),
-        out: String::from_utf8_lossy(&o.stdout).into(),
-        err: String::from_utf8_lossy(&o.stderr).into(),
-    }
+/// An image and labels of 3 classes: boxes of their own brightness.
+fn volumes(place: &Place, shape: [usize; 3]) {
+    let class = |i: usize, n: usize| (3 * i / n) as u8;
+    let labels = Array3::from_shape_fn(shape, |(x, y, _)| class(x, shape[0]).min(class(y, shape[1])));
+    let noise = |x: usize, y: usize, z: usize| ((x * 7 + y * 13 + z * 29) % 11) as i16;
+    let image = Array3::from_shape_fn(shape, |(x, y, z)| 100 * (1 + i16::from(labels[[x, y, z]])) + noise(x, y, z));
+    put!(place.path("image.nii.gz"), image);
+    put!(place.path("labels.nii.gz"), labels);
 }
 
 /// A header with spacing and an oblique affine.
@@ -96,13 +39,6 @@ fn geometry() -> NiftiHeader {
         xyzt_units: 2,
         ..NiftiHeader::default()
     }
-}
-
-/// What must not depend on mesh or layout: of every row the bits, and the hash of the last one.
-fn bits(rows: &[Value]) -> Vec<[&Value; 5]> {
-    rows.iter()
-        .map(|r| [&r["step"], &r["loss_bits"], &r["grad_norm_bits"], &r["sample_ids"], &r["variables_hash"]])
-        .collect()
 }
 
 fn assert_peaks_as_predicted(rows: &[Value], mesh: &str, devices: usize) {
@@ -159,7 +95,7 @@ fn a_resumed_run_is_the_run_that_was_never_stopped() {
 
     // The run's own configuration holds, but for what is said anew.
     let resumed = place.ok("train --resume --steps 6 --mesh y=2,z=2 --out parts");
-    assert!(resumed.err.contains("resumed from parts/checkpoints/step-00000003 with 3 steps done"), "{}", resumed.err);
+    assert!(resumed.err.contains("resumed from step-00000003-epoch-1 with 3 steps done"), "{}", resumed.err);
     assert!(resumed.err.contains(r#"mesh "1" -> "y=2,z=2", steps 3 -> 6"#), "{}", resumed.err);
     let (whole, parts) = (place.rows("whole"), place.rows("parts"));
     let steps: Vec<u64> = parts.iter().map(|r| r["step"].as_u64().unwrap()).collect();
@@ -174,22 +110,19 @@ fn a_resumed_run_is_the_run_that_was_never_stopped() {
     );
 
     // A damaged checkpoint is passed over, and the one before it leads to the same end.
-    let newest = place.path("parts/checkpoints/step-00000006/variables.safetensors");
+    let newest = place.path("parts/checkpoints/step-00000006-epoch-2/shard-00003.safetensors");
     let mut bytes = fs::read(&newest).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&newest, &bytes).unwrap();
     let again = place.ok("train --resume --mesh x=2 --out parts");
-    assert!(again.err.contains("passed over: C0003") && again.err.contains("step-00000006"), "{}", again.err);
+    assert!(again.err.contains("passed over: W0050") && again.err.contains("step-00000006"), "{}", again.err);
     assert!(again.err.contains("with 3 steps done"), "{}", again.err);
     assert_eq!(bits(&place.rows("parts"))[3..], bits(&whole)[3..]);
 
     // Of another program, or with none left, it is an error.
-    place.fails("train --resume --base 8 --out parts", 4, &["error[C0005]", "encoder.0/conv.0/filter"]);
-    for step in ["step-00000003", "step-00000006"] {
-        let path = place.path("parts/checkpoints").join(step).join("manifest.json");
-        if path.exists() {
-            fs::write(path, "{").unwrap();
-        }
+    place.fails("train --resume --base 8 --out parts", 4, &["error[W0051]", "encoder.0/conv.0/filter"]);
+    for folder in fs::read_dir(place.path("parts/checkpoints")).unwrap() {
+        fs::write(folder.unwrap().path().join("manifest.json"), "{").unwrap();
     }
     place.fails("train --resume --out parts", 4, &["passed over", "error[C0004]: there is no good checkpoint"]);
     place.fails("train --resume --out nowhere", 4, &["error[C0004]"]);
@@ -261,7 +194,7 @@ fn a_plan_over_the_memory_allowed_names_the_largest_tensors() {
 #[test]
 fn unusable_files_are_refused_with_the_reason() {
     let place = Place::new();
-    place.volumes([20, 18, 16]);
+    volumes(&place, [20, 18, 16]);
     let train = "train --base 4 --mesh 1 --steps 1 --out run";
     let with = |image: &str, labels: &str| format!("{train} --data {image} --labels {labels}");
     place.fails(&with("none.nii.gz", "labels.nii.gz"), 3, &["error[D0001]: cannot read none.nii.gz"]);
@@ -338,7 +271,7 @@ fn header_of(path: &Path) -> (NiftiHeader, Vec<u16>) {
 #[test]
 fn a_run_folder_holds_what_its_help_says() {
     let place = Place::new();
-    place.volumes([30, 26, 21]);
+    volumes(&place, [30, 26, 21]);
     let data = "--data image.nii.gz --labels labels.nii.gz";
     for (name, cut) in [("whole", ""), ("cut", "--size 24x24x20 --crop 16x20x16")] {
         let trained = place.ok(&format!("train {data} {cut} --base 4 --mesh x=2 --steps 12 --rate 0.01 --out {name}"));
@@ -378,7 +311,7 @@ fn a_run_folder_holds_what_its_help_says() {
 #[test]
 fn a_plan_says_what_a_run_would_take() {
     let place = Place::new();
-    place.volumes([30, 26, 21]);
+    volumes(&place, [30, 26, 21]);
     let r = place.ok("plan --data image.nii.gz --labels labels.nii.gz --size 64 --base 32 --mesh x=2");
     let headers: Vec<&str> = r.out.lines().filter_map(|l| l.split_once(':')).map(|(h, _)| h).collect();
     let headers: Vec<&str> = headers.into_iter().filter(|h| !h.starts_with(' ') && !h.contains("  ")).collect();
