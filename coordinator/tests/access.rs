@@ -257,6 +257,7 @@ fn value(field: &FieldDescriptor, epoch: u64) -> Value {
         ("protocol", _) => Value::U32(node::PROTOCOL),
         ("build", _) => text(&worker::transport::connector::Version::default().build),
         ("job", _) => text("session"),
+        ("worker", _) => Value::U64(1),
         ("mesh", _) => text("1"),
         ("transport", _) => text("auto"),
         ("function", _) if field.parent_message().name() == "StepRequest" => text("train"),

@@ -461,6 +461,7 @@ fn a_cluster_with_certificates_and_configuration_files_gives_the_bits_of_one_pro
     let write = |name: &str, text: &str| fs::write(place.path(name), text).unwrap();
     write("coordinator.toml", "listen = \"127.0.0.1:0\"\ntls = \"certs\"\nwait = 20\n");
     let mut command = place.command("coordinator --config coordinator.toml");
+    command.env("MESH_LOG", "error");
     let mut coordinator = Running(command.stdout(std::process::Stdio::piped()).spawn().unwrap());
     let mut line = String::new();
     BufReader::new(coordinator.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
