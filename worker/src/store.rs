@@ -9,6 +9,7 @@
 //! leads out of it. All calls block; they may be made from any thread, inside a runtime or not.
 
 mod folder;
+mod object;
 
 use bytes::Bytes;
 use std::ops::Range;
@@ -210,8 +211,9 @@ impl Store {
                 let folder = folder::Folder::open(location, path)?;
                 Ok(Store { location: folder.full("").into(), backend: Arc::new(folder) })
             }
-            Location::Objects { .. } => {
-                Err(StoreError::Location { location: shown(location), why: "this build has no object stores".into() })
+            Location::Objects { scheme, bucket, prefix } => {
+                let objects = object::Objects::open(location, scheme, bucket, prefix)?;
+                Ok(Store { location: location.into(), backend: Arc::new(objects) })
             }
         }
     }

@@ -20,6 +20,8 @@ const RULES: &[(&str, fn(&Store))] = rules![
     names_are_listed_folder_by_folder,
     deleting_takes_a_folder_and_nothing_beside_it,
     names_that_lead_out_are_refused,
+    names_may_have_what_is_special_elsewhere,
+    what_is_larger_than_a_request_is_put_and_got_in_pieces,
 ];
 
 fn hold(location: &str) {
@@ -152,11 +154,160 @@ fn names_that_lead_out_are_refused(store: &Store) {
     assert!(matches!(store.get("", 9), Err(StoreError::Name { .. })));
 }
 
+fn names_may_have_what_is_special_elsewhere(store: &Store) {
+    let name = "layer 1/w+b%20&c=#1?äß~'\"";
+    put(store, name, &noise(5)).unwrap();
+    assert_eq!(store.list("layer 1"), Ok(vec![name.strip_prefix("layer 1/").unwrap().into()]));
+    assert_eq!(store.get(name, 5), Ok(noise(5)));
+    store.delete("layer 1").unwrap();
+    assert_eq!(store.size(name), Ok(None));
+}
+
+fn what_is_larger_than_a_request_is_put_and_got_in_pieces(store: &Store) {
+    const PIECE: usize = 16 << 20;
+    let bytes = noise(2 * PIECE + 1);
+    for size in [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 1] {
+        // Parts that fit no piece.
+        let mut parts = (0..size).step_by(5_000_011).map(|i| bytes.slice(i..size.min(i + 5_000_011)));
+        assert_eq!(store.put("large", &mut parts), Ok(size as u64));
+        assert_eq!(store.size("large"), Ok(Some(size as u64)));
+        assert!(store.get("large", size as u64).unwrap() == bytes.slice(..size), "{size} bytes");
+    }
+    for (start, end) in [(7, PIECE + 7), (7, PIECE + 8), (PIECE - 1, bytes.len()), (bytes.len() - 1, bytes.len())] {
+        let got = store.get_range("large", start as u64..end as u64).unwrap();
+        assert!(got == bytes.slice(start..end), "{start}..{end}");
+    }
+    let beyond = store.get_range("large", 1..bytes.len() as u64 + 1).unwrap_err();
+    assert!(matches!(beyond, StoreError::Range { .. }), "{beyond}");
+    let refusal = store.get("large", 100).unwrap_err();
+    assert!(matches!(refusal, StoreError::TooLarge { limit: 100, .. }), "{refusal}");
+    // A smaller one in its place, so that nothing of the old one is left.
+    assert_eq!(put(store, "large", &noise(9)), Ok(9));
+    assert_eq!(store.get("large", 9), Ok(noise(9)));
+}
+
 #[test]
 fn a_folder_keeps_the_rules() {
     let dir = tempfile::tempdir().unwrap();
     hold(dir.path().to_str().unwrap());
     hold(&format!("file://{}/by/url", dir.path().display()));
+}
+
+#[test]
+fn a_store_in_memory_keeps_the_rules() {
+    hold("memory://rules");
+    hold("memory://rules-below/a/prefix");
+}
+
+#[test]
+fn a_store_in_memory_is_shared_by_its_name() {
+    put(&Store::open("memory://shared/run/7").unwrap(), "a", &noise(4)).unwrap();
+    let store = Store::open("memory://shared").unwrap();
+    assert_eq!(store.get("run/7/a", 4), Ok(noise(4)));
+    assert_eq!(Store::open("memory://another").unwrap().list(""), Ok(vec![]));
+    assert!(store.contains("memory://shared/run") && store.contains("memory://shared"));
+    let store = Store::open("memory://shared/run/").unwrap();
+    assert!(store.contains("memory://shared/run/7") && store.contains("memory://shared/run"));
+    for other in ["memory://shared", "memory://shared/runs", "memory://another/run", "s3://shared/run", "/shared/run"] {
+        assert!(!store.contains(other), "{other}");
+    }
+}
+
+#[test]
+fn any_thread_may_call_a_store() {
+    let call = || {
+        let store = Store::open("memory://threads").unwrap();
+        put(&store, "a", &noise(3)).unwrap();
+        assert_eq!(store.get("a", 3), Ok(noise(3)));
+    };
+    std::thread::spawn(call).join().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async { call() });
+    runtime.block_on(runtime.spawn_blocking(call)).unwrap();
+    drop(runtime);
+    call();
+}
+
+/// Serves S3 on some port, with a bucket, until its input ends; then says what is left of uploads.
+#[cfg(feature = "s3")]
+const SERVER: &str = r#"
+import sys
+from urllib.request import Request, urlopen
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+host, port = server.get_host_and_port()
+bucket = f"http://{host}:{port}/bucket"
+urlopen(Request(bucket, method="PUT"))
+print(port, flush=True)
+sys.stdin.read()
+print(urlopen(bucket + "?uploads").read().decode().count("<Upload>"), "uploads were left unfinished")
+"#;
+
+/// Installs the server below the target folder, once. None if this machine cannot.
+#[cfg(feature = "s3")]
+fn installed() -> Option<std::path::PathBuf> {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let done = dir.join("moto");
+    if !done.exists() {
+        let new = tempfile::tempdir_in(dir).unwrap();
+        let python = |args: &[&str]| Command::new("python3").args(args).output().is_ok_and(|o| o.status.success());
+        let to = new.path().join("moto");
+        let pip =
+            ["-m", "pip", "install", "-q", "--retries", "1", "--timeout", "10", "moto[s3]", "flask", "flask-cors"];
+        if !python(&[&pip[..], &["--target", to.to_str().unwrap()]].concat()) {
+            return None;
+        }
+        std::fs::rename(to, &done).unwrap();
+    }
+    Some(done)
+}
+
+#[test]
+#[cfg(feature = "s3")]
+fn an_s3_server_keeps_the_rules() {
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::Stdio;
+    let Some(packages) = installed() else {
+        eprintln!("not tested: the packages of an S3 server cannot be installed here");
+        return;
+    };
+    let mut python = Command::new("python3");
+    python.args(["-c", SERVER]).env("PYTHONPATH", packages);
+    let mut server = python.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let (mut port, mut rest) = (String::new(), String::new());
+    let mut output = BufReader::new(server.stdout.take().unwrap());
+    output.read_line(&mut port).unwrap();
+    assert!(!port.is_empty(), "the S3 server did not start");
+    // The variables are a process's: this test's other half is one of its own.
+    let half = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_rules_on_the_s3_server_of_the_environment", "--ignored"])
+        .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", port.trim()))
+        .envs([("AWS_ALLOW_HTTP", "true"), ("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")])
+        .output()
+        .unwrap();
+    drop(server.stdin.take());
+    output.read_to_string(&mut rest).unwrap();
+    server.wait().unwrap();
+    let said = String::from_utf8_lossy(&half.stdout);
+    assert!(half.status.success() && said.contains("1 passed"), "{said}{}", String::from_utf8_lossy(&half.stderr));
+    assert_eq!(rest, "0 uploads were left unfinished\n");
+}
+
+#[test]
+#[ignore = "an_s3_server_keeps_the_rules starts a server and runs it"]
+fn the_rules_on_the_s3_server_of_the_environment() {
+    hold("s3://bucket");
+    hold("s3://bucket/a/prefix");
+    let nowhere = Store::open("s3://no-such-bucket").unwrap();
+    let refusal = put(&nowhere, "a", &noise(1)).unwrap_err();
+    assert!(matches!(refusal, StoreError::NotFound { .. }), "{refusal}");
+}
+
+#[test]
+#[cfg(not(feature = "s3"))]
+fn without_s3_a_bucket_is_refused_with_the_feature() {
+    assert!(Store::open("s3://bucket").unwrap_err().to_string().contains("feature `s3`"));
 }
 
 #[test]
