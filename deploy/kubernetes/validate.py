@@ -89,8 +89,9 @@ def run_mistakes(jobset, config):
     mesh = math.prod(int(n) for n in re.findall(r"=(\d+)", program["mesh"]))
     if devices != mesh:
         yield f"unet3d.toml: the mesh {program['mesh']} needs {mesh} devices, and the workers have {devices}"
-    if crew["template"]["spec"]["terminationGracePeriodSeconds"] <= worker["grace"]:
-        yield "a worker is killed before its grace is over: raise terminationGracePeriodSeconds"
+    for name, options in (("coordinator", coordinator), ("worker", worker)):
+        if jobs[name]["template"]["spec"]["terminationGracePeriodSeconds"] <= options["grace"]:
+            yield f"{name}: killed before its grace is over: raise terminationGracePeriodSeconds"
     host = f"{jobset['metadata']['name']}-coordinator-0-0.{jobset['spec']['network']['subdomain']}"
     address = f"{host}:{coordinator['listen'].rsplit(':', 1)[1]}"
     for at, text in (("worker.toml", worker["join"]), ("the trainer", json.dumps(jobs["trainer"]))):
