@@ -296,7 +296,7 @@ fn whoever_comes_early_waits_for_the_epoch() {
 fn another_build_is_refused_with_both_versions() {
     for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
         let ours = listener();
-        let version = Version { protocol: 1, build: "0.0.9".into() };
+        let version = Version { build: "0.0.9".into(), ..Version::default() };
         let theirs = ListenOptions { version, ..ListenOptions::default() };
         let theirs = Listener::bind(theirs, runtime().handle().clone()).unwrap();
         let devices = vec![ours.address().clone(), theirs.address().clone()];
@@ -305,7 +305,7 @@ fn another_build_is_refused_with_both_versions() {
             Some(ConnectError::Refused { reason, .. }) => assert_eq!(
                 reason,
                 format!(
-                    "build {} (data protocol 1) does not work with build 0.0.9 (data protocol 1); run the same build everywhere",
+                    "build {} (data protocol 2) does not work with build 0.0.9 (data protocol 2); run the same build everywhere",
                     env!("CARGO_PKG_VERSION")
                 )
             ),

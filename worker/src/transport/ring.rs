@@ -8,14 +8,14 @@
 use super::TransportError;
 use super::bell::Bell;
 use super::link::{Link, PIECE};
-use super::memory::SharedMemory;
+use super::memory::{LentMemory, SharedMemory};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of a ring. Measured: from 1 MiB on, a stream of large messages runs at the same speed. Larger rings let a sender
 /// go on before the receiver is there; smaller ones stay in a core's cache, which an all-reduce gains from.
@@ -23,12 +23,18 @@ pub const RING_BYTES: usize = 4 << 20;
 /// The smallest and the largest ring that a peer may ask for.
 pub const RING_LIMITS: std::ops::RangeInclusive<usize> = 4 << 10..=256 << 20;
 
+/// What is shorter is copied and not lent. Measured: below, waiting for the peer to give back costs more than a copy.
+pub const LEND: usize = 64 << 10;
+/// Places that are lent are multiples of it, so that every element of the message is aligned.
+const LEND_ALIGN: usize = 4;
+
 /// A ring's page of control words. Head and tail lie two cache lines apart, for processors fetch lines in pairs.
 const CONTROL: usize = 4096;
 /// Bytes that the producer has put in.
 const HEAD: usize = 0;
-/// Bytes that the consumer has taken out.
+/// Bytes that the consumer has taken out, and loans that it has given back.
 const TAIL: usize = 128;
+const GIVEN_BACK: usize = 136;
 /// 1 once the producer has given up; then the device that gave up first, and the reason's length and bytes.
 const ABORTED: usize = 256;
 const ABORT_DEVICE: usize = 260;
@@ -165,6 +171,11 @@ impl Lane {
         Ok(n)
     }
 
+    /// Loans that the consumer has given back.
+    fn given_back(&self) -> &AtomicU64 {
+        self.memory.word64(self.control + GIVEN_BACK)
+    }
+
     /// Leaves the producer's last word.
     fn abort(&self, device: usize, reason: &str) {
         let aborted = self.memory.word32(self.control + ABORTED);
@@ -205,6 +216,12 @@ pub struct RingLink {
     unrung: usize,
     /// Closes when the peer's process ends; None between devices of one process.
     socket: Option<UnixStream>,
+    /// What this device lends from and what the peer lends from.
+    mine: Option<Arc<LentMemory>>,
+    theirs: Option<Arc<LentMemory>>,
+    /// Loans to the peer, and by the peer given back.
+    lent: u64,
+    returned: u64,
 }
 
 impl RingLink {
@@ -218,7 +235,13 @@ impl RingLink {
         bell: Arc<Bell>,
         socket: Option<UnixStream>,
     ) -> RingLink {
-        RingLink { me, peer, out: memory.lane(!dialler), into: memory.lane(dialler), bell, unrung: 0, socket }
+        let (out, into) = (memory.lane(!dialler), memory.lane(dialler));
+        RingLink { me, peer, out, into, bell, unrung: 0, socket, mine: None, theirs: None, lent: 0, returned: 0 }
+    }
+
+    /// Lends from this device's memory, which the peer maps, and borrows from the peer's.
+    pub(super) fn lending(self, mine: Option<Arc<LentMemory>>, theirs: Option<Arc<LentMemory>>) -> RingLink {
+        RingLink { mine, theirs, ..self }
     }
 
     fn corrupt(&self, what: String) -> TransportError {
@@ -260,8 +283,31 @@ impl Link for RingLink {
         }
     }
 
+    unsafe fn lend(&mut self, from: *const u8, bytes: usize) -> Result<Option<u64>, TransportError> {
+        let offset = self.mine.as_ref().filter(|_| bytes >= LEND).and_then(|m| m.offset_of(from, bytes));
+        let Some(offset) = offset.filter(|o| o % LEND_ALIGN == 0) else { return Ok(None) };
+        let given_back = self.out.given_back().load(Ordering::Acquire);
+        if given_back > self.lent {
+            return Err(self.corrupt(format!("{given_back} loans were given back, of {}", self.lent)));
+        }
+        self.lent += 1;
+        Ok(Some(offset as u64))
+    }
+
+    fn borrow(&self, place: u64, bytes: usize) -> Option<*const u8> {
+        let offset = usize::try_from(place).ok().filter(|o| o % LEND_ALIGN == 0)?;
+        self.theirs.as_ref()?.at(offset, bytes)
+    }
+
+    fn give_back(&mut self) {
+        self.returned += 1;
+        self.into.given_back().store(self.returned, Ordering::Release);
+        self.moved(PIECE);
+    }
+
     fn settled(&self) -> bool {
-        true
+        // A peer that gives back more than it was lent reads what it should not; the next loan finds out.
+        self.out.given_back().load(Ordering::Acquire) >= self.lent
     }
 
     fn release(&mut self) {}
@@ -314,7 +360,7 @@ mod tests {
 
     /// What a hostile peer does to one word of the memory.
     fn attack() -> impl Strategy<Value = (usize, u64)> {
-        let words = [HEAD, TAIL, ABORT_DEVICE / 8 * 8, ABORT_LENGTH, ABORT_REASON];
+        let words = [HEAD, TAIL, GIVEN_BACK, ABORT_DEVICE / 8 * 8, ABORT_LENGTH, ABORT_REASON];
         let lanes = [0, CONTROL + CAPACITY];
         let word = (0..words.len(), 0..2usize).prop_map(move |(w, l)| lanes[l] + words[w]);
         let data = (0..CAPACITY / 8).prop_map(|i| CONTROL + i * 8);
@@ -356,7 +402,7 @@ mod tests {
         #[test]
         fn a_wrong_envelope_is_an_error(epoch in 6..9u64, sequence in 0..3u64, length in prop_oneof![90..110u64, any::<u64>()]) {
             let (mut end, memory) = end_and_memory();
-            let sent = Envelope { epoch, sequence, length };
+            let sent = Envelope { epoch, sequence, length, lent: None };
             let bell = Arc::new(Bell::create().unwrap().0);
             let mut peer = RingLink::new(1, 0, &memory, true, bell, None);
             let bytes = [sent.encode().to_vec(), vec![3; 100]].concat();
@@ -368,8 +414,8 @@ mod tests {
                 end.finish()
             };
             let expected = match sent {
-                Envelope { epoch: 7, sequence: 0, length: 100 } => Ok(()),
-                Envelope { epoch: 7, sequence: 0, length } => {
+                Envelope { epoch: 7, sequence: 0, length: 100, .. } => Ok(()),
+                Envelope { epoch: 7, sequence: 0, length, .. } => {
                     Err(TransportError::Disagreement { me: 0, peer: 1, expected: 100, sent: length as usize })
                 }
                 Envelope { epoch: 7, sequence, .. } => {
