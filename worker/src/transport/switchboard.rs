@@ -98,8 +98,8 @@ struct Lane<P> {
     envelope: [u8; Envelope::BYTES],
     /// Bytes of the first posted message that have passed, its envelope's first.
     passed: usize,
-    /// Where the first posted message is lent; None if the link carries it.
-    lent: Option<u64>,
+    /// Where the first posted message lies if it is lent; None if the link carries it.
+    lent: Option<*const u8>,
 }
 
 // SAFETY: the pointers are used by the thread that posted them only, between posting and `finish`.
@@ -134,8 +134,9 @@ impl Port {
         while let Some(&(from, bytes)) = lane.posted.front() {
             if lane.passed == 0 && lane.lent.is_none() {
                 // SAFETY: the bytes stay readable by the contract of `Transport::send`.
-                lane.lent = unsafe { self.link.lend(from, bytes)? };
-                let (epoch, sequence, length, lent) = (self.epoch, lane.sequence, bytes as u64, lane.lent);
+                let lent = unsafe { self.link.lend(from, bytes)? };
+                lane.lent = lent.map(|_| from);
+                let (epoch, sequence, length) = (self.epoch, lane.sequence, bytes as u64);
                 lane.envelope = Envelope { epoch, sequence, length, lent }.encode();
             }
             // SAFETY: the rest of the envelope, which lies in the port and is copied by the link, or of the message,
@@ -173,9 +174,8 @@ impl Port {
                     }
                     (Some(at), None) => self.link.read(to.add(at), bytes - at)?,
                     (Some(at), Some(_)) if borrow.is_some() => bytes - at,
-                    (Some(at), Some(place)) => {
+                    (Some(at), Some(from)) => {
                         let n = (bytes - at).min(TURN);
-                        let from = self.link.borrow(place, bytes).ok_or_else(|| nowhere(self.me, self.peer, bytes))?;
                         std::ptr::copy_nonoverlapping(from.add(at), to.add(at), n);
                         n
                     }
@@ -186,19 +186,22 @@ impl Port {
                 let sent = Envelope::decode(&lane.envelope);
                 let (epoch, sequence, length, lent) = (self.epoch, lane.sequence, bytes as u64, sent.lent);
                 check(self.me, self.peer, Envelope { epoch, sequence, length, lent }, sent)?;
-                lane.lent = lent;
+                if let Some(place) = lent {
+                    let what = || format!("it lends {bytes} bytes at {place}, which it does not share");
+                    let nowhere = || TransportError::Corrupt { me: self.me, peer: self.peer, what: what() };
+                    lane.lent = Some(self.link.borrow(place, bytes).ok_or_else(nowhere)?);
+                }
             }
             lane.passed += n;
             if lane.passed == Envelope::BYTES + bytes {
-                if let Some(i) = borrow {
-                    borrowed[i] = match lane.lent {
-                        None => to,
-                        Some(p) => self.link.borrow(p, bytes).ok_or_else(|| nowhere(self.me, self.peer, bytes))?,
-                    };
-                    self.awaited -= 1;
-                    self.held += usize::from(lane.lent.is_some());
-                } else if lane.lent.is_some() {
-                    self.link.give_back();
+                match (borrow, lane.lent) {
+                    (Some(i), lent) => {
+                        borrowed[i] = lent.unwrap_or(to);
+                        self.awaited -= 1;
+                        self.held += usize::from(lent.is_some());
+                    }
+                    (None, Some(_)) => self.link.give_back(),
+                    (None, None) => {}
                 }
                 lane.next();
             }
@@ -226,11 +229,6 @@ impl Port {
             self.link.flush();
         }
     }
-}
-
-/// A peer lends what it does not have.
-fn nowhere(me: usize, peer: usize, bytes: usize) -> TransportError {
-    TransportError::Corrupt { me, peer, what: format!("it lends {bytes} bytes at a place that it does not share") }
 }
 
 /// Checks that the envelope that came is the one that must come.
@@ -299,8 +297,8 @@ impl Switchboard {
     fn clear(&mut self) {
         self.borrowed.0.clear();
         for port in self.ports.iter_mut().flatten() {
-            port.give_back();
-            port.awaited = 0;
+            // Not given back: the lender is to hear that we have failed, not that all is well.
+            (port.awaited, port.held) = (0, 0);
             port.link.release();
             port.out.posted.clear();
             port.into.posted.clear();
