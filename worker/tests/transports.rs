@@ -570,6 +570,15 @@ fn choices_are_spelled_as_they_are_read() {
 }
 
 #[test]
+fn a_device_knows_its_place_among_those_of_its_host() {
+    let here = Address { host: "here".to_string().into(), socket: String::new(), grpc: String::new() };
+    let there = Address { host: "there".to_string().into(), ..here.clone() };
+    let devices = vec![here.clone(), there.clone(), there, here.clone(), here];
+    let roster = Roster { job: "test".into(), epoch: 1, devices, mine: vec![3] };
+    assert_eq!([0, 1, 2, 3, 4].map(|d| roster.on_host(d)), [(0, 3), (0, 2), (1, 2), (1, 3), (2, 3)]);
+}
+
+#[test]
 fn processes_with_several_devices_each_mix_links() {
     let listeners = [listener(), listener()];
     let of = [0, 1, 1, 0];
