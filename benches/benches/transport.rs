@@ -7,11 +7,13 @@ use clap::{Parser, ValueEnum};
 use mesh::chunk::{Tree, TreeDim, shard_chunks};
 use mesh::dim::DType;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::AllReduce;
+use mesh::plan::{AllReduce, Buffer};
 use serde_json::json;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use worker::arena::Arena;
 use worker::collective::AllReducePlan;
 use worker::pool::Pool;
 use worker::transport::Transport;
@@ -58,6 +60,9 @@ struct Args {
     /// Microseconds that a device looks again before it sleeps. Chosen by cores and devices if left out.
     #[arg(long)]
     spin: Option<u64>,
+    /// Keeps tensors in memory that peers do not map, so that rings carry every byte.
+    #[arg(long)]
+    private: bool,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -72,6 +77,15 @@ impl Args {
     }
     fn sizes(&self) -> Vec<usize> {
         self.bytes.map_or(vec![64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20], |b| vec![b])
+    }
+    /// Bytes of a device's memory.
+    fn arena_bytes(&self, case: Case) -> usize {
+        match case {
+            Case::Bandwidth => 64 << 20,
+            Case::Latency => 0,
+            // Input and output, and what others send.
+            Case::Allreduce => 3 * (self.reduce_mib << 20),
+        }
     }
     fn devices(&self, case: Case) -> usize {
         if case == Case::Allreduce { self.devices } else { 2 }
@@ -132,19 +146,28 @@ fn measure(args: &Args, choice: TransportChoice, case: Case, me: usize) {
     std::io::stdin().read_line(&mut line).expect("the roster comes");
     let devices = serde_json::from_str(&line).expect("a roster");
     let roster = Roster { job: "bench".into(), epoch: 1, devices, mine: vec![me] };
+    let new = if args.private { Arena::private } else { Arena::shared };
+    let arena = Arc::new(new(args.arena_bytes(case)).expect("the machine has that much memory"));
     let options = ConnectOptions {
         choice,
         timeout: Duration::from_secs(30),
         ring_bytes: args.ring_kib << 10,
         spin: args.spin.map(Duration::from_micros),
+        arenas: vec![arena.clone()],
     };
     let mut ends = listener.connect(&roster, &options, &Doom::new()).unwrap_or_else(|e| panic!("{e}"));
     let mut end = ends.pop().expect("one device");
+    // SAFETY: the arena has that many bytes, and nothing else touches them.
+    let memory = unsafe { std::slice::from_raw_parts_mut(place(&arena, 0, arena.bytes()), arena.bytes()) };
     match case {
-        Case::Bandwidth => args.sizes().into_iter().for_each(|bytes| bandwidth(args, choice, &mut end, bytes)),
+        Case::Bandwidth => args.sizes().into_iter().for_each(|bytes| bandwidth(args, choice, &mut end, memory, bytes)),
         Case::Latency => latency(args, choice, &mut end),
-        Case::Allreduce => all_reduce(args, choice, &mut end),
+        Case::Allreduce => all_reduce(args, choice, &mut end, memory),
     }
+}
+
+fn place(arena: &Arena, offset: usize, bytes: usize) -> *mut u8 {
+    arena.at(Buffer { offset, bytes })
 }
 
 /// Sends or receives one message and waits for it.
@@ -173,9 +196,9 @@ fn median(mut seconds: Vec<f64>) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-fn bandwidth(args: &Args, choice: TransportChoice, end: &mut Switchboard, bytes: usize) {
+fn bandwidth(args: &Args, choice: TransportChoice, end: &mut Switchboard, memory: &mut [u8], bytes: usize) {
     // Messages come from and go to different places, as tensors do.
-    let mut memory = vec![1u8; 64 << 20];
+    memory.fill(1);
     let places = (memory.len() / bytes).max(1);
     let messages = ((args.mib << 20) / bytes).max(4);
     let me = end.device();
@@ -224,7 +247,7 @@ fn latency(args: &Args, choice: TransportChoice, end: &mut Switchboard) {
     }
 }
 
-fn all_reduce(args: &Args, choice: TransportChoice, end: &mut Switchboard) {
+fn all_reduce(args: &Args, choice: TransportChoice, end: &mut Switchboard, memory: &mut [u8]) {
     let (n, me) = (args.devices, end.device());
     let elements = (args.reduce_mib << 20) / 4;
     let tree = Tree { dims: vec![TreeDim { size: n, chunks: n }] };
@@ -239,21 +262,26 @@ fn all_reduce(args: &Args, choice: TransportChoice, end: &mut Switchboard) {
         order: tree.finish(&owned).into(),
         segmented: true,
     };
-    let input: Vec<f32> = (0..elements).map(|i| (i % 1000 + me) as f32).collect();
-    let (mut output, mut scratch) = (vec![0f32; elements], vec![0u8; work.scratch_bytes()]);
+    let (input, rest) = memory.split_at_mut(elements * 4);
+    let (output, scratch) = rest.split_at_mut(elements * 4);
+    assert!(work.scratch_bytes() <= scratch.len(), "the memory is too small");
+    for (i, value) in input.chunks_exact_mut(4).enumerate() {
+        value.copy_from_slice(&((i % 1000 + me) as f32).to_ne_bytes());
+    }
     let (plan, pool) = (AllReducePlan::new(&work), Pool::new(1, None));
     let mut seconds = Vec::new();
     for i in 0..args.repeat * 4 + 3 {
         let begun = Instant::now();
-        let (from, to) = (input.as_ptr().cast(), output.as_mut_ptr().cast());
         // SAFETY: the buffers are as large as the work says.
-        unsafe { plan.run(&pool, end, from, to, scratch.as_mut_ptr()) }.unwrap_or_else(|e| panic!("{e}"));
+        unsafe { plan.run(&pool, end, input.as_ptr(), output.as_mut_ptr(), scratch.as_mut_ptr()) }
+            .unwrap_or_else(|e| panic!("{e}"));
         if i >= 3 {
             seconds.push(begun.elapsed().as_secs_f64());
         }
     }
     let expected = |i: usize| (0..n).map(|d| (i % 1000 + d) as f32).sum::<f32>();
-    assert!(output.iter().enumerate().all(|(i, v)| *v == expected(i)), "a wrong sum");
+    let right = |(i, v): (usize, &[u8])| v == expected(i).to_ne_bytes();
+    assert!(output.chunks_exact(4).enumerate().all(right), "a wrong sum");
     if me == 0 {
         let min = seconds.iter().copied().fold(f64::INFINITY, f64::min);
         let step = median(seconds);

@@ -4,6 +4,8 @@ usage: compare.py [--pairs 5] --ours "COMMAND" --peer "COMMAND"
 
     compare.py --ours "cargo bench -q -p benches --bench unet -- --threads 2" \\
                --peer "python3 benches/peers/unet_torch.py --threads 2"
+    compare.py --ours "cargo bench -q -p benches --bench transport -- --transport ring --case allreduce" \\
+               --peer "python3 benches/peers/allreduce_torch.py"
 """
 import argparse
 import json
@@ -27,5 +29,5 @@ ratios = []
 for pair in range(args.pairs):
     peer, ours = seconds(args.peer), seconds(args.ours)
     ratios.append(ours / peer)
-    print(f"pair {pair + 1}: peer {peer:.3f} s, ours {ours:.3f} s, ours/peer {ratios[-1]:.3f}", flush=True)
+    print(f"pair {pair + 1}: peer {peer:.4f} s, ours {ours:.4f} s, ours/peer {ratios[-1]:.3f}", flush=True)
 print(f"ours/peer: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")

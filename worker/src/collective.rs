@@ -75,30 +75,34 @@ impl ExchangePlan {
                 transport.send(m.peer, from, m.bytes)?;
             }
             for m in &self.recvs {
-                let to = match &m.at {
-                    Place::Tensor(offset) => output.add(*offset),
-                    Place::Scratch(offset, _) => scratch.add(*offset),
-                };
-                transport.recv(m.peer, to, m.bytes)?;
+                match &m.at {
+                    Place::Tensor(offset) => transport.recv(m.peer, output.add(*offset), m.bytes)?,
+                    Place::Scratch(offset, _) => transport.borrow(m.peer, scratch.add(*offset), m.bytes)?,
+                }
             }
             for copy in &self.local {
                 copy.run(pool, input, output);
             }
-            transport.finish()?;
-            for m in &self.recvs {
-                if let Place::Scratch(offset, copy) = &m.at {
-                    copy.run(pool, scratch.add(*offset), output);
-                }
+            let staged = self.recvs.iter().filter_map(|m| match &m.at {
+                Place::Tensor(_) => None,
+                Place::Scratch(_, copy) => Some(copy),
+            });
+            for (copy, from) in staged.zip(transport.borrowed()?) {
+                copy.run(pool, *from, output);
             }
         }
-        Ok(())
+        transport.finish()
     }
 }
 
-/// An all-reduce, prepared.
+/// An all-reduce, prepared: everyone finishes a segment of the result, and sends it to all others.
+///
+/// Roofline: memory. Of a result of `n` bytes on `p` devices with a node each, a device reads the `n` bytes that are to be
+/// combined where their owners have them, writes `n/p`, and copies the other `n - n/p`: `3n` bytes in all. (What a link
+/// carries is written and read twice more.)
 pub struct AllReducePlan {
     work: AllReduce,
-    /// By participant: its first node in the scratch, in parts of the segment's length.
+    /// By participant: its first node among all that the others send.
     first: Vec<usize>,
 }
 
@@ -149,11 +153,10 @@ impl AllReducePlan {
             for p in others() {
                 for node in 0..w.nodes[p] {
                     let to = scratch.add((self.first[p] + node) * own.len() * size);
-                    transport.recv(w.devices[p], to, own.len() * size)?;
+                    transport.borrow(w.devices[p], to, own.len() * size)?;
                 }
             }
-            transport.finish()?;
-            let parts = Parts { plan: self, input, scratch };
+            let parts = Parts { plan: self, input, others: transport.borrowed()? };
             let result = output.add(own.start * size);
             // Each combination is a loop of its own, so that the compiler can make it one of vectors.
             match (w.dtype, w.f) {
@@ -172,10 +175,9 @@ impl AllReducePlan {
                     let segment = w.segment(p);
                     transport.recv(w.devices[p], output.add(segment.start * size), segment.len() * size)?;
                 }
-                transport.finish()?;
             }
         }
-        Ok(())
+        transport.finish()
     }
 }
 
@@ -184,7 +186,8 @@ impl AllReducePlan {
 struct Parts<'a> {
     plan: &'a AllReducePlan,
     input: *const u8,
-    scratch: *const u8,
+    /// What the others have sent, in the order of participants and nodes.
+    others: &'a [*const u8],
 }
 // SAFETY: tasks only read the parts.
 unsafe impl Sync for Parts<'_> {}
@@ -225,7 +228,7 @@ impl Parts<'_> {
                         let first = if owner == w.me {
                             self.input.cast::<T>().add(node * w.elements + own.start)
                         } else {
-                            self.scratch.cast::<T>().add((self.plan.first[owner] + node) * own.len())
+                            self.others[self.plan.first[owner] + node].cast::<T>()
                         };
                         std::slice::from_raw_parts(first.add(at), n)
                     };

@@ -3,6 +3,7 @@
 //! A step's kernel and the addresses of its operands are worked out when the plan is loaded. The step loop walks a
 //! list: nothing is allocated, planned or looked up by name in it.
 
+use crate::arena::Arena;
 use crate::kernels::kernel::{Kernel, Operands};
 use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
@@ -11,63 +12,7 @@ use mesh::array::Array;
 use mesh::dim::Name;
 use mesh::plan::{ALIGN, Buffer, DevicePlan, Part, ProgramPlan};
 use ndarray::{ArrayViewMutD, IxDyn, SliceInfoElem};
-use std::alloc::Layout;
 use std::sync::Arc;
-
-/// A device's memory: one block, as large as the plan says, and a guard behind it that no kernel may touch.
-pub struct Arena {
-    memory: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: an arena is plain memory; who may touch which part of it when is the plan's business: a device's own steps,
-// and a peer that receives from it between `send` and `finish`.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
-
-const GUARD_BYTES: usize = 4096;
-const GUARD: u8 = 0xa5;
-
-impl Arena {
-    fn layout(bytes: usize) -> Option<Layout> {
-        Layout::from_size_align(bytes.checked_add(GUARD_BYTES)?, ALIGN).ok()
-    }
-
-    /// An arena of `bytes` zeros; None if the machine does not have them.
-    fn new(bytes: usize) -> Option<Arena> {
-        // SAFETY: the layout is not empty, for the guard is not.
-        let memory = unsafe { std::alloc::alloc_zeroed(Arena::layout(bytes)?) };
-        if memory.is_null() {
-            return None;
-        }
-        // SAFETY: the guard lies at the end of the block.
-        unsafe { std::ptr::write_bytes(memory.add(bytes), GUARD, GUARD_BYTES) };
-        Some(Arena { memory, bytes })
-    }
-
-    fn at(&self, buffer: Buffer) -> *mut u8 {
-        assert!(buffer.offset + buffer.bytes <= self.bytes, "a buffer outside the arena");
-        // SAFETY: inside the block.
-        unsafe { self.memory.add(buffer.offset) }
-    }
-
-    /// Whether nobody wrote behind the end.
-    pub fn guarded(&self) -> bool {
-        // SAFETY: the guard lies at the end of the block and is written by `new` only.
-        let guard = unsafe { std::slice::from_raw_parts(self.memory.add(self.bytes), GUARD_BYTES) };
-        guard.iter().all(|b| *b == GUARD)
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        if let Some(layout) = Arena::layout(self.bytes) {
-            // SAFETY: allocated by `new` with this layout.
-            unsafe { std::alloc::dealloc(self.memory, layout) };
-        }
-    }
-}
 
 /// A step, ready to run.
 struct Step {
@@ -124,35 +69,30 @@ pub enum DeviceError {
 }
 
 impl Device {
-    /// Loads device `index` of a plan.
+    /// Memory for device `index` of a plan; `new` is [`Arena::private`] or [`Arena::shared`].
+    ///
+    /// # Errors
+    /// A machine that does not have it.
+    pub fn arena(plan: &ProgramPlan, index: usize, new: fn(usize) -> Option<Arena>) -> Result<Arc<Arena>, DeviceError> {
+        let bytes = plan.arena_bytes(index);
+        new(bytes).map(Arc::new).ok_or(DeviceError::Memory { device: index, bytes })
+    }
+
+    /// Loads device `index` of a plan into `arena`, which is as large as the plan says.
     pub fn new(
         plan: &ProgramPlan,
         index: usize,
+        arena: Arc<Arena>,
         transport: Box<dyn Transport>,
         threads: usize,
         cores: Option<Cores>,
         seed: u64,
-    ) -> Result<Device, DeviceError> {
-        let bytes = plan.arena_bytes(index);
-        let arena = Arena::new(bytes).ok_or(DeviceError::Memory { device: index, bytes })?;
+    ) -> Device {
         let functions = plan.functions.iter().map(|(n, f)| (n.clone(), prepare(&arena, &f[index]))).collect();
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
-        Ok(Device {
-            pool: Pool::new(threads, cores),
-            arena: Arc::new(arena),
-            transport,
-            variables,
-            functions,
-            seed,
-            touched,
-            profile: None,
-        })
-    }
-
-    /// The memory, which must outlive every device that may receive from this one.
-    pub fn arena(&self) -> Arc<Arena> {
-        self.arena.clone()
+        let pool = Pool::new(threads, cores);
+        Device { pool, arena, transport, variables, functions, seed, touched, profile: None }
     }
 
     /// Index of a function, to run it by.

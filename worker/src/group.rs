@@ -1,6 +1,7 @@
 //! The devices of one process, each with a thread that drives it.
 
-use crate::device::{Arena, Device, DeviceError};
+use crate::arena::Arena;
+use crate::device::{Device, DeviceError};
 use crate::pool::Cores;
 use crate::transport::{InProcess, Transport};
 use mesh::plan::ProgramPlan;
@@ -43,6 +44,18 @@ pub struct DeviceGroup {
     _arenas: Vec<Arc<Arena>>,
 }
 
+/// What a device of a group is made from.
+pub struct Seat {
+    /// Its number in the mesh.
+    pub device: usize,
+    /// Its memory, as large as its plan says.
+    pub arena: Arc<Arena>,
+    /// Its end of the transport.
+    pub end: Box<dyn Transport>,
+    /// Where its threads are pinned to.
+    pub cores: Option<Cores>,
+}
+
 /// A device failed; the mesh is of no use any more.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("W0004: {0}")]
@@ -56,43 +69,35 @@ impl DeviceGroup {
     pub fn embedded(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<DeviceGroup, DeviceError> {
         let steps = plan.functions.values().flatten().flat_map(|p| &p.steps);
         let messages = steps.map(|s| s.work.most_messages()).max().unwrap_or(0);
-        let ends = InProcess::mesh(plan.mesh.size(), messages).into_iter();
-        DeviceGroup::new(plan, ends.map(|end| Box::new(end) as _).enumerate().collect(), threads, seed)
+        let size = plan.mesh.size();
+        let seat = |(device, end): (usize, InProcess)| {
+            let arena = Device::arena(plan, device, Arena::private)?;
+            Ok(Seat { device, arena, end: Box::new(end), cores: Cores::of(device, size, threads) })
+        };
+        let seats = InProcess::mesh(size, messages).into_iter().enumerate().map(seat);
+        Ok(DeviceGroup::new(plan, seats.collect::<Result<_, DeviceError>>()?, threads, seed))
     }
 
-    /// Some devices of a plan, by their number in the mesh, each with its end of the transport.
-    ///
-    /// # Errors
-    /// A device for which there is no memory.
-    pub fn new(
-        plan: &ProgramPlan,
-        ends: Vec<(usize, Box<dyn Transport>)>,
-        threads: usize,
-        seed: u64,
-    ) -> Result<DeviceGroup, DeviceError> {
-        let size = ends.len();
-        let devices: Vec<Device> = ends
-            .into_iter()
-            .enumerate()
-            .map(|(i, (d, end))| Device::new(plan, d, end, threads, Cores::of(i, size, threads), seed))
-            .collect::<Result<_, _>>()?;
-        let arenas = devices.iter().map(Device::arena).collect();
+    /// Some devices of a plan, with `threads` threads each.
+    pub fn new(plan: &ProgramPlan, seats: Vec<Seat>, threads: usize, seed: u64) -> DeviceGroup {
+        let arenas = seats.iter().map(|s| s.arena.clone()).collect();
+        let cores: Vec<_> = seats.iter().map(|s| s.cores).collect();
+        let device = |s: Seat| Mutex::new(Device::new(plan, s.device, s.arena, s.end, threads, s.cores, seed));
         let shared = Arc::new(Shared {
             board: Mutex::new(Board { round: 0, order: Order::Stop, busy: 0, failure: None }),
             posted: Condvar::new(),
             done: Condvar::new(),
-            devices: devices.into_iter().map(Mutex::new).collect(),
+            devices: seats.into_iter().map(device).collect(),
         });
-        let threads = (0..size)
-            .map(|i| {
-                let (shared, cores) = (shared.clone(), Cores::of(i, size, threads));
-                std::thread::spawn(move || {
-                    cores.iter().for_each(|c| c.pin(0));
-                    drive(&shared, i)
-                })
+        let drive = |(i, cores): (usize, Option<Cores>)| {
+            let shared = shared.clone();
+            std::thread::spawn(move || {
+                cores.iter().for_each(|c| c.pin(0));
+                drive(&shared, i)
             })
-            .collect();
-        Ok(DeviceGroup { shared, threads, _arenas: arenas })
+        };
+        let threads = cores.into_iter().enumerate().map(drive).collect();
+        DeviceGroup { shared, threads, _arenas: arenas }
     }
 
     /// Runs a function, by its index ([`Device::function`]), on every device, and waits for all of them.

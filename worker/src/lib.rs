@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`device`] | a device: arena, threads, prepared steps |
+//! | [`arena`] | a device's memory, which peers on its host may look at |
 //! | [`group`] | the devices of one process, and the threads that drive them |
 //! | [`kernels`] | the CPU backend |
 //! | [`collective`] | exchanges and all-reduces, over any transport |
@@ -20,6 +21,7 @@
 //! | [`data`] | readers and writers of volumes |
 
 pub mod access;
+pub mod arena;
 pub mod checkpoint;
 pub mod cli;
 pub mod collective;

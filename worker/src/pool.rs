@@ -2,7 +2,7 @@
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 /// The cores that the threads of a device are pinned to, one each.
@@ -110,15 +110,20 @@ impl Pool {
             wake: Condvar::new(),
             done: Condvar::new(),
         });
+        // A pool that is there has its memory: helpers take theirs where they are pinned, and are waited for.
+        let ready = Arc::new(Barrier::new(threads.max(1)));
         let helpers = (1..threads)
             .map(|i| {
-                let shared = shared.clone();
+                let (shared, ready) = (shared.clone(), ready.clone());
                 std::thread::spawn(move || {
                     cores.iter().for_each(|c| c.pin(i));
-                    help(&shared)
+                    let workspace = Workspace::new();
+                    ready.wait();
+                    help(&shared, workspace)
                 })
             })
             .collect();
+        ready.wait();
         Pool { shared, helpers, own: Mutex::new(Workspace::new()) }
     }
 
@@ -183,8 +188,7 @@ fn take_tasks(s: &Shared, f: &(dyn Fn(usize, &mut Workspace) + Sync), workspace:
     }
 }
 
-fn help(s: &Shared) {
-    let mut workspace = Workspace::new();
+fn help(s: &Shared, mut workspace: Workspace) {
     let mut seen = 0;
     loop {
         let mut spins = 0;

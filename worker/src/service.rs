@@ -4,12 +4,16 @@
 //! refused before anything is touched. A worker plans for itself: planning is a function of program, mesh and layout,
 //! so all devices come to plans that fit together, and no plan travels.
 
+use crate::arena::Arena;
 use crate::checkpoint::{self, CheckpointError, Manifest, Snapshot};
-use crate::group::DeviceGroup;
+use crate::device::Device;
+use crate::group::{DeviceGroup, Seat};
 use crate::kernels::kernel::CpuBackend;
+use crate::pool::Cores;
 use crate::store::Store;
 use crate::transport::bell::Doom;
 use crate::transport::connector::{Address, ConnectOptions, HostId, Listener, Roster, TransportChoice};
+use crate::transport::switchboard::Switchboard;
 use crate::wire::{self, Assembler};
 use mesh::array::Array;
 use mesh::dim::Name;
@@ -158,7 +162,9 @@ impl WorkerService {
         let addresses =
             head.peers.into_iter().map(|p| Address { host: HostId::from(p.host), socket: p.socket, grpc: p.address });
         let roster = Roster { job: head.job, epoch: head.epoch, devices: addresses.collect(), mine: own.clone() };
-        let options = ConnectOptions { choice, ..ConnectOptions::default() };
+        let arenas: Result<Vec<_>, _> = own.iter().map(|d| Device::arena(&plan, *d, Arena::shared)).collect();
+        let arenas = arenas.map_err(|e| Status::resource_exhausted(e.to_string()))?;
+        let options = ConnectOptions { choice, arenas: arenas.clone(), ..ConnectOptions::default() };
         let doom = Doom::new();
         {
             // From now on an abort finds what it has to stop.
@@ -170,9 +176,13 @@ impl WorkerService {
         }
         let ends = self.listener.connect(&roster, &options, &doom).map_err(|e| Status::unavailable(e.to_string()))?;
         let links = ends.iter().map(|e| e.to_string()).collect();
-        let ends = own.iter().copied().zip(ends.into_iter().map(|end| Box::new(end) as _)).collect();
-        let group = DeviceGroup::new(&plan, ends, self.offer.threads, settings.seed)
-            .map_err(|e| Status::resource_exhausted(e.to_string()))?;
+        let threads = self.offer.threads;
+        let seat = |(end, arena): (Switchboard, Arc<Arena>)| {
+            let device = end.device();
+            let (place, devices) = roster.on_host(device);
+            Seat { device, arena, end: Box::new(end), cores: Cores::of(place, devices, threads) }
+        };
+        let group = DeviceGroup::new(&plan, ends.into_iter().zip(arenas).map(seat).collect(), threads, settings.seed);
         let mut loaded = lock(&self.loaded);
         let current = lock(&self.current).epoch;
         if current != head.epoch {

@@ -4,13 +4,14 @@
 use mesh::chunk::{Tree, TreeDim, shard_chunks};
 use mesh::dim::DType;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Wire};
+use mesh::plan::{AllReduce, BoxCopy, Buffer, Exchange, ExchangeKind, Message, Wire};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::OnceLock;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
+use worker::arena::Arena;
 use worker::collective::{AllReducePlan, ExchangePlan};
 use worker::pool::Pool;
 use worker::transport::bell::Doom;
@@ -28,10 +29,70 @@ enum Kind {
     Siblings,
     /// Rings, as between processes.
     Rings,
+    /// As siblings and rings, from arenas that peers look at.
+    LendingSiblings,
+    Lending,
     Grpc,
 }
 
-const KINDS: [Kind; 4] = [Kind::InProcess, Kind::Siblings, Kind::Rings, Kind::Grpc];
+const KINDS: [Kind; 6] =
+    [Kind::InProcess, Kind::Siblings, Kind::Rings, Kind::LendingSiblings, Kind::Lending, Kind::Grpc];
+
+/// Bytes of a device's arena in these tests; what is not touched costs nothing.
+const ARENA: usize = 256 << 20;
+
+fn arena() -> Arc<Arena> {
+    Arc::new(Arena::shared(ARENA).unwrap())
+}
+
+/// A device whose messages lie in its arena, some of them where they cannot be lent.
+struct FromArena {
+    end: Switchboard,
+    arena: Arc<Arena>,
+    used: usize,
+}
+
+impl FromArena {
+    fn new(end: Switchboard, arena: Arc<Arena>) -> FromArena {
+        FromArena { end, arena, used: 0 }
+    }
+}
+
+impl Transport for FromArena {
+    unsafe fn send(&mut self, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError> {
+        let offset = self.used + bytes % 8;
+        self.used = (offset + bytes).next_multiple_of(64);
+        let at = self.arena.at(Buffer { offset, bytes });
+        // SAFETY: by this function's contract; nothing else lies there before `finish`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, at, bytes);
+            self.end.send(to, at, bytes)
+        }
+    }
+
+    unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError> {
+        // SAFETY: by this function's contract.
+        unsafe { self.end.recv(from, to, bytes) }
+    }
+
+    unsafe fn borrow(&mut self, from: usize, scratch: *mut u8, bytes: usize) -> Result<(), TransportError> {
+        // SAFETY: by this function's contract.
+        unsafe { self.end.borrow(from, scratch, bytes) }
+    }
+
+    fn borrowed(&mut self) -> Result<&[*const u8], TransportError> {
+        self.end.borrowed()
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.used = 0;
+        self.end.finish()
+    }
+
+    fn abort(&mut self, reason: &str) {
+        self.end.abort(reason);
+    }
+}
 
 fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -46,14 +107,22 @@ fn options(choice: TransportChoice) -> ConnectOptions {
     ConnectOptions { choice, timeout: Duration::from_secs(20), ..ConnectOptions::default() }
 }
 
-/// Connects listeners that have a device each.
-fn connect(listeners: &[Listener], epoch: u64, choice: TransportChoice, doom: &Doom) -> Vec<Switchboard> {
+/// Connects listeners that have a device each, with the arenas that there are.
+fn connect(
+    listeners: &[Listener],
+    epoch: u64,
+    choice: TransportChoice,
+    doom: &Doom,
+    arenas: &[Arc<Arena>],
+) -> Vec<Switchboard> {
     let devices: Vec<Address> = listeners.iter().map(|l| l.address().clone()).collect();
     std::thread::scope(|s| {
         let one = |(d, l)| {
             let l: &Listener = l;
             let roster = Roster { job: "test".into(), epoch, devices: devices.clone(), mine: vec![d] };
-            s.spawn(move || l.connect(&roster, &options(choice), doom).unwrap().pop().unwrap())
+            let options =
+                ConnectOptions { arenas: arenas.iter().skip(d).take(1).cloned().collect(), ..options(choice) };
+            s.spawn(move || l.connect(&roster, &options, doom).unwrap().pop().unwrap())
         };
         let threads: Vec<_> = listeners.iter().enumerate().map(one).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
@@ -62,23 +131,35 @@ fn connect(listeners: &[Listener], epoch: u64, choice: TransportChoice, doom: &D
 
 /// The ends of a mesh, and what must stay open for them.
 fn ends(kind: Kind, devices: usize) -> (Vec<Box<dyn Transport>>, Vec<Listener>) {
-    let boxed = |ends: Vec<Switchboard>| ends.into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect();
-    let several = |choice| {
-        let listeners: Vec<Listener> = (0..devices).map(|_| listener()).collect();
-        (boxed(connect(&listeners, 1, choice, &Doom::new())), listeners)
+    let boxed = |ends: Vec<Switchboard>, arenas: Vec<Arc<Arena>>| {
+        let mut arenas = arenas.into_iter();
+        let one = |end| match arenas.next() {
+            Some(arena) => Box::new(FromArena::new(end, arena)) as Box<dyn Transport>,
+            None => Box::new(end),
+        };
+        ends.into_iter().map(one).collect()
     };
+    let several = |choice, arenas: Vec<Arc<Arena>>| {
+        let listeners: Vec<Listener> = (0..devices).map(|_| listener()).collect();
+        (boxed(connect(&listeners, 1, choice, &Doom::new(), &arenas), arenas), listeners)
+    };
+    let siblings = |arenas: Vec<Arc<Arena>>| {
+        let l = listener();
+        let all = vec![l.address().clone(); devices];
+        let roster = Roster { job: "test".into(), epoch: 1, devices: all, mine: (0..devices).collect() };
+        let options = ConnectOptions { arenas: arenas.clone(), ..options(TransportChoice::Auto) };
+        (boxed(l.connect(&roster, &options, &Doom::new()).unwrap(), arenas), vec![l])
+    };
+    let arenas = || (0..devices).map(|_| arena()).collect();
     match kind {
         Kind::InProcess => {
             (InProcess::mesh(devices, 4).into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect(), vec![])
         }
-        Kind::Siblings => {
-            let l = listener();
-            let all = vec![l.address().clone(); devices];
-            let roster = Roster { job: "test".into(), epoch: 1, devices: all, mine: (0..devices).collect() };
-            (boxed(l.connect(&roster, &options(TransportChoice::Auto), &Doom::new()).unwrap()), vec![l])
-        }
-        Kind::Rings => several(TransportChoice::Ring),
-        Kind::Grpc => several(TransportChoice::Grpc),
+        Kind::Siblings => siblings(vec![]),
+        Kind::LendingSiblings => siblings(arenas()),
+        Kind::Rings => several(TransportChoice::Ring, vec![]),
+        Kind::Lending => several(TransportChoice::Ring, arenas()),
+        Kind::Grpc => several(TransportChoice::Grpc, vec![]),
     }
 }
 
@@ -157,13 +238,127 @@ fn messages_of_a_pair_arrive_in_order_while_all_devices_exchange_at_once() {
 
 #[test]
 fn messages_of_every_size_arrive_whole() {
-    let sizes = [0, 1, 23, 24, 25, 4095, (64 << 10) - 1, 64 << 10, (1 << 20) + 1, (5 << 20) + 3, 40 << 20];
+    let sizes = [0, 1, 23, 24, 25, 4095, (64 << 10) - 1, 64 << 10, (1 << 20) + 1, (5 << 20) + 3, 20 << 20];
     for kind in KINDS {
         let (ends, _listeners) = ends(kind, 2);
         on_all(ends, |me, end| {
             for (round, bytes) in sizes.into_iter().enumerate() {
                 all_to_all(end, me, 2, round, bytes).unwrap();
             }
+        });
+    }
+}
+
+#[test]
+fn small_and_large_messages_of_a_pair_stay_in_order() {
+    let sizes = [10, 200_000, 0, 64 << 10, 3, (64 << 10) + 4, (1 << 20) + 2, 70_001, 8];
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 2);
+        on_all(ends, |me, end| {
+            let of = |from: usize| sizes.iter().enumerate().map(move |(i, n)| pattern(from, 1 - from, i, *n));
+            let out: Vec<Vec<u8>> = of(me).collect();
+            let mut got: Vec<Vec<u8>> = sizes.iter().map(|n| vec![0; *n]).collect();
+            for _ in 0..3 {
+                // SAFETY: both lists outlive `finish`.
+                unsafe {
+                    for (out, got) in out.iter().zip(&mut got) {
+                        end.send(1 - me, out.as_ptr(), out.len()).unwrap();
+                        end.recv(1 - me, got.as_mut_ptr(), got.len()).unwrap();
+                    }
+                }
+                end.finish().unwrap();
+                assert!(got.iter().cloned().eq(of(1 - me)), "{kind:?}");
+                got.iter_mut().for_each(|g| g.fill(0));
+            }
+        });
+    }
+}
+
+#[test]
+fn what_is_borrowed_lies_with_the_sender_or_in_the_scratch() {
+    let sizes = [100, 64 << 10, 5, 3 << 20, (64 << 10) + 1];
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 3);
+        on_all(ends, |me, end| {
+            let others: Vec<usize> = (0..3).filter(|p| *p != me).collect();
+            for round in 0..3 {
+                let mut scratch: Vec<Vec<u8>> = vec![];
+                let mut out = vec![];
+                // SAFETY: all lists outlive `finish`.
+                unsafe {
+                    for &peer in &others {
+                        for bytes in sizes {
+                            out.push(pattern(me, peer, round, bytes));
+                            end.send(peer, out.last().unwrap().as_ptr(), bytes).unwrap();
+                        }
+                    }
+                    for &peer in &others {
+                        for bytes in sizes {
+                            scratch.push(vec![0; bytes]);
+                            end.borrow(peer, scratch.last_mut().unwrap().as_mut_ptr(), bytes).unwrap();
+                        }
+                    }
+                }
+                let lie = end.borrowed().unwrap().to_vec();
+                assert_eq!(lie.len(), scratch.len());
+                for (i, at) in lie.into_iter().enumerate() {
+                    let (peer, bytes) = (others[i / sizes.len()], sizes[i % sizes.len()]);
+                    // SAFETY: so many bytes lie there until `finish`.
+                    let got = unsafe { std::slice::from_raw_parts(at, bytes) };
+                    assert!(got == pattern(peer, me, round, bytes), "{kind:?}: {bytes} bytes");
+                    let lends = matches!(kind, Kind::Lending | Kind::LendingSiblings);
+                    let elsewhere = kind == Kind::InProcess || lends && bytes >= 64 << 10 && bytes % 4 == 0;
+                    assert_eq!(at != scratch[i].as_ptr(), elsewhere, "{kind:?}: {bytes} bytes");
+                }
+                end.finish().unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn what_is_lent_is_not_done_before_it_is_given_back() {
+    for kind in [Kind::InProcess, Kind::LendingSiblings, Kind::Lending] {
+        let (ends, _listeners) = ends(kind, 2);
+        let given_back = AtomicBool::new(false);
+        on_all(ends, |me, end| {
+            let mut memory = vec![me as u8; 1 << 20];
+            // SAFETY: the memory outlives `finish`.
+            unsafe {
+                if me == 0 {
+                    end.send(1, memory.as_ptr(), memory.len()).unwrap();
+                } else {
+                    end.borrow(0, memory.as_mut_ptr(), memory.len()).unwrap();
+                    end.borrowed().unwrap();
+                    std::thread::sleep(Duration::from_millis(50));
+                    given_back.store(true, Ordering::SeqCst);
+                }
+            }
+            end.finish().unwrap();
+            assert!(given_back.load(Ordering::SeqCst), "{kind:?}");
+        });
+    }
+}
+
+#[test]
+fn an_abort_reaches_whoever_waits_for_a_loan_to_be_given_back() {
+    for kind in [Kind::InProcess, Kind::LendingSiblings, Kind::Lending] {
+        let (ends, _listeners) = ends(kind, 2);
+        on_all(ends, |me, end| {
+            let mut memory = vec![me as u8; 1 << 20];
+            // SAFETY: the memory outlives `finish` and `abort`.
+            unsafe {
+                if me == 0 {
+                    end.send(1, memory.as_ptr(), memory.len()).unwrap();
+                } else {
+                    end.borrow(0, memory.as_mut_ptr(), memory.len()).unwrap();
+                    end.borrowed().unwrap();
+                    std::thread::sleep(Duration::from_millis(20));
+                    return end.abort("out of paper");
+                }
+            }
+            let told = TransportError::Aborted { device: 1, reason: "out of paper".into() };
+            assert_eq!(end.finish(), Err(told), "{kind:?}");
         });
     }
 }
@@ -182,7 +377,7 @@ fn an_abort_wakes_whoever_waits_also_behind_full_buffers() {
         let (ends, _listeners) = ends(kind, 4);
         let told = Err(TransportError::Aborted { device: 2, reason: "out of paper".into() });
         on_all(ends, |me, end| {
-            let (large, mut byte) = (vec![1u8; 48 << 20], 0u8);
+            let (large, mut byte) = (vec![1u8; 20 << 20], 0u8);
             // SAFETY: the bytes outlive `finish` and `abort`.
             unsafe {
                 match me {
@@ -257,7 +452,7 @@ fn listeners_serve_epoch_after_epoch_and_a_stale_one_is_refused() {
     for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
         let listeners = [listener(), listener()];
         for epoch in [1, 2, 7] {
-            let ends = connect(&listeners, epoch, choice, &Doom::new()).into_iter().map(Box::new).collect();
+            let ends = connect(&listeners, epoch, choice, &Doom::new(), &[]).into_iter().map(Box::new).collect();
             on_all(ends, |me, end| all_to_all(end, me, 2, 0, 100_000).unwrap());
         }
         // A process that was away and has not heard of the new epoch.
@@ -296,7 +491,7 @@ fn whoever_comes_early_waits_for_the_epoch() {
 fn another_build_is_refused_with_both_versions() {
     for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
         let ours = listener();
-        let version = Version { protocol: 1, build: "0.0.9".into() };
+        let version = Version { build: "0.0.9".into(), ..Version::default() };
         let theirs = ListenOptions { version, ..ListenOptions::default() };
         let theirs = Listener::bind(theirs, runtime().handle().clone()).unwrap();
         let devices = vec![ours.address().clone(), theirs.address().clone()];
@@ -305,7 +500,7 @@ fn another_build_is_refused_with_both_versions() {
             Some(ConnectError::Refused { reason, .. }) => assert_eq!(
                 reason,
                 format!(
-                    "build {} (data protocol 1) does not work with build 0.0.9 (data protocol 1); run the same build everywhere",
+                    "build {} (data protocol 2) does not work with build 0.0.9 (data protocol 2); run the same build everywhere",
                     env!("CARGO_PKG_VERSION")
                 )
             ),
@@ -372,6 +567,15 @@ fn choices_are_spelled_as_they_are_read() {
         assert_eq!(choice.to_string().parse(), Ok(choice));
     }
     assert!("tcp".parse::<TransportChoice>().is_err());
+}
+
+#[test]
+fn a_device_knows_its_place_among_those_of_its_host() {
+    let here = Address { host: "here".to_string().into(), socket: String::new(), grpc: String::new() };
+    let there = Address { host: "there".to_string().into(), ..here.clone() };
+    let devices = vec![here.clone(), there.clone(), there, here.clone(), here];
+    let roster = Roster { job: "test".into(), epoch: 1, devices, mine: vec![3] };
+    assert_eq!([0, 1, 2, 3, 4].map(|d| roster.on_host(d)), [(0, 3), (0, 2), (1, 2), (1, 3), (2, 3)]);
 }
 
 #[test]
@@ -573,18 +777,25 @@ fn child() {
     let devices: Vec<Address> = serde_json::from_str(&line).unwrap();
     let n = devices.len();
     let roster = Roster { job: "test".into(), epoch: 1, devices, mine: vec![me] };
-    let mut end = l.connect(&roster, &options(choice), &Doom::new()).unwrap().pop().unwrap();
+    // Where the transport is left to choose, messages lie where a device's tensors lie.
+    let arenas = if choice == TransportChoice::Auto { vec![arena()] } else { vec![] };
+    let options = ConnectOptions { arenas: arenas.clone(), ..options(choice) };
+    let end = l.connect(&roster, &options, &Doom::new()).unwrap().pop().unwrap();
+    let mut end: Box<dyn Transport> = match arenas.into_iter().next() {
+        Some(arena) => Box::new(FromArena::new(end, arena)),
+        None => Box::new(end),
+    };
     match scenario {
         "exchange" => {
             for (round, bytes) in [0, 1000, 100_000, 6 << 20, 10].into_iter().enumerate() {
-                all_to_all(&mut end, me, n, round, bytes).unwrap();
+                all_to_all(&mut *end, me, n, round, bytes).unwrap();
             }
             println!("@done");
             // What was sent last must arrive although the sender ends at once.
         }
         "forever" => {
             println!("@running");
-            let failed = (0..).find_map(|round| all_to_all(&mut end, me, n, round, 16 << 20).err()).unwrap();
+            let failed = (0..).find_map(|round| all_to_all(&mut *end, me, n, round, 16 << 20).err()).unwrap();
             end.abort(&failed.to_string());
             println!("@{failed}");
             // Stays until it is killed: a broken socket must not be what tells the others.
@@ -609,7 +820,7 @@ fn processes_exchange_over_rings_and_grpc() {
 
 #[test]
 fn the_death_of_a_process_in_the_middle_of_a_transfer_is_an_error_for_all_within_a_second() {
-    for choice in [TransportChoice::Ring, TransportChoice::Grpc] {
+    for choice in [TransportChoice::Auto, TransportChoice::Ring, TransportChoice::Grpc] {
         let mut all = start(4, choice, "forever");
         for p in &all {
             assert_eq!(p.hear(), "running");

@@ -7,9 +7,11 @@
 use super::bell::{Bell, Doom};
 use super::grpc::{self, Answers, Ends, WINDOW};
 use super::link::Link;
+use super::memory::LentMemory;
 use super::ring::{RING_BYTES, RingLink, RingMemory};
 use super::socket;
 use super::switchboard::Switchboard;
+use crate::arena::Arena;
 use crate::tls::Tls;
 use prost::Message;
 use proto::data::{Answer, Frame, Hello, answer::Kind};
@@ -33,7 +35,7 @@ use tonic::Streaming;
 use tonic::transport::server::TcpIncoming;
 
 /// The version of the data plane's protocol.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// How long a caller may take to say who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Callers that wait in the lobby at the most; the oldest are turned away.
@@ -278,6 +280,9 @@ pub struct ConnectOptions {
     /// How long a device looks again before it sleeps. None: a few microseconds, or not at all where this host has
     /// more devices than cores.
     pub spin: Option<Duration>,
+    /// Memory of the devices of this process, in the roster's order. Large messages that lie there stay there for peers on
+    /// this host to read, if the arena is a shared one. None: every message is carried.
+    pub arenas: Vec<Arc<Arena>>,
 }
 
 impl Default for ConnectOptions {
@@ -287,6 +292,7 @@ impl Default for ConnectOptions {
             timeout: Duration::from_secs(30),
             ring_bytes: RING_BYTES,
             spin: None,
+            arenas: vec![],
         }
     }
 }
@@ -315,6 +321,12 @@ impl Roster {
             }
         }
         Ok(())
+    }
+
+    /// Which of the devices on its host a device is, and how many there are.
+    pub fn on_host(&self, device: usize) -> (usize, usize) {
+        let host = |d: &Address| d.host == self.devices[device].host;
+        (self.devices[..device].iter().filter(|d| host(d)).count(), self.devices.iter().filter(|d| host(d)).count())
     }
 
     fn hello(&self, version: &Version, from: usize, to: usize, window: u64) -> Hello {
@@ -358,7 +370,7 @@ pub(super) struct Arrival {
 
 /// How it waits for an answer.
 pub(super) enum Caller {
-    Ring { socket: UnixStream, memory: OwnedFd, bell: OwnedFd },
+    Ring { socket: UnixStream, memory: OwnedFd, bell: OwnedFd, arena: Option<OwnedFd> },
     Grpc { frames: Streaming<Frame>, answer: oneshot::Sender<Result<Answers, String>> },
 }
 
@@ -611,13 +623,14 @@ async fn greet(socket: UnixStream, version: &Version, lobby: &Lobby) -> io::Resu
     if !socket::same_user(&socket)? {
         return Err(io::Error::other("another user"));
     }
-    let (bytes, mut descriptors) = socket::receive(&socket).await?;
+    let (bytes, descriptors) = socket::receive(&socket).await?;
     let hello = Hello::decode(&bytes[..]).map_err(io::Error::other)?;
-    let (Some(bell), Some(memory)) = (descriptors.pop(), descriptors.pop()) else {
+    let mut descriptors = descriptors.into_iter();
+    let (Some(memory), Some(bell), arena) = (descriptors.next(), descriptors.next(), descriptors.next()) else {
         return Err(io::Error::other("descriptors are missing"));
     };
     let checked = version.check(&hello);
-    let arrival = Arrival { hello, caller: Caller::Ring { socket, memory, bell } };
+    let arrival = Arrival { hello, caller: Caller::Ring { socket, memory, bell, arena } };
     match checked {
         Ok(()) => lobby.enter(arrival),
         Err(reason) => arrival.refuse(&reason),
@@ -729,6 +742,17 @@ impl<'a> Meeting<'a> {
         Ok(links)
     }
 
+    /// What a device of this process lends from, by its place in the roster.
+    fn lent(&self, mine: usize) -> Option<(&Arc<LentMemory>, &OwnedFd)> {
+        self.options.arenas.get(mine).and_then(|a| a.lent())
+    }
+
+    /// What a device of this process shows to a peer that it calls.
+    fn own(&self, mine: usize) -> io::Result<Own> {
+        let lent = self.lent(mine).map(|(memory, fd)| fd.try_clone().map(|fd| (memory.clone(), fd)));
+        Ok(Own { bell: self.bells[mine].1.try_clone()?, arena: lent.transpose()? })
+    }
+
     fn index(&self, device: usize) -> Option<usize> {
         self.roster.mine.iter().position(|m| *m == device)
     }
@@ -741,9 +765,10 @@ impl<'a> Meeting<'a> {
     ) -> Result<(Box<dyn Link>, Box<dyn Link>), ConnectError> {
         let memory = RingMemory::create(self.options.ring_bytes);
         let (memory, _) = memory.map_err(system("there is no shared memory for a ring"))?;
+        let [lent_a, lent_b] = [a, b].map(|i| self.lent(i).map(|l| l.0.clone()));
         let mine = RingLink::new(me, peer, &memory, true, self.bells[b].0.clone(), None);
         let theirs = RingLink::new(peer, me, &memory, false, self.bells[a].0.clone(), None);
-        Ok((Box::new(mine), Box::new(theirs)))
+        Ok((Box::new(mine.lending(lent_a.clone(), lent_b.clone())), Box::new(theirs.lending(lent_b, lent_a))))
     }
 
     /// Has a task call a peer.
@@ -756,12 +781,12 @@ impl<'a> Meeting<'a> {
         // Nobody may be waiting any more.
         let note = move |detail| drop(notes.send(Event::Note { me, peer, detail }));
         if ring {
-            let descriptor = self.bells[mine].1.try_clone();
+            let own = self.own(mine);
             let capacity = self.options.ring_bytes;
             self.listener.runtime.spawn(tokio::time::timeout(left, async move {
                 let hello = roster.hello(&version, me, peer, capacity as u64);
                 let check = |answer: &Hello| roster.check_answer(&version, me, peer, answer);
-                let link = dial_ring(me, peer, &address.socket, &hello, capacity, descriptor, check, note).await;
+                let link = dial_ring(me, peer, &address.socket, &hello, capacity, own, check, note).await;
                 let _ = events.send(Event::Dialled { me, peer, link: link.map(|l| Box::new(l) as Box<dyn Link>) });
             }));
         } else {
@@ -805,14 +830,18 @@ impl<'a> Meeting<'a> {
         let (roster, version) = (self.roster, &self.listener.options.version);
         let (bell, descriptor) = &self.bells[mine];
         match caller {
-            Caller::Ring { socket, memory, bell: their_bell } => {
+            Caller::Ring { socket, memory, bell: their_bell, arena } => {
                 let capacity = usize::try_from(hello.window).map_err(io::Error::other)?;
                 let memory = RingMemory::open(&memory, capacity)?;
                 let their_bell = Arc::new(Bell::open(&their_bell)?);
+                let theirs = arena.map(|fd| LentMemory::open(&fd)).transpose()?.map(Arc::new);
+                let lent = self.lent(mine);
                 let answer = Answer { kind: Some(Kind::Hello(roster.hello(version, me, peer, hello.window))) };
-                socket::send(&socket, &answer.encode_to_vec(), &[descriptor])?;
+                let descriptors: Vec<_> = std::iter::once(descriptor).chain(lent.map(|l| l.1)).collect();
+                socket::send(&socket, &answer.encode_to_vec(), &descriptors)?;
                 let socket = Some(socket.into_std()?);
-                Ok(Box::new(RingLink::new(me, peer, &memory, false, their_bell, socket)))
+                let link = RingLink::new(me, peer, &memory, false, their_bell, socket);
+                Ok(Box::new(link.lending(lent.map(|l| l.0.clone()), theirs)))
             }
             Caller::Grpc { frames, answer } => {
                 let ends = Ends { me, peer, bell: bell.clone() };
@@ -824,6 +853,12 @@ impl<'a> Meeting<'a> {
     }
 }
 
+/// What a device of this process shows to a peer on this host.
+struct Own {
+    bell: OwnedFd,
+    arena: Option<(Arc<LentMemory>, OwnedFd)>,
+}
+
 /// Calls a peer on this host until it answers or refuses.
 async fn dial_ring(
     me: usize,
@@ -831,21 +866,26 @@ async fn dial_ring(
     name: &str,
     hello: &Hello,
     capacity: usize,
-    bell: io::Result<OwnedFd>,
+    own: io::Result<Own>,
     check: impl Fn(&Hello) -> Result<(), String>,
     note: impl Fn(String),
 ) -> Result<RingLink, String> {
     let said = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
-    let bell = bell.map_err(said("no descriptor is left"))?;
+    let own = own.map_err(said("no descriptor is left"))?;
     loop {
         // Fresh for every call: a peer may have written to that of the last.
         let (memory, descriptor) = RingMemory::create(capacity).map_err(said("no shared memory for a ring"))?;
-        match call_ring(name, hello, &descriptor, &bell).await {
-            Ok((Some(Kind::Hello(answer)), Some(their_bell), socket)) => {
+        match call_ring(name, hello, &descriptor, &own).await {
+            Ok((Some(Kind::Hello(answer)), descriptors, socket)) => {
                 check(&answer)?;
-                let their_bell = Bell::open(&their_bell).map_err(said("its bell cannot be rung"))?;
+                let mut descriptors = descriptors.into_iter();
+                let bell = descriptors.next().ok_or("it has sent no bell")?;
+                let bell = Bell::open(&bell).map_err(said("its bell cannot be rung"))?;
+                let theirs = descriptors.next().map(|fd| LentMemory::open(&fd)).transpose();
+                let theirs = theirs.map_err(said("its memory cannot be mapped"))?.map(Arc::new);
                 let socket = Some(socket.into_std().map_err(said("its socket"))?);
-                return Ok(RingLink::new(me, peer, &memory, true, Arc::new(their_bell), socket));
+                let link = RingLink::new(me, peer, &memory, true, Arc::new(bell), socket);
+                return Ok(link.lending(own.arena.map(|a| a.0), theirs));
             }
             Ok((Some(Kind::Refusal(reason)), ..)) => return Err(reason),
             Ok(_) => note("it answered with something else".into()),
@@ -860,16 +900,17 @@ async fn call_ring(
     name: &str,
     hello: &Hello,
     memory: &OwnedFd,
-    bell: &OwnedFd,
-) -> io::Result<(Option<Kind>, Option<OwnedFd>, UnixStream)> {
+    own: &Own,
+) -> io::Result<(Option<Kind>, Vec<OwnedFd>, UnixStream)> {
     let socket = std_unix::UnixStream::connect_addr(&std_unix::SocketAddr::from_abstract_name(name)?)?;
     socket.set_nonblocking(true)?;
     let socket = UnixStream::from_std(socket)?;
     if !socket::same_user(&socket)? {
         return Err(io::Error::other("another user listens there"));
     }
-    socket::send(&socket, &hello.encode_to_vec(), &[memory, bell])?;
-    let (bytes, mut descriptors) = socket::receive(&socket).await?;
+    let descriptors: Vec<_> = [memory, &own.bell].into_iter().chain(own.arena.as_ref().map(|a| &a.1)).collect();
+    socket::send(&socket, &hello.encode_to_vec(), &descriptors)?;
+    let (bytes, descriptors) = socket::receive(&socket).await?;
     let answer = Answer::decode(&bytes[..]).map_err(io::Error::other)?;
-    Ok((answer.kind, descriptors.pop(), socket))
+    Ok((answer.kind, descriptors, socket))
 }

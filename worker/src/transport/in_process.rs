@@ -39,8 +39,24 @@ impl Door {
 pub struct InProcess {
     me: usize,
     doors: Arc<[Door]>,
-    /// Posted receives: sender, where to, bytes.
-    receives: Vec<(usize, *mut u8, usize)>,
+    receives: Vec<Receive>,
+    /// What is borrowed: where it lies, as far as it is there.
+    borrowed: Vec<*const u8>,
+    /// Who lent what is there.
+    lenders: Vec<usize>,
+}
+
+/// A posted receive.
+struct Receive {
+    from: usize,
+    bytes: usize,
+    to: To,
+}
+
+enum To {
+    Copy(*mut u8),
+    /// Stays where it is; its place in the list of what is borrowed.
+    Borrow(usize),
 }
 
 // SAFETY: the pointers are used between `recv` and `finish` only, by the thread that posted them.
@@ -59,8 +75,58 @@ impl InProcess {
         };
         let doors: Arc<[Door]> = (0..devices).map(door).collect();
         (0..devices)
-            .map(|me| InProcess { me, doors: doors.clone(), receives: Vec::with_capacity(messages * devices) })
+            .map(|me| InProcess {
+                me,
+                doors: doors.clone(),
+                receives: Vec::with_capacity(messages * devices),
+                borrowed: Vec::with_capacity(messages * devices),
+                lenders: Vec::with_capacity(messages * devices),
+            })
             .collect()
+    }
+
+    /// Takes in all that was posted to be received: copies it, or finds where it lies.
+    fn receive(&mut self) -> Result<(), TransportError> {
+        let door = &self.doors[self.me];
+        while !self.receives.is_empty() {
+            let mut inbox = door.open();
+            let (at, posted) = loop {
+                InProcess::check(&inbox)?;
+                let ready = self.receives.iter().enumerate().find_map(|(i, r)| {
+                    // Messages of a pair stay in order: only its first receive may take one.
+                    let first = self.receives[..i].iter().all(|q| q.from != r.from);
+                    first.then(|| inbox.messages[r.from].pop_front()).flatten().map(|p| (i, p))
+                });
+                match ready {
+                    Some(found) => break found,
+                    None => inbox = door.bell.wait(inbox).unwrap_or_else(PoisonError::into_inner),
+                }
+            };
+            drop(inbox);
+            let Receive { from: peer, bytes: expected, to } = self.receives.remove(at);
+            if posted.bytes != expected {
+                return Err(TransportError::Disagreement { me: self.me, peer, expected, sent: posted.bytes });
+            }
+            match to {
+                To::Copy(to) => {
+                    // SAFETY: the sender keeps its bytes until we say that they are taken, the receiver's are ours.
+                    unsafe { std::ptr::copy_nonoverlapping(posted.from, to, expected) };
+                    self.taken(peer);
+                }
+                To::Borrow(place) => {
+                    self.borrowed[place] = posted.from;
+                    self.lenders.push(peer);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells a sender that one of its messages is not looked at any more.
+    fn taken(&self, peer: usize) {
+        let sender = &self.doors[peer];
+        sender.open().outstanding -= 1;
+        sender.bell.notify_one();
     }
 
     fn check(inbox: &Inbox) -> Result<(), TransportError> {
@@ -81,37 +147,28 @@ impl Transport for InProcess {
     }
 
     unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError> {
-        self.receives.push((from, to, bytes));
+        self.receives.push(Receive { from, bytes, to: To::Copy(to) });
         Ok(())
     }
 
+    unsafe fn borrow(&mut self, from: usize, _scratch: *mut u8, bytes: usize) -> Result<(), TransportError> {
+        self.receives.push(Receive { from, bytes, to: To::Borrow(self.borrowed.len()) });
+        self.borrowed.push(std::ptr::null());
+        Ok(())
+    }
+
+    fn borrowed(&mut self) -> Result<&[*const u8], TransportError> {
+        self.receive()?;
+        Ok(&self.borrowed)
+    }
+
     fn finish(&mut self) -> Result<(), TransportError> {
-        let door = &self.doors[self.me];
-        while !self.receives.is_empty() {
-            let mut inbox = door.open();
-            let (at, posted) = loop {
-                InProcess::check(&inbox)?;
-                let ready = self.receives.iter().enumerate().find_map(|(i, r)| {
-                    // Messages of a pair stay in order: only its first receive may take one.
-                    let first = self.receives[..i].iter().all(|q| q.0 != r.0);
-                    first.then(|| inbox.messages[r.0].pop_front()).flatten().map(|p| (i, p))
-                });
-                match ready {
-                    Some(found) => break found,
-                    None => inbox = door.bell.wait(inbox).unwrap_or_else(PoisonError::into_inner),
-                }
-            };
-            drop(inbox);
-            let (peer, to, expected) = self.receives.remove(at);
-            if posted.bytes != expected {
-                return Err(TransportError::Disagreement { me: self.me, peer, expected, sent: posted.bytes });
-            }
-            // SAFETY: the sender keeps its bytes until we say that they are taken, the receiver's are ours.
-            unsafe { std::ptr::copy_nonoverlapping(posted.from, to, expected) };
-            let sender = &self.doors[peer];
-            sender.open().outstanding -= 1;
-            sender.bell.notify_one();
+        self.receive()?;
+        self.borrowed.clear();
+        while let Some(peer) = self.lenders.pop() {
+            self.taken(peer);
         }
+        let door = &self.doors[self.me];
         let mut inbox = door.open();
         while inbox.outstanding > 0 {
             InProcess::check(&inbox)?;

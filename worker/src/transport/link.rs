@@ -26,13 +26,32 @@ pub trait Link: Send {
     /// `bytes` bytes are writable.
     unsafe fn read(&mut self, to: *mut u8, bytes: usize) -> Result<usize, TransportError>;
 
-    /// Makes sure that the peer learns of what was written and read.
+    /// Lends a message to the peer instead of writing it: the place to name in its envelope. None if the link has to
+    /// carry the bytes.
+    ///
+    /// # Safety
+    /// As for [`Link::write`].
+    unsafe fn lend(&mut self, _from: *const u8, _bytes: usize) -> Result<Option<u64>, TransportError> {
+        Ok(None)
+    }
+
+    /// Where the bytes lie that the peer lends at that place; None if there are no such bytes. They stay readable while
+    /// the link lives, and are what the peer sent until [`Link::give_back`].
+    fn borrow(&self, _place: u64, _bytes: usize) -> Option<*const u8> {
+        None
+    }
+
+    /// Tells the peer that a message that it has lent is not looked at any more.
+    fn give_back(&mut self) {}
+
+    /// Makes sure that the peer learns of what was written, read and given back.
     fn flush(&mut self);
 
-    /// Whether nothing that was written is still being looked at.
+    /// Whether nothing that was written or lent is still being looked at.
     fn settled(&self) -> bool;
 
-    /// Stops looking at anything that was written, sent or not.
+    /// Stops looking at anything that was written, sent or not. (A peer may still look at what was lent to it, for memory
+    /// that is lent outlives the link.)
     fn release(&mut self);
 
     /// Whether the peer has given up: the device that was the first, and its reason.
@@ -58,16 +77,22 @@ pub struct Envelope {
     pub sequence: u64,
     /// Bytes of the message.
     pub length: u64,
+    /// The place at which the sender lends the bytes; None if they follow.
+    pub lent: Option<u64>,
 }
+
+/// In the place of none.
+const CARRIED: u64 = u64::MAX;
 
 impl Envelope {
     /// Bytes on the wire.
-    pub const BYTES: usize = 24;
+    pub const BYTES: usize = 32;
 
     /// On the wire.
     pub fn encode(self) -> [u8; Envelope::BYTES] {
         let mut out = [0; Envelope::BYTES];
-        for (to, word) in out.chunks_exact_mut(8).zip([self.epoch, self.sequence, self.length]) {
+        let words = [self.epoch, self.sequence, self.length, self.lent.unwrap_or(CARRIED)];
+        for (to, word) in out.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
         out
@@ -80,7 +105,7 @@ impl Envelope {
             word.copy_from_slice(&bytes[i * 8..i * 8 + 8]);
             u64::from_le_bytes(word)
         };
-        Envelope { epoch: word(0), sequence: word(1), length: word(2) }
+        Envelope { epoch: word(0), sequence: word(1), length: word(2), lent: Some(word(3)).filter(|w| *w != CARRIED) }
     }
 }
 
@@ -91,8 +116,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn envelopes_survive_the_wire(epoch: u64, sequence: u64, length: u64) {
-            let envelope = Envelope { epoch, sequence, length };
+        fn envelopes_survive_the_wire(epoch: u64, sequence: u64, length: u64, lent in prop::option::of(0..u64::MAX)) {
+            let envelope = Envelope { epoch, sequence, length, lent };
             prop_assert_eq!(Envelope::decode(&envelope.encode()), envelope);
         }
     }

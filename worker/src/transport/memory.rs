@@ -1,4 +1,6 @@
 //! Memory that processes share: a sealed memfd, mapped.
+//!
+//! [`SharedMemory`] is written by both sides; [`LentMemory`] by the process that made it, and others only look at it.
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -7,27 +9,104 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-/// A mapping. Other processes may write to it at any time: what is read from it is checked before it is used.
+/// Nobody can make the memory smaller under a mapping, which would kill whoever touches it.
+const SIZE_SEALS: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK);
+/// Both sides write; nothing changes about that.
+const SEALS: SealFlags = SIZE_SEALS.union(SealFlags::SEAL);
+/// Nobody can write but through a mapping that is there already.
+const LENT_SEALS: SealFlags = SEALS.union(SealFlags::FUTURE_WRITE);
+
+/// A mapping of a memfd whose size is sealed.
 #[derive(Debug)]
-pub(super) struct SharedMemory {
+struct Mapping {
     at: NonNull<u8>,
     bytes: usize,
 }
 
 // SAFETY: a mapping is plain memory that stays where it is until it is dropped; words are atomics, and the copies are
 // ordered by them.
-unsafe impl Send for SharedMemory {}
+unsafe impl Send for Mapping {}
 // SAFETY: as above.
-unsafe impl Sync for SharedMemory {}
+unsafe impl Sync for Mapping {}
 
-/// Nobody can make the memory smaller under a mapping, which would kill whoever touches it.
-const SEALS: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK).union(SealFlags::SEAL);
+impl Mapping {
+    fn new(fd: &OwnedFd, bytes: usize, access: ProtFlags) -> io::Result<Mapping> {
+        // SAFETY: a new mapping at an address that the kernel picks; its size is sealed, so that it stays readable.
+        let at = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, fd.as_fd(), 0)? };
+        NonNull::new(at.cast()).map(|at| Mapping { at, bytes }).ok_or_else(|| io::Error::other("no address"))
+    }
+
+    /// Where the `bytes` bytes from `offset` on lie; None if they do not all lie in the mapping.
+    fn at(&self, offset: usize, bytes: usize) -> Option<*mut u8> {
+        let inside = offset <= self.bytes && bytes <= self.bytes - offset;
+        // SAFETY: inside the mapping.
+        inside.then(|| unsafe { self.at.as_ptr().add(offset) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this size; whoever borrowed from it is gone.
+        let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), self.bytes) };
+    }
+}
+
+fn memfd(name: &str, bytes: usize) -> io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, bytes as u64)?;
+    Ok(fd)
+}
+
+/// Memory of one process that others on its host may look at.
+#[derive(Debug)]
+pub(crate) struct LentMemory(Mapping);
+
+impl LentMemory {
+    /// New memory, all zeros, for this process to write, and the descriptor to hand to others.
+    ///
+    /// # Errors
+    /// A system that cannot keep others from writing to it.
+    pub fn create(name: &str, bytes: usize) -> io::Result<(LentMemory, OwnedFd)> {
+        let fd = memfd(name, bytes)?;
+        let mapping = Mapping::new(&fd, bytes, ProtFlags::READ | ProtFlags::WRITE)?;
+        rustix::fs::fcntl_add_seals(&fd, LENT_SEALS)?;
+        Ok((LentMemory(mapping), fd))
+    }
+
+    /// What another process made, to look at. It may change at any time, and stays when that process ends.
+    pub fn open(fd: &OwnedFd) -> io::Result<LentMemory> {
+        let bytes = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(io::Error::other)?;
+        if !rustix::fs::fcntl_get_seals(fd)?.contains(SIZE_SEALS) {
+            return Err(io::Error::other("lent memory whose size is not sealed"));
+        }
+        Ok(LentMemory(Mapping::new(fd, bytes, ProtFlags::READ)?))
+    }
+
+    /// Where it begins. Only its maker writes there.
+    pub fn start(&self) -> *mut u8 {
+        self.0.at.as_ptr()
+    }
+
+    /// The offset of bytes that lie in it entirely.
+    pub fn offset_of(&self, from: *const u8, bytes: usize) -> Option<usize> {
+        let offset = from.addr().checked_sub(self.0.at.as_ptr().addr())?;
+        self.0.at(offset, bytes).map(|_| offset)
+    }
+
+    /// Where bytes lie that have a place in it entirely.
+    pub fn at(&self, offset: usize, bytes: usize) -> Option<*const u8> {
+        self.0.at(offset, bytes).map(<*mut u8>::cast_const)
+    }
+}
+
+/// Memory that several processes write: what is read from it is checked before it is used.
+#[derive(Debug)]
+pub(super) struct SharedMemory(Mapping);
 
 impl SharedMemory {
     /// New memory, all zeros, and the descriptor to hand to others.
     pub fn create(name: &str, bytes: usize) -> io::Result<(SharedMemory, OwnedFd)> {
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        rustix::fs::ftruncate(&fd, bytes as u64)?;
+        let fd = memfd(name, bytes)?;
         rustix::fs::fcntl_add_seals(&fd, SEALS)?;
         Ok((SharedMemory::map(&fd, bytes)?, fd))
     }
@@ -45,16 +124,11 @@ impl SharedMemory {
     }
 
     fn map(fd: &OwnedFd, bytes: usize) -> io::Result<SharedMemory> {
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: a new mapping at an address that the kernel picks; its size is sealed, so that it stays readable.
-        let at = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, access, flags, fd.as_fd(), 0)? };
-        NonNull::new(at.cast()).map(|at| SharedMemory { at, bytes }).ok_or_else(|| io::Error::other("no address"))
+        Ok(SharedMemory(Mapping::new(fd, bytes, ProtFlags::READ | ProtFlags::WRITE)?))
     }
 
     fn at(&self, offset: usize, bytes: usize) -> *mut u8 {
-        assert!(offset <= self.bytes && bytes <= self.bytes - offset, "outside the shared memory");
-        // SAFETY: inside the mapping.
-        unsafe { self.at.as_ptr().add(offset) }
+        self.0.at(offset, bytes).expect("inside the shared memory")
     }
 
     /// A word of 32 bits.
@@ -93,13 +167,6 @@ impl SharedMemory {
     }
 }
 
-impl Drop for SharedMemory {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this size; whoever borrowed from it is gone.
-        let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), self.bytes) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,5 +192,35 @@ mod tests {
         let open = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::fs::ftruncate(&open, 4096).unwrap();
         assert!(SharedMemory::open(&open, 4096).unwrap_err().to_string().contains("not sealed"));
+    }
+    #[test]
+    fn lent_memory_is_looked_at_by_others_and_written_by_nobody_else() {
+        let (mine, fd) = LentMemory::create("test", 8192).unwrap();
+        let theirs = LentMemory::open(&fd).unwrap();
+        // SAFETY: both addresses lie in mappings of 8192 bytes.
+        unsafe {
+            mine.start().add(8191).write(7);
+            assert_eq!(theirs.at(8191, 1).unwrap().read(), 7);
+        }
+        assert!(SharedMemory::map(&fd, 8192).is_err(), "no other mapping can write");
+        assert!(rustix::io::pwrite(&fd, &[1], 0).is_err(), "nor can anyone write to the file");
+        drop(mine);
+        // SAFETY: as above.
+        assert_eq!(unsafe { theirs.at(8191, 1).unwrap().read() }, 7, "it stays for those who look at it");
+    }
+
+    #[test]
+    fn places_outside_lent_memory_are_none() {
+        let (lent, _) = LentMemory::create("test", 8192).unwrap();
+        let start = lent.start().cast_const();
+        assert_eq!(lent.offset_of(start.wrapping_add(8000), 192), Some(8000));
+        assert_eq!(lent.at(8000, 192), Some(start.wrapping_add(8000)));
+        for (offset, bytes) in [(8000, 193), (8193, 0), (usize::MAX, 1), (1, usize::MAX)] {
+            assert_eq!(lent.at(offset, bytes), None, "{offset} {bytes}");
+            assert_eq!(lent.offset_of(start.wrapping_add(offset), bytes), None, "{offset} {bytes}");
+        }
+        let open = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&open, 4096).unwrap();
+        assert!(LentMemory::open(&open).unwrap_err().to_string().contains("not sealed"));
     }
 }

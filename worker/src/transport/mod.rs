@@ -13,7 +13,7 @@
 //! | [`ring`] | the link between processes of one host: rings in shared memory |
 //! | [`grpc`] | the link between hosts: a gRPC stream with credits |
 //! | [`bell`] | what a device sleeps on, and the word that ends an epoch |
-//! | `memory` | memory that processes share |
+//! | `memory` | memory that processes share, or lend to be looked at |
 //! | `socket` | messages with file descriptors, between processes that meet |
 
 #[cfg(target_os = "linux")]
@@ -26,7 +26,7 @@ pub mod in_process;
 #[cfg(target_os = "linux")]
 pub mod link;
 #[cfg(target_os = "linux")]
-mod memory;
+pub(crate) mod memory;
 #[cfg(target_os = "linux")]
 pub mod ring;
 #[cfg(target_os = "linux")]
@@ -140,7 +140,18 @@ pub trait Transport: Send {
     /// The bytes stay writable, and nobody else touches them, until [`Transport::finish`] returns.
     unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError>;
 
-    /// Waits until all that was posted is done.
+    /// Posts the receiving of `bytes` bytes from device `from` that are only looked at until [`Transport::finish`]: they
+    /// may stay where the sender has them. `scratch` takes them where they cannot.
+    ///
+    /// # Safety
+    /// As for [`Transport::recv`].
+    unsafe fn borrow(&mut self, from: usize, scratch: *mut u8, bytes: usize) -> Result<(), TransportError>;
+
+    /// Waits until all that was posted with [`Transport::borrow`] is there, and says where each lies, in the order of
+    /// posting. It stays there, readable and unchanged, until [`Transport::finish`] is called.
+    fn borrowed(&mut self) -> Result<&[*const u8], TransportError>;
+
+    /// Gives back what was borrowed, and waits until all that was posted is done.
     fn finish(&mut self) -> Result<(), TransportError>;
 
     /// Tells everyone that this device cannot go on; whoever waits is woken with [`TransportError::Aborted`].

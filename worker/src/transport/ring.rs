@@ -8,14 +8,14 @@
 use super::TransportError;
 use super::bell::Bell;
 use super::link::{Link, PIECE};
-use super::memory::SharedMemory;
+use super::memory::{LentMemory, SharedMemory};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// Bytes of a ring. Measured: from 1 MiB on, a stream of large messages runs at the same speed. Larger rings let a sender
 /// go on before the receiver is there; smaller ones stay in a core's cache, which an all-reduce gains from.
@@ -23,12 +23,20 @@ pub const RING_BYTES: usize = 4 << 20;
 /// The smallest and the largest ring that a peer may ask for.
 pub const RING_LIMITS: std::ops::RangeInclusive<usize> = 4 << 10..=256 << 20;
 
+/// What is shorter is copied and not lent. Measured: below, waiting for the peer to give back costs more than a copy.
+pub const LEND: usize = 64 << 10;
+/// Places that are lent are multiples of it, so that every element of the message is aligned.
+const LEND_ALIGN: usize = 4;
+
 /// A ring's page of control words. Head and tail lie two cache lines apart, for processors fetch lines in pairs.
 const CONTROL: usize = 4096;
 /// Bytes that the producer has put in.
 const HEAD: usize = 0;
-/// Bytes that the consumer has taken out.
+/// Bytes that the consumer has taken out, and loans that it has given back.
 const TAIL: usize = 128;
+const GIVEN_BACK: usize = 136;
+/// 1 while the producer waits for room; on a line of the producer's.
+const WAITS: usize = 8;
 /// 1 once the producer has given up; then the device that gave up first, and the reason's length and bytes.
 const ABORTED: usize = 256;
 const ABORT_DEVICE: usize = 260;
@@ -70,7 +78,7 @@ impl RingMemory {
 
     fn lane(&self, second: bool) -> Lane {
         let control = if second { CONTROL + self.capacity } else { 0 };
-        Lane { memory: self.memory.clone(), control, capacity: self.capacity, mine: 0, theirs: 0 }
+        Lane { memory: self.memory.clone(), control, capacity: self.capacity, mine: 0, theirs: 0, waits: false }
     }
 }
 
@@ -83,6 +91,8 @@ struct Lane {
     mine: u64,
     /// The peer's count, as last read.
     theirs: u64,
+    /// As a producer: there was no room, and the consumer was told that we wait for some.
+    waits: bool,
 }
 
 impl Lane {
@@ -132,6 +142,16 @@ impl Lane {
         if self.room() < wanted {
             self.look_at_tail()?;
         }
+        let waits = wanted > 0 && self.room() == 0;
+        if waits != self.waits {
+            self.waits = waits;
+            self.memory.word32(self.control + WAITS).store(u32::from(waits), Ordering::Relaxed);
+        }
+        if waits {
+            // Either we see what the consumer has taken, or it sees that we wait.
+            fence(Ordering::SeqCst);
+            self.look_at_tail()?;
+        }
         let n = wanted.min(self.room());
         let (at, first) = self.span(n);
         // SAFETY: `n` is at most `bytes`; both parts lie in the ring.
@@ -142,6 +162,12 @@ impl Lane {
         self.mine += n as u64;
         self.memory.word64(self.control + HEAD).store(self.mine, Ordering::Release);
         Ok(n)
+    }
+
+    /// Whether the producer may be waiting for room that the consumer has made.
+    fn producer_waits(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.memory.word32(self.control + WAITS).load(Ordering::Relaxed) != 0
     }
 
     /// Copies up to a piece out.
@@ -163,6 +189,11 @@ impl Lane {
         self.mine += n as u64;
         self.memory.word64(self.control + TAIL).store(self.mine, Ordering::Release);
         Ok(n)
+    }
+
+    /// Loans that the consumer has given back.
+    fn given_back(&self) -> &AtomicU64 {
+        self.memory.word64(self.control + GIVEN_BACK)
     }
 
     /// Leaves the producer's last word.
@@ -201,10 +232,16 @@ pub struct RingLink {
     into: Lane,
     /// The peer's bell.
     bell: Arc<Bell>,
-    /// Bytes moved since the bell was rung last.
+    /// Bytes moved that the peer may wait for, since its bell was rung last.
     unrung: usize,
     /// Closes when the peer's process ends; None between devices of one process.
     socket: Option<UnixStream>,
+    /// What this device lends from and what the peer lends from.
+    mine: Option<Arc<LentMemory>>,
+    theirs: Option<Arc<LentMemory>>,
+    /// Loans to the peer, and by the peer given back.
+    lent: u64,
+    returned: u64,
 }
 
 impl RingLink {
@@ -218,7 +255,13 @@ impl RingLink {
         bell: Arc<Bell>,
         socket: Option<UnixStream>,
     ) -> RingLink {
-        RingLink { me, peer, out: memory.lane(!dialler), into: memory.lane(dialler), bell, unrung: 0, socket }
+        let (out, into) = (memory.lane(!dialler), memory.lane(dialler));
+        RingLink { me, peer, out, into, bell, unrung: 0, socket, mine: None, theirs: None, lent: 0, returned: 0 }
+    }
+
+    /// Lends from this device's memory, which the peer maps, and borrows from the peer's.
+    pub(super) fn lending(self, mine: Option<Arc<LentMemory>>, theirs: Option<Arc<LentMemory>>) -> RingLink {
+        RingLink { mine, theirs, ..self }
     }
 
     fn corrupt(&self, what: String) -> TransportError {
@@ -249,7 +292,9 @@ impl Link for RingLink {
     unsafe fn read(&mut self, to: *mut u8, bytes: usize) -> Result<usize, TransportError> {
         // SAFETY: by this function's contract.
         let n = unsafe { self.into.take(to, bytes) }.map_err(|what| self.corrupt(what))?;
-        self.moved(n);
+        if n > 0 && self.into.producer_waits() {
+            self.moved(n);
+        }
         Ok(n)
     }
 
@@ -260,8 +305,31 @@ impl Link for RingLink {
         }
     }
 
+    unsafe fn lend(&mut self, from: *const u8, bytes: usize) -> Result<Option<u64>, TransportError> {
+        let offset = self.mine.as_ref().filter(|_| bytes >= LEND).and_then(|m| m.offset_of(from, bytes));
+        let Some(offset) = offset.filter(|o| o % LEND_ALIGN == 0) else { return Ok(None) };
+        let given_back = self.out.given_back().load(Ordering::Acquire);
+        if given_back > self.lent {
+            return Err(self.corrupt(format!("{given_back} loans were given back, of {}", self.lent)));
+        }
+        self.lent += 1;
+        Ok(Some(offset as u64))
+    }
+
+    fn borrow(&self, place: u64, bytes: usize) -> Option<*const u8> {
+        let offset = usize::try_from(place).ok().filter(|o| o % LEND_ALIGN == 0)?;
+        self.theirs.as_ref()?.at(offset, bytes)
+    }
+
+    fn give_back(&mut self) {
+        self.returned += 1;
+        self.into.given_back().store(self.returned, Ordering::Release);
+        self.unrung += 1;
+    }
+
     fn settled(&self) -> bool {
-        true
+        // A peer that gives back more than it was lent reads what it should not; the next loan finds out.
+        self.out.given_back().load(Ordering::Acquire) >= self.lent
     }
 
     fn release(&mut self) {}
@@ -303,18 +371,21 @@ mod tests {
 
     const CAPACITY: usize = 4096;
 
-    /// A device's end of a pair of rings, and the memory, for a peer that does with it what it likes.
-    fn end_and_memory() -> (Switchboard, RingMemory) {
+    /// A device's end of a pair of rings, and the memory, for a peer that does with it what it likes. The peer lends from
+    /// memory of a megabyte.
+    fn end_and_memory() -> (Switchboard, RingMemory, Arc<LentMemory>) {
         let (memory, _) = RingMemory::create(CAPACITY).unwrap();
         let bell = Arc::new(Bell::create().unwrap().0);
         let theirs = Arc::new(Bell::create().unwrap().0);
-        let link: Box<dyn Link> = Box::new(RingLink::new(0, 1, &memory, false, theirs, None));
-        (Switchboard::new(0, 7, vec![None, Some(link)], bell, Doom::new(), Duration::ZERO), memory)
+        let lent = Arc::new(LentMemory::create("test", 1 << 20).unwrap().0);
+        let link = RingLink::new(0, 1, &memory, false, theirs, None).lending(None, Some(lent.clone()));
+        let links: Vec<Option<Box<dyn Link>>> = vec![None, Some(Box::new(link))];
+        (Switchboard::new(0, 7, links, bell, Doom::new(), Duration::ZERO), memory, lent)
     }
 
     /// What a hostile peer does to one word of the memory.
     fn attack() -> impl Strategy<Value = (usize, u64)> {
-        let words = [HEAD, TAIL, ABORT_DEVICE / 8 * 8, ABORT_LENGTH, ABORT_REASON];
+        let words = [HEAD, WAITS, TAIL, GIVEN_BACK, ABORT_DEVICE / 8 * 8, ABORT_LENGTH, ABORT_REASON];
         let lanes = [0, CONTROL + CAPACITY];
         let word = (0..words.len(), 0..2usize).prop_map(move |(w, l)| lanes[l] + words[w]);
         let data = (0..CAPACITY / 8).prop_map(|i| CONTROL + i * 8);
@@ -355,8 +426,8 @@ mod tests {
         /// A peer that keeps the counts but writes any envelope is told apart by what is wrong with it.
         #[test]
         fn a_wrong_envelope_is_an_error(epoch in 6..9u64, sequence in 0..3u64, length in prop_oneof![90..110u64, any::<u64>()]) {
-            let (mut end, memory) = end_and_memory();
-            let sent = Envelope { epoch, sequence, length };
+            let (mut end, memory, _) = end_and_memory();
+            let sent = Envelope { epoch, sequence, length, lent: None };
             let bell = Arc::new(Bell::create().unwrap().0);
             let mut peer = RingLink::new(1, 0, &memory, true, bell, None);
             let bytes = [sent.encode().to_vec(), vec![3; 100]].concat();
@@ -368,8 +439,8 @@ mod tests {
                 end.finish()
             };
             let expected = match sent {
-                Envelope { epoch: 7, sequence: 0, length: 100 } => Ok(()),
-                Envelope { epoch: 7, sequence: 0, length } => {
+                Envelope { epoch: 7, sequence: 0, length: 100, .. } => Ok(()),
+                Envelope { epoch: 7, sequence: 0, length, .. } => {
                     Err(TransportError::Disagreement { me: 0, peer: 1, expected: 100, sent: length as usize })
                 }
                 Envelope { epoch: 7, sequence, .. } => {
@@ -382,6 +453,70 @@ mod tests {
                 prop_assert_eq!(end.finish(), expected, "an error stays");
             }
         }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        /// A peer that lends at any place at all lends what it shares, or is found out.
+        #[test]
+        fn a_loan_outside_of_what_is_shared_is_an_error(
+            place in prop_oneof![0..2u64 << 20, 0..u64::MAX],
+            bytes in prop_oneof![Just(0usize), 1..3usize << 20],
+            borrow: bool,
+        ) {
+            let (mut end, memory, lent) = end_and_memory();
+            let envelope = Envelope { epoch: 7, sequence: 0, length: bytes as u64, lent: Some(place) }.encode();
+            let bell = Arc::new(Bell::create().unwrap().0);
+            let mut peer = RingLink::new(1, 0, &memory, true, bell, None);
+            let mut got = vec![0u8; bytes];
+            // SAFETY: envelope and memory outlive the calls.
+            let result = unsafe {
+                peer.write(envelope.as_ptr(), envelope.len()).unwrap();
+                if borrow {
+                    end.borrow(1, got.as_mut_ptr(), bytes).unwrap();
+                    end.borrowed().map(|b| b[0])
+                } else {
+                    end.recv(1, got.as_mut_ptr(), bytes).unwrap();
+                    end.finish().map(|()| lent.at(place as usize, bytes).unwrap_or(got.as_ptr()))
+                }
+            };
+            let shared = usize::try_from(place).ok().filter(|p| p % 4 == 0).and_then(|p| lent.at(p, bytes));
+            match (shared, result) {
+                (Some(at), Ok(found)) => prop_assert_eq!(at, found),
+                (None, Err(TransportError::Corrupt { me: 0, peer: 1, what })) => {
+                    prop_assert_eq!(what, format!("it lends {bytes} bytes at {place}, which it does not share"));
+                }
+                other => prop_assert!(false, "{:?}", other),
+            }
+        }
+    }
+
+    #[test]
+    fn loans_are_given_back_once_and_not_more_often() {
+        let (memory, _) = RingMemory::create(CAPACITY).unwrap();
+        let lent = Arc::new(LentMemory::create("test", 1 << 20).unwrap().0);
+        let bell = || Arc::new(Bell::create().unwrap().0);
+        let mut mine = RingLink::new(0, 1, &memory, false, bell(), None).lending(Some(lent.clone()), None);
+        let mut theirs = RingLink::new(1, 0, &memory, true, bell(), None).lending(None, Some(lent.clone()));
+        let start = lent.start();
+        // SAFETY: the bytes outlive the links.
+        unsafe {
+            assert_eq!(mine.lend(start, LEND - 1).unwrap(), None, "too short");
+            assert_eq!(mine.lend(start.add(1), LEND).unwrap(), None, "elements would not be aligned");
+            assert_eq!(mine.lend([0u8; LEND].as_ptr(), LEND).unwrap(), None, "elsewhere");
+            assert_eq!(mine.lend(start.add(64), LEND).unwrap(), Some(64));
+            assert_eq!(mine.lend(start.add(128), LEND).unwrap(), Some(128));
+        }
+        assert_eq!(theirs.borrow(64, LEND), Some(start.wrapping_add(64).cast_const()));
+        theirs.give_back();
+        assert!(!mine.settled());
+        theirs.give_back();
+        assert!(mine.settled());
+        theirs.give_back();
+        // SAFETY: as above.
+        let found = unsafe { mine.lend(start, LEND) }.unwrap_err();
+        assert!(found.to_string().contains("3 loans were given back, of 2"), "{found}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 /// Descriptors that a message carries at the most.
-const DESCRIPTORS: usize = 2;
+const DESCRIPTORS: usize = 3;
 /// The longest message.
 const LONGEST: usize = 4096;
 

@@ -2,7 +2,9 @@
 //!
 //! Every message is preceded by an [`Envelope`], and the receiver knows what must stand in it. [`Transport::finish`]
 //! goes round the links and moves on each what can be moved now, so that no order of messages between peers can block
-//! another; when nothing moves on any of them, it sleeps on the device's bell.
+//! another; when nothing moves on any of them, it sleeps on the device's bell. A link may lend a message instead of
+//! carrying it: then only its envelope is on the way, the receiver reads the bytes where they lie, and the message is
+//! done when the receiver has given it back.
 
 use super::bell::{Bell, Doom};
 use super::link::{Envelope, Link, PIECE};
@@ -24,7 +26,8 @@ const TURN: usize = 4 * PIECE;
 /// One device's end, over one link a peer.
 ///
 /// Once a call has failed or [`Transport::abort`] has returned, no posted memory is looked at any more, and all that
-/// comes later fails as well: a new epoch gets a new switchboard.
+/// comes later fails as well: a new epoch gets a new switchboard. Only a peer to whom bytes of this device's arena are
+/// lent may still read them. The arena stays for it, and as it is: after a failure no more steps run on the device.
 pub struct Switchboard {
     me: usize,
     bell: Arc<Bell>,
@@ -32,6 +35,8 @@ pub struct Switchboard {
     spin: Duration,
     /// By device; None for this one.
     ports: Vec<Option<Port>>,
+    /// Where what is borrowed lies, once it is there.
+    borrowed: Places,
     /// Why nothing can be moved any more.
     broken: Option<TransportError>,
 }
@@ -55,8 +60,33 @@ struct Port {
     epoch: u64,
     link: Box<dyn Link>,
     out: Lane<*const u8>,
-    into: Lane<*mut u8>,
+    into: Lane<Destination>,
+    /// Posted messages that are to be borrowed and not there yet.
+    awaited: usize,
+    /// Borrowed messages to be given back.
+    held: usize,
 }
+
+/// Where a message goes.
+#[derive(Clone, Copy)]
+struct Destination {
+    to: *mut u8,
+    /// The message need not go there if it can be read elsewhere: its place in the list of what is borrowed.
+    borrow: Option<usize>,
+}
+
+/// How long to go on moving.
+#[derive(Clone, Copy)]
+enum Until {
+    /// Whatever is borrowed is there.
+    Borrowed,
+    /// All that was posted is done.
+    Done,
+}
+
+struct Places(Vec<*const u8>);
+// SAFETY: as for `Lane`.
+unsafe impl Send for Places {}
 
 /// Messages in one direction.
 struct Lane<P> {
@@ -68,6 +98,8 @@ struct Lane<P> {
     envelope: [u8; Envelope::BYTES],
     /// Bytes of the first posted message that have passed, its envelope's first.
     passed: usize,
+    /// Where the first posted message lies if it is lent; None if the link carries it.
+    lent: Option<*const u8>,
 }
 
 // SAFETY: the pointers are used by the thread that posted them only, between posting and `finish`.
@@ -75,32 +107,37 @@ unsafe impl<P> Send for Lane<P> {}
 
 impl<P> Lane<P> {
     fn new() -> Lane<P> {
-        Lane { posted: VecDeque::with_capacity(QUEUE), sequence: 0, envelope: [0; Envelope::BYTES], passed: 0 }
+        let posted = VecDeque::with_capacity(QUEUE);
+        Lane { posted, sequence: 0, envelope: [0; Envelope::BYTES], passed: 0, lent: None }
     }
 
-    /// Counts `n` bytes more of the first message, which has `bytes` bytes; goes on to the next after its last.
-    fn pass(&mut self, n: usize, bytes: usize) {
-        self.passed += n;
-        if self.passed == Envelope::BYTES + bytes {
-            self.posted.pop_front();
-            self.sequence += 1;
-            self.passed = 0;
-        }
+    /// Goes on to the next message.
+    fn next(&mut self) {
+        self.posted.pop_front();
+        self.sequence += 1;
+        self.passed = 0;
+        self.lent = None;
     }
 }
 
 impl Port {
-    fn done(&self) -> bool {
-        self.out.posted.is_empty() && self.into.posted.is_empty() && self.link.settled()
+    fn done(&self, until: Until) -> bool {
+        match until {
+            Until::Borrowed => self.awaited == 0,
+            Until::Done => self.out.posted.is_empty() && self.into.posted.is_empty() && self.link.settled(),
+        }
     }
 
     /// Writes what there is room for, up to a turn's bytes; whether anything moved.
     fn write(&mut self) -> Result<bool, TransportError> {
         let (lane, mut moved) = (&mut self.out, 0);
         while let Some(&(from, bytes)) = lane.posted.front() {
-            if lane.passed == 0 {
-                let envelope = Envelope { epoch: self.epoch, sequence: lane.sequence, length: bytes as u64 };
-                lane.envelope = envelope.encode();
+            if lane.passed == 0 && lane.lent.is_none() {
+                // SAFETY: the bytes stay readable by the contract of `Transport::send`.
+                let lent = unsafe { self.link.lend(from, bytes)? };
+                lane.lent = lent.map(|_| from);
+                let (epoch, sequence, length) = (self.epoch, lane.sequence, bytes as u64);
+                lane.envelope = Envelope { epoch, sequence, length, lent }.encode();
             }
             // SAFETY: the rest of the envelope, which lies in the port and is copied by the link, or of the message,
             // which stays readable by the contract of `Transport::send`.
@@ -111,7 +148,11 @@ impl Port {
                 }
             };
             moved += n;
-            lane.pass(n, bytes);
+            lane.passed += n;
+            let carried = if lane.lent.is_some() { 0 } else { bytes };
+            if lane.passed == Envelope::BYTES + carried {
+                lane.next();
+            }
             if n == 0 || moved >= TURN {
                 break;
             }
@@ -119,27 +160,51 @@ impl Port {
         Ok(moved > 0)
     }
 
-    /// Reads what is there, up to a turn's bytes; whether anything moved.
-    fn read(&mut self) -> Result<bool, TransportError> {
+    /// Reads what is there, up to a turn's bytes; whether anything moved. Says in `borrowed` where things lie.
+    fn read(&mut self, borrowed: &mut [*const u8]) -> Result<bool, TransportError> {
         let (lane, mut moved) = (&mut self.into, 0);
-        while let Some(&(to, bytes)) = lane.posted.front() {
+        while let Some(&(Destination { to, borrow }, bytes)) = lane.posted.front() {
             // SAFETY: never more than is left of the envelope, or of the message's own memory, which stays writable by
             // the contract of `Transport::recv`.
             let n = unsafe {
-                match lane.passed.checked_sub(Envelope::BYTES) {
-                    None => {
+                match (lane.passed.checked_sub(Envelope::BYTES), lane.lent) {
+                    (None, _) => {
                         let left = &mut lane.envelope[lane.passed..];
                         self.link.read(left.as_mut_ptr(), left.len())?
                     }
-                    Some(at) => self.link.read(to.add(at), bytes - at)?,
+                    (Some(at), None) => self.link.read(to.add(at), bytes - at)?,
+                    (Some(at), Some(_)) if borrow.is_some() => bytes - at,
+                    (Some(at), Some(from)) => {
+                        let n = (bytes - at).min(TURN);
+                        std::ptr::copy_nonoverlapping(from.add(at), to.add(at), n);
+                        n
+                    }
                 }
             };
             moved += n;
             if lane.passed < Envelope::BYTES && lane.passed + n == Envelope::BYTES {
-                let expected = Envelope { epoch: self.epoch, sequence: lane.sequence, length: bytes as u64 };
-                check(self.me, self.peer, expected, Envelope::decode(&lane.envelope))?;
+                let sent = Envelope::decode(&lane.envelope);
+                let (epoch, sequence, length, lent) = (self.epoch, lane.sequence, bytes as u64, sent.lent);
+                check(self.me, self.peer, Envelope { epoch, sequence, length, lent }, sent)?;
+                if let Some(place) = lent {
+                    let what = || format!("it lends {bytes} bytes at {place}, which it does not share");
+                    let nowhere = || TransportError::Corrupt { me: self.me, peer: self.peer, what: what() };
+                    lane.lent = Some(self.link.borrow(place, bytes).ok_or_else(nowhere)?);
+                }
             }
-            lane.pass(n, bytes);
+            lane.passed += n;
+            if lane.passed == Envelope::BYTES + bytes {
+                match (borrow, lane.lent) {
+                    (Some(i), lent) => {
+                        borrowed[i] = lent.unwrap_or(to);
+                        self.awaited -= 1;
+                        self.held += usize::from(lent.is_some());
+                    }
+                    (None, Some(_)) => self.link.give_back(),
+                    (None, None) => {}
+                }
+                lane.next();
+            }
             if n == 0 || moved >= TURN {
                 break;
             }
@@ -148,13 +213,21 @@ impl Port {
     }
 
     /// Moves what can be moved now; whether that was anything.
-    fn progress(&mut self) -> Result<bool, TransportError> {
+    fn progress(&mut self, borrowed: &mut [*const u8]) -> Result<bool, TransportError> {
         let written = self.write()?;
-        let read = self.read()?;
+        let read = self.read(borrowed)?;
         if written || read {
             self.link.flush();
         }
         Ok(written || read)
+    }
+
+    /// Gives back what is borrowed.
+    fn give_back(&mut self) {
+        if self.held > 0 {
+            (0..std::mem::take(&mut self.held)).for_each(|_| self.link.give_back());
+            self.link.flush();
+        }
     }
 }
 
@@ -186,10 +259,12 @@ impl Switchboard {
     ) -> Switchboard {
         doom.attach(&bell);
         let port = |(peer, link): (usize, Option<Box<dyn Link>>)| {
-            link.map(|link| Port { me, peer, epoch, link, out: Lane::new(), into: Lane::new() })
+            let (out, into) = (Lane::new(), Lane::new());
+            link.map(|link| Port { me, peer, epoch, link, out, into, awaited: 0, held: 0 })
         };
-        let ports = links.into_iter().enumerate().map(port).collect();
-        Switchboard { me, bell, doom, spin, ports, broken: None }
+        let ports: Vec<_> = links.into_iter().enumerate().map(port).collect();
+        let borrowed = Places(Vec::with_capacity(QUEUE * ports.len()));
+        Switchboard { me, bell, doom, spin, ports, borrowed, broken: None }
     }
 
     /// The device.
@@ -220,7 +295,10 @@ impl Switchboard {
 
     /// Forgets everything that was posted: after this, no link looks at anybody's memory.
     fn clear(&mut self) {
+        self.borrowed.0.clear();
         for port in self.ports.iter_mut().flatten() {
+            // Not given back: the lender is to hear that we have failed, not that all is well.
+            (port.awaited, port.held) = (0, 0);
             port.link.release();
             port.out.posted.clear();
             port.into.posted.clear();
@@ -236,15 +314,16 @@ impl Switchboard {
         result
     }
 
-    fn move_all(&mut self) -> Result<(), TransportError> {
+    fn move_all(&mut self, until: Until) -> Result<(), TransportError> {
         self.healthy()?;
         let mut watched: Option<Instant> = None;
         loop {
             let seen = self.bell.rings();
             let (mut moved, mut done) = (false, true);
-            for port in self.ports.iter_mut().flatten().filter(|p| !p.done()) {
-                moved |= port.progress()?;
-                done &= port.done();
+            // Also what we do not wait for: a peer may, and what we wait for may depend on it.
+            for port in self.ports.iter_mut().flatten().filter(|p| !p.done(Until::Done)) {
+                moved |= port.progress(&mut self.borrowed.0)?;
+                done &= port.done(until);
             }
             if done {
                 return Ok(());
@@ -255,7 +334,7 @@ impl Switchboard {
             self.healthy()?;
             let now = Instant::now();
             if watched.is_some_and(|t| now - t >= WATCH) {
-                self.watch()?;
+                self.watch(until)?;
                 watched = None;
             }
             watched.get_or_insert(now);
@@ -264,12 +343,12 @@ impl Switchboard {
     }
 
     /// Looks whether those that we wait for are still there.
-    fn watch(&mut self) -> Result<(), TransportError> {
+    fn watch(&mut self, until: Until) -> Result<(), TransportError> {
         let me = self.me;
-        for port in self.ports.iter_mut().flatten().filter(|p| !p.done()) {
+        for port in self.ports.iter_mut().flatten().filter(|p| !p.done(until)) {
             // What it had sent before it went still counts.
             if let Some(detail) = port.link.lost()
-                && !port.progress()?
+                && !port.progress(&mut self.borrowed.0)?
             {
                 return Err(TransportError::Lost { me, peer: port.peer, detail });
             }
@@ -292,12 +371,35 @@ impl Transport for Switchboard {
     }
 
     unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError> {
+        let to = Destination { to, borrow: None };
         let posted = self.port(from).map(|port| port.into.posted.push_back((to, bytes)));
         self.kept(posted)
     }
 
+    unsafe fn borrow(&mut self, from: usize, scratch: *mut u8, bytes: usize) -> Result<(), TransportError> {
+        let to = Destination { to: scratch, borrow: Some(self.borrowed.0.len()) };
+        let posted = self.port(from).map(|port| {
+            port.into.posted.push_back((to, bytes));
+            port.awaited += 1;
+        });
+        self.borrowed.0.push(std::ptr::null());
+        self.kept(posted)
+    }
+
+    fn borrowed(&mut self) -> Result<&[*const u8], TransportError> {
+        let moved = self.move_all(Until::Borrowed);
+        self.kept(moved)?;
+        Ok(&self.borrowed.0)
+    }
+
     fn finish(&mut self) -> Result<(), TransportError> {
-        let moved = self.move_all();
+        let mut moved = Ok(());
+        if self.ports.iter().flatten().any(|p| p.awaited > 0) {
+            moved = self.move_all(Until::Borrowed);
+        }
+        self.borrowed.0.clear();
+        self.ports.iter_mut().flatten().for_each(Port::give_back);
+        let moved = moved.and_then(|()| self.move_all(Until::Done));
         self.kept(moved)
     }
 
