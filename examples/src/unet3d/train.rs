@@ -210,12 +210,19 @@ impl Task {
         Ok(Scan::load(&self.config, |text| eprintln!("{text}"))?)
     }
 
-    /// Sets a session's variables to the newest good checkpoint of the run.
-    fn restore(&self, session: &mut Session) -> Result<Restored, Failed> {
+    /// Sets a session's variables to the newest good checkpoint of the run; None for a run that has begun and not written
+    /// one yet.
+    fn restore(&self, session: &mut Session) -> Result<Option<Restored>, Failed> {
         let restored = session.restore();
         session.notes().iter().for_each(|note| eprintln!("{note}"));
-        let none = || Failure::Checkpoint(format!("C0004: there is no good checkpoint in {}", self.out.display()));
-        Ok(restored?.ok_or_else(none)?)
+        match restored? {
+            None if !self.out.join(CONFIG_FILE).exists() => Err(self.none_good()),
+            restored => Ok(restored),
+        }
+    }
+
+    fn none_good(&self) -> Failed {
+        Failure::Checkpoint(format!("C0004: there is no good checkpoint in {}", self.out.display())).into()
     }
 
     /// Whether there is any checkpoint.
@@ -318,8 +325,7 @@ pub fn train(task: &Task) -> Result<(), Failed> {
     eprintln!("memory   {} at most on a device\nrun      {}", bytes(most), task.out.display());
     let config = serde_json::to_value(c).unwrap_or_default();
     let mut at = Position { step: 0, samples: 0, config };
-    if task.resume {
-        let Restored { folder, position } = task.restore(session)?;
+    if task.resume && let Some(Restored { folder, position }) = task.restore(session)? {
         eprintln!("resumed from {folder} with {} steps done", position.step);
         let changed = c.changes(&position.config);
         if !changed.is_empty() {
@@ -489,7 +495,7 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     let mut running = task.session(model::eval_program(&shape(&outline), &task.config)?, &options)?;
     let session = &mut running.session;
     eprint!("{}", introduction(&task.config, &outline, &options, session.program().parameters()));
-    let Restored { folder, position } = task.restore(session)?;
+    let Restored { folder, position } = task.restore(session)?.ok_or_else(|| task.none_good())?;
     eprintln!("checkpoint {folder} of {} steps", position.step);
     judge(task, &scan, session)
 }
