@@ -266,7 +266,7 @@ fn where_none_takes_a_workers_place_the_mesh_shrinks_and_grows_again() {
     let place = Place::new();
     let whole = undisturbed(&place);
     let mut mesh = Mesh::start(&place);
-    let mut run = mesh.train("run", "--shrink --steps 60");
+    let mut run = mesh.train("run", "--shrink --set steps=60");
     wait_for_steps(&place, "run", 6);
     mesh.workers[1].signal("KILL");
     let begun = Instant::now();

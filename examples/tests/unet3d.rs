@@ -395,7 +395,7 @@ fn help_tells_options_examples_and_exit_codes() {
 #[test]
 fn worker_processes_give_the_bits_of_one_process_by_either_transport() {
     let dir = tempfile::tempdir().unwrap();
-    let small = ["--data", "phantom", "--crop", "24x21x19", "--base", "4", "--steps", "4", "--dropout", "0.2"];
+    let small = ["--data", "phantom", "--crop", "24x21x19", "--base", "4", "--steps", "20", "--dropout", "0.2"];
     let hash = |name: &str, more: &[&str]| {
         let out = dir.path().join(name);
         let mut args = vec!["train", "--mesh", "x=2,y=2", "--out", out.to_str().unwrap()];
@@ -412,9 +412,11 @@ fn worker_processes_give_the_bits_of_one_process_by_either_transport() {
         (losses, rows[rows.len() - 1]["variables_hash"].to_string())
     };
     let here = hash("here", &[]);
-    assert_eq!(here.0.len(), 4);
+    assert_eq!(here.0.len(), 20);
     assert_eq!(hash("rings", &["--workers", "4"]), here);
-    assert_eq!(hash("grpc", &["--workers", "2", "--transport", "grpc"]), here);
+    assert_eq!(hash("grpc", &["--workers", "4", "--transport", "grpc"]), here);
+    assert_eq!(hash("pairs", &["--workers", "2"]), here);
+    assert_eq!(hash("grpc-pairs", &["--workers", "2", "--transport", "grpc"]), here);
 }
 
 #[test]
