@@ -147,7 +147,7 @@ fn go<R: Run>(
         run.step(session, at)?;
         at.step += 1;
         session.notes().iter().for_each(|n| run.note(n));
-        let due = schedule.checkpoint_every > 0 && at.step % schedule.checkpoint_every == 0;
+        let due = schedule.checkpoint_every > 0 && at.step.is_multiple_of(schedule.checkpoint_every);
         let stop = interrupt::asked();
         let regroup = session.regroup() && writes;
         if writes && *saved != Some(at.step) && (due || stop || regroup || at.step == schedule.steps) {

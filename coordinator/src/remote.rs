@@ -189,7 +189,7 @@ impl Remote {
     /// A result of a function, or a variable (of no function).
     pub fn fetch(&self, function: &str, name: &str) -> Result<Array, Failure> {
         let (request, mut client) = (self.name(function, name), self.client.clone());
-        let found = self.call(async {
+        self.call(async {
             let mut stream = client.fetch(request).await?.into_inner();
             let mut assembler = Assembler::default();
             while let Some(part) = stream.next().await {
@@ -198,8 +198,7 @@ impl Remote {
                 }
             }
             Err(Status::unavailable(format!("`{name}` came cut short")))
-        });
-        found
+        })
     }
 
     /// Sets a variable.

@@ -121,7 +121,7 @@ fn no_flipped_bit_is_ever_loaded() {
     let mut state = 7u64;
     let mut draw = |n: usize| {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((state >> 33) * n as u64 >> 31) as usize
+        (((state >> 33) * n as u64) >> 31) as usize
     };
     for flip in 0..500 {
         let path = &files[draw(files.len())];
