@@ -28,6 +28,7 @@ use worker::access::{METHODS, allowed};
 use worker::node::{self, NodeOptions};
 use worker::service::Offer;
 use worker::tls::{Role, Tls};
+use worker::transport::connector;
 
 /// Methods that are no part of an epoch, and why. All others refuse one that has passed.
 const OUTSIDE_EPOCHS: &[(&str, &str)] = &[
@@ -261,8 +262,9 @@ fn value(field: &FieldDescriptor, epoch: u64) -> Value {
     let text = |s: &str| Value::String(s.into());
     match (field.name(), field.kind()) {
         ("epoch", _) => Value::U64(epoch),
+        ("protocol", _) if field.parent_message().name() == "Hello" => Value::U32(connector::PROTOCOL),
         ("protocol", _) => Value::U32(node::PROTOCOL),
-        ("build", _) => text(&worker::transport::connector::Version::default().build),
+        ("build", _) => text(&connector::Version::default().build),
         ("job", _) => text("session"),
         ("worker", _) => Value::U64(1),
         ("devices", Kind::Uint32) => Value::U32(1),
