@@ -28,6 +28,9 @@ use worker::node::{MESSAGE_BYTES, PROTOCOL, endpoint};
 use worker::store::Store;
 use worker::tls::{Role, Tls};
 
+/// The highest epoch that is believed: what others say must not make it wrap around.
+const EPOCHS: u64 = u64::MAX / 2;
+
 /// How the coordinator runs.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
@@ -110,7 +113,7 @@ impl State {
 
     /// Raises the epoch above all that was seen.
     pub fn raise(&mut self, seen: u64) -> u64 {
-        self.epoch = self.epoch.max(seen) + 1;
+        self.epoch = self.epoch.max(seen.min(EPOCHS)) + 1;
         self.record(Event::Epoch { epoch: self.epoch });
         self.epoch
     }
@@ -327,7 +330,7 @@ impl membership_server::Membership for Coordinator {
             tracing::info!("worker {id} at {} joins with {} devices", hello.address, hello.devices);
             state.record(Event::Joined { worker: id, address: hello.address.clone(), devices: hello.devices });
             // It may have served another coordinator, or this one before it forgot.
-            state.epoch = state.epoch.max(hello.epoch.min(u64::MAX / 2));
+            state.epoch = state.epoch.max(hello.epoch.min(EPOCHS));
             let member = Member { hello, client, heard: Instant::now(), leaving: None, directives: send.clone() };
             state.members.insert(id, member);
             id
