@@ -20,7 +20,7 @@ fn seeds() -> Vec<Vec<u8>> {
     ];
     let frames = kinds.map(|kind| Frame { kind: Some(kind) }.encode_to_vec()).map(|b| [&[0][..], &b].concat());
     let answer = Answer { kind: Some(answer::Kind::Refusal("device 3 is not here".into())) };
-    let envelope = Envelope { epoch: 3, sequence: 9, length: 1 << 20 };
+    let envelope = Envelope { epoch: 3, sequence: 9, length: 1 << 20, lent: Some(1 << 16) };
     let mut all = Vec::from(frames);
     all.push([&[1][..], &hello.encode_to_vec()].concat());
     all.push([&[2][..], &answer.encode_to_vec()].concat());
