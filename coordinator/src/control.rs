@@ -15,10 +15,13 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{StreamExt, iter};
 use tonic::{Request, Response, Status, Streaming};
+use worker::recorder::now_ns;
 use worker::wire::{self, Assembler};
 
 /// Shortest time between two reports to one who watches.
 const WATCH: Duration = Duration::from_millis(200);
+/// How long workers have to tell what their devices did.
+const EVENTS_WITHIN: Duration = Duration::from_secs(10);
 /// Results of one number that are remembered for those who watch.
 const RESULTS: usize = 64;
 
@@ -57,8 +60,8 @@ impl Coordinator {
     }
 
     /// An answer, with what is to be said besides.
-    fn noted(&self, session: &Active) -> Reply<Noted> {
-        Ok(Response::new(Noted { notes: session.notes(), regroup: self.regroup(session) }))
+    fn noted(&self, session: &Active) -> Noted {
+        Noted { notes: session.notes(), regroup: self.regroup(session), communicate_ns: 0 }
     }
 }
 
@@ -109,14 +112,14 @@ impl control_server::Control for Coordinator {
     async fn step(&self, request: Request<control::StepRequest>) -> Reply<Noted> {
         let r = request.into_inner();
         let session = self.session(r.epoch)?;
-        self.everywhere(&session, |mut client, _| {
+        let ran = self.everywhere(&session, |mut client, _| {
             let r = r.clone();
-            async move { client.run(r).await }
-        })
-        .await?;
+            async move { client.run(r).await.map(|ran| ran.into_inner().communicate_ns) }
+        });
+        let communicate_ns = ran.await?.into_iter().max().unwrap_or(0);
         session.steps.fetch_add(1, Ordering::Relaxed);
         self.changed();
-        self.noted(&session)
+        Ok(Response::new(Noted { communicate_ns, ..self.noted(&session) }))
     }
 
     type FetchStream = Sent<ArrayPart>;
@@ -142,13 +145,13 @@ impl control_server::Control for Coordinator {
         let config = serde_json::from_slice(&r.config);
         let config = config.map_err(|e| invalid(format!("C0026: the configuration is no JSON: {e}")))?;
         self.checkpoint(&session, Position { step: r.step, samples: r.samples, config }).await?;
-        self.noted(&session)
+        Ok(Response::new(self.noted(&session)))
     }
 
     async fn settle(&self, request: Request<SessionName>) -> Reply<Noted> {
         let session = self.session(request.into_inner().epoch)?;
         self.settle(&session).await?;
-        self.noted(&session)
+        Ok(Response::new(self.noted(&session)))
     }
 
     async fn restore(&self, request: Request<SessionName>) -> Reply<control::Restored> {
@@ -163,6 +166,18 @@ impl control_server::Control for Coordinator {
             .everywhere(&session, |mut client, _| async move { client.memory(r).await.map(|m| m.into_inner().devices) })
             .await?;
         Ok(Response::new(control::MemoryReply { devices: replies.into_iter().flatten().collect() }))
+    }
+
+    type EventsStream = Sent<control::DeviceEvents>;
+
+    async fn events(&self, request: Request<control::EventsRequest>) -> Reply<Sent<control::DeviceEvents>> {
+        let begun = now_ns();
+        let session = self.session(request.into_inner().epoch)?;
+        let mut parts = self.gather_events(&session, EVENTS_WITHIN).await;
+        // The caller takes it for the middle of its call.
+        let now = begun + (now_ns() - begun) / 2;
+        parts.iter_mut().for_each(|p| p.now_ns = now);
+        Ok(Response::new(Box::pin(iter(parts.into_iter().map(Ok)))))
     }
 
     async fn status(&self, _: Request<control::StatusRequest>) -> Reply<StatusReply> {

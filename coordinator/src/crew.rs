@@ -3,6 +3,7 @@
 use crate::checkpoint::{Catalogue, Entry, Position, manifest};
 use crate::journal::Event;
 use crate::keeper::not_written;
+use crate::recorder;
 use crate::server::{Coordinator, invalid};
 use mesh::dim::Name;
 use mesh::layout::Mesh;
@@ -41,6 +42,8 @@ pub(crate) struct Active {
     pub catalogue: Option<Catalogue>,
     /// What the model program is to be told.
     notes: Mutex<Vec<String>>,
+    /// Held while it is stopped.
+    stopping: tokio::sync::Mutex<()>,
     /// The checkpoint that is being written; held while one is begun.
     pub writing: tokio::sync::Mutex<Option<tokio::task::JoinHandle<Result<(), String>>>>,
 }
@@ -95,8 +98,26 @@ fn smaller(mesh: &Mesh, devices: usize) -> Vec<Mesh> {
 }
 
 impl Coordinator {
-    /// Stops a session's devices, so that none waits for another, and raises the epoch.
+    /// Stops a session that cannot go on, and says with the reason which device kept the others waiting.
     pub(crate) async fn stop(&self, session: &Active, reason: &str) {
+        // Whoever comes second finds it stopped.
+        let _stopping = session.stopping.lock().await;
+        if self.session(session.epoch).is_err() {
+            return;
+        }
+        // What hangs is seen only for as long as it hangs.
+        let flights = self.flights(session).await;
+        let reason = match recorder::verdict(&flights) {
+            Some(verdict) => format!("{reason}; {verdict}"),
+            None => reason.into(),
+        };
+        tracing::warn!(epoch = session.epoch, "the session stops: {reason}");
+        self.halt(session, &reason).await;
+        self.keep(session.epoch, flights).await;
+    }
+
+    /// Stops a session's devices, so that none waits for another, and raises the epoch.
+    async fn halt(&self, session: &Active, reason: &str) {
         let (epoch, clients) = {
             let mut state = self.state();
             if state.session.as_ref().is_none_or(|s| s.epoch != session.epoch) || state.failed.is_some() {
@@ -317,6 +338,7 @@ impl Coordinator {
                 steps: AtomicU64::new(0),
                 catalogue,
                 notes: Mutex::default(),
+                stopping: tokio::sync::Mutex::default(),
                 writing: tokio::sync::Mutex::default(),
             });
             (state.session, state.failed) = (Some(session.clone()), None);
@@ -367,7 +389,7 @@ impl Coordinator {
 
     /// Ends a session: its devices are stopped and free for another.
     pub(crate) async fn close(&self, session: &Arc<Active>) {
-        self.stop(session, "the session is closed").await;
+        self.halt(session, "the session is closed").await;
         {
             let mut state = self.state();
             if state.session.as_ref().is_some_and(|s| s.epoch == session.epoch) {
@@ -533,7 +555,9 @@ async fn join(writing: &mut Option<tokio::task::JoinHandle<Result<(), String>>>)
 }
 
 /// Runs what blocks on a thread of its own.
-async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Result<T, Status> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    f: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
     tokio::task::spawn_blocking(f).await.unwrap_or_else(|e| Err(Status::internal(e.to_string())))
 }
 

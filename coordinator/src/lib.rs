@@ -9,6 +9,7 @@
 //! | `remote` | the client's side of a session on workers |
 //! | [`server`] | the coordinator: knows which workers there are |
 //! | `crew` | the coordinator's side of a session: its workers, and what they are asked to do together |
+//! | [`recorder`] | who kept whom waiting, and traces: made of what the devices did last |
 //! | `control` | what model programs and operators call |
 //! | [`journal`] | what a coordinator remembers when it is started again |
 //! | [`certs`] | a cluster's certificates: an authority of its own, a role each |
@@ -27,6 +28,7 @@ pub mod interrupt;
 pub mod journal;
 mod keeper;
 pub mod launch;
+pub mod recorder;
 mod remote;
 pub mod server;
 pub mod session;

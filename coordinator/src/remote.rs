@@ -2,6 +2,7 @@
 
 use crate::checkpoint::{Position, Restored};
 use crate::error::Failure;
+use crate::recorder::collect;
 use crate::session::{Options, Peak};
 use mesh::array::Array;
 use mesh::layout::Mesh;
@@ -9,8 +10,8 @@ use mesh::plan::ProgramPlan;
 use mesh::program::Program;
 use mesh::region::Region;
 use proto::control::{
-    ArrayName, ArrayPart, CheckpointRequest, Noted, OpenPart, Opened, SessionName, Settings, StepRequest,
-    control_client::ControlClient, open_part,
+    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, EventsRequest, Noted, OpenPart, Opened, SessionName,
+    Settings, StepRequest, control_client::ControlClient, open_part,
 };
 use std::cell::RefCell;
 use std::future::Future;
@@ -19,6 +20,7 @@ use tokio_stream::{StreamExt, iter};
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status, Streaming};
 use worker::node::{MESSAGE_BYTES, endpoint};
+use worker::recorder::now_ns;
 use worker::tls::{self, Role};
 use worker::wire::{self, Assembler};
 
@@ -43,6 +45,7 @@ pub(crate) struct Remote {
 struct Heard {
     notes: Vec<String>,
     regroup: bool,
+    communicated_ns: u64,
     lost: Option<String>,
 }
 
@@ -183,7 +186,10 @@ impl Remote {
     /// Runs a function.
     pub fn step(&mut self, function: &str, step: u32) -> Result<(), Failure> {
         let request = StepRequest { epoch: self.epoch, function: function.into(), step };
-        self.call(self.client.clone().step(request)).map(|reply| self.note(reply))
+        let reply = self.call(self.client.clone().step(request))?;
+        self.heard.borrow_mut().communicated_ns = reply.get_ref().communicate_ns;
+        self.note(reply);
+        Ok(())
     }
 
     /// A result of a function, or a variable (of no function).
@@ -230,6 +236,22 @@ impl Remote {
         let config = serde_json::from_slice(&reply.config).unwrap_or_default();
         let position = Position { step: reply.step, samples: reply.samples, config };
         Ok(Some(Restored { folder: reply.folder, position }))
+    }
+
+    /// Nanoseconds of the last step in which the device that communicated longest did so.
+    pub fn communicated_ns(&self) -> u64 {
+        self.heard.borrow().communicated_ns
+    }
+
+    /// What the devices did last, on this process's clock.
+    pub fn events(&self) -> Result<Vec<DeviceEvents>, Failure> {
+        let (request, mut client) = (EventsRequest { epoch: self.epoch }, self.client.clone());
+        let mut events = self.call(async {
+            let asked = now_ns();
+            collect(client.events(request).await?.into_inner(), asked).await
+        })?;
+        events.sort_by_key(|e| e.device);
+        Ok(events)
     }
 
     /// Predicted and measured memory, by device.

@@ -10,6 +10,7 @@ use mesh::error::nearest;
 use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
+use proto::control::DeviceEvents;
 use std::time::{Duration, Instant};
 use worker::group::DeviceGroup;
 use worker::kernels::kernel::CpuBackend;
@@ -395,11 +396,31 @@ impl Session {
         }
     }
 
-    /// Seconds spent by device 0 in the steps of each op and scope since the last call; measures from the first call on.
+    /// What each device did last ([`worker::recorder`]), on one clock: by device, oldest first; several messages for a
+    /// device with many events. Can be asked between steps, and tells of the last four at the least.
+    ///
+    /// # Errors
+    /// A session that is lost.
+    pub fn events(&self) -> Result<Vec<DeviceEvents>, Failure> {
+        match &self.engine {
+            Engine::Embedded(mesh, _) => Ok(mesh.recorders().iter().flat_map(|(d, r)| r.events(*d)).collect()),
+            Engine::Remote(r) => r.events(),
+        }
+    }
+
+    /// How long the device that communicated longest did so in the last step: waiting for others is part of it.
+    pub fn communicated(&self) -> Duration {
+        Duration::from_nanos(match &self.engine {
+            Engine::Embedded(mesh, _) => mesh.communicated_ns(),
+            Engine::Remote(r) => r.communicated_ns(),
+        })
+    }
+
+    /// Seconds spent by device 0 in each op and scope (`conv encoder.0/conv.0`) since the last call, or since the start.
     /// Nothing for devices in worker processes.
     pub fn profile(&self) -> Vec<(Name, f64)> {
         match &self.engine {
-            Engine::Embedded(mesh, _) => mesh.device(0).profile(),
+            Engine::Embedded(mesh, _) => mesh.recorders()[0].1.profile(),
             Engine::Remote(_) => vec![],
         }
     }

@@ -7,6 +7,7 @@ use crate::arena::Arena;
 use crate::kernels::kernel::{Kernel, Operands};
 use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
+use crate::recorder::Recorder;
 use crate::transport::{Transport, TransportError};
 use mesh::array::Array;
 use mesh::dim::Name;
@@ -43,8 +44,7 @@ pub struct Device {
     seed: u64,
     /// End of the last byte of the arena that steps have touched so far.
     touched: usize,
-    /// Seconds spent in the steps of each op and scope, if asked for.
-    profile: Option<Vec<(Name, f64)>>,
+    recorder: Arc<Recorder>,
 }
 
 // SAFETY: the addresses in the steps lie in the arena, which the device keeps alive.
@@ -88,11 +88,15 @@ impl Device {
         cores: Option<Cores>,
         seed: u64,
     ) -> Device {
-        let functions = plan.functions.iter().map(|(n, f)| (n.clone(), prepare(&arena, &f[index]))).collect();
+        let functions: Vec<(Name, Function)> =
+            plan.functions.iter().map(|(n, f)| (n.clone(), prepare(&arena, &f[index]))).collect();
+        let op = |s: &Step| (s.label.clone(), s.kernel.communicates());
+        let ops = |f: &Function| f.steps.iter().map(op).collect();
+        let recorder = Arc::new(Recorder::new(functions.iter().map(|(n, f)| (n.clone(), ops(f)))));
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         let pool = Pool::new(threads, cores);
-        Device { pool, arena, transport, variables, functions, seed, touched, profile: None }
+        Device { pool, arena, transport, variables, functions, seed, touched, recorder }
     }
 
     /// Index of a function, to run it by.
@@ -106,24 +110,19 @@ impl Device {
     /// A transport that fails; every other device is told.
     pub fn run(&mut self, function: usize, step: u32) -> Result<(), DeviceError> {
         let cx = StepContext { seed: self.seed, step };
-        for s in &self.functions[function].1.steps {
+        let mut recording = self.recorder.run(function, step);
+        for (index, s) in self.functions[function].1.steps.iter().enumerate() {
             let operands =
                 Operands { inputs: &s.inputs, outputs: &s.outputs, output_bytes: s.output_bytes, scratch: s.scratch };
-            let begun = self.profile.is_some().then(std::time::Instant::now);
+            recording.begin(index);
             // SAFETY: the addresses are the plan's buffers, which overlap only as the plan allows.
             let done = unsafe { s.kernel.run(&self.pool, &mut *self.transport, &operands, cx) };
             if let Err(e) = done {
                 self.transport.abort(&format!("{}: {e}", s.label));
                 return Err(e.into());
             }
+            recording.end(index);
             self.touched = self.touched.max(s.end);
-            if let (Some(begun), Some(profile)) = (begun, &mut self.profile) {
-                let seconds = begun.elapsed().as_secs_f64();
-                match profile.iter_mut().find(|(n, _)| *n == s.label) {
-                    Some((_, t)) => *t += seconds,
-                    None => profile.push((s.label.clone(), seconds)),
-                }
-            }
         }
         Ok(())
     }
@@ -133,9 +132,9 @@ impl Device {
         self.transport.abort(reason);
     }
 
-    /// Starts to measure how long steps take, by op and scope (`conv encoder.0/conv.0`); gives the seconds measured so far.
-    pub fn profile(&mut self) -> Vec<(Name, f64)> {
-        self.profile.replace(vec![]).unwrap_or_default()
+    /// What the device did last; whoever has this reads it while a step runs.
+    pub fn recorder(&self) -> Arc<Recorder> {
+        self.recorder.clone()
     }
 
     /// Bytes of memory in use so far at the most: the arena up to the last byte that a step touched, and the

@@ -3,6 +3,7 @@
 use crate::arena::Arena;
 use crate::device::{Device, DeviceError};
 use crate::pool::Cores;
+use crate::recorder::Recorder;
 use crate::transport::{InProcess, Transport};
 use mesh::plan::ProgramPlan;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,6 +41,7 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct DeviceGroup {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    recorders: Vec<(usize, Arc<Recorder>)>,
     /// Kept until every thread has stopped: a device may read a peer's memory while it receives.
     _arenas: Vec<Arc<Arena>>,
 }
@@ -82,12 +84,14 @@ impl DeviceGroup {
     pub fn new(plan: &ProgramPlan, seats: Vec<Seat>, threads: usize, seed: u64) -> DeviceGroup {
         let arenas = seats.iter().map(|s| s.arena.clone()).collect();
         let cores: Vec<_> = seats.iter().map(|s| s.cores).collect();
-        let device = |s: Seat| Mutex::new(Device::new(plan, s.device, s.arena, s.end, threads, s.cores, seed));
+        let device = |s: Seat| (s.device, Device::new(plan, s.device, s.arena, s.end, threads, s.cores, seed));
+        let devices: Vec<(usize, Device)> = seats.into_iter().map(device).collect();
+        let recorders = devices.iter().map(|(number, d)| (*number, d.recorder())).collect();
         let shared = Arc::new(Shared {
             board: Mutex::new(Board { round: 0, order: Order::Stop, busy: 0, failure: None }),
             posted: Condvar::new(),
             done: Condvar::new(),
-            devices: seats.into_iter().map(device).collect(),
+            devices: devices.into_iter().map(|(_, d)| Mutex::new(d)).collect(),
         });
         let drive = |(i, cores): (usize, Option<Cores>)| {
             let shared = shared.clone();
@@ -97,7 +101,7 @@ impl DeviceGroup {
             })
         };
         let threads = cores.into_iter().enumerate().map(drive).collect();
-        DeviceGroup { shared, threads, _arenas: arenas }
+        DeviceGroup { shared, threads, recorders, _arenas: arenas }
     }
 
     /// Runs a function, by its index ([`Device::function`]), on every device, and waits for all of them.
@@ -119,6 +123,16 @@ impl DeviceGroup {
     /// A device by its place in the group, between runs.
     pub fn device(&self, index: usize) -> MutexGuard<'_, Device> {
         lock(&self.shared.devices[index])
+    }
+
+    /// What each device, by its number in the mesh, did last; to be read at any time.
+    pub fn recorders(&self) -> &[(usize, Arc<Recorder>)] {
+        &self.recorders
+    }
+
+    /// Nanoseconds of the last run in which the device that communicated longest did so.
+    pub fn communicated_ns(&self) -> u64 {
+        self.recorders.iter().map(|(_, r)| r.communicated_ns()).max().unwrap_or(0)
     }
 
     /// Number of devices.

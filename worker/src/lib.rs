@@ -6,6 +6,7 @@
 //! | [`arena`] | a device's memory, which peers on its host may look at |
 //! | [`group`] | the devices of one process, and the threads that drive them |
 //! | [`kernels`] | the CPU backend |
+//! | [`recorder`] | what a device did last: its flight recorder |
 //! | [`collective`] | exchanges and all-reduces, over any transport |
 //! | [`transport`] | how bytes move between devices |
 //! | [`pool`] | a device's threads |
@@ -32,6 +33,7 @@ pub mod group;
 pub mod kernels;
 pub mod node;
 pub mod pool;
+pub mod recorder;
 pub mod service;
 pub mod store;
 pub mod tls;

@@ -10,6 +10,7 @@ use crate::device::Device;
 use crate::group::{DeviceGroup, Seat};
 use crate::kernels::kernel::CpuBackend;
 use crate::pool::Cores;
+use crate::recorder::Recorder;
 use crate::store::Store;
 use crate::transport::bell::Doom;
 use crate::transport::connector::{Address, ConnectOptions, HostId, Listener, Roster, TransportChoice};
@@ -50,6 +51,8 @@ struct Loaded {
 struct Current {
     epoch: u64,
     doom: Option<Doom>,
+    /// What the devices of the epoch that was loaded last do: outside of what a step holds.
+    recorders: (u64, Vec<(usize, Arc<Recorder>)>),
 }
 
 /// The service of a worker.
@@ -85,6 +88,7 @@ fn refused(e: CheckpointError) -> Status {
 }
 
 type PartStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::ShardPart, Status>> + Send>>;
+type EventStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::DeviceEvents, Status>> + Send>>;
 type ArrayStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::ArrayPart, Status>> + Send>>;
 
 impl WorkerService {
@@ -184,10 +188,11 @@ impl WorkerService {
         };
         let group = DeviceGroup::new(&plan, ends.into_iter().zip(arenas).map(seat).collect(), threads, settings.seed);
         let mut loaded = lock(&self.loaded);
-        let current = lock(&self.current).epoch;
-        if current != head.epoch {
-            return Err(stale(head.epoch, current));
+        let mut current = lock(&self.current);
+        if current.epoch != head.epoch {
+            return Err(stale(head.epoch, current.epoch));
         }
+        current.recorders = (head.epoch, group.recorders().to_vec());
         *loaded = Some(Loaded { epoch: head.epoch, program, plan, own, group });
         Ok(control::Loaded { links })
     }
@@ -306,14 +311,14 @@ impl worker_server::Worker for WorkerService {
         self.take(request.into_inner()).await
     }
 
-    async fn run(&self, request: Request<control::StepRequest>) -> Result<Response<control::Done>, Status> {
+    async fn run(&self, request: Request<control::StepRequest>) -> Result<Response<control::Ran>, Status> {
         let r = request.into_inner();
-        self.with(r.epoch, move |l| {
+        let run = self.with(r.epoch, move |l| {
             let function = l.function(&r.function)?;
-            l.group.run(function, r.step).map_err(|e| Status::aborted(e.to_string()))
-        })
-        .await?;
-        Ok(Response::new(control::Done {}))
+            l.group.run(function, r.step).map_err(|e| Status::aborted(e.to_string()))?;
+            Ok(control::Ran { communicate_ns: l.group.communicated_ns() })
+        });
+        Ok(Response::new(run.await?))
     }
 
     type FetchStream = ArrayStream;
@@ -401,6 +406,22 @@ impl worker_server::Worker for WorkerService {
             Ok(l.own.iter().enumerate().map(peak).collect())
         });
         Ok(Response::new(control::MemoryReply { devices: devices.await? }))
+    }
+
+    type EventsStream = EventStream;
+
+    async fn events(&self, request: Request<control::EventsRequest>) -> Result<Response<EventStream>, Status> {
+        let epoch = request.into_inner().epoch;
+        let recorders = {
+            let current = lock(&self.current);
+            let (of, recorders) = &current.recorders;
+            if *of != epoch || recorders.is_empty() {
+                return Err(stale(epoch, current.epoch));
+            }
+            recorders.clone()
+        };
+        let parts = recorders.into_iter().flat_map(|(device, recorder)| recorder.events(device));
+        Ok(Response::new(Box::pin(iter(parts.map(Ok)))))
     }
 
     async fn abort(&self, request: Request<control::AbortRequest>) -> Result<Response<control::Done>, Status> {

@@ -87,6 +87,11 @@ impl Kernel {
         }
     }
 
+    /// Whether it waits for other devices.
+    pub fn communicates(&self) -> bool {
+        matches!(self, Kernel::Exchange(_) | Kernel::AllReduce(_))
+    }
+
     /// Bytes of scratch that it needs.
     pub fn scratch_bytes(&self) -> usize {
         match self {
