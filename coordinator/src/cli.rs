@@ -2,15 +2,20 @@
 
 use crate::certs;
 use crate::server::{Coordinator, ServerOptions};
+use crate::status;
 use clap::{Args, Parser, Subcommand};
+use proto::control::control_client::ControlClient;
+use proto::control::{DrainRequest, StatusReply, StatusRequest};
 use std::ffi::OsString;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tonic::transport::Channel;
 use worker::cli::{LogFormat, error_text, log, options};
-use worker::node::{NodeError, check_bind};
+use worker::node::{NodeError, check_bind, endpoint};
 use worker::tls::{Role, Tls};
 
 const AFTER: &str = "\
@@ -18,6 +23,7 @@ Examples:
   coordinator                                     for workers and model programs of this machine
   coordinator certs init /etc/mesh                an authority for the cluster, and certificates
   coordinator --listen 0.0.0.0:7070 --tls /etc/mesh
+  coordinator status 127.0.0.1:7070               what it has; `watch` shows changes, `drain` lets a worker go
   coordinator --config coordinator.toml           listen = \"0.0.0.0:7070\", tls = \"/etc/mesh\", wait = 600, ..
 
 Every option is also a key of the file that --config names; the environment wins over it, and the command line over both.
@@ -25,7 +31,8 @@ Every option is also a key of the file that --config names; the environment wins
 Exit codes:
   0  done
   1  something that the system does not give
-  2  the options, a configuration file or a certificate are wrong";
+  2  the options, a configuration file or a certificate are wrong
+ 75  (status, watch, drain) the coordinator is not there: try again";
 
 /// Brings workers and model programs together: workers join it, model programs run on their devices.
 #[derive(Parser)]
@@ -42,6 +49,39 @@ enum Command {
     /// Make the certificates of a cluster
     #[command(subcommand)]
     Certs(Certs),
+    /// Show what a coordinator has: workers, session, steps
+    Status {
+        #[command(flatten)]
+        at: At,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a line whenever that changes
+    Watch {
+        #[command(flatten)]
+        at: At,
+    },
+    /// Have a worker leave: its session writes a checkpoint and goes on without it
+    Drain {
+        #[command(flatten)]
+        at: At,
+        /// The worker's number, as `status` shows it
+        worker: u64,
+        /// Why, for the logs
+        #[arg(long, default_value = "an operator asks for it")]
+        reason: String,
+    },
+}
+
+/// A coordinator that runs already.
+#[derive(Args)]
+struct At {
+    /// The coordinator, `host:port`
+    coordinator: String,
+    /// Folder with ca.pem and the observer's certificate; to drain, the client's
+    #[arg(long, env = "MESH_TLS", value_name = "DIR")]
+    tls: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -126,6 +166,10 @@ enum Failed {
     Listen { address: SocketAddr, why: std::io::Error },
     #[error("C0036: {0}")]
     System(String),
+    #[error("C0022: the coordinator {coordinator} is not there: {why}\n  help: start it, or name another one")]
+    Away { coordinator: String, why: String },
+    #[error("C0038: the coordinator {coordinator} does not do that: {why}")]
+    Answer { coordinator: String, why: String },
     /// A store or a state that cannot be used.
     #[error("{0}")]
     Setup(String),
@@ -145,7 +189,8 @@ impl Failed {
     fn exit_code(&self) -> u8 {
         match self {
             Failed::Listen { .. } | Failed::Setup(_) => 2,
-            Failed::System(_) => 1,
+            Failed::System(_) | Failed::Answer { .. } => 1,
+            Failed::Away { .. } => 75,
             Failed::Options(e) => e.exit_code(),
             Failed::Certs(certs::CertsError::File { .. } | certs::CertsError::Make(_)) => 1,
             Failed::Certs(_) => 2,
@@ -161,6 +206,26 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let done = match cli.command {
         Some(Command::Certs(command)) => certificates(command),
+        Some(Command::Status { at, json }) => operate(&at, Role::Observer, async |mut c| {
+            let status = c.status(StatusRequest {}).await?.into_inner();
+            say(&if json { json_of(&status) } else { table_of(&status) });
+            Ok(())
+        }),
+        Some(Command::Watch { at }) => operate(&at, Role::Observer, async |mut c| {
+            let mut stream = c.watch(StatusRequest {}).await?.into_inner();
+            let mut said = String::new();
+            while let Some(status) = stream.message().await? {
+                let line = line_of(&status);
+                if line != said {
+                    say(&format!("{line}\n"));
+                    said = line;
+                }
+            }
+            Ok(())
+        }),
+        Some(Command::Drain { at, worker, reason }) => {
+            operate(&at, Role::Client, async |mut c| c.drain(DrainRequest { worker, reason }).await.map(|_| ()))
+        }
         None => serve(cli.serve),
     };
     match done {
@@ -170,6 +235,74 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(e.exit_code())
         }
     }
+}
+
+/// Asks a coordinator for something.
+fn operate(
+    at: &At,
+    role: Role,
+    ask: impl AsyncFnOnce(ControlClient<Channel>) -> Result<(), tonic::Status>,
+) -> Result<(), Failed> {
+    let tls = at.tls.as_ref().map(|dir| Tls::load(dir, role)).transpose()?;
+    let coordinator = || at.coordinator.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|e| Failed::System(e.to_string()))?.block_on(async {
+        let channel = endpoint(&at.coordinator, tls.as_ref(), Role::Coordinator)?.connect().await;
+        let channel = channel.map_err(|e| Failed::Away { coordinator: coordinator(), why: worker::tls::causes(&e) })?;
+        let asked = ask(ControlClient::new(channel)).await;
+        asked.map_err(|s| Failed::Answer { coordinator: coordinator(), why: worker::tls::said(&s) })
+    })
+}
+
+/// Prints; a reader who has gone away is no reason to fail.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes()).and_then(|()| std::io::stdout().flush());
+}
+
+fn line_of(s: &StatusReply) -> String {
+    let devices: u32 = s.workers.iter().map(|w| w.devices).sum();
+    let mut results: Vec<String> = s.results.iter().map(|(n, v)| format!("{n} {v:.4}")).collect();
+    results.sort();
+    format!(
+        "epoch {}, {} workers with {devices} devices, {}, {} steps, {} recoveries, {} checkpoints  {}",
+        s.epoch,
+        s.workers.len(),
+        if s.session.is_empty() { "no session" } else { &s.session },
+        s.steps,
+        s.recoveries,
+        s.checkpoints,
+        results.join("  ")
+    )
+    .trim_end()
+    .to_string()
+}
+
+fn table_of(s: &StatusReply) -> String {
+    let mut text = format!("{}\n", line_of(s));
+    if !s.checkpoint.is_empty() {
+        text += &format!("newest checkpoint {}\n", s.checkpoint);
+    }
+    text += &format!("{:>6}  {:28} {:>7} {:>10}\n", "worker", "address", "devices", "heard of");
+    for w in &s.workers {
+        let ago = format!("{:.1} s ago", f64::from(w.silent_ms) / 1e3);
+        let leaving = if w.leaving { "  leaving" } else { "" };
+        text += &format!("{:>6}  {:28} {:>7} {ago:>10}{leaving}\n", w.worker, w.address, w.devices);
+    }
+    text
+}
+
+fn json_of(s: &StatusReply) -> String {
+    let worker = |w: &proto::control::WorkerStatus| {
+        serde_json::json!({
+            "worker": w.worker, "address": w.address, "devices": w.devices, "silent_ms": w.silent_ms, "leaving": w.leaving,
+        })
+    };
+    let status = serde_json::json!({
+        "build": s.build, "epoch": s.epoch, "session": s.session, "steps": s.steps, "recoveries": s.recoveries,
+        "checkpoints": s.checkpoints, "checkpoint": s.checkpoint, "results": s.results,
+        "workers": s.workers.iter().map(worker).collect::<Vec<_>>(),
+    });
+    format!("{status}\n")
 }
 
 fn certificates(command: Certs) -> Result<(), Failed> {
@@ -184,26 +317,36 @@ fn certificates(command: Certs) -> Result<(), Failed> {
 fn serve(cli: Serve) -> Result<(), Failed> {
     log(cli.log_format);
     let tls = cli.tls.map(|dir| Tls::load(&dir, Role::Coordinator)).transpose()?;
-    check_bind(cli.listen, tls.is_some(), cli.insecure)?;
+    for address in [Some(cli.listen), cli.status].into_iter().flatten() {
+        check_bind(address, tls.is_some(), cli.insecure)?;
+    }
     let options = ServerOptions {
         silence: Duration::from_secs(cli.silence),
         lease: Duration::from_secs(cli.lease),
         wait: Duration::from_secs(cli.wait),
         replace_timeout: Duration::from_secs(cli.replace_timeout),
         tls,
-        status: cli.status,
         state: cli.state,
         store: cli.store,
     };
     let system = |e: &dyn std::fmt::Display| Failed::System(e.to_string());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.map_err(|e| system(&e))?.block_on(async {
-        let socket = tokio::net::TcpListener::bind(cli.listen).await;
-        let socket = socket.map_err(|why| Failed::Listen { address: cli.listen, why })?;
-        let address = socket.local_addr().map_err(|e| system(&e))?;
+        let listen = async |address| {
+            let socket = tokio::net::TcpListener::bind(address).await;
+            let socket = socket.map_err(|why| Failed::Listen { address, why })?;
+            let bound = socket.local_addr().map_err(|e| system(&e))?;
+            Ok::<_, Failed>((socket, bound))
+        };
+        let (socket, address) = listen(cli.listen).await?;
         let coordinator = Coordinator::new(options).map_err(Failed::Setup)?;
         let mut ends = signal(SignalKind::terminate()).map_err(|e| system(&e))?;
         println!("listening on {address}");
+        if let Some(address) = cli.status {
+            let (socket, address) = listen(address).await?;
+            println!("status at http://{address}/");
+            tokio::spawn(status::serve(coordinator.clone(), socket));
+        }
         tokio::select! {
             done = coordinator.clone().serve(socket) => done.map_err(|e| system(&worker::tls::causes(&e))),
             _ = ends.recv() => {

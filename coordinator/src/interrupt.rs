@@ -26,3 +26,10 @@ pub fn listen(exit_code: u8) -> io::Result<()> {
 pub fn asked() -> bool {
     ASKED.get().is_some_and(|a| a.load(Ordering::Relaxed))
 }
+
+/// Waits until this process is asked to stop.
+pub(crate) async fn wait() {
+    while !asked() {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}

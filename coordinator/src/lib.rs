@@ -14,6 +14,7 @@
 //! | [`journal`] | what a coordinator remembers when it is started again |
 //! | [`certs`] | a cluster's certificates: an authority of its own, a role each |
 //! | [`cli`] | a coordinator's command line |
+//! | [`status`] | the status port: read-only, for browsers, probes and monitoring |
 //! | [`launch`] | a coordinator in this process and workers beside it |
 //! | [`interrupt`] | being asked to stop |
 
@@ -32,6 +33,7 @@ pub mod recorder;
 mod remote;
 pub mod server;
 pub mod session;
+pub mod status;
 
 pub use checkpoint::{Checkpoints, Position};
 pub use error::Failure;

@@ -2,6 +2,7 @@
 
 use crate::checkpoint::{Position, Restored};
 use crate::error::Failure;
+use crate::interrupt;
 use crate::recorder::collect;
 use crate::session::{Options, Peak};
 use mesh::array::Array;
@@ -91,7 +92,7 @@ impl Remote {
             shrink: options.shrink,
             after,
         };
-        let (client, opened, held) = runtime.block_on(async {
+        let open = async {
             let endpoint = endpoint(url, options.tls.as_ref(), Role::Coordinator)?;
             let channel = endpoint.connect().await.map_err(|e| unreachable(url, &e))?;
             let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES);
@@ -113,6 +114,13 @@ impl Remote {
             let mut held = opened?.into_inner();
             let opened = held.next().await.ok_or_else(|| Failure::Lost("the session ended at once".into()))?;
             Ok::<_, Failure>((client, opened.map_err(failed)?, held))
+        };
+        // The coordinator may let us wait for workers.
+        let (client, opened, held) = runtime.block_on(async {
+            tokio::select! {
+                opened = open => opened,
+                () = interrupt::wait() => Err(Failure::Lost("stopped as asked while waiting for workers".into())),
+            }
         })?;
         Ok(Remote {
             url: url.into(),

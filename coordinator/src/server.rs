@@ -10,7 +10,6 @@ use proto::control::{
     worker_client::WorkerClient,
 };
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
@@ -48,8 +47,6 @@ pub struct ServerOptions {
     pub state: Option<PathBuf>,
     /// TLS of every connection.
     pub tls: Option<Tls>,
-    /// Where a status is served, read-only.
-    pub status: Option<SocketAddr>,
 }
 
 impl Default for ServerOptions {
@@ -62,7 +59,6 @@ impl Default for ServerOptions {
             store: ".".into(),
             state: None,
             tls: None,
-            status: None,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::checkpoint::{Checkpoints, Position, Restored};
 use crate::error::{Failure, feed};
+use crate::interrupt;
 use crate::keeper::Keeper;
 use crate::remote::Remote;
 use mesh::array::Array;
@@ -142,7 +143,9 @@ impl Session {
         let begun = Instant::now();
         loop {
             match self.open_anew() {
-                Err(Failure::Lost(_)) if begun.elapsed() < PATIENCE => std::thread::sleep(RETRY),
+                Err(Failure::Lost(_)) if begun.elapsed() < PATIENCE && !interrupt::asked() => {
+                    std::thread::sleep(RETRY);
+                }
                 done => return done,
             }
         }

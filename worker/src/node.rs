@@ -24,6 +24,8 @@ pub const MESSAGE_BYTES: usize = 4 << 20;
 pub const PROTOCOL: u32 = 1;
 /// How long a worker without a coordinator tries to find it again, if none has said otherwise.
 const LEASE: Duration = Duration::from_secs(10);
+/// How often a connection is tried, and how long it has for an answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Time between two beats.
 const BEAT: Duration = Duration::from_millis(500);
 
@@ -113,6 +115,10 @@ pub fn endpoint(address: &str, tls: Option<&Tls>, callee: Role) -> Result<Endpoi
     }
     Ok(endpoint
         .connect_timeout(Duration::from_secs(5))
+        // A process that is there and does not answer is as good as gone.
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true)
         .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20))

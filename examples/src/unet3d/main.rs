@@ -44,7 +44,7 @@ Later ones win: --config, then options, then --set. With --resume, and for eval,
 
 A run folder holds
   config.toml         the configuration, for --config
-  metrics.jsonl       a row a step: loss and gradient norm with their bits, seconds, samples; the last row has a hash
+  metrics.jsonl       a row a step: loss and gradient norm with their bits, seconds by phase, samples; the last row has a hash
                       of all variables, and each device's predicted and measured peak of memory
   checkpoints/        safetensors with a manifest each, for --resume
   prediction.nii.gz   the predicted labels, on the grid of the input
@@ -183,6 +183,9 @@ struct Options {
     /// `checkpoints`]
     #[arg(long, help_heading = "Run", value_name = "DIR|URL")]
     checkpoints: Option<String>,
+    /// Write a trace of the last steps of all devices, for ui.perfetto.dev or chrome://tracing
+    #[arg(long, help_heading = "Run", value_name = "FILE.json")]
+    trace: Option<PathBuf>,
     /// Go on from the newest good checkpoint of the run, on any mesh
     #[arg(long, help_heading = "Run")]
     resume: bool,
@@ -248,8 +251,9 @@ fn main() -> ExitCode {
             _ => None,
         };
         let (out, resume, devices) = (options.out.clone(), options.resume, options.devices);
+        let trace = options.trace.clone();
         let (transport, checkpoints, shrink) = (options.transport, options.checkpoints.clone(), options.shrink);
-        run(&train::Task { config, out, resume, devices, place, transport, checkpoints, shrink, tls })
+        run(&train::Task { config, out, resume, devices, place, transport, checkpoints, shrink, tls, trace })
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,6 +6,19 @@ use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+/// Seconds of a step.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Phases {
+    /// Making and sending what is fed.
+    pub feed: f64,
+    /// Running the step on every device.
+    pub run: f64,
+    /// Fetching what is shown.
+    pub fetch: f64,
+    /// Of `run`: the device that did so longest, moving data and waiting for others.
+    pub communicate: f64,
+}
+
 /// A row of `metrics.jsonl`.
 #[derive(Serialize)]
 pub struct Row {
@@ -16,6 +29,7 @@ pub struct Row {
     grad_norm: f32,
     grad_norm_bits: String,
     step_seconds: f64,
+    phases: Phases,
     sample_ids: Vec<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     variables_hash: Option<String>,
@@ -25,7 +39,7 @@ pub struct Row {
 
 impl Row {
     /// The row of a step.
-    pub fn new(step: u32, loss: f32, grad_norm: f32, step_seconds: f64, sample_ids: Vec<u64>) -> Row {
+    pub fn new(step: u32, loss: f32, grad_norm: f32, step_seconds: f64, phases: Phases, sample_ids: Vec<u64>) -> Row {
         let bits = |v: f32| format!("{:08x}", v.to_bits());
         Row {
             step,
@@ -34,6 +48,7 @@ impl Row {
             grad_norm,
             grad_norm_bits: bits(grad_norm),
             step_seconds,
+            phases,
             sample_ids,
             variables_hash: None,
             devices: None,

@@ -3,12 +3,12 @@
 use crate::config::{self, Config, Mistake, times};
 use crate::data::{Outline, Scan, ScanError};
 use crate::model::{self, Shape};
-use crate::report::{Progress, Row, say};
+use crate::report::{Phases, Progress, Row, say};
 use coordinator::checkpoint::{Catalogue, Checkpoints, Restored};
 use coordinator::drive::{End, Run, Schedule, again, drive};
 use coordinator::launch::Launched;
 use coordinator::session::FunctionId;
-use coordinator::{Failure, Options, Position, Session, interrupt};
+use coordinator::{Failure, Options, Position, Session, interrupt, recorder};
 use mesh::array::Array;
 use mesh::layout::Mesh;
 use mesh::plan::describe::{bytes, thousands};
@@ -63,6 +63,8 @@ pub struct Task {
     pub checkpoints: Option<String>,
     /// Whether to go on with fewer devices when workers are lost.
     pub shrink: bool,
+    /// Where to write a trace of the last steps, if anywhere.
+    pub trace: Option<PathBuf>,
     /// TLS to a coordinator.
     pub tls: Option<Tls>,
 }
@@ -325,7 +327,9 @@ pub fn train(task: &Task) -> Result<(), Failed> {
     eprintln!("memory   {} at most on a device\nrun      {}", bytes(most), task.out.display());
     let config = serde_json::to_value(c).unwrap_or_default();
     let mut at = Position { step: 0, samples: 0, config };
-    if task.resume && let Some(Restored { folder, position }) = task.restore(session)? {
+    if task.resume
+        && let Some(Restored { folder, position }) = task.restore(session)?
+    {
         eprintln!("resumed from {folder} with {} steps done", position.step);
         let changed = c.changes(&position.config);
         if !changed.is_empty() {
@@ -349,7 +353,12 @@ pub fn train(task: &Task) -> Result<(), Failed> {
     let end =
         drive(session, &mut training, &mut at, &Schedule { steps: c.steps, checkpoint_every: c.checkpoint_every });
     training.progress.finish();
-    if end? == End::Interrupted {
+    let end = end?;
+    if let Some(path) = &task.trace {
+        let trace = recorder::trace(&session.events()?);
+        written(path, fs::write(path, trace.to_string()))?;
+    }
+    if end == End::Interrupted {
         return Err(Failed::Interrupted { step: at.step });
     }
     let hash = again(session, |note| eprintln!("{note}"), |s| s.variables_hash())?;
@@ -378,12 +387,21 @@ impl Run for Training<'_> {
         let (image, labels) = views(self.scan, &ids.iter().map(draw).collect::<Vec<_>>());
         session.feed(f, "image", &image)?;
         session.feed(f, "labels", &labels)?;
+        let fed = begun.elapsed();
         session.step(f, step)?;
+        let ran = begun.elapsed();
         at.samples += c.batch as u64;
         let (loss, grad_norm) = (scalar(session, f, "loss")?, scalar(session, f, "grad_norm")?);
         let dice = scalar(session, f, "dice")?;
-        let seconds = begun.elapsed().as_secs_f64();
-        let mut row = Row::new(step, loss, grad_norm, seconds, ids);
+        let fetched = begun.elapsed();
+        let phases = Phases {
+            feed: fed.as_secs_f64(),
+            run: (ran - fed).as_secs_f64(),
+            fetch: (fetched - ran).as_secs_f64(),
+            communicate: session.communicated().as_secs_f64(),
+        };
+        let seconds = fetched.as_secs_f64();
+        let mut row = Row::new(step, loss, grad_norm, seconds, phases, ids);
         if step + 1 == c.steps {
             row.finish(session.variables_hash()?, session.peaks()?);
         }

@@ -1,0 +1,158 @@
+//! What a run tells while it runs: status, metrics, traces, and who kept whom waiting.
+
+mod common;
+
+use common::{Place, ran};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+const RUN: &str = "train --data phantom --crop 20x18x16 --base 4 --mesh x=2 --threads 1";
+
+/// A process that ends with the test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a server answers: the status line's code, and the body.
+fn http(address: &str, method: &str, path: &str) -> (u32, String) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "{method} {path} HTTP/1.1\r\nHost: mesh\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_string())
+}
+
+#[test]
+fn a_coordinator_shows_what_it_has_and_lets_workers_go_when_asked() {
+    let place = Place::new();
+    let mut command = place.command("coordinator --listen 127.0.0.1:0 --status 127.0.0.1:0 --state state");
+    let mut coordinator = Process(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    let mut lines = BufReader::new(coordinator.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let address = lines.next().unwrap().strip_prefix("listening on ").unwrap().to_string();
+    let status = lines.next().unwrap().strip_prefix("status at http://").unwrap().trim_end_matches('/').to_string();
+    let worker = || {
+        let args = format!("worker --join {address} --devices cpu:1 --threads 1");
+        Process(place.command(&args).stderr(Stdio::null()).spawn().unwrap())
+    };
+    let mut workers = [worker(), worker(), worker()];
+    place.ok(&format!("{RUN} --steps 3 --coordinator {address} --out run"));
+
+    assert_eq!(http(&status, "GET", "/healthz"), (200, "ok\n".into()));
+    let (code, metrics) = http(&status, "GET", "/metrics");
+    assert_eq!(code, 200);
+    for line in ["mesh_devices 3", "mesh_workers 3", "mesh_checkpoints_total 1"] {
+        assert!(metrics.lines().any(|l| l == line), "no `{line}` in\n{metrics}");
+    }
+    let (code, page) = http(&status, "GET", "/");
+    assert!(code == 200 && page.contains("step-00000003-epoch-"), "{page}");
+    for (method, path) in [("POST", "/"), ("DELETE", "/metrics"), ("PUT", "/healthz")] {
+        assert_eq!(http(&status, method, path).0, 405, "{method} {path}");
+    }
+    assert_eq!(http(&status, "GET", "/state").0, 404);
+
+    let table = place.ok(&format!("coordinator status {address}")).out;
+    assert!(table.contains("3 workers with 3 devices") && table.contains("newest checkpoint"), "{table}");
+    let json =
+        || -> Value { serde_json::from_str(&place.ok(&format!("coordinator status {address} --json")).out).unwrap() };
+    let number = |v: &Value| v["workers"].as_array().unwrap().len();
+    let first = json()["workers"][0]["worker"].as_u64().unwrap();
+    place.ok(&format!("coordinator drain {address} {first} --reason test"));
+    let begun = Instant::now();
+    while number(&json()) > 2 && begun.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(number(&json()), 2);
+    let mut left = || workers.iter_mut().filter_map(|w| w.0.try_wait().unwrap()).collect::<Vec<_>>();
+    let begun = Instant::now();
+    while left().is_empty() && begun.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(left().iter().map(|s| s.code()).collect::<Vec<_>>(), [Some(0)], "the drained worker leaves in peace");
+    place.fails(&format!("coordinator drain {address} 99"), 1, &["error[C0038]", "there is no worker 99"]);
+    place.fails("coordinator status 127.0.0.1:9", 75, &["error[C0022]"]);
+    place.fails("coordinator --listen 127.0.0.1:0 --status 0.0.0.0:0", 2, &["error[W0033]", "0.0.0.0:0"]);
+}
+
+/// The events of a trace: those of ops.
+fn ops(trace: &Value) -> Vec<&Value> {
+    trace.as_array().unwrap().iter().filter(|e| e["ph"] == "X").collect()
+}
+
+#[test]
+fn a_trace_has_the_last_steps_of_every_device_on_one_clock() {
+    let place = Place::new();
+    for (name, devices) in [("here", ""), ("workers", "--workers 2")] {
+        place.ok(&format!("{RUN} --steps 3 {devices} --out {name} --trace {name}.json"));
+        let trace: Value = serde_json::from_slice(&fs::read(place.path(&format!("{name}.json"))).unwrap()).unwrap();
+        let ops = ops(&trace);
+        let threads: BTreeSet<u64> = ops.iter().map(|e| e["tid"].as_u64().unwrap()).collect();
+        assert_eq!(threads, [0, 1].into(), "{name}");
+        // The same op of both devices, which wait for each other in it, ends at about one time.
+        let last = |device: u64| {
+            let of = |e: &&&Value| e["tid"] == device && e["args"]["step"] == 2 && e["cat"] == "communicate";
+            let last = ops.iter().rfind(of).unwrap_or_else(|| panic!("{name}: device {device} never communicates"));
+            (last["args"]["index"].clone(), last["ts"].as_f64().unwrap() + last["dur"].as_f64().unwrap())
+        };
+        let ((a, a_end), (b, b_end)) = (last(0), last(1));
+        assert_eq!(a, b);
+        assert!((a_end - b_end).abs() < 100e3, "{name}: {a_end} us and {b_end} us");
+        for device in [0, 1] {
+            let mine: Vec<f64> = ops.iter().filter(|e| e["tid"] == device).map(|e| e["ts"].as_f64().unwrap()).collect();
+            assert!(mine.len() > 100 && mine.windows(2).all(|w| w[0] <= w[1]), "{name}: {} ops in order", mine.len());
+        }
+        for row in place.rows(name) {
+            let phase = |p: &str| row["phases"][p].as_f64().unwrap();
+            let all = phase("feed") + phase("run") + phase("fetch");
+            assert!((all - row["step_seconds"].as_f64().unwrap()).abs() < 1e-3, "{row}");
+            assert!(phase("communicate") > 0.0 && phase("communicate") <= phase("run"), "{row}");
+        }
+    }
+}
+
+#[test]
+fn a_session_that_stops_says_who_kept_the_others_waiting() {
+    let place = Place::new();
+    let mut command = place.command("coordinator --listen 127.0.0.1:0 --state state --replace-timeout 1");
+    let mut coordinator = Process(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    let mut line = String::new();
+    BufReader::new(coordinator.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let address = line.strip_prefix("listening on ").unwrap().trim().to_string();
+    let worker = || {
+        let args = format!("worker --join {address} --devices cpu:1 --threads 1");
+        Process(place.command(&args).stderr(Stdio::null()).spawn().unwrap())
+    };
+    let workers = [worker(), worker()];
+    let args = format!("{RUN} --steps 100000 --coordinator {address} --out run");
+    let child = place.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let begun = Instant::now();
+    let steps = || fs::read_to_string(place.path("run/metrics.jsonl")).unwrap_or_default().lines().count();
+    while steps() < 3 && begun.elapsed() < Duration::from_secs(30) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let id = workers[1].0.id().to_string();
+    std::process::Command::new("kill").args(["-STOP", &id]).status().unwrap();
+    std::thread::sleep(Duration::from_secs(5));
+    drop(workers);
+    std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let said = ran(child.wait_with_output().unwrap()).err;
+    let sentence = said.lines().find(|l| l.contains("it was silent for 2s")).unwrap_or_else(|| panic!("{said}"));
+    assert!(sentence.contains(", lost) was late: device ") && sentence.contains("had waited "), "{sentence}");
+    assert!(sentence.contains(" for it in ") && sentence.contains(" of train, step "), "{sentence}");
+    // What they did is kept beside the journal.
+    let flights = fs::read_dir(place.path("state")).unwrap().map(|e| e.unwrap().path());
+    let flight = flights.into_iter().find(|p| p.file_name().unwrap().to_str().unwrap().starts_with("flight-"));
+    let trace: Value = serde_json::from_slice(&fs::read(flight.unwrap()).unwrap()).unwrap();
+    assert!(ops(&trace).len() >= 100);
+}
