@@ -347,8 +347,10 @@ fn serve(cli: Serve) -> Result<(), Failed> {
             println!("status at http://{address}/");
             tokio::spawn(status::serve(coordinator.clone(), socket));
         }
+        // It serves on while it ends.
+        let mut server = tokio::spawn(coordinator.clone().serve(socket));
         tokio::select! {
-            done = coordinator.clone().serve(socket) => done.map_err(|e| system(&worker::tls::causes(&e))),
+            done = &mut server => done.map_err(|e| system(&e))?.map_err(|e| system(&worker::tls::causes(&e))),
             _ = ends.recv() => {
                 let grace = Duration::from_secs(cli.grace);
                 tracing::info!("asked to end: the session has {grace:?} for a checkpoint");

@@ -300,6 +300,9 @@ impl Coordinator {
         if let Some(before) = before {
             self.close(&before).await;
         }
+        if let Some(reason) = self.state().ending.clone() {
+            return Err(Status::unavailable(format!("C0025: this coordinator is about to end: {reason}")));
+        }
         let (got, crew) = self.crew(&settings, &mesh).await?;
         let plan = if got == mesh { whole } else { plan(&got)? };
         let seen = match catalogue.clone() {
@@ -377,9 +380,6 @@ impl Coordinator {
     /// Whether a session may be opened: gives the one whose place it takes.
     fn free(&self, after: u64) -> Result<Option<Arc<Active>>, Status> {
         let state = self.state();
-        if let Some(reason) = &state.ending {
-            return Err(Status::unavailable(format!("C0025: this coordinator is about to end: {reason}")));
-        }
         match &state.session {
             Some(s) if s.epoch == after => Ok(Some(s.clone())),
             Some(_) => Err(busy()),

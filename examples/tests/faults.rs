@@ -229,6 +229,24 @@ fn a_coordinator_that_is_killed_and_started_again_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_coordinator_that_is_asked_to_end_costs_no_step() {
+    let place = Place::new();
+    let whole = undisturbed(&place);
+    let mut mesh = Mesh::start(&place);
+    let mut run = mesh.train("run", "--set checkpoint_every=100");
+    wait_for_steps(&place, "run", 5);
+    let mut coordinator = mesh.coordinator.take().unwrap();
+    coordinator.signal("TERM");
+    assert_eq!(coordinator.end(Duration::from_secs(20)), Some(0), "{}", log(&place, "coordinator"));
+    mesh.coordinate("again.log", 10);
+    assert_eq!(run.end(Duration::from_secs(60)), Some(0), "{}\n{}", log(&place, "run"), log(&place, "again"));
+    assert_eq!(bits(&place.rows("run")), bits(&whole));
+    let said = log(&place, "run");
+    let step: usize = said.split("goes on from step ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(step >= 5, "it went back to step {step}:\n{said}");
+}
+
+#[test]
 fn without_a_coordinator_workers_end_within_their_lease() {
     let place = Place::new();
     let mut mesh = Mesh::start(&place);
