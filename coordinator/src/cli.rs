@@ -166,7 +166,7 @@ enum Failed {
     Listen { address: SocketAddr, why: std::io::Error },
     #[error("C0036: {0}")]
     System(String),
-    #[error("C0022: the coordinator {coordinator} is not there: {why}\n  help: start it, or name another one")]
+    #[error("C0039: the coordinator {coordinator} is not there: {why}\n  help: start it, or name another one")]
     Away { coordinator: String, why: String },
     #[error("C0038: the coordinator {coordinator} does not do that: {why}")]
     Answer { coordinator: String, why: String },

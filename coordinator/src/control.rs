@@ -86,13 +86,13 @@ impl control_server::Control for Coordinator {
         let this = self.clone();
         let opened = tokio::spawn(async move {
             let (session, links) = this.open_session(settings, program.into()).await?;
-            tracing::info!("session of epoch {} on {} workers", session.epoch, session.crew.len());
+            tracing::info!(epoch = session.epoch, "a session begins on {} workers", session.crew.len());
             let (send, receive) = mpsc::channel(1);
             let opened = Opened { epoch: session.epoch, links, mesh: session.settings.mesh.clone() };
             let _ = send.send(Ok(opened)).await;
             tokio::spawn(async move {
                 send.closed().await;
-                tracing::info!("session of epoch {} ends", session.epoch);
+                tracing::info!(epoch = session.epoch, "the session ends");
                 this.close(&session).await;
             });
             Ok::<_, Status>(receive)

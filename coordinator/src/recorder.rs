@@ -43,10 +43,17 @@ impl Flight {
         (!self.events.is_empty()).then(|| self.last().map_or((0, 0, false), |(_, e)| at(e)))
     }
 
-    /// The op in which it waits for others, and for how many nanoseconds it has.
-    fn waits(&self) -> Option<(&DeviceEvents, &Event, u64)> {
-        let (part, event) = self.last().filter(|(_, e)| e.communicates && e.end_ns == 0)?;
-        Some((part, event, part.now_ns.saturating_sub(event.begin_ns)))
+    /// For how many nanoseconds it has waited for others: in an op that communicates, or after its last one.
+    fn waits(&self) -> Option<u64> {
+        let (part, event) = self.last().filter(|(_, e)| e.communicates || e.end_ns > 0)?;
+        Some(part.now_ns.saturating_sub(event.begin_ns.max(event.end_ns)))
+    }
+
+    /// `in halo encoder.0/conv.1 of train, step 17`; `after ..` once that has ended.
+    fn place(&self) -> Option<String> {
+        let (part, e) = self.last()?;
+        let at = if e.end_ns > 0 { "after" } else { "in" };
+        Some(format!("{at} {} of {}, step {}", label(part, e), e.function, e.step))
     }
 }
 
@@ -100,24 +107,21 @@ pub(crate) fn verdict(flights: &[Flight]) -> Option<String> {
     let waiting: Vec<&Flight> = there.iter().filter(punctual).filter(|f| f.waits().is_some()).copied().collect();
     // Others may have come further, until they waited for those that wait.
     let Some(first) = waiting.iter().min_by_key(|f| f.position()) else {
-        let (_, e) = there.iter().max_by_key(|f| f.position())?.last()?;
+        let place = there.iter().max_by_key(|f| f.position())?.place()?;
         let what = match late.is_empty() {
             true => "no device waited for another".into(),
             false => format!("{} kept no other device waiting", with_workers(&late)),
         };
-        return Some(format!("{what}: the last was {}, step {}", e.function, e.step));
+        return Some(format!("{what}: the furthest was {place}"));
     };
     let (here, further): (Vec<&Flight>, Vec<&Flight>) =
         waiting.iter().copied().partition(|f| f.position() == first.position());
-    let (part, event, _) = first.waits()?;
-    let longest = here.iter().filter_map(|f| f.waits()).map(|(_, _, ns)| ns).max().unwrap_or(0);
-    let place = format!("in {} of {}, step {}", label(part, event), event.function, event.step);
+    let longest = here.iter().filter_map(|f| f.waits()).max().unwrap_or(0);
+    let place = first.place()?;
     if late.is_empty() {
-        return Some(format!(
-            "no device was late: {} had waited {} for each other {place}",
-            devices(&here),
-            time(longest)
-        ));
+        // Those that are done wait for the next step, and not for each other.
+        let whom = if place.starts_with("in") { " for each other" } else { "" };
+        return Some(format!("no device was late: {} had waited {}{whom} {place}", devices(&here), time(longest)));
     }
     let one = late.len() == 1;
     let doing = match late[0].last() {
@@ -341,8 +345,23 @@ mod tests {
                  train, step 17",
             ),
             (
+                vec![at(0, 1, 3, 90.0, true), at(1, 2, 3, 90.0, true)],
+                "no device was late: devices 0 and 1 had waited 10.0 s after all-reduce loss of train, step 17",
+            ),
+            (
                 vec![at(0, 1, 3, 90.0, true), lost(1, 2)],
-                "device 1 (worker 2, lost) kept no other device waiting: the last was train, step 17",
+                "device 1 (worker 2, lost) was late: device 0 had waited 10.0 s for it after all-reduce loss of train, \
+                 step 17",
+            ),
+            (
+                vec![at(0, 1, 3, 90.0, true), at(1, 2, 2, 89.0, false)],
+                "device 1 (worker 2) was late, still in conv encoder.0/conv.1: device 0 had waited 10.0 s for it \
+                 after all-reduce loss of train, step 17",
+            ),
+            (
+                vec![at(0, 1, 2, 90.0, false), lost(1, 2)],
+                "device 1 (worker 2, lost) kept no other device waiting: the furthest was in conv encoder.0/conv.1 of \
+                 train, step 17",
             ),
         ] {
             assert_eq!(verdict(&flights).as_deref(), Some(expected));
