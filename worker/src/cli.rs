@@ -6,6 +6,7 @@ use crate::service::Offer;
 use crate::tls::{Role, Tls};
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -163,7 +164,8 @@ impl WorkerArgs {
 pub fn log(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("MESH_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,worker=info,coordinator=info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal();
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     // A second logger would be a mistake of the program's own; the first one stays.
     let _ = match format {
         LogFormat::Json => builder.json().try_init(),
