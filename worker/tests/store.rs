@@ -363,6 +363,26 @@ fn a_full_disk_says_so_and_leaves_the_old_file() {
     result.unwrap();
 }
 
+/// Several workers begin to write below a folder that none of them has made yet.
+#[test]
+fn a_folder_that_another_makes_this_moment_is_contained() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("a/b/c");
+    let store = Store::open(folder.to_str().unwrap()).unwrap();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                std::fs::create_dir_all(&folder).unwrap();
+                std::fs::remove_dir_all(dir.path().join("a")).unwrap();
+            }
+        });
+        let asked = (0..3000).filter(|_| store.contains(folder.to_str().unwrap())).count();
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(asked, 3000);
+    });
+}
+
 #[test]
 fn what_lies_below_a_folder_is_contained_however_it_is_spelled() {
     let dir = tempfile::tempdir().unwrap();

@@ -96,8 +96,12 @@ fn resolved(path: &Path) -> Option<PathBuf> {
                 at.push(name);
                 match fs::canonicalize(&at) {
                     Ok(real) => at = real,
-                    // A symlink to nothing may be one to anywhere tomorrow.
-                    Err(e) if e.kind() == ErrorKind::NotFound && fs::symlink_metadata(&at).is_err() => {}
+                    Err(e) if e.kind() == ErrorKind::NotFound => match fs::symlink_metadata(&at) {
+                        // A symlink to nothing may be one to anywhere tomorrow.
+                        Ok(there) if there.is_symlink() => return None,
+                        // Not there, or made by another worker this moment.
+                        _ => {}
+                    },
                     Err(_) => return None,
                 }
             }
