@@ -8,8 +8,9 @@
 
 use super::TransportError;
 use super::bell::Bell;
-use super::connector::{Arrival, Caller, Lobby, Version};
+use super::connector::Version;
 use super::link::Link;
+use super::lobby::{Arrival, Caller, Lobby};
 use crate::access;
 use crate::tls::{Role, Tls, causes};
 use bytes::{Bytes, BytesMut};

@@ -13,6 +13,8 @@
 //! | [`ring`] | the link between processes of one host: rings in shared memory |
 //! | [`grpc`] | the link between hosts: a gRPC stream with credits |
 //! | [`bell`] | what a device sleeps on, and the word that ends an epoch |
+//! | `lobby` | where those who have dialled wait for their epoch |
+//! | `meeting` | the devices of an epoch on their way to each other |
 //! | `memory` | memory that processes share, or lend to be looked at |
 //! | `socket` | messages with file descriptors, between processes that meet |
 
@@ -25,6 +27,10 @@ pub mod grpc;
 pub mod in_process;
 #[cfg(target_os = "linux")]
 pub mod link;
+#[cfg(target_os = "linux")]
+mod lobby;
+#[cfg(target_os = "linux")]
+mod meeting;
 #[cfg(target_os = "linux")]
 pub(crate) mod memory;
 #[cfg(target_os = "linux")]
