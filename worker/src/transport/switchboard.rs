@@ -350,7 +350,10 @@ impl Switchboard {
             if let Some(detail) = port.link.lost()
                 && !port.progress(&mut self.borrowed.0)?
             {
-                return Err(TransportError::Lost { me, peer: port.peer, detail });
+                let lost = TransportError::Lost { me, peer: port.peer, detail };
+                // And so does why it went: it may have left word since we last looked.
+                self.healthy()?;
+                return Err(lost);
             }
         }
         Ok(())
@@ -420,6 +423,10 @@ impl Transport for Switchboard {
 impl Drop for Switchboard {
     fn drop(&mut self) {
         self.clear();
+        if let Some(TransportError::Aborted { device, reason }) = self.broken.clone() {
+            // The word of the device that gave up may reach a peer later than our going does.
+            self.ports.iter_mut().flatten().for_each(|port| port.link.abort(device, &reason));
+        }
         // The process may end next: what `finish` reported as sent must not end with it.
         let begun = Instant::now();
         while self.broken.is_none() && begun.elapsed() < FAREWELL {
