@@ -41,6 +41,7 @@ pub struct Node {
 }
 
 type CustomGrad = Rc<dyn Fn(&Tensor) -> Vec<Option<Tensor>>>;
+type Renaming = Rc<dyn Fn(&str) -> String>;
 
 pub(crate) struct State {
     pub nodes: Vec<Node>,
@@ -50,6 +51,7 @@ pub(crate) struct State {
     pub assigns: Vec<(VarId, NodeId)>,
     pub reads: HashMap<VarId, NodeId>,
     scopes: Vec<Name>,
+    renamings: Vec<Renaming>,
     pub error: Option<Error>,
     custom: HashMap<NodeId, (Vec<NodeId>, CustomGrad)>,
     recompute: Option<u32>,
@@ -86,6 +88,7 @@ impl Graph {
             assigns: vec![],
             reads: HashMap::new(),
             scopes: vec![],
+            renamings: vec![],
             error: None,
             custom: HashMap::new(),
             recompute: None,
@@ -132,6 +135,15 @@ impl Graph {
         let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![path.into()]);
         let out = build();
         self.0.borrow_mut().scopes = outer;
+        out
+    }
+
+    /// Runs `build`, whose variables have the names that `rename` makes of their paths: how layers share variables.
+    /// Scopes, and with them random numbers, are as without.
+    pub fn renamed<T>(&self, rename: impl Fn(&str) -> String + 'static, build: impl FnOnce() -> T) -> T {
+        self.0.borrow_mut().renamings.push(Rc::new(rename));
+        let out = build();
+        self.0.borrow_mut().renamings.pop();
         out
     }
 
@@ -266,7 +278,9 @@ impl Graph {
     #[track_caller]
     fn declare(&self, name: &str, dims: &[Dim], init: Init, trainable: bool) -> Tensor {
         let scope = self.scope();
-        let path: Name = if scope.is_empty() { name.into() } else { format!("{scope}/{name}").into() };
+        let path = if scope.is_empty() { name.to_string() } else { format!("{scope}/{name}") };
+        let renamings = self.0.borrow().renamings.clone();
+        let path: Name = renamings.iter().rev().fold(path, |path, rename| rename(&path)).into();
         let variables = self.0.borrow().variables.clone();
         let id = variables.borrow_mut().declare(path, Type::new(DType::F32, dims), init, trainable, self.place());
         match id {

@@ -190,6 +190,15 @@ impl Function {
         }
         Ok(())
     }
+    /// The variables that it reads or sets, in order of declaration.
+    pub fn variables(&self) -> Vec<VarId> {
+        let touched = self.nodes.iter().filter_map(|n| match &n.op {
+            Prim::Read(r) => Some(r.var),
+            Prim::Assign(a) => Some(a.var),
+            _ => None,
+        });
+        touched.collect::<BTreeSet<_>>().into_iter().collect()
+    }
     /// Those of its convolutions and contractions.
     pub fn product_flops(&self) -> u64 {
         let products = self.nodes.iter().filter(|n| n.op.is_product());
@@ -285,6 +294,40 @@ impl ProgramBuilder {
         let function = function?;
         self.functions.insert(name, function);
         Ok(out)
+    }
+
+    /// Adds a function that copies variables: each variable of path p that function `of` reads or sets, and for which
+    /// `from(p)` names another one, becomes equal to that one. Layers that shared variables get copies of their own so,
+    /// optimizer slots too, for their paths begin with the variable's.
+    ///
+    /// # Errors
+    /// No function `of`; a source that there is not, or of another type.
+    #[track_caller]
+    pub fn copies(
+        &mut self,
+        name: impl Into<Name>,
+        of: &str,
+        from: impl Fn(&str) -> Option<String>,
+    ) -> Result<(), Error> {
+        let missing = |what: String, help: &str| Error::new(Cause::Feed { what, help: help.into() }).at(Place::here());
+        let Some(function) = self.functions.get(&Name::from(of)) else {
+            return Err(missing(format!("there is no function `{of}` to copy variables for"), "add it first"));
+        };
+        let mut pairs = Vec::new();
+        {
+            let list = &self.variables.borrow().list;
+            let find = |path: &str| list.iter().position(|v| *v.name == *path).map(|i| VarId(i as u32));
+            for to in function.variables() {
+                let path = &list[to.index()].name;
+                let Some(source) = from(path).filter(|source| **source != **path) else { continue };
+                let Some(from) = find(&source) else {
+                    let what = format!("there is no variable `{source}` to copy to `{path}`");
+                    return Err(missing(what, "add the functions that use it first"));
+                };
+                pairs.push((to, from));
+            }
+        }
+        self.function(name, |g| pairs.iter().for_each(|(to, from)| g.assign(&g.read(*to), &g.read(*from))))
     }
 
     /// The finished program, with the function `init` added.

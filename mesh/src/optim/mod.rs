@@ -13,6 +13,7 @@ pub use adam::{Adam, Sgd};
 pub use schedule::Schedule;
 
 use crate::graph::{Graph, Tensor};
+use crate::program::{Init, VarId};
 
 /// How a gradient becomes an update.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +44,12 @@ pub struct Optimizer {
 /// Whether a variable of that path decays: not a `bias` and not a norm's `scale`.
 pub fn decays(path: &str) -> bool {
     !matches!(path.rsplit('/').next(), Some("bias" | "scale"))
+}
+
+/// Where a variable's gradients are added up.
+#[track_caller]
+fn gradient_slot(g: &Graph, id: VarId, variable: &Tensor) -> Tensor {
+    g.scoped_at(g.variable_name(id), || g.state("gradient", &variable.ty().dims, Init::zeros()))
 }
 
 /// What a training step may show of its update.
@@ -95,6 +102,12 @@ impl Optimizer {
         let variables = g.trainable();
         let wrt: Vec<&Tensor> = variables.iter().map(|(_, t)| t).collect();
         let grads = g.gradients(loss, &wrt);
+        self.update(g, &variables, &grads)
+    }
+
+    /// One step on variables with those gradients.
+    #[track_caller]
+    fn update(&self, g: &Graph, variables: &[(VarId, Tensor)], grads: &[Tensor]) -> Update {
         g.layer("optimizer", || {
             let squares = grads.iter().map(|grad| grad.square().sum_all());
             let grad_norm = squares.reduce(|a, b| a.add(&b)).unwrap_or(g.scalar(0.0)).sqrt();
@@ -103,7 +116,7 @@ impl Optimizer {
                 g.scalar(most).div(&grad_norm.maximum(&g.scalar(most)))
             });
             let rate = self.rate.rate(g);
-            for ((id, variable), grad) in variables.iter().zip(&grads) {
+            for ((id, variable), grad) in variables.iter().zip(grads) {
                 let path = g.variable_name(*id);
                 let grad = match &factor {
                     Some(factor) => grad.mul(factor),
@@ -113,6 +126,31 @@ impl Optimizer {
             }
             Update { grad_norm, rate }
         })
+    }
+
+    /// Adds the gradients of `loss`, divided by `parts`, up in slots (`gradient`) instead of using them: a step in `parts`
+    /// micro-batches is so many runs of a function that accumulates, then one of a function with what is returned here
+    /// and [`Optimizer::apply_accumulated`].
+    #[track_caller]
+    pub fn accumulate(g: &Graph, loss: &Tensor, parts: u32) -> Vec<VarId> {
+        let variables = g.trainable();
+        let wrt: Vec<&Tensor> = variables.iter().map(|(_, t)| t).collect();
+        let grads = g.gradients(loss, &wrt);
+        for ((id, variable), grad) in variables.iter().zip(&grads) {
+            let slot = gradient_slot(g, *id, variable);
+            g.assign(&slot, &slot.add(&grad.mul_scalar(1.0 / parts.max(1) as f32)));
+        }
+        variables.into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// One step on those variables with the gradients that were accumulated, whose slots are zero again after it.
+    #[track_caller]
+    pub fn apply_accumulated(&self, g: &Graph, variables: &[VarId]) -> Update {
+        let variables: Vec<(VarId, Tensor)> = variables.iter().map(|id| (*id, g.read(*id))).collect();
+        let slots: Vec<Tensor> = variables.iter().map(|(id, t)| gradient_slot(g, *id, t)).collect();
+        let update = self.update(g, &variables, &slots);
+        slots.iter().for_each(|slot| g.assign(slot, &slot.zeros_like()));
+        update
     }
 
     fn step(&self, g: &Graph, path: &str, variable: &Tensor, grad: &Tensor, rate: &Tensor) {

@@ -1,0 +1,15 @@
+//! BERT and two ways to train it with less: the model, its programs, and its sizes.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`architecture`] | sizes, as in Hugging Face's config.json |
+//! | [`model`] | the encoder and its heads |
+//! | [`dropping`] | token dropping |
+//! | [`sharing`] | sharing weights, then unsharing |
+//! | [`program`] | the programs: pretraining, fine-tuning, embedding |
+
+pub mod architecture;
+pub mod dropping;
+pub mod model;
+pub mod program;
+pub mod sharing;

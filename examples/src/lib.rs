@@ -1,0 +1,3 @@
+//! What the model programs are made of.
+
+pub mod bert;
