@@ -139,7 +139,9 @@ impl Model<'_> {
 
     /// The first position through a dense layer and tanh, `[batch, d_model]`.
     pub fn pooled(&self, x: &Tensor) -> Tensor {
-        let first = x.slice("seq", 0, 1).sum(&["seq"]);
+        // A lookup, and no slice: the first position lies where it lies.
+        let first = x.graph().scalar_i32(0).broadcast(&[x.dim("batch")]);
+        let first = x.cast(DType::F32).gather(&first, "seq").cast(self.dtype);
         nn::dense(&first, "pooler", &["d_model"], &[self.d_model()], &self.dense()).tanh()
     }
 
