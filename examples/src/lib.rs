@@ -1,3 +1,12 @@
-//! What the model programs are made of.
+//! What every model program shares: a program brings its network, its data, and what it shows of a step.
+//!
+//! [`settings`] is the configuration, in layers, with the keys that every run has; [`cli`] the options that set them, and
+//! those of devices and run folder; [`run`] trains, or judges a checkpoint, on devices wherever they are, and says how it
+//! failed; [`report`] is what people see of it: rows of figures and progress. [`bert`] is a model that more than one
+//! program uses.
 
 pub mod bert;
+pub mod cli;
+pub mod report;
+pub mod run;
+pub mod settings;

@@ -1,6 +1,8 @@
 //! The volume that a run is about.
 
-use crate::config::{self, Config, Mistake, mistake, times};
+use crate::config::{self, Config, times};
+use examples::run::Failed;
+use examples::settings::{Mistake, cache_dir, mistake};
 use ndarray::Array3;
 use std::path::Path;
 use worker::data::{DataError, ct, nifti, phantom, volume};
@@ -90,6 +92,15 @@ pub enum ScanError {
     },
 }
 
+impl From<ScanError> for Failed {
+    fn from(e: ScanError) -> Failed {
+        match e {
+            ScanError::Option(mistake) => mistake.into(),
+            data => Failed::Own { error: Box::new(data), exit_code: 3 },
+        }
+    }
+}
+
 fn shape<T>(v: &Array3<T>) -> [usize; 3] {
     [v.dim().0, v.dim().1, v.dim().2]
 }
@@ -172,12 +183,12 @@ impl Scan {
     /// Loads what the configuration names; `say` is told what people should know.
     pub fn load(config: &Config, mut say: impl FnMut(&str)) -> Result<Scan, ScanError> {
         let made = || {
-            let (volume, labels) = phantom::phantom(EXAMPLE, config.seed);
+            let (volume, labels) = phantom::phantom(EXAMPLE, config.common.seed);
             (volume, labels, organs(), "phantom")
         };
         let (volume, labels, classes, source) = match Source::of(config)? {
             Source::Phantom => made(),
-            Source::Ct(or_phantom) => match ct::fetch(&config::cache_dir(), &mut say) {
+            Source::Ct(or_phantom) => match ct::fetch(&cache_dir(), &mut say) {
                 Ok([image, masks]) => {
                     let labels = nifti::read_labels(&masks)?.0.mapv(ct::class_of);
                     (nifti::read(&image)?, labels, organs(), "CT with organ masks of TotalSegmentator")
