@@ -16,7 +16,7 @@ use mesh::program::Program;
 use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use worker::data::DataError;
 use worker::store::Store;
 use worker::tls::Tls;
@@ -206,23 +206,54 @@ pub fn scalar(session: &Session, f: FunctionId, name: &str) -> Result<f32, Faile
     Ok(session.fetch(f, name)?.to_f32().unwrap_or(f32::NAN))
 }
 
-/// What a model adds to the training of its function `train`, which gives `loss` and `grad_norm`.
+/// A step that was run.
+pub struct Ran {
+    /// Its loss.
+    pub loss: f32,
+    /// The norm of all gradients.
+    pub grad_norm: f32,
+    /// The numbers of its samples.
+    pub samples: Vec<u64>,
+    /// What to show besides.
+    pub figures: Figures,
+    /// Time to make and send what it was fed.
+    pub feed: Duration,
+    /// Time that it ran on the devices.
+    pub run: Duration,
+    /// Of that, the device that did so longest, moving data and waiting for others.
+    pub communicate: Duration,
+}
+
+/// What a model brings to its training.
 pub trait Model {
-    /// Feeds step `at.step`, whose samples begin with number `at.samples`; gives the samples' numbers. A step that comes
-    /// again is fed the same.
+    /// Runs step `at.step`, whose samples begin with number `at.samples`. A step that comes again does the same.
     ///
     /// # Errors
     /// Data that fail; a session that is lost.
-    fn feed(&mut self, session: &mut Session, f: FunctionId, at: &Position) -> Result<Vec<u64>, Failed>;
-
-    /// What to show of a step that took so many seconds to feed and run.
-    ///
-    /// # Errors
-    /// A session that is lost.
-    fn figures(&mut self, session: &mut Session, f: FunctionId, seconds: f64) -> Result<Figures, Failed>;
+    fn run(&mut self, session: &mut Session, at: &Position) -> Result<Ran, Failed>;
 
     /// What a step gets done.
     fn work(&self) -> Work;
+}
+
+/// Runs the function `f`, which gives `loss` and `grad_norm`, with what `feed` gives it; says which samples that were.
+///
+/// # Errors
+/// As [`Model::run`].
+pub fn one(
+    session: &mut Session,
+    f: FunctionId,
+    step: u32,
+    feed: impl FnOnce(&mut Session) -> Result<Vec<u64>, Failed>,
+) -> Result<Ran, Failed> {
+    let begun = Instant::now();
+    let samples = feed(session)?;
+    let fed = begun.elapsed();
+    session.step(f, step)?;
+    let run = begun.elapsed() - fed;
+    let (loss, grad_norm) = (scalar(session, f, "loss")?, scalar(session, f, "grad_norm")?);
+    let (figures, communicate) = (Figures::default(), session.communicated());
+    Ok(Ran { loss, grad_norm, samples, figures, feed: fed, run, communicate })
 }
 
 impl<C: Settings> Task<C> {
@@ -371,7 +402,6 @@ impl<C: Settings> Task<C> {
         let mut training = Training {
             model,
             steps: c.steps,
-            function: session.function("train")?,
             rows: Rows::open(&self.out.join(METRICS_FILE), at.step)?,
             progress: Progress::new(at.step, c.steps, std::io::stderr().is_terminal()),
         };
@@ -417,7 +447,6 @@ impl<C: Settings> Task<C> {
 struct Training<'a, M> {
     model: &'a mut M,
     steps: u32,
-    function: FunctionId,
     rows: Rows,
     progress: Progress,
 }
@@ -426,28 +455,23 @@ impl<M: Model> drive::Run for Training<'_, M> {
     type Error = Failed;
 
     fn step(&mut self, session: &mut Session, at: &mut Position) -> Result<(), Failed> {
-        let (f, step) = (self.function, at.step);
-        let begun = Instant::now();
-        let samples = self.model.feed(session, f, at)?;
-        let fed = begun.elapsed();
-        session.step(f, step)?;
-        let ran = begun.elapsed();
-        at.samples += samples.len() as u64;
-        let (loss, grad_norm) = (scalar(session, f, "loss")?, scalar(session, f, "grad_norm")?);
-        let figures = self.model.figures(session, f, ran.as_secs_f64())?;
-        let fetched = begun.elapsed();
+        let (step, begun) = (at.step, Instant::now());
+        let ran = self.model.run(session, at)?;
+        let (loss, grad_norm, all) = (ran.loss, ran.grad_norm, begun.elapsed());
+        at.samples += ran.samples.len() as u64;
         let phases = Phases {
-            feed: fed.as_secs_f64(),
-            run: (ran - fed).as_secs_f64(),
-            fetch: (fetched - ran).as_secs_f64(),
-            communicate: session.communicated().as_secs_f64(),
+            feed: ran.feed.as_secs_f64(),
+            run: ran.run.as_secs_f64(),
+            fetch: all.saturating_sub(ran.feed + ran.run).as_secs_f64(),
+            communicate: ran.communicate.as_secs_f64(),
         };
-        let mut row = Row::new(step, loss, grad_norm, fetched.as_secs_f64(), phases, samples, figures.row);
+        let mut row = Row::new(step, loss, grad_norm, all.as_secs_f64(), phases, ran.samples, ran.figures.row);
         if step + 1 == self.steps {
             row.finish(session.variables_hash()?, session.peaks()?);
         }
         self.rows.add(&row)?;
-        self.progress.step(step, loss, &figures.shown, &self.model.work(), ran.as_secs_f64());
+        let seconds = (ran.feed + ran.run).as_secs_f64();
+        self.progress.step(step, loss, &ran.figures.shown, &self.model.work(), seconds);
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(diverged(format!("at step {step} the loss is {loss}, the gradient's norm {grad_norm}")));
         }

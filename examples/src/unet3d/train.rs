@@ -4,10 +4,9 @@ use crate::config::{Config, times};
 use crate::data::{Outline, Scan};
 use crate::model::{self, Shape};
 use coordinator::drive::again;
-use coordinator::session::FunctionId;
 use coordinator::{Options, Position, Session};
-use examples::report::{Figures, Work, say, thousands};
-use examples::run::{self, Failed, Model, diverged, scalar};
+use examples::report::{Work, say, thousands};
+use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
 use ndarray::{Array4, Array5, ArrayD, Axis, Ix4};
 use worker::data::{picture, volume::View};
@@ -88,20 +87,20 @@ struct Training<'a> {
 }
 
 impl Model for Training<'_> {
-    fn feed(&mut self, session: &mut Session, f: FunctionId, at: &Position) -> Result<Vec<u64>, Failed> {
+    fn run(&mut self, session: &mut Session, at: &Position) -> Result<Ran, Failed> {
         let c = self.config;
-        let ids: Vec<u64> = (at.samples..at.samples + c.batch as u64).collect();
-        let (seed, classes) = (c.common.seed, self.scan.classes.len());
-        let draw = |id: &u64| if c.augment { View::draw(seed, *id, classes) } else { View::plain(*id, classes) };
-        let (image, labels) = views(self.scan, &ids.iter().map(draw).collect::<Vec<_>>());
-        session.feed(f, "image", &image)?;
-        session.feed(f, "labels", &labels)?;
-        Ok(ids)
-    }
-
-    fn figures(&mut self, session: &mut Session, f: FunctionId, _: f64) -> Result<Figures, Failed> {
-        let dice = f64::from(scalar(session, f, "dice")?);
-        Ok(Figures { row: vec![], shown: vec![("dice", dice)] })
+        let f = session.function("train")?;
+        let mut ran = run::one(session, f, at.step, |session| {
+            let ids: Vec<u64> = (at.samples..at.samples + c.batch as u64).collect();
+            let (seed, classes) = (c.common.seed, self.scan.classes.len());
+            let draw = |id: &u64| if c.augment { View::draw(seed, *id, classes) } else { View::plain(*id, classes) };
+            let (image, labels) = views(self.scan, &ids.iter().map(draw).collect::<Vec<_>>());
+            session.feed(f, "image", &image)?;
+            session.feed(f, "labels", &labels)?;
+            Ok(ids)
+        })?;
+        ran.figures.shown.push(("dice", f64::from(scalar(session, f, "dice")?)));
+        Ok(ran)
     }
 
     fn work(&self) -> Work {
