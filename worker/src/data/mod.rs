@@ -1,7 +1,9 @@
-//! Readers and writers of volumes.
+//! Readers and writers of data.
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`fetch`] | files out of packages |
+//! | [`tokens`] | text as tokens, mapped into memory |
 //! | [`nifti`] | NIfTI-1 files in and out |
 //! | [`ct`] | a CT with organ masks, fetched from a package |
 //! | [`phantom`] | a CT-like volume made from a seed |
@@ -9,9 +11,11 @@
 //! | [`picture`] | slices as PNG |
 
 pub mod ct;
+pub mod fetch;
 pub mod nifti;
 pub mod phantom;
 pub mod picture;
+pub mod tokens;
 pub mod volume;
 
 use std::path::{Path, PathBuf};
