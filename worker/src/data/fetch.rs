@@ -54,7 +54,13 @@ impl Package {
         }
         fs::create_dir_all(cache).map_err(|e| file("write", cache, e))?;
         let tool = if self.manager == Manager::Npm { "npm" } else { "pip" };
-        say(&format!("fetching {} {} ({}) with {tool}, kept in {}", self.name, self.version, self.about, folder.display()));
+        say(&format!(
+            "fetching {} {} ({}) with {tool}, kept in {}",
+            self.name,
+            self.version,
+            self.about,
+            folder.display()
+        ));
         let staging = cache.join(format!(".fetch-{}-{}", self.name, std::process::id()));
         let ready = staging.join("ready");
         fs::create_dir_all(&ready).map_err(|e| file("write", &ready, e))?;
@@ -76,11 +82,10 @@ impl Package {
         let (name, at) = (self.name, |sign: &str| format!("{}{sign}{}", self.name, self.version));
         let pip = ["download", "-q", "--disable-pip-version-check", "--no-deps"];
         let (tools, arguments): (&[&[&str]], Vec<String>) = match self.manager {
-            Manager::Npm => {
-                (&[&["npm"]], ["pack", "-s", &at("@")].map(String::from).to_vec())
-            }
+            Manager::Npm => (&[&["npm"]], ["pack", "-s", &at("@")].map(String::from).to_vec()),
             Manager::PipSource | Manager::PipWheel => {
-                let form = if self.manager == Manager::PipSource { ["--no-binary", name] } else { ["--only-binary", ":all:"] };
+                let form =
+                    if self.manager == Manager::PipSource { ["--no-binary", name] } else { ["--only-binary", ":all:"] };
                 let arguments = pip.iter().chain(&form).map(|s| s.to_string()).chain([at("==")]);
                 (&[&["pip"], &["pip3"], &["python3", "-m", "pip"]], arguments.collect())
             }
@@ -96,9 +101,8 @@ impl Package {
             match output {
                 Ok(o) if o.status.success() => {
                     let files = fs::read_dir(staging).into_iter().flatten().flatten().map(|e| e.path());
-                    let is_archive = |p: &PathBuf| {
-                        [".tar.gz", ".tgz", ".whl"].iter().any(|end| p.to_string_lossy().ends_with(end))
-                    };
+                    let is_archive =
+                        |p: &PathBuf| [".tar.gz", ".tgz", ".whl"].iter().any(|end| p.to_string_lossy().ends_with(end));
                     let found = files.into_iter().find(is_archive);
                     return found.ok_or_else(|| DataError::Fetch(format!("{} fetched no package", tool[0])));
                 }

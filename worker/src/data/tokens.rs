@@ -73,8 +73,7 @@ fn record(file: &mut impl Read) -> Option<(Vec<u32>, Vec<u32>, u64)> {
     if body.len() as u64 != bytes || blake3::hash(&body).as_bytes() != &head[12..] || body.len() < 4 * sentences {
         return None;
     }
-    let mut numbers: Vec<u32> =
-        body.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let mut numbers: Vec<u32> = body.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     let tokens = numbers.split_off(sentences);
     let sum: u64 = numbers.iter().map(|n| u64::from(*n)).sum();
     (sum == tokens.len() as u64).then_some((numbers, tokens, RECORD as u64 + bytes))
