@@ -6,6 +6,7 @@
 
 use crate::report::{Figures, Phases, Progress, Row, Rows, Work, bytes, say};
 use crate::settings::{Mistake, Settings, layout_of, memory_bytes, mistake};
+use crate::tensorboard::Events;
 use coordinator::checkpoint::{Catalogue, Checkpoints, Restored};
 use coordinator::drive::{self, End, Schedule, again, drive};
 use coordinator::launch::Launched;
@@ -26,6 +27,8 @@ use worker::transport::connector::TransportChoice;
 pub const CONFIG_FILE: &str = "config.toml";
 /// The rows of figures in a run folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
+/// The folder of event files for TensorBoard in a run folder.
+pub const TENSORBOARD: &str = "tensorboard";
 const CHECKPOINTS: &str = "checkpoints";
 
 /// Where the devices are.
@@ -373,6 +376,7 @@ impl<C: Settings> Task<C> {
             steps: c.steps,
             function: session.function("train")?,
             rows: Rows::open(&self.out.join(METRICS_FILE), at.step)?,
+            events: Events::begin(&self.out.join(TENSORBOARD), at.step)?,
             progress: Progress::new(at.step, c.steps, std::io::stderr().is_terminal()),
         };
         let schedule = Schedule { steps: c.steps, checkpoint_every: c.checkpoint_every };
@@ -419,6 +423,7 @@ struct Training<'a, M> {
     steps: u32,
     function: FunctionId,
     rows: Rows,
+    events: Events,
     progress: Progress,
 }
 
@@ -446,7 +451,9 @@ impl<M: Model> drive::Run for Training<'_, M> {
         if step + 1 == self.steps {
             row.finish(session.variables_hash()?, session.peaks()?);
         }
-        self.rows.add(&row)?;
+        if self.rows.add(&row)? {
+            self.events.scalars(step, row.scalars())?;
+        }
         self.progress.step(step, loss, &figures.shown, &self.model.work(), ran.as_secs_f64());
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(diverged(format!("at step {step} the loss is {loss}, the gradient's norm {grad_norm}")));

@@ -101,7 +101,7 @@ impl Model for Training<'_> {
 
     fn figures(&mut self, session: &mut Session, f: FunctionId, _: f64) -> Result<Figures, Failed> {
         let dice = f64::from(scalar(session, f, "dice")?);
-        Ok(Figures { row: vec![], shown: vec![("dice", dice)] })
+        Ok(Figures { row: vec![("dice", dice)], shown: vec![("dice", dice)] })
     }
 
     fn work(&self) -> Work {
