@@ -3,8 +3,9 @@
 //! [`settings`] is the configuration, in layers, with the keys that every run has; [`cli`] the options that set them, and
 //! those of devices and run folder; [`run`] trains, or judges a checkpoint, on devices wherever they are, and says how it
 //! failed; [`report`] is what people see of it: rows of figures and progress; [`tensorboard`] has the figures for the tool of
-//! that name.
+//! that name, and [`chart`] draws them.
 
+pub mod chart;
 pub mod cli;
 pub mod report;
 pub mod run;
