@@ -134,6 +134,16 @@ impl Row {
     }
 }
 
+/// A figure over the steps done, as far as the rows of a `metrics.jsonl` have it: (steps, figure).
+pub fn column(path: &Path, name: &str) -> Vec<(f64, f64)> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let point = |line: &str| {
+        let row: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some((row["step"].as_f64()? + 1.0, row[name].as_f64()?))
+    };
+    text.lines().filter_map(point).collect()
+}
+
 /// The rows of `metrics.jsonl`, each step once.
 pub struct Rows {
     path: PathBuf,
@@ -308,5 +318,7 @@ mod tests {
         let mut rows = Rows::open(&path, 2).unwrap();
         rows.add(&row(2, 0.75)).unwrap();
         assert_eq!(steps(), [0, 1, 2]);
+        assert_eq!(column(&path, "loss"), [(1.0, 0.5), (2.0, 0.5), (3.0, 0.75)]);
+        assert_eq!(column(&path, "elephants"), []);
     }
 }

@@ -4,7 +4,8 @@
 //! [`Task::train`] with its [`Model`], and whatever it makes of the trained variables. Its `eval` is [`Task::begun`], a
 //! session, [`Task::restored`]; its `plan` ends in [`print`].
 
-use crate::report::{Figures, Phases, Progress, Row, Rows, Work, bytes, say};
+use crate::chart::{Chart, Series};
+use crate::report::{Figures, Phases, Progress, Row, Rows, Work, bytes, column, say};
 use crate::settings::{Mistake, Settings, layout_of, memory_bytes, mistake};
 use crate::tensorboard::Events;
 use coordinator::checkpoint::{Catalogue, Checkpoints, Restored};
@@ -27,8 +28,12 @@ use worker::transport::connector::TransportChoice;
 pub const CONFIG_FILE: &str = "config.toml";
 /// The rows of figures in a run folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
+/// The picture of the loss in a run folder.
+pub const LOSS_FILE: &str = "loss.png";
 /// The folder of event files for TensorBoard in a run folder.
 pub const TENSORBOARD: &str = "tensorboard";
+/// Points of that picture's line at most; those of a longer run are means.
+const LOSS_POINTS: usize = 200;
 const CHECKPOINTS: &str = "checkpoints";
 
 /// Where the devices are.
@@ -423,7 +428,14 @@ impl<C: Settings> Task<C> {
         }
         let hash = again(session, |note| eprintln!("{note}"), |s| s.variables_hash())?;
         say(format!("variables {hash}"));
-        Ok(())
+        self.draw_loss()
+    }
+
+    /// Draws the loss over all steps.
+    fn draw_loss(&self) -> Result<(), Failed> {
+        let series = Series::smooth("loss", &column(&self.out.join(METRICS_FILE), "loss"), LOSS_POINTS);
+        let [title, x, y] = [format!("Training loss of {}", self.out.display()), "steps".into(), "loss".into()];
+        Chart { title, x, y, log_y: false, series: vec![series] }.write(&self.out.join(LOSS_FILE))
     }
 
     /// Where the run is: at its start, or where the checkpoint it goes on from was.

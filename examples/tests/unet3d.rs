@@ -287,6 +287,8 @@ fn a_run_folder_holds_what_its_help_says() {
         let picture = image::open(run.join("prediction.png")).unwrap().to_rgb8();
         let colours: BTreeSet<[u8; 3]> = picture.pixels().map(|p| p.0).collect();
         assert!(picture.width() > 200 && picture.height() > 200 && colours.len() > 30, "{} colours", colours.len());
+        assert!(image::open(run.join("loss.png")).is_ok());
+        assert_eq!(fs::read_dir(run.join("tensorboard")).unwrap().count(), 1, "an event file");
         let row = place.rows(name).pop().unwrap();
         assert!(row["loss"].is_f64() && row["grad_norm"].is_f64() && row["step_seconds"].as_f64().unwrap() > 0.0);
         assert_eq!(row["sample_ids"], serde_json::json!([11]));

@@ -44,6 +44,7 @@ A run folder holds
   metrics.jsonl       a row a step: loss and gradient norm with their bits, dice, seconds by phase, samples; the last row has a
                       hash of all variables, and each device's predicted and measured peak of memory
   tensorboard/        loss, gradient norm and dice for TensorBoard: `tensorboard --logdir RUN/tensorboard`
+  loss.png            a chart of the loss
   checkpoints/        safetensors with a manifest each, for --resume
   prediction.nii.gz   the predicted labels, on the grid of the input
   prediction.png      slices: labels on the left, prediction on the right

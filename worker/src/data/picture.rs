@@ -6,7 +6,7 @@ use ndarray::{Array3, Axis};
 use std::path::Path;
 
 /// Colours of the classes from 1 on (Okabe and Ito's palette, which the colour-blind can tell apart).
-const COLORS: [[f32; 3]; 7] = [
+pub const COLORS: [[f32; 3]; 7] = [
     [230.0, 159.0, 0.0],
     [86.0, 180.0, 233.0],
     [0.0, 158.0, 115.0],
