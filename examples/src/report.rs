@@ -4,6 +4,7 @@ use crate::run::{Failed, written};
 use coordinator::session::Peak;
 use indicatif::{ProgressBar, ProgressStyle};
 pub use mesh::plan::describe::{bytes, thousands};
+use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::fs;
@@ -66,7 +67,17 @@ pub struct Row {
 }
 
 fn pairs<S: Serializer>(pairs: &[(&'static str, f64)], s: S) -> Result<S::Ok, S::Error> {
-    s.collect_map(pairs.iter().copied())
+    let mut map = s.serialize_map(Some(pairs.len()))?;
+    for (name, value) in pairs {
+        // A number that was an f32 has the digits of one.
+        let short = *value as f32;
+        if f64::from(short) == *value {
+            map.serialize_entry(name, &short)?;
+        } else {
+            map.serialize_entry(name, value)?;
+        }
+    }
+    map.end()
 }
 
 impl Row {
@@ -111,6 +122,12 @@ impl Row {
         serde_json::to_string(self).expect("a row has no maps with odd keys")
     }
 
+    /// Its figures by name: loss, gradient norm and the model's own.
+    pub fn scalars(&self) -> impl Iterator<Item = (&str, f64)> {
+        let every = [("loss", f64::from(self.loss)), ("grad_norm", f64::from(self.grad_norm))];
+        every.into_iter().chain(self.figures.iter().copied())
+    }
+
     /// Adds what the last row has besides.
     pub fn finish(&mut self, hash: String, peaks: Vec<Peak>) {
         (self.variables_hash, self.devices) = (Some(hash), Some(peaks));
@@ -149,11 +166,12 @@ impl Rows {
         Ok(Rows { path: path.into(), file, done: BTreeMap::new() })
     }
 
-    /// Adds a row; that of a step which is done again must have the same bits, and is not written again.
+    /// Adds a row; that of a step which is done again must have the same bits, and is not written again. Tells whether it
+    /// is new.
     ///
     /// # Errors
     /// A step that came out otherwise; a file that cannot be written.
-    pub fn add(&mut self, row: &Row) -> Result<(), Failed> {
+    pub fn add(&mut self, row: &Row) -> Result<bool, Failed> {
         let now = row.bits();
         if let Some(before) = self.done.get(&row.step()) {
             for (field, (before, now)) in ["loss_bits", "grad_norm_bits"].into_iter().zip(before.iter().zip(&now)) {
@@ -162,10 +180,11 @@ impl Rows {
                     return Err(Failed::Otherwise { step: row.step(), field, before, now });
                 }
             }
-            return Ok(());
+            return Ok(false);
         }
         self.done.insert(row.step(), now);
-        written(&self.path, writeln!(self.file, "{}", row.line()).and_then(|()| self.file.flush()))
+        written(&self.path, writeln!(self.file, "{}", row.line()).and_then(|()| self.file.flush()))?;
+        Ok(true)
     }
 }
 
@@ -255,15 +274,17 @@ mod tests {
 
     fn row(step: u32, loss: f32) -> Row {
         let phases = Phases { feed: 0.1, run: 0.2, fetch: 0.3, communicate: 0.05 };
-        let figures = vec![("tokens_per_second", 1234.5), ("accuracy", 0.25)];
+        let figures = vec![("tokens_per_second", 1234.5), ("accuracy", f64::from(0.1f32))];
         Row::new(step, loss, 1.0, 0.6, phases, vec![7, 8], figures)
     }
 
     #[test]
     fn a_row_has_the_figures_of_the_model_beside_those_of_every_run() {
+        let names: Vec<String> = row(3, 0.5).scalars().map(|(name, _)| name.into()).collect();
+        assert_eq!(names, ["loss", "grad_norm", "tokens_per_second", "accuracy"]);
         let v: serde_json::Value = serde_json::from_str(&row(3, 0.5).line()).unwrap();
         assert_eq!((v["step"].as_u64(), v["loss"].as_f64()), (Some(3), Some(0.5)));
-        assert_eq!((v["tokens_per_second"].as_f64(), v["accuracy"].as_f64()), (Some(1234.5), Some(0.25)));
+        assert_eq!((v["tokens_per_second"].as_f64(), v["accuracy"].as_f64()), (Some(1234.5), Some(0.1)));
         assert_eq!((v["loss_bits"].as_str(), v["sample_ids"][1].as_u64()), (Some("3f000000"), Some(8)));
         assert!(v.get("figures").is_none() && v.get("variables_hash").is_none(), "{v}");
     }
@@ -278,8 +299,8 @@ mod tests {
             text.lines().map(step).collect::<Vec<_>>()
         };
         let mut rows = Rows::open(&path, 0).unwrap();
-        (0..4).for_each(|s| rows.add(&row(s, 0.5)).unwrap());
-        rows.add(&row(2, 0.5)).unwrap();
+        assert!((0..4).all(|s| rows.add(&row(s, 0.5)).unwrap()));
+        assert!(!rows.add(&row(2, 0.5)).unwrap());
         assert_eq!(steps(), [0, 1, 2, 3]);
         let e = rows.add(&row(3, 0.75)).unwrap_err().to_string();
         assert!(e.contains("step 3 was done again") && e.contains("loss_bits was 3f000000 and is 3f400000"), "{e}");

@@ -6,6 +6,7 @@
 
 use crate::report::{Figures, Phases, Progress, Row, Rows, Work, bytes, say};
 use crate::settings::{Mistake, Settings, layout_of, memory_bytes, mistake};
+use crate::tensorboard::Events;
 use coordinator::checkpoint::{Catalogue, Checkpoints, Restored};
 use coordinator::drive::{self, End, Schedule, again, drive};
 use coordinator::launch::Launched;
@@ -26,6 +27,8 @@ use worker::transport::connector::TransportChoice;
 pub const CONFIG_FILE: &str = "config.toml";
 /// The rows of figures in a run folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
+/// The folder of event files for TensorBoard in a run folder.
+pub const TENSORBOARD: &str = "tensorboard";
 const CHECKPOINTS: &str = "checkpoints";
 
 /// Where the devices are.
@@ -404,6 +407,7 @@ impl<C: Settings> Task<C> {
             model,
             steps: c.steps,
             rows: Rows::open(&self.out.join(METRICS_FILE), at.step)?,
+            events: Events::begin(&self.out.join(TENSORBOARD), at.step)?,
             progress: Progress::new(at.step, c.steps, std::io::stderr().is_terminal()),
         };
         let schedule = Schedule { steps: c.steps, checkpoint_every: c.checkpoint_every };
@@ -449,6 +453,7 @@ struct Training<'a, M> {
     model: &'a mut M,
     steps: u32,
     rows: Rows,
+    events: Events,
     progress: Progress,
 }
 
@@ -470,7 +475,9 @@ impl<M: Model> drive::Run for Training<'_, M> {
         if step + 1 == self.steps {
             row.finish(session.variables_hash()?, session.peaks()?);
         }
-        self.rows.add(&row)?;
+        if self.rows.add(&row)? {
+            self.events.scalars(step, row.scalars())?;
+        }
         let seconds = (ran.feed + ran.run).as_secs_f64();
         self.progress.step(step, loss, &ran.figures.shown, &self.model.work(), seconds);
         if !loss.is_finite() || !grad_norm.is_finite() {

@@ -200,7 +200,8 @@ impl Config {
                 _ => {
                     let known = ["plain", "token-drop", "share-unshare"];
                     let near = mesh::error::nearest(name, known).map(|n| format!("did you mean `{n}`?"));
-                    let help = near.unwrap_or("it is plain, token-drop, share-unshare, or token-drop,share-unshare".into());
+                    let help =
+                        near.unwrap_or("it is plain, token-drop, share-unshare, or token-drop,share-unshare".into());
                     return mistake(format!("there is no method `{name}`"), help);
                 }
             }
@@ -223,7 +224,7 @@ impl Config {
         let path = Path::new(&self.size);
         let of_file = || {
             let file = if path.is_dir() { path.join("config.json") } else { path.into() };
-            examples::bert::hf::config(&file).map_err(|e| Mistake::File { place: self.size.clone(), why: e.to_string() })
+            config_file(&file).map_err(|e| Mistake::File { place: self.size.clone(), why: e })
         };
         let mut a = match named {
             Some(a) => a,
@@ -267,7 +268,8 @@ impl Config {
             return Ok(vec![(0, layers)]);
         }
         let groups: Option<Vec<usize>> = self.groups.split(',').map(|n| n.trim().parse().ok()).collect();
-        let ascending = |g: &[usize]| g.windows(2).all(|w| w[0] < w[1]) && g.first() >= Some(&1) && g.last() < Some(&layers);
+        let ascending =
+            |g: &[usize]| g.windows(2).all(|w| w[0] < w[1]) && g.first() >= Some(&1) && g.last() < Some(&layers);
         let Some(groups) = groups.filter(|g| ascending(g)) else {
             return mistake(
                 format!("groups `{}` do not lead to {layers} layers", self.groups),
@@ -298,7 +300,13 @@ impl Config {
     pub fn dtype(&self) -> DType {
         match self.dtype {
             Dtype::F32 => DType::F32,
-            Dtype::Bf16 => DType::BF16,
+            Dtype::Bf16 => DType::Bf16,
         }
     }
+}
+
+/// A config.json.
+fn config_file(path: &Path) -> Result<Architecture, String> {
+    let text = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    serde_json::from_str(&text).map_err(|e| e.to_string())
 }

@@ -94,6 +94,7 @@ impl Pretraining {
             let mut functions = self.training(&mut p, stage, &groups)?;
             functions.push(self.evaluation(&mut p, stage, &groups)?);
             let functions: Vec<&str> = functions.iter().map(|n| &**n).collect();
+            p.stage(self.stage_name(stage), &functions)?;
             if stage > 0 {
                 let before = self.groups(stage - 1);
                 let origin = |path: &str| {

@@ -4,13 +4,11 @@ use crate::config::Config;
 use coordinator::drive::again;
 use coordinator::session::FunctionId;
 use coordinator::{Options, Position, Session};
-use examples::bert::architecture::Architecture;
 use examples::bert::dropping::{Dropping, Specials};
 use examples::bert::program::Pretraining;
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
-use examples::settings::mistake;
-use examples::text::sampler::{Batch, Sampler};
+use examples::text::sampler::Batch;
 use std::time::{Duration, Instant};
 
 /// What is to be done.
@@ -133,7 +131,7 @@ pub fn pretrain(task: &Task) -> Result<(), Failed> {
     let session = &mut running.session;
     let parameters = session.program().parameters();
     eprint!("{}", introduction(c, &setup, &data.description, &options, parameters));
-    let entropy = data.train.unigram_entropy(&data.held_out);
+    let entropy = data.train.unigram_entropy(&data.held_out)?;
     eprintln!("unigrams {entropy:.3} nats: what a model that knows only how often words are would lose");
     task.train(session, &mut Training { config: c, setup: &setup, data: &data })?;
     let judgement = judge(session, &setup, &data, c)?;
@@ -254,14 +252,18 @@ fn judge(session: &mut Session, setup: &Setup, data: &crate::data::Data, c: &Con
     let mut sums = [0.0f64; 4];
     for i in 0..batches {
         let batch = data.held_out.batch(i * part..(i + 1) * part)?;
-        let got = again(session, |note| eprintln!("{note}"), |session| {
-            let f = session.function(&setup.pretraining.named("eval", setup.current(session)))?;
-            feed(session, f, &batch, c.next_sentence)?;
-            session.step(f, 0)?;
-            let get = |name| scalar(session, f, name).map(f64::from);
-            let next = if c.next_sentence { get("next_correct")? } else { 0.0 };
-            Ok::<_, Failed>([get("loss_sum")?, get("correct")?, get("weight")?, next])
-        })?;
+        let got = again(
+            session,
+            |note| eprintln!("{note}"),
+            |session| {
+                let f = session.function(&setup.pretraining.named("eval", setup.current(session)))?;
+                feed(session, f, &batch, c.next_sentence)?;
+                session.step(f, 0)?;
+                let get = |name| scalar(session, f, name).map(f64::from);
+                let next = if c.next_sentence { get("next_correct")? } else { 0.0 };
+                Ok::<_, Failed>([get("loss_sum")?, get("correct")?, get("weight")?, next])
+            },
+        )?;
         sums.iter_mut().zip(got).for_each(|(sum, v)| *sum += v);
     }
     let [loss, correct, words, next] = sums;
@@ -283,7 +285,7 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     let mut running = task.session(setup.pretraining.program()?, &options)?;
     let session = &mut running.session;
     task.restored(session)?;
-    let entropy = data.train.unigram_entropy(&data.held_out);
+    let entropy = data.train.unigram_entropy(&data.held_out)?;
     judge(session, &setup, &data, c)?.say(entropy);
     Ok(())
 }
@@ -302,13 +304,4 @@ pub fn plan(task: &Task) -> Result<(), Failed> {
         text += &format!("\n{}", options.plan(&of_stage)?.describe(&of_stage, &function));
     }
     run::print(&text)
-}
-
-/// The architecture and the options of a session that only computes.
-pub fn architecture(task: &Task) -> Result<(Architecture, Options), Failed> {
-    let options = task.options()?;
-    match task.config.architecture() {
-        Ok(a) => Ok((a, options)),
-        Err(e) => mistake(e.to_string(), "name a size with --size").map_err(Failed::from),
-    }
 }

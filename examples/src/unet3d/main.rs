@@ -41,8 +41,9 @@ Later ones win: --config, then options, then --set. With --resume, and for eval,
 
 A run folder holds
   config.toml         the configuration, for --config
-  metrics.jsonl       a row a step: loss and gradient norm with their bits, seconds by phase, samples; the last row has a hash
-                      of all variables, and each device's predicted and measured peak of memory
+  metrics.jsonl       a row a step: loss and gradient norm with their bits, dice, seconds by phase, samples; the last row has a
+                      hash of all variables, and each device's predicted and measured peak of memory
+  tensorboard/        loss, gradient norm and dice for TensorBoard: `tensorboard --logdir RUN/tensorboard`
   checkpoints/        safetensors with a manifest each, for --resume
   prediction.nii.gz   the predicted labels, on the grid of the input
   prediction.png      slices: labels on the left, prediction on the right

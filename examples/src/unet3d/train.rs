@@ -5,7 +5,7 @@ use crate::data::{Outline, Scan};
 use crate::model::{self, Shape};
 use coordinator::drive::again;
 use coordinator::{Options, Position, Session};
-use examples::report::{Work, say, thousands};
+use examples::report::{Figures, Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
 use ndarray::{Array4, Array5, ArrayD, Axis, Ix4};
@@ -99,7 +99,8 @@ impl Model for Training<'_> {
             session.feed(f, "labels", &labels)?;
             Ok(ids)
         })?;
-        ran.figures.shown.push(("dice", f64::from(scalar(session, f, "dice")?)));
+        let dice = f64::from(scalar(session, f, "dice")?);
+        ran.figures = Figures { row: vec![("dice", dice)], shown: vec![("dice", dice)] };
         Ok(ran)
     }
 

