@@ -1,6 +1,7 @@
 //! Where text comes from. A corpus is read as a stream, document by document; it may be larger than memory.
 
 use super::packages;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -93,8 +94,12 @@ impl Corpus {
 
 /// All files of a folder and below, by name.
 fn files_of(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
-    let (mut folders, mut files) = (vec![folder.to_path_buf()], vec![]);
+    let (mut folders, mut files, mut seen) = (vec![folder.to_path_buf()], vec![], BTreeSet::new());
     while let Some(folder) = folders.pop() {
+        // A link may lead back to where it is.
+        if !seen.insert(folder.canonicalize().map_err(|e| unreadable(&folder, e))?) {
+            continue;
+        }
         for entry in fs::read_dir(&folder).map_err(|e| unreadable(&folder, e))? {
             let path = entry.map_err(|e| unreadable(&folder, e))?.path();
             let hidden = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
@@ -332,6 +337,8 @@ mod tests {
         write("d/b/2", b"Four.");
         write("d/b/.hidden", b"Never.");
         write("d/a", b"One. Two!\n\nThree.\n");
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(dir.path().join("d"), dir.path().join("d/b/round")).unwrap();
         let path = dir.path().join("d").display().to_string();
         assert_eq!(read(&Corpus::open(&path, dir.path(), say).unwrap()), expected);
         let long = "A line.\n".repeat(2 * SENTENCES + 5);

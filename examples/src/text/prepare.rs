@@ -4,17 +4,23 @@ use super::corpus::Corpus;
 use super::wordpiece::Vocabulary;
 use coordinator::interrupt;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use std::fs::{self, File, TryLockError};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use worker::data::DataError;
 use worker::data::tokens::{Origin, Tokens, Writer};
 
+/// Tokens of a sentence at the most: text without points, or in a script that has others, is cut into pieces, or an example
+/// out of it would have to read all of it.
+const SENTENCE: usize = 512;
 /// Documents that are cut into words at a time.
 const CHUNK: usize = 64;
 /// Time between two makings sure.
 const FLUSH: Duration = Duration::from_secs(5);
 
+/// Time between two tries for what another process makes.
+const TRY: Duration = Duration::from_millis(200);
 /// What is said, at times, where there is no terminal.
 const REPORT: Duration = Duration::from_secs(10);
 
@@ -26,6 +32,8 @@ const REPORT: Duration = Duration::from_secs(10);
 pub fn prepare(corpus: &Corpus, vocabulary: &Vocabulary, cache: &Path) -> Result<Option<Tokens>, DataError> {
     let origin = Origin { vocabulary: vocabulary.size as u32, words: vocabulary.hash, source: corpus.identity };
     let path = file_of(&origin, cache);
+    // One process makes it, the others wait for it.
+    let Some(_lock) = lock(&path)? else { return Ok(None) };
     if let Ok(tokens) = Tokens::open(&path)
         && *tokens.origin() == origin
     {
@@ -71,6 +79,30 @@ pub fn prepare(corpus: &Corpus, vocabulary: &Vocabulary, cache: &Path) -> Result
     Tokens::open(&path).map(Some)
 }
 
+/// Waits until no other process makes the file; None if this one is asked to stop meanwhile.
+fn lock(path: &Path) -> Result<Option<File>, DataError> {
+    let path = path.with_extension("lock");
+    let fail = |e: std::io::Error| DataError::File { what: "write", path: path.clone(), why: e.to_string() };
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(fail)?;
+    }
+    let file = File::create(&path).map_err(fail)?;
+    let mut told = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::Error(e)) => return Err(fail(e)),
+            Err(TryLockError::WouldBlock) if interrupt::asked() => return Ok(None),
+            Err(TryLockError::WouldBlock) => {}
+        }
+        if !told {
+            eprintln!("waiting for another process that cuts the same text into words");
+            told = true;
+        }
+        std::thread::sleep(TRY);
+    }
+}
+
 fn file_of(origin: &Origin, cache: &Path) -> PathBuf {
     let hash = blake3::Hasher::new().update(&origin.words).update(&origin.source).finalize().to_hex();
     cache.join(format!("{}.tokens", &hash[..24]))
@@ -80,7 +112,13 @@ fn file_of(origin: &Origin, cache: &Path) -> PathBuf {
 fn encode(vocabulary: &Vocabulary, documents: &[Vec<String>]) -> Result<Vec<Vec<Vec<u32>>>, DataError> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(documents.len().max(1));
     let share = documents.len().div_ceil(threads).max(1);
-    let one = |document: &Vec<String>| document.iter().map(|s| vocabulary.encode(s)).collect::<Result<Vec<_>, _>>();
+    let one = |document: &Vec<String>| -> Result<Vec<Vec<u32>>, DataError> {
+        let mut all = Vec::with_capacity(document.len());
+        for sentence in document {
+            all.extend(vocabulary.encode(sentence)?.chunks(SENTENCE).map(<[u32]>::to_vec));
+        }
+        Ok(all)
+    };
     std::thread::scope(|s| {
         let parts: Vec<_> = documents
             .chunks(share)
@@ -143,6 +181,33 @@ impl Progress {
 mod tests {
     use super::*;
     use crate::text::wordpiece::tiny_vocabulary;
+
+    #[test]
+    fn processes_that_want_the_same_file_make_it_once_and_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = dir.path().join("a.txt");
+        std::fs::write(&text, "The jury said.\n\n".repeat(3000)).unwrap();
+        let vocabulary = Vocabulary::open(&tiny_vocabulary(dir.path())).unwrap();
+        let corpus = Corpus::open(text.to_str().unwrap(), dir.path(), |_| {}).unwrap();
+        // A lock belongs to an open file, so threads stand for processes.
+        std::thread::scope(|s| {
+            let make = || prepare(&corpus, &vocabulary, dir.path()).unwrap().unwrap().counts();
+            let all: Vec<_> = (0..4).map(|_| s.spawn(make)).collect();
+            all.into_iter().for_each(|made| assert_eq!(made.join().unwrap(), [12_000, 3000, 3000]));
+        });
+    }
+
+    #[test]
+    fn text_without_an_end_of_sentence_is_cut_into_pieces() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = dir.path().join("a.txt");
+        std::fs::write(&text, "jury ".repeat(2 * SENTENCE + 3)).unwrap();
+        let vocabulary = Vocabulary::open(&tiny_vocabulary(dir.path())).unwrap();
+        let corpus = Corpus::open(text.to_str().unwrap(), dir.path(), |_| {}).unwrap();
+        let tokens = prepare(&corpus, &vocabulary, dir.path()).unwrap().unwrap();
+        let lengths: Vec<usize> = (0..tokens.counts()[1]).map(|s| tokens.sentence(s).len()).collect();
+        assert_eq!(lengths, [SENTENCE, SENTENCE, 3]);
+    }
 
     #[test]
     fn a_corpus_is_cut_once_and_found_again() {

@@ -16,6 +16,8 @@ const MASKED: f64 = 0.15;
 /// Of those: what becomes `[MASK]`, and what becomes that or any word.
 const AS_MASK: f32 = 0.8;
 const AS_MASK_OR_ANY: f32 = 0.9;
+/// Tokens of an example at the least.
+const SHORTEST: usize = 8;
 /// Special words of a pair.
 const SPECIAL: usize = 3;
 /// Tokens that are counted for the unigram entropy at the most.
@@ -89,10 +91,10 @@ impl Draws {
         let key = key_of(what) ^ (id >> 32) as u32;
         Draws { stream: Stream { seed, step: id as u32, key }, next: 0 }
     }
-    /// In [0, 1).
+    /// In [0, 1). Each draw has two words of the stream for itself, used or not.
     fn unit(&mut self) -> f32 {
         self.next += 1;
-        self.stream.uniform(self.next)
+        self.stream.uniform(2 * self.next)
     }
     /// In `0 .. n`.
     fn below(&mut self, n: usize) -> usize {
@@ -112,7 +114,7 @@ impl Sampler {
     /// Examples of the documents of a split.
     ///
     /// # Errors
-    /// A token file of another vocabulary; text with too few documents.
+    /// Examples too short, or without predictions; a token file of another vocabulary; text with too few documents.
     pub fn new(
         tokens: Arc<Tokens>,
         vocabulary: Arc<Vocabulary>,
@@ -120,6 +122,12 @@ impl Sampler {
         options: SamplerOptions,
     ) -> Result<Sampler, DataError> {
         let unusable = |why: String| DataError::Format { path: tokens.path().into(), why };
+        if options.seq < SHORTEST || options.predictions == 0 {
+            return Err(unusable(format!(
+                "there are no examples of {} tokens with {} predictions in it; take {SHORTEST} tokens and 1 prediction at least",
+                options.seq, options.predictions
+            )));
+        }
         let origin = tokens.origin();
         if origin.words != vocabulary.hash || origin.vocabulary as usize != vocabulary.size {
             let short = |hash: &[u8; 32]| hash.iter().take(4).map(|b| format!("{b:02x}")).collect::<String>();
@@ -418,6 +426,29 @@ mod tests {
         // What is held out is the same for all.
         let held_out = |seed| sampler(dir.path(), Split::HeldOut, SamplerOptions { seed, ..options() });
         assert_eq!(held_out(5).batch(0..9).unwrap(), held_out(6).batch(0..9).unwrap());
+    }
+
+    #[test]
+    fn no_two_draws_of_an_example_share_bits() {
+        let mut draws = Draws::new(3, "masks", 7);
+        let mut seen = BTreeSet::new();
+        for n in 0..200 {
+            let drawn = if n < 100 { draws.below(1 << 24) } else { (draws.unit() * (1 << 24) as f32) as usize };
+            assert!(seen.insert(drawn), "draw {n} was there before");
+        }
+    }
+
+    #[test]
+    fn examples_that_cannot_be_made_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tokens, vocabulary) = made(dir.path());
+        for bad in [SamplerOptions { seq: 7, ..options() }, SamplerOptions { predictions: 0, ..options() }] {
+            let made = Sampler::new(tokens.clone(), vocabulary.clone(), Split::Train, bad);
+            let e = made.map(|_| ()).unwrap_err().to_string();
+            assert!(e.starts_with("D0002") && e.contains("take 8 tokens and 1 prediction"), "{e}");
+        }
+        let least = SamplerOptions { seq: 8, predictions: 1, ..options() };
+        assert!(Sampler::new(tokens, vocabulary, Split::Train, least).unwrap().batch(0..100).is_ok());
     }
 
     #[test]

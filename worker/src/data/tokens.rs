@@ -160,9 +160,10 @@ impl Writer {
         out.write_all(&[0; HEAD]).map_err(fail)?;
         let mut part = BufReader::new(File::open(&self.part).map_err(fail)?);
         part.seek(SeekFrom::Start(part_head(&self.origin).len() as u64)).map_err(fail)?;
-        let (mut tokens, width) = (0u64, self.origin.width());
+        let (mut tokens, mut documents, width) = (0u64, 0, self.origin.width());
         let (mut sentence_ends, mut document_ends) = (Vec::new(), Vec::new());
         while let Some((lengths, words, _)) = record(&mut part) {
+            documents += 1;
             for n in lengths {
                 tokens += u64::from(n);
                 sentence_ends.push(tokens);
@@ -173,6 +174,14 @@ impl Writer {
             for word in words {
                 out.write_all(&word.to_le_bytes()[..width]).map_err(fail)?;
             }
+        }
+        if documents != self.documents {
+            let _ = fs::remove_file(&staging);
+            let why = std::format!(
+                "{documents} of the {} documents that were written to it can be read; start again, and what is missing is done again",
+                self.documents
+            );
+            return Err(format(&self.part, why));
         }
         if sentence_ends.is_empty() {
             let _ = fs::remove_file(&staging);
@@ -427,6 +436,64 @@ mod tests {
         writer.add(&documents[0]).unwrap();
         drop(writer);
         assert_eq!(Writer::open(&path, &origin(101)).unwrap().documents(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_sealed_file_says_nothing_beyond_it_is_read(
+            edits in prop::collection::vec((0usize..400, any::<u8>()), 1..6),
+            cut in prop::option::of(0usize..180),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("a.tokens");
+            let documents: Vec<Vec<Vec<u32>>> = (0..5).map(|d| vec![vec![d, 3, 4], vec![5; d as usize + 1]]).collect();
+            make(&path, 10, &documents);
+            let mut bytes = fs::read(&path).unwrap();
+            bytes.truncate(bytes.len() - SEAL);
+            bytes.truncate(bytes.len() - cut.unwrap_or(0));
+            for (at, value) in edits {
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte = value;
+                }
+            }
+            // Sealed by one who knows how.
+            let tokens = usize::try_from(word(&bytes, 16).unwrap_or(0)).unwrap().saturating_mul(bytes[8] as usize);
+            let index = tokens.checked_next_multiple_of(8).and_then(|n| n.checked_add(HEAD)).unwrap_or(usize::MAX);
+            let sealed = blake3::Hasher::new().update(&bytes[..HEAD]).update(bytes.get(index..).unwrap_or(&[])).finalize();
+            bytes.extend_from_slice(sealed.as_bytes());
+            fs::write(&path, &bytes).unwrap();
+            if let Ok(tokens) = Tokens::open(&path) {
+                let [words, sentences, documents] = tokens.counts();
+                prop_assert!(words <= bytes.len() && sentences <= words && documents <= sentences);
+                let mut before = 0;
+                for s in (0..documents).flat_map(|d| tokens.document(d)) {
+                    prop_assert_eq!(tokens.sentence(s).start, before);
+                    before = tokens.sentence(s).end;
+                    let mut read = vec![];
+                    if tokens.read(tokens.sentence(s), &mut read).is_ok() {
+                        prop_assert_eq!(read.len(), tokens.sentence(s).len());
+                    }
+                }
+                prop_assert_eq!(before, words);
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_lost_documents_while_it_was_made_is_not_sealed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.tokens");
+        let mut writer = Writer::open(&path, &origin(10)).unwrap();
+        (0..3).for_each(|d| writer.add(&[vec![d, 1]]).unwrap());
+        writer.flush().unwrap();
+        let part = path.with_extension("part");
+        let mut bytes = fs::read(&part).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(&part, bytes).unwrap();
+        let e = writer.finish().unwrap_err().to_string();
+        assert!(e.starts_with("D0002") && e.contains("2 of the 3 documents"), "{e}");
+        assert!(!path.exists() && fs::read_dir(dir.path()).unwrap().count() == 1);
     }
 
     #[test]
