@@ -1,4 +1,4 @@
-//! Readers and writers of volumes.
+//! Readers and writers of volumes and of weights.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -7,12 +7,14 @@
 //! | [`phantom`] | a CT-like volume made from a seed |
 //! | [`volume`] | resampling, cropping, augmentation |
 //! | [`picture`] | slices as PNG |
+//! | [`weights`] | folders of safetensors in and out |
 
 pub mod ct;
 pub mod nifti;
 pub mod phantom;
 pub mod picture;
 pub mod volume;
+pub mod weights;
 
 use std::path::{Path, PathBuf};
 
