@@ -41,6 +41,22 @@ pub struct Restored {
     pub position: Position,
 }
 
+/// What became of a restore.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Newest {
+    /// There is no checkpoint at all.
+    None,
+    /// The variables are those of this one.
+    Restored(Restored),
+    /// The newest one is of that stage of the program, and nothing was done.
+    OfStage(String),
+}
+
+/// Whether a checkpoint is of that stage; a session without stages takes what has its variables.
+pub(crate) fn is_of(manifest: &Manifest, stage: &str) -> bool {
+    stage.is_empty() || manifest.stage.is_empty() || manifest.stage == stage
+}
+
 /// Name of a checkpoint's folder: `step-00000020-epoch-3`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
@@ -122,29 +138,35 @@ impl Catalogue {
         Ok((manifest, hash))
     }
 
-    /// Tries checkpoints, the newest first, until `load` takes one; those passed over are told to `note`. None if there is
-    /// no checkpoint at all.
+    /// Tries the checkpoints that are not `passed` over already, the newest first, until `load` takes one, or one is of
+    /// another stage than `stage`; those passed over are told to `note`.
     ///
     /// # Errors
     /// No good one among those that there are, or one of another program.
     pub fn newest(
         &self,
-        mut load: impl FnMut(&Manifest, &str) -> Result<(), CheckpointError>,
+        stage: &str,
+        passed: &mut Vec<String>,
+        mut load: impl FnMut(&Manifest) -> Result<(), CheckpointError>,
         mut note: impl FnMut(String),
-    ) -> Result<Option<Restored>, Failure> {
+    ) -> Result<Newest, Failure> {
         let entries = self.entries().map_err(|e| Failure::Checkpoint(e.to_string()))?;
-        let mut failed = 0;
-        for entry in entries.into_iter().rev() {
-            match self.read(entry).and_then(|(m, hash)| load(&m, &hash).map(|()| m)) {
-                Ok(manifest) => return Ok(Some(Restored::new(manifest))),
+        for entry in entries.into_iter().rev().filter(|e| !passed.contains(&e.to_string())).collect::<Vec<_>>() {
+            let loaded = match self.read(entry) {
+                Ok((m, _)) if !is_of(&m, stage) => return Ok(Newest::OfStage(m.stage)),
+                Ok((m, _)) => load(&m).map(|()| m),
+                Err(e) => Err(e),
+            };
+            match loaded {
+                Ok(manifest) => return Ok(Newest::Restored(Restored::new(manifest))),
                 Err(e) if e.concerns_one() => {
-                    failed += 1;
+                    passed.push(entry.to_string());
                     note(format!("passed over: {e}"));
                 }
                 Err(e) => return Err(Failure::Checkpoint(e.to_string())),
             }
         }
-        if failed > 0 { Err(none_good(self.store.location())) } else { Ok(None) }
+        if passed.is_empty() { Ok(Newest::None) } else { Err(none_good(self.store.location())) }
     }
 
     /// Commits a checkpoint whose shards are written: from now on it counts. Then lets go of old ones.
@@ -213,6 +235,7 @@ pub(crate) fn manifest(
     seed: u64,
     program: &Program,
     plan: &ProgramPlan,
+    stage: &str,
 ) -> Result<Manifest, Failure> {
     let tensor = |v: &mesh::program::Variable| {
         (v.name.to_string(), Tensor { dtype: v.ty.dtype.to_string(), shape: v.ty.shape(), parts: vec![] })
@@ -224,6 +247,7 @@ pub(crate) fn manifest(
         seed,
         samples: position.samples,
         program: worker::wire::hash(program)?,
+        stage: stage.into(),
         mesh: plan.mesh.to_string(),
         layout: plan.layout.to_string(),
         config: position.config.clone(),

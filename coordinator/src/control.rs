@@ -154,9 +154,10 @@ impl control_server::Control for Coordinator {
         Ok(Response::new(self.noted(&session)))
     }
 
-    async fn restore(&self, request: Request<SessionName>) -> Reply<control::Restored> {
-        let session = self.session(request.into_inner().epoch)?;
-        self.restore(&session).await.map(Response::new)
+    async fn restore(&self, request: Request<control::RestoreNewest>) -> Reply<control::Restored> {
+        let r = request.into_inner();
+        let session = self.session(r.epoch)?;
+        self.restore(&session, r.passed).await.map(Response::new)
     }
 
     async fn memory(&self, request: Request<SessionName>) -> Reply<control::MemoryReply> {

@@ -297,13 +297,23 @@ impl Coordinator {
         let whole = plan(&mesh)?;
         let catalogue = self.catalogue(&settings.checkpoints)?;
         let before = self.free(settings.after)?;
-        if let Some(before) = before {
-            self.close(&before).await;
-        }
-        if let Some(reason) = self.state().ending.clone() {
-            return Err(Status::unavailable(format!("C0025: this coordinator is about to end: {reason}")));
-        }
-        let (got, crew) = self.crew(&settings, &mesh).await?;
+        let (got, crew) = if settings.carry {
+            let Some(before) = before else { return Err(gone(settings.after)) };
+            // What was copied for a checkpoint is written first.
+            if let Some(Err(failed)) = join(&mut *before.writing.lock().await).await {
+                before.note(failed);
+            }
+            self.session(before.epoch)?;
+            (before.plan.mesh.clone(), before.crew.clone())
+        } else {
+            if let Some(before) = before {
+                self.close(&before).await;
+            }
+            if let Some(reason) = self.state().ending.clone() {
+                return Err(Status::unavailable(format!("C0025: this coordinator is about to end: {reason}")));
+            }
+            self.crew(&settings, &mesh).await?
+        };
         let plan = if got == mesh { whole } else { plan(&got)? };
         let seen = match catalogue.clone() {
             // One that cannot be listed is the business of those who use it.
@@ -314,8 +324,11 @@ impl Coordinator {
         settings.mesh = got.to_string();
         let (session, peers) = {
             let mut state = self.state();
-            if state.session.is_some() {
-                return Err(busy());
+            match &state.session {
+                Some(s) if settings.carry && s.epoch == settings.after && state.failed.is_none() => {}
+                None if !settings.carry => {}
+                None => return Err(gone(settings.after)),
+                Some(_) => return Err(busy()),
             }
             let mut peers = Vec::new();
             for (id, devices) in &crew {
@@ -328,9 +341,10 @@ impl Coordinator {
                     socket: member.hello.socket.clone(),
                 }));
             }
-            let (epoch, recovery) = (state.raise(seen), settings.after > 0);
+            let (epoch, recovery) = (state.raise(seen), settings.after > 0 && !settings.carry);
             state.recoveries += u64::from(recovery);
             state.record(Event::Opened { epoch, mesh: settings.mesh.clone(), recovery });
+            let notes = state.session.as_ref().map(|s| s.notes()).unwrap_or_default();
             let session = Arc::new(Active {
                 epoch,
                 settings,
@@ -340,7 +354,7 @@ impl Coordinator {
                 crew,
                 steps: AtomicU64::new(0),
                 catalogue,
-                notes: Mutex::default(),
+                notes: Mutex::new(notes),
                 stopping: tokio::sync::Mutex::default(),
                 writing: tokio::sync::Mutex::default(),
             });
@@ -452,7 +466,8 @@ impl Coordinator {
             let commit = || {
                 let (program, plan) = (&session.program, &session.plan);
                 let seed = session.settings.seed;
-                let mut manifest = manifest(entry, &position, seed, program, plan).map_err(|e| e.to_string())?;
+                let mut manifest = manifest(entry, &position, seed, program, plan, &session.settings.stage)
+                    .map_err(|e| e.to_string())?;
                 for part in written.map_err(|s| s.message().to_string())?.into_iter().flatten() {
                     manifest.add(written_part(part));
                 }
@@ -477,22 +492,31 @@ impl Coordinator {
     }
 
     /// Sets a session's variables to the newest good checkpoint.
-    pub(crate) async fn restore(&self, session: &Arc<Active>) -> Result<control::Restored, Status> {
+    pub(crate) async fn restore(
+        &self,
+        session: &Arc<Active>,
+        mut passed: Vec<String>,
+    ) -> Result<control::Restored, Status> {
         let catalogue = session.catalogue.clone();
         let catalogue = catalogue.ok_or_else(|| invalid("C0022: this session was opened without checkpoints"))?;
         let lost = |e: &dyn std::fmt::Display| Status::data_loss(e.to_string());
         let listed = catalogue.clone();
         let entries = blocking(move || Ok(listed.entries())).await?.map_err(|e| lost(&e))?;
         let mut notes = Vec::new();
-        for entry in entries.into_iter().rev() {
+        let before = passed.len();
+        for entry in entries.into_iter().rev().filter(|e| !passed.contains(&e.to_string())).collect::<Vec<_>>() {
             let read = catalogue.clone();
             let (manifest, hash) = match blocking(move || Ok(read.read(entry))).await? {
                 Ok(read) => read,
                 Err(e) => {
                     notes.push(format!("passed over: {e}"));
+                    passed.push(entry.to_string());
                     continue;
                 }
             };
+            if !crate::checkpoint::is_of(&manifest, &session.settings.stage) {
+                return Ok(control::Restored { stage: manifest.stage, notes, passed, ..control::Restored::default() });
+            }
             let request = control::RestoreRequest {
                 epoch: session.epoch,
                 checkpoints: session.settings.checkpoints.clone(),
@@ -518,9 +542,14 @@ impl Coordinator {
                         samples: manifest.samples,
                         config: serde_json::to_vec(&manifest.config).unwrap_or_default().into(),
                         notes,
+                        passed,
+                        stage: String::new(),
                     });
                 }
-                Err(s) if s.code() == Code::DataLoss => notes.push(format!("passed over: {}", s.message())),
+                Err(s) if s.code() == Code::DataLoss => {
+                    notes.push(format!("passed over: {}", s.message()));
+                    passed.push(entry.to_string());
+                }
                 // Of another program.
                 Err(s) if s.code() == Code::FailedPrecondition => return Err(lost(&s.message())),
                 Err(s) => {
@@ -529,7 +558,7 @@ impl Coordinator {
                 }
             }
         }
-        if notes.is_empty() {
+        if notes.is_empty() && before == 0 {
             return Ok(control::Restored::default());
         }
         notes.iter().for_each(|n| tracing::warn!("{n}"));
@@ -540,6 +569,10 @@ impl Coordinator {
 
 fn busy() -> Status {
     Status::resource_exhausted("C0012: another model program has the workers; try again when it is done")
+}
+
+fn gone(epoch: u64) -> Status {
+    Status::failed_precondition(format!("C0010: there is no session of epoch {epoch} to go on with"))
 }
 
 fn written_part(p: control::ShardPart) -> Written {

@@ -1,6 +1,6 @@
 //! The checkpoints of a session in this process: copied between steps, written by a thread of their own.
 
-use crate::checkpoint::{Catalogue, Checkpoints, Entry, Position, Restored, manifest};
+use crate::checkpoint::{Catalogue, Checkpoints, Entry, Newest, Position, manifest};
 use crate::error::Failure;
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
@@ -45,6 +45,7 @@ impl Keeper {
         group: &DeviceGroup,
         position: &Position,
         seed: u64,
+        stage: &str,
     ) -> Result<(), Failure> {
         self.wait();
         let epoch = match self.epoch {
@@ -60,7 +61,7 @@ impl Keeper {
         let own: Vec<usize> = (0..plan.mesh.size()).collect();
         let snapshot = Snapshot::copy(program, plan, &own, group);
         let entry = Entry { step: position.step, epoch };
-        let mut manifest = manifest(entry, position, seed, program, plan)?;
+        let mut manifest = manifest(entry, position, seed, program, plan, stage)?;
         let (catalogue, keep) = (self.catalogue.clone(), self.keep);
         let write = move || {
             let written = snapshot.write(catalogue.store(), &entry.to_string());
@@ -95,7 +96,7 @@ impl Keeper {
         done.map_err(|e| Failure::Checkpoint(not_written(step, e)))
     }
 
-    /// Sets the variables to the newest good checkpoint.
+    /// Sets the variables to the newest good checkpoint of those not `passed` over, if it is of this stage.
     ///
     /// # Errors
     /// As for [`Catalogue::newest`].
@@ -104,12 +105,16 @@ impl Keeper {
         program: &Program,
         plan: &ProgramPlan,
         group: &DeviceGroup,
-    ) -> Result<Option<Restored>, Failure> {
+        stage: &str,
+        passed: &mut Vec<String>,
+    ) -> Result<Newest, Failure> {
         self.wait();
         let own: Vec<usize> = (0..plan.mesh.size()).collect();
         let (catalogue, notes) = (&self.catalogue, &mut self.notes);
         catalogue.newest(
-            |m, _| checkpoint::restore(catalogue.store(), m, program, plan, &own, group),
+            stage,
+            passed,
+            |m| checkpoint::restore(catalogue.store(), m, program, plan, &own, group),
             |note| notes.push(note),
         )
     }

@@ -1,6 +1,6 @@
 //! The client's side of a session on workers: every call blocks.
 
-use crate::checkpoint::{Position, Restored};
+use crate::checkpoint::{Newest, Position, Restored};
 use crate::error::Failure;
 use crate::interrupt;
 use crate::recorder::collect;
@@ -11,8 +11,8 @@ use mesh::plan::ProgramPlan;
 use mesh::program::Program;
 use mesh::region::Region;
 use proto::control::{
-    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, EventsRequest, Noted, OpenPart, Opened, SessionName,
-    Settings, StepRequest, control_client::ControlClient, open_part,
+    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, EventsRequest, Noted, OpenPart, Opened, RestoreNewest,
+    SessionName, Settings, StepRequest, control_client::ControlClient, open_part,
 };
 use std::cell::RefCell;
 use std::future::Future;
@@ -73,11 +73,18 @@ fn unreachable(url: &str, e: &(dyn std::error::Error + 'static)) -> Failure {
 }
 
 impl Remote {
-    /// Opens a session; one of epoch `after` gives up its place to it.
+    /// Opens a session in a stage of its program; one of epoch `after` gives up its place to it, and with `carry` its
+    /// workers and the values of the variables that both have.
     ///
     /// # Errors
     /// A coordinator that is not there, has too few workers, or refuses the program.
-    pub fn open(url: &str, program: &Program, options: &Options, after: u64) -> Result<Remote, Failure> {
+    pub fn open(
+        url: &str,
+        program: &Program,
+        options: &Options,
+        stage: &str,
+        (after, carry): (u64, bool),
+    ) -> Result<Remote, Failure> {
         let runtime = Builder::new_current_thread().enable_all().build().map_err(|e| Failure::Mesh(e.to_string()))?;
         let bytes = bytes::Bytes::from(wire::encode(program)?);
         let checkpoints = options.checkpoints.as_ref();
@@ -91,6 +98,8 @@ impl Remote {
             keep: checkpoints.map_or(0, |c| c.keep as u32),
             shrink: options.shrink,
             after,
+            carry,
+            stage: stage.into(),
         };
         let open = async {
             let endpoint = endpoint(url, options.tls.as_ref(), Role::Coordinator)?;
@@ -161,6 +170,11 @@ impl Remote {
         heard.regroup = reply.regroup;
     }
 
+    /// Says that the session is lost.
+    pub fn give_up(&mut self, why: &str) {
+        self.heard.get_mut().lost.get_or_insert_with(|| why.into());
+    }
+
     /// Why the session is lost, if it is.
     pub fn lost(&self) -> Option<String> {
         self.heard.borrow().lost.clone()
@@ -169,6 +183,11 @@ impl Remote {
     /// Whether it is time for a checkpoint and a new session.
     pub fn regroup(&self) -> bool {
         self.heard.borrow().regroup
+    }
+
+    /// Takes over what another session had not told yet.
+    pub fn hear(&mut self, notes: Vec<String>) {
+        self.heard.get_mut().notes.extend(notes);
     }
 
     /// What was not told yet.
@@ -234,16 +253,21 @@ impl Remote {
         self.call(self.client.clone().settle(SessionName { epoch: self.epoch })).map(|reply| self.note(reply))
     }
 
-    /// Sets the variables to the newest good checkpoint.
-    pub fn restore(&mut self) -> Result<Option<Restored>, Failure> {
-        let reply = self.call(self.client.clone().restore(SessionName { epoch: self.epoch }))?.into_inner();
+    /// Sets the variables to the newest good checkpoint of those not `passed` over, if it is of the session's stage.
+    pub fn restore(&mut self, passed: &mut Vec<String>) -> Result<Newest, Failure> {
+        let request = RestoreNewest { epoch: self.epoch, passed: passed.clone() };
+        let reply = self.call(self.client.clone().restore(request))?.into_inner();
         self.heard.get_mut().notes.extend(reply.notes);
+        *passed = reply.passed;
+        if !reply.stage.is_empty() {
+            return Ok(Newest::OfStage(reply.stage));
+        }
         if !reply.found {
-            return Ok(None);
+            return Ok(Newest::None);
         }
         let config = serde_json::from_slice(&reply.config).unwrap_or_default();
         let position = Position { step: reply.step, samples: reply.samples, config };
-        Ok(Some(Restored { folder: reply.folder, position }))
+        Ok(Newest::Restored(Restored { folder: reply.folder, position }))
     }
 
     /// Nanoseconds of the last step in which the device that communicated longest did so.

@@ -1,6 +1,6 @@
 //! A session: a program planned for a mesh and running on it, driven step by step from the model program.
 
-use crate::checkpoint::{Checkpoints, Position, Restored};
+use crate::checkpoint::{Checkpoints, Newest, Position, Restored};
 use crate::error::{Failure, feed};
 use crate::interrupt;
 use crate::keeper::Keeper;
@@ -13,7 +13,7 @@ use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
 use proto::control::DeviceEvents;
 use std::time::{Duration, Instant};
-use worker::group::DeviceGroup;
+use worker::group::{DeviceGroup, carried};
 use worker::kernels::kernel::CpuBackend;
 use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
@@ -54,6 +54,11 @@ impl Options {
         self.threads.unwrap_or(cores / self.mesh.size().max(1)).max(1)
     }
 
+    /// These options for a part of a program, with the rules of the layout that concern it.
+    pub fn of(&self, part: &Program, whole: &Program) -> Options {
+        Options { layout: self.layout.of(part, whole), ..self.clone() }
+    }
+
     /// The plan of a program under these options.
     pub fn plan(&self, program: &Program) -> Result<ProgramPlan, mesh::error::Error> {
         let options = PlanOptions { memory: self.memory, devices: self.devices };
@@ -84,6 +89,11 @@ enum Engine {
 
 /// A program that runs on a mesh.
 pub struct Session {
+    /// All of its stages.
+    whole: Program,
+    /// The stage that it is in; empty if there are none.
+    stage: Name,
+    /// The program of that stage.
     program: Program,
     plan: ProgramPlan,
     engine: Engine,
@@ -96,10 +106,11 @@ impl Session {
     /// # Errors
     /// A layout that does not fit the program or the mesh, a plan over the memory allowed: before anything runs.
     pub fn embedded(program: Program, options: &Options) -> Result<Session, Failure> {
-        let plan = options.plan(&program)?;
+        let (stage, first) = first_stage(&program)?;
+        let plan = options.of(&first, &program).plan(&first)?;
         let keeper = options.checkpoints.as_ref().map(Keeper::new).transpose()?;
         let mesh = DeviceGroup::embedded(&plan, options.threads(), options.seed)?;
-        Session::begin(program, plan, Engine::Embedded(mesh, keeper), options)
+        Session::begin(program, (stage, first), plan, Engine::Embedded(mesh, keeper), options)
     }
 
     /// The same on the workers of a coordinator: `http://host:port`. Nothing else is different, nor is any bit.
@@ -107,17 +118,108 @@ impl Session {
     /// # Errors
     /// As for [`Session::embedded`]; a coordinator that is not there or has too few workers.
     pub fn connect(url: &str, program: Program, options: &Options) -> Result<Session, Failure> {
+        let (stage, first) = first_stage(&program)?;
         // What is wrong with the plan is said before anybody is called.
-        let plan = options.plan(&program)?;
-        let remote = Remote::open(url, &program, options, 0)?;
-        let plan = remote.plan(&program, options, plan)?;
-        Session::begin(program, plan, Engine::Remote(Box::new(remote)), options)
+        let of_stage = options.of(&first, &program);
+        let plan = of_stage.plan(&first)?;
+        let remote = Remote::open(url, &first, &of_stage, &stage, (0, false))?;
+        let plan = remote.plan(&first, &of_stage, plan)?;
+        Session::begin(program, (stage, first), plan, Engine::Remote(Box::new(remote)), options)
     }
 
-    fn begin(program: Program, plan: ProgramPlan, engine: Engine, options: &Options) -> Result<Session, Failure> {
-        let mut session = Session { program, plan, engine, options: options.clone() };
+    fn begin(
+        whole: Program,
+        (stage, program): (Name, Program),
+        plan: ProgramPlan,
+        engine: Engine,
+        options: &Options,
+    ) -> Result<Session, Failure> {
+        let mut session = Session { whole, stage, program, plan, engine, options: options.clone() };
         session.init()?;
         Ok(session)
+    }
+
+    /// The stage of the program that the session is in; empty if there are none.
+    pub fn stage(&self) -> &str {
+        &self.stage
+    }
+
+    /// Goes on in another stage of the program. Variables that both stages have keep their values, and the others start,
+    /// on the devices where they are.
+    ///
+    /// With `through` that function is run in between, on the variables that it uses of both stages: it sets those of the
+    /// new stage from those of the old one.
+    ///
+    /// The step in between needs the memory of the old and of the new plan at once.
+    ///
+    /// # Errors
+    /// No such stage or function; more memory than allowed; a session that is lost. In the first two cases the session is
+    /// as it was.
+    pub fn enter(&mut self, stage: &str, through: Option<&str>) -> Result<(), Failure> {
+        let next = self.whole.stage(stage)?;
+        let plan = self.options.of(&next, &self.whole).plan(&next)?;
+        if let Some(function) = through {
+            let between = self.whole.only(&[function.into()])?;
+            let plan_between = self.options.of(&between, &self.whole).plan(&between)?;
+            self.fits(&[&self.plan, &plan_between])?;
+            self.fits(&[&plan_between, &plan])?;
+            self.switch(stage, between, plan_between)?;
+            let f = self.function(function)?;
+            self.step(f, 0)?;
+        } else {
+            self.fits(&[&self.plan, &plan])?;
+        }
+        self.switch(stage, next, plan)?;
+        self.stage = stage.into();
+        Ok(())
+    }
+
+    /// Whether the memory of some plans at once is allowed.
+    fn fits(&self, plans: &[&ProgramPlan]) -> Result<(), Failure> {
+        let device = |d| plans.iter().map(|p| p.peak_bytes(d)).sum::<usize>();
+        let most = (0..self.plan.mesh.size()).map(device).max().unwrap_or(0);
+        match self.options.memory {
+            Some(allowed) if most > allowed => Err(feed(
+                format!("going to another stage takes {most} bytes on a device at once, and {allowed} are allowed"),
+                "allow more memory, or use more devices",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts another program on the devices; variables of the same name keep their values.
+    fn switch(&mut self, stage: &str, program: Program, plan: ProgramPlan) -> Result<(), Failure> {
+        let options = self.options.of(&program, &self.whole);
+        match &mut self.engine {
+            Engine::Embedded(old, _) => {
+                let pairs = carried((&program, &plan), (&self.program, &self.plan));
+                let pairs = pairs.map_err(|v| Failure::Mesh(format!("C0040: `{v}` has another layout now")))?;
+                let mut new = DeviceGroup::embedded(&plan, self.options.threads(), self.options.seed)?;
+                if let Some(init) = plan.functions.keys().position(|n| **n == *"init") {
+                    new.run(init, 0).map_err(|e| Failure::Mesh(e.to_string()))?;
+                }
+                new.carry(old, &pairs);
+                *old = new;
+                self.plan = plan;
+            }
+            Engine::Remote(old) => {
+                let opened = Remote::open(&old.url, &program, &options, stage, (old.epoch, true));
+                let mut remote = match opened {
+                    Ok(remote) => remote,
+                    Err(failure) => {
+                        if let Failure::Lost(why) = &failure {
+                            old.give_up(why);
+                        }
+                        return Err(failure);
+                    }
+                };
+                self.plan = remote.plan(&program, &options, plan)?;
+                remote.hear(old.notes());
+                **old = remote;
+            }
+        }
+        self.program = program;
+        Ok(())
     }
 
     /// Sets the variables to their start.
@@ -152,15 +254,33 @@ impl Session {
     }
 
     fn open_anew(&mut self) -> Result<Option<Restored>, Failure> {
-        let Engine::Remote(old) = &self.engine else {
+        if let Engine::Embedded(..) = &self.engine {
             return Err(Failure::Mesh("devices of this process cannot be opened anew".into()));
-        };
-        let remote = Remote::open(&old.url, &self.program, &self.options, old.epoch)?;
-        let plan = self.options.plan(&self.program)?;
-        self.plan = remote.plan(&self.program, &self.options, plan)?;
-        self.engine = Engine::Remote(Box::new(remote));
-        self.init()?;
+        }
+        // A run that has no checkpoint yet begins in the first stage.
+        let (stage, program) = first_stage(&self.whole)?;
+        self.begin_stage(stage, program)?;
         if self.options.checkpoints.is_some() { self.restore() } else { Ok(None) }
+    }
+
+    /// Puts a stage on the devices, with its variables at their start.
+    fn begin_stage(&mut self, stage: Name, program: Program) -> Result<(), Failure> {
+        let options = self.options.of(&program, &self.whole);
+        let plan = options.plan(&program)?;
+        match &mut self.engine {
+            Engine::Embedded(mesh, _) => {
+                *mesh = DeviceGroup::embedded(&plan, self.options.threads(), self.options.seed)?;
+                self.plan = plan;
+            }
+            Engine::Remote(old) => {
+                let mut remote = Remote::open(&old.url, &program, &options, &stage, (old.epoch, false))?;
+                self.plan = remote.plan(&program, &options, plan)?;
+                remote.hear(old.notes());
+                **old = remote;
+            }
+        }
+        (self.stage, self.program) = (stage, program);
+        self.init()
     }
 
     /// Begins a checkpoint: when this returns the variables are copied, and training may go on while they are written.
@@ -171,7 +291,7 @@ impl Session {
     pub fn checkpoint(&mut self, position: &Position) -> Result<(), Failure> {
         match &mut self.engine {
             Engine::Embedded(mesh, Some(keeper)) => {
-                keeper.begin(&self.program, &self.plan, mesh, position, self.options.seed)
+                keeper.begin(&self.program, &self.plan, mesh, position, self.options.seed, &self.stage)
             }
             Engine::Embedded(_, None) => Err(no_place()),
             Engine::Remote(r) => r.checkpoint(position),
@@ -190,16 +310,34 @@ impl Session {
         }
     }
 
-    /// Sets the variables to the newest good checkpoint, which any mesh may have written. Damaged ones are passed over
-    /// and noted. None if there is no checkpoint at all.
+    /// Sets the variables to the newest good checkpoint, which any mesh may have written, and the session to the stage it is
+    /// of. Damaged ones are passed over and noted. None if there is no checkpoint at all.
     ///
     /// # Errors
-    /// No good one among those that there are; one of another program. The variables are as they were then.
+    /// No good one among those that there are; one of another program. The variables are as they were then, or, where
+    /// checkpoints are of another stage, at their start.
     pub fn restore(&mut self) -> Result<Option<Restored>, Failure> {
-        match &mut self.engine {
-            Engine::Embedded(mesh, Some(keeper)) => keeper.restore(&self.program, &self.plan, mesh),
-            Engine::Embedded(_, None) => Err(no_place()),
-            Engine::Remote(r) => r.restore(),
+        let mut passed = Vec::new();
+        loop {
+            let newest = match &mut self.engine {
+                Engine::Embedded(mesh, Some(keeper)) => {
+                    keeper.restore(&self.program, &self.plan, mesh, &self.stage, &mut passed)?
+                }
+                Engine::Embedded(_, None) => return Err(no_place()),
+                Engine::Remote(r) => r.restore(&mut passed)?,
+            };
+            match newest {
+                Newest::None => return Ok(None),
+                Newest::Restored(restored) => return Ok(Some(restored)),
+                Newest::OfStage(stage) => {
+                    let program = self.whole.stage(&stage).map_err(|e| {
+                        Failure::Checkpoint(format!(
+                            "C0041: the newest checkpoint is of a stage of another program: {e}"
+                        ))
+                    })?;
+                    self.begin_stage(stage.into(), program)?;
+                }
+            }
         }
     }
 
@@ -233,7 +371,7 @@ impl Session {
         }
     }
 
-    /// The program.
+    /// The program of the stage that it is in.
     pub fn program(&self) -> &Program {
         &self.program
     }
@@ -426,6 +564,14 @@ impl Session {
             Engine::Embedded(mesh, _) => mesh.recorders()[0].1.profile(),
             Engine::Remote(_) => vec![],
         }
+    }
+}
+
+/// The stage that a program begins in, and its program.
+fn first_stage(whole: &Program) -> Result<(Name, Program), Failure> {
+    match whole.stages.first() {
+        Some((name, _)) => Ok((name.clone(), whole.stage(name)?)),
+        None => Ok(("".into(), whole.clone())),
     }
 }
 

@@ -3,10 +3,11 @@
 //! [`settings`] is the configuration, in layers, with the keys that every run has; [`cli`] the options that set them, and
 //! those of devices and run folder; [`run`] trains, or judges a checkpoint, on devices wherever they are, and says how it
 //! failed; [`report`] is what people see of it: rows of figures and progress. [`bert`] is a model that more than one
-//! program uses.
+//! program uses, [`text`] what language models read.
 
 pub mod bert;
 pub mod cli;
 pub mod report;
 pub mod run;
 pub mod settings;
+pub mod text;

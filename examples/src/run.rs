@@ -207,6 +207,7 @@ pub fn scalar(session: &Session, f: FunctionId, name: &str) -> Result<f32, Faile
 }
 
 /// A step that was run.
+#[derive(Default)]
 pub struct Ran {
     /// Its loss.
     pub loss: f32,

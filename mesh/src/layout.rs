@@ -120,22 +120,20 @@ impl Layout {
         self.rules.iter().find(|(d, _)| *d == dim).map(|(_, a)| a)
     }
 
+    /// The rules that concern a part of a program. One that names nothing in the whole of it stays, to be refused.
+    pub fn of(&self, part: &Program, whole: &Program) -> Layout {
+        let (part, whole) = (dimensions(part), dimensions(whole));
+        let concerns = |d: &str| part.contains_key(d) || !whole.contains_key(d);
+        Layout { rules: self.rules.iter().filter(|(d, _)| concerns(d)).cloned().collect() }
+    }
+
     /// Checks the rules against mesh and program.
     ///
     /// # Errors
     /// A rule that names an axis the mesh does not have or a dimension that no tensor of the program has; at the place
     /// of the first tensor with the rule's dimension (or the one that is nearest).
     pub fn check(&self, mesh: &Mesh, program: &Program) -> Result<(), Error> {
-        // The functions that the user wrote come first, for the places.
-        let functions = || program.functions.values().filter(|f| f.name != "init");
-        let nodes = functions().flat_map(|f| f.nodes.iter().map(|n| (&n.ty, n.place)));
-        let variables = program.variables.iter().map(|v| (&v.ty, v.place));
-        let mut dims: BTreeMap<&str, Place> = BTreeMap::new();
-        for (ty, place) in nodes.chain(variables) {
-            ty.dims.iter().for_each(|d| {
-                dims.entry(&d.name).or_insert(place);
-            });
-        }
+        let dims = dimensions(program);
         let here = |dim: Option<&str>, e: Error| match dim.and_then(|d| dims.get(d)) {
             Some(place) => e.at(*place),
             None => e,
@@ -160,6 +158,21 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// The dimensions of a program, each with the place of a tensor that has it.
+fn dimensions(program: &Program) -> BTreeMap<&str, Place> {
+    // The functions that the user wrote come first, for the places.
+    let functions = program.functions.values().filter(|f| f.name != "init");
+    let nodes = functions.flat_map(|f| f.nodes.iter().map(|n| (&n.ty, n.place)));
+    let variables = program.variables.iter().map(|v| (&v.ty, v.place));
+    let mut dims = BTreeMap::new();
+    for (ty, place) in nodes.chain(variables) {
+        ty.dims.iter().for_each(|d| {
+            dims.entry(&*d.name).or_insert(place);
+        });
+    }
+    dims
 }
 
 impl fmt::Display for Layout {

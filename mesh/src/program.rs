@@ -190,6 +190,11 @@ impl Function {
         }
         Ok(())
     }
+    /// The part of it that sets those variables, and gives no results.
+    fn setting(&self, variables: &BTreeSet<VarId>) -> Function {
+        let assigns = self.assigns.iter().filter(|(v, _)| variables.contains(v)).copied().collect();
+        pruned(self.name.clone(), &self.nodes, vec![], vec![], assigns)
+    }
     /// The variables that it reads or sets, in order of declaration.
     pub fn variables(&self) -> Vec<VarId> {
         let touched = self.nodes.iter().filter_map(|n| match &n.op {
@@ -215,9 +220,57 @@ pub struct Program {
     pub functions: BTreeMap<Name, Function>,
     /// How dimensions are cut into chunks.
     pub chunking: Chunking,
+    /// Its stages in order, each with its functions; none: all functions are one.
+    pub stages: Vec<(Name, Vec<Name>)>,
 }
 
 impl Program {
+    /// What a stage runs, as a program of its own: its functions, the variables that they read or set, and an `init` of
+    /// just those.
+    ///
+    /// # Errors
+    /// No stage of that name.
+    pub fn stage(&self, name: &str) -> Result<Program, Error> {
+        let Some((_, functions)) = self.stages.iter().find(|(n, _)| **n == *name) else {
+            let known: Vec<&str> = self.stages.iter().map(|(n, _)| &**n).collect();
+            let what = format!("the program has no stage `{name}`");
+            return Err(Error::new(Cause::Feed { what, help: format!("it has {}", known.join(", ")) }));
+        };
+        self.only(functions)
+    }
+
+    /// Some of its functions, as [`Program::stage`].
+    ///
+    /// # Errors
+    /// A function that there is not.
+    pub fn only(&self, names: &[Name]) -> Result<Program, Error> {
+        let mut functions = BTreeMap::new();
+        for name in names {
+            functions.insert(name.clone(), self.function(name)?.clone());
+        }
+        let touched: BTreeSet<VarId> = functions.values().flat_map(Function::variables).collect();
+        if let Some(init) = self.functions.get(&Name::from("init")) {
+            functions.insert("init".into(), init.setting(&touched));
+        }
+        let new: BTreeMap<VarId, VarId> = touched.iter().zip(0..).map(|(old, new)| (*old, VarId(new))).collect();
+        for f in functions.values_mut() {
+            for node in &mut f.nodes {
+                match &mut node.op {
+                    Prim::Read(r) => r.var = new[&r.var],
+                    Prim::Assign(a) => a.var = new[&a.var],
+                    _ => {}
+                }
+            }
+            f.assigns.iter_mut().for_each(|(v, _)| *v = new[v]);
+        }
+        Ok(Program {
+            variables: touched.iter().map(|v| self.variables[v.index()].clone()).collect(),
+            functions,
+            chunking: self.chunking.clone(),
+            stages: vec![],
+        })
+    }
+
     /// The function of that name.
     pub fn function(&self, name: &str) -> Result<&Function, Error> {
         self.functions.get(&Name::from(name)).ok_or_else(|| {
@@ -268,6 +321,7 @@ impl Program {
 pub struct ProgramBuilder {
     variables: Rc<RefCell<Variables>>,
     functions: BTreeMap<Name, Function>,
+    stages: Vec<(Name, Vec<Name>)>,
 }
 
 impl ProgramBuilder {
@@ -294,6 +348,25 @@ impl ProgramBuilder {
         let function = function?;
         self.functions.insert(name, function);
         Ok(out)
+    }
+
+    /// Adds a stage: a session in it has its functions, and no variables but those that they use. A session begins in the
+    /// first stage.
+    ///
+    /// # Errors
+    /// A function that there is not; a second stage of that name.
+    #[track_caller]
+    pub fn stage(&mut self, name: impl Into<Name>, functions: &[&str]) -> Result<(), Error> {
+        let (name, place) = (name.into(), Place::here());
+        if let Some(missing) = functions.iter().find(|f| !self.functions.contains_key(&Name::from(**f))) {
+            let what = format!("stage `{name}` has no function `{missing}` to run");
+            return Err(Error::new(Cause::Feed { what, help: "add the function first".into() }).at(place));
+        }
+        if self.stages.iter().any(|(n, _)| *n == name) {
+            return Err(Error::new(Cause::TwiceNamed { what: "stages", name }).at(place));
+        }
+        self.stages.push((name, functions.iter().map(|f| Name::from(*f)).collect()));
+        Ok(())
     }
 
     /// Adds a function that copies variables: each variable of path p that function `of` reads or sets, and for which
@@ -350,6 +423,7 @@ impl ProgramBuilder {
             variables: variables.list.clone(),
             functions: self.functions,
             chunking: variables.chunking.clone(),
+            stages: self.stages,
         })
     }
 }
@@ -360,26 +434,37 @@ fn finish(name: Name, graph: &Graph) -> Result<Function, Error> {
     if let Some(e) = &s.error {
         return Err(e.clone());
     }
-    let mut live = vec![false; s.nodes.len()];
-    let kept = s.inputs.iter().chain(&s.outputs).map(|(_, n)| n).chain(s.assigns.iter().map(|(_, n)| n));
+    Ok(pruned(name, &s.nodes, s.inputs.clone(), s.outputs.clone(), s.assigns.clone()))
+}
+
+/// A function of those nodes that its feeds, results and assignments need.
+fn pruned(
+    name: Name,
+    all: &[Node],
+    inputs: Vec<(Name, NodeId)>,
+    outputs: Vec<(Name, NodeId)>,
+    assigns: Vec<(VarId, NodeId)>,
+) -> Function {
+    let mut live = vec![false; all.len()];
+    let kept = inputs.iter().chain(&outputs).map(|(_, n)| n).chain(assigns.iter().map(|(_, n)| n));
     kept.for_each(|n| live[n.index()] = true);
-    for i in (0..s.nodes.len()).rev() {
+    for i in (0..all.len()).rev() {
         if live[i] {
-            s.nodes[i].inputs.iter().for_each(|n| live[n.index()] = true);
+            all[i].inputs.iter().for_each(|n| live[n.index()] = true);
         }
     }
-    let mut new = vec![NodeId(0); s.nodes.len()];
+    let mut new = vec![NodeId(0); all.len()];
     let mut nodes = Vec::new();
-    for (i, node) in s.nodes.iter().enumerate().filter(|(i, _)| live[*i]) {
+    for (i, node) in all.iter().enumerate().filter(|(i, _)| live[*i]) {
         new[i] = NodeId(nodes.len() as u32);
         nodes.push(Node { inputs: node.inputs.iter().map(|n| new[n.index()]).collect(), ..node.clone() });
     }
-    let renumber = |list: &[(Name, NodeId)]| list.iter().map(|(n, id)| (n.clone(), new[id.index()])).collect();
-    Ok(Function {
+    let renumber = |list: Vec<(Name, NodeId)>| list.into_iter().map(|(n, id)| (n, new[id.index()])).collect();
+    Function {
         name,
         nodes,
-        inputs: renumber(&s.inputs),
-        outputs: renumber(&s.outputs),
-        assigns: s.assigns.iter().map(|(v, id)| (*v, new[id.index()])).collect(),
-    })
+        inputs: renumber(inputs),
+        outputs: renumber(outputs),
+        assigns: assigns.into_iter().map(|(v, id)| (v, new[id.index()])).collect(),
+    }
 }

@@ -43,6 +43,9 @@ pub struct Manifest {
     pub samples: u64,
     /// [`crate::wire::hash`] of the program.
     pub program: String,
+    /// The program's stage; empty if it has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub stage: String,
     /// Mesh that wrote it.
     pub mesh: String,
     /// Layout that wrote it.

@@ -6,6 +6,7 @@ use crate::pool::Cores;
 use crate::recorder::Recorder;
 use crate::transport::{InProcess, Transport};
 use mesh::plan::ProgramPlan;
+use mesh::program::Program;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -56,6 +57,26 @@ pub struct Seat {
     pub end: Box<dyn Transport>,
     /// Where its threads are pinned to.
     pub cores: Option<Cores>,
+}
+
+/// The variables that two plans have, as pairs of indices (`new`, `old`), for [`DeviceGroup::carry`].
+///
+/// # Errors
+/// The name of one whose type, or a device's part of it, differs: it cannot be carried over.
+pub fn carried(new: (&Program, &ProgramPlan), old: (&Program, &ProgramPlan)) -> Result<Vec<(usize, usize)>, String> {
+    let mut pairs = Vec::new();
+    for (here, variable) in new.0.variables.iter().enumerate() {
+        let Some(there) = old.0.variable(&variable.name) else { continue };
+        let there = there.index();
+        let part = |plan: &ProgramPlan, v: usize| -> Vec<_> {
+            plan.variables.iter().map(|d| (d[v].0.ty.clone(), d[v].0.region.clone())).collect()
+        };
+        if part(new.1, here) != part(old.1, there) {
+            return Err(variable.name.to_string());
+        }
+        pairs.push((here, there));
+    }
+    Ok(pairs)
 }
 
 /// A device failed; the mesh is of no use any more.
@@ -123,6 +144,15 @@ impl DeviceGroup {
     /// A device by its place in the group, between runs.
     pub fn device(&self, index: usize) -> MutexGuard<'_, Device> {
         lock(&self.shared.devices[index])
+    }
+
+    /// Sets variables to their values in another group of the same devices: pairs of indices, here and there, of equal
+    /// parts.
+    pub fn carry(&self, from: &DeviceGroup, pairs: &[(usize, usize)]) {
+        for at in 0..self.size() {
+            let (mut to, from) = (self.device(at), from.device(at));
+            pairs.iter().for_each(|(here, there)| to.set_variable_bytes(*here, &from.variable_bytes(*there)));
+        }
     }
 
     /// What each device, by its number in the mesh, did last; to be read at any time.

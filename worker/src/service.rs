@@ -7,7 +7,7 @@
 use crate::arena::Arena;
 use crate::checkpoint::{self, CheckpointError, Manifest, Snapshot};
 use crate::device::Device;
-use crate::group::{DeviceGroup, Seat};
+use crate::group::{self, DeviceGroup, Seat};
 use crate::kernels::kernel::CpuBackend;
 use crate::pool::Cores;
 use crate::recorder::Recorder;
@@ -147,7 +147,19 @@ impl WorkerService {
         .await
     }
 
-    fn load(&self, head: control::LoadHead, program: &[u8]) -> Result<control::Loaded, Status> {
+    /// Takes the program of that epoch away from the devices, with its variables.
+    fn take_over(&self, epoch: u64) -> Result<Loaded, Status> {
+        *lock(&self.copied) = None;
+        let doom = lock(&self.current).doom.take();
+        let loaded = lock(&self.loaded).take();
+        drop(doom);
+        loaded.filter(|l| l.epoch == epoch).ok_or_else(|| {
+            Status::failed_precondition(format!("W0029: the variables of epoch {epoch} are not here to be kept"))
+        })
+    }
+
+    /// Loads a program; the variables that `before` has too keep their values.
+    fn load(&self, head: control::LoadHead, program: &[u8], before: Option<Loaded>) -> Result<control::Loaded, Status> {
         let bad = |e: mesh::error::Error| Status::invalid_argument(e.to_string());
         let settings = head.settings.unwrap_or_default();
         let program = wire::decode(program).map_err(bad)?;
@@ -186,7 +198,16 @@ impl WorkerService {
             let (place, devices) = roster.on_host(device);
             Seat { device, arena, end: Box::new(end), cores: Cores::of(place, devices, threads) }
         };
-        let group = DeviceGroup::new(&plan, ends.into_iter().zip(arenas).map(seat).collect(), threads, settings.seed);
+        let mut group =
+            DeviceGroup::new(&plan, ends.into_iter().zip(arenas).map(seat).collect(), threads, settings.seed);
+        if let Some(before) = before {
+            let pairs = group::carried((&program, &plan), (&before.program, &before.plan));
+            let pairs = pairs.map_err(|v| Status::invalid_argument(format!("W0029: `{v}` has another layout now")))?;
+            // Devices do not wait for each other in it: each fills what it holds.
+            let init = plan.functions.keys().position(|n| **n == *"init");
+            init.map_or(Ok(()), |init| group.run(init, 0)).map_err(|e| Status::aborted(e.to_string()))?;
+            group.carry(&before.group, &pairs);
+        }
         let mut loaded = lock(&self.loaded);
         let mut current = lock(&self.current);
         if current.epoch != head.epoch {
@@ -297,8 +318,10 @@ impl worker_server::Worker for WorkerService {
         }
         let this = self.clone();
         let loaded = blocking(move || {
+            let settings = head.settings.clone().unwrap_or_default();
+            let before = settings.carry.then(|| this.take_over(settings.after)).transpose()?;
             this.unload(head.epoch, "another program is loaded");
-            WorkerService::load(&this, head, &program)
+            WorkerService::load(&this, head, &program, before)
         });
         Ok(Response::new(loaded.await?))
     }

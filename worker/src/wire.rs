@@ -246,7 +246,7 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
     for d in dims(message.grains)? {
         chunking.raise_grain(d.name, d.size);
     }
-    Program { variables, functions, chunking }.checked()
+    Program { variables, functions, chunking, stages: vec![] }.checked()
 }
 
 /// An array, or the box `at` of one, as the parts of a stream: its head, then its bytes.

@@ -69,6 +69,14 @@ impl Pretraining {
         if stage + 1 == self.stages.len() { function.into() } else { format!("{function}.{stage}") }
     }
 
+    /// What a stage is called.
+    pub fn stage_name(&self, stage: usize) -> String {
+        match self.stages[stage] {
+            groups if groups == self.architecture.num_hidden_layers => "layers".into(),
+            groups => format!("groups-{groups}"),
+        }
+    }
+
     /// The program. In each stage it has
     /// - `train` (feeds of [`Text::feeds`], `positions` and `targets` `i32[batch, prediction]`, `weights`
     ///   `f32[batch, prediction]`, `next` `i32[batch]`; gives `loss` and `grad_norm`), or, where a step has several parts,

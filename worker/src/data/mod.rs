@@ -1,7 +1,9 @@
-//! Readers and writers of volumes and of weights.
+//! Readers and writers of data.
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`fetch`] | files out of packages |
+//! | [`tokens`] | text as tokens, mapped into memory |
 //! | [`nifti`] | NIfTI-1 files in and out |
 //! | [`ct`] | a CT with organ masks, fetched from a package |
 //! | [`phantom`] | a CT-like volume made from a seed |
@@ -10,9 +12,11 @@
 //! | [`weights`] | folders of safetensors in and out |
 
 pub mod ct;
+pub mod fetch;
 pub mod nifti;
 pub mod phantom;
 pub mod picture;
+pub mod tokens;
 pub mod volume;
 pub mod weights;
 

@@ -1,0 +1,15 @@
+//! Text for language models: from documents to batches.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`corpus`] | where text comes from: files, folders, JSON lines, the Brown corpus |
+//! | [`wordpiece`] | text as numbers of a vocabulary |
+//! | [`prepare`] | a corpus as a token file, made once |
+//! | [`sampler`] | masked examples of a token file, as a function of seed and number |
+//! | [`packages`] | what is fetched from packages |
+
+pub mod corpus;
+pub mod packages;
+pub mod prepare;
+pub mod sampler;
+pub mod wordpiece;
