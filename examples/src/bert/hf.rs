@@ -199,7 +199,8 @@ const MODULES: [(&str, &str, Module); 18] = [
 ];
 
 /// In files, and of no use: positions by number, and the decoder, which is tied to the word embeddings and the bias.
-const HARMLESS: [&str; 3] = ["embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"];
+const HARMLESS: [&str; 3] =
+    ["embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"];
 
 /// How a tensor of theirs becomes one of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,9 +237,7 @@ impl Form {
         match self {
             Form::Same => ours,
             Form::Flat => ours.into_shape_with_order(shape).expect("the same elements"),
-            Form::Kernel(_) => {
-                turned(ours.into_shape_with_order(vec![shape[1], shape[0]]).expect("the same elements"))
-            }
+            Form::Kernel(_) => turned(ours.into_shape_with_order(vec![shape[1], shape[0]]).expect("the same elements")),
         }
     }
 }
@@ -382,7 +381,12 @@ impl Model {
     ///
     /// # Errors
     /// A file that cannot be read; a session that is lost.
-    pub fn load(&self, session: &mut Session, fit: &Fit, mut progress: impl FnMut(usize, usize)) -> Result<(), HfError> {
+    pub fn load(
+        &self,
+        session: &mut Session,
+        fit: &Fit,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<(), HfError> {
         for (i, (name, ours, form)) in fit.tensors.iter().enumerate() {
             let Array::F32(theirs) = self.weights.read(name)? else { continue };
             let shape = session.program().variables.iter().find(|v| *v.name == **ours).map(|v| v.ty.shape());
@@ -474,7 +478,7 @@ fn write(session: &Session, folder: &Path, options: &Export) -> Result<&'static 
     let mut config = options.config.clone();
     if let Some((_, v)) = found.iter().find(|(p, _)| p.ours == "classifier/head/bias") {
         let classes = v.ty.elements();
-        // As many as transformers takes for a regression: one.
+        // transformers counts the classes by their names.
         let labels: Map<String, Value> = (0..classes).map(|c| (c.to_string(), format!("LABEL_{c}").into())).collect();
         let ids: Map<String, Value> = (0..classes).map(|c| (format!("LABEL_{c}"), c.into())).collect();
         config.others.insert("id2label".into(), labels.into());
