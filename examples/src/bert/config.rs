@@ -2,6 +2,7 @@
 
 use examples::bert::architecture::Architecture;
 use examples::bert::dropping::KeepBy;
+use examples::bert::hf;
 use examples::bert::sharing::Shared;
 use examples::settings::{Common, Mistake, Settings, mistake, range};
 use mesh::dim::DType;
@@ -223,8 +224,9 @@ impl Config {
         });
         let path = Path::new(&self.size);
         let of_file = || {
-            let file = if path.is_dir() { path.join("config.json") } else { path.into() };
-            config_file(&file).map_err(|e| Mistake::File { place: self.size.clone(), why: e })
+            let file = if path.is_dir() { path.join(hf::CONFIG) } else { path.into() };
+            let read = hf::Config::read(&file).map(|c| c.architecture);
+            read.map_err(|e| Mistake::File { place: self.size.clone(), why: e.to_string() })
         };
         let mut a = match named {
             Some(a) => a,
@@ -303,10 +305,4 @@ impl Config {
             Dtype::Bf16 => DType::Bf16,
         }
     }
-}
-
-/// A config.json.
-fn config_file(path: &Path) -> Result<Architecture, String> {
-    let text = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
-    serde_json::from_str(&text).map_err(|e| e.to_string())
 }

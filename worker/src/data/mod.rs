@@ -9,6 +9,7 @@
 //! | [`phantom`] | a CT-like volume made from a seed |
 //! | [`volume`] | resampling, cropping, augmentation |
 //! | [`picture`] | slices as PNG |
+//! | [`weights`] | folders of safetensors in and out |
 
 pub mod ct;
 pub mod fetch;
@@ -17,6 +18,7 @@ pub mod phantom;
 pub mod picture;
 pub mod tokens;
 pub mod volume;
+pub mod weights;
 
 use std::path::{Path, PathBuf};
 
