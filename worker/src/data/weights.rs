@@ -199,7 +199,7 @@ pub fn write<E: From<DataError>>(
         write_file(&folder.join(name(i)), shard, &mut value)?;
     }
     if shards.len() > 1 {
-        let total: u64 = tensors.iter().map(|t| bytes_of(t)).sum();
+        let total: u64 = tensors.iter().map(bytes_of).sum();
         let in_file = |(i, shard): (usize, &&[(String, Vec<usize>)])| {
             shard.iter().map(move |(t, _)| (t.clone(), name(i))).collect::<Vec<_>>()
         };
