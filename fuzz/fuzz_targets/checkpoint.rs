@@ -22,6 +22,7 @@ fn manifest() -> Vec<u8> {
         samples: 40,
         program: "00".into(),
         mesh: "x=2".into(),
+        stage: String::new(),
         layout: "x:x".into(),
         config: Default::default(),
         files: [("shard".into(), 5)].into(),
