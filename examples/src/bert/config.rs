@@ -26,7 +26,7 @@ pub enum OptimizerKind {
 pub enum Dtype {
     /// 32-bit floats.
     F32,
-    /// bfloat16; variables, sums, statistics, softmax and losses are f32.
+    /// bfloat16; not yet.
     Bf16,
 }
 

@@ -1,6 +1,7 @@
 //! Pretraining, judging it, and its plan.
 
 use crate::config::Config;
+use crate::data::Data;
 use coordinator::drive::again;
 use coordinator::session::FunctionId;
 use coordinator::{Options, Position, Session};
@@ -120,13 +121,19 @@ fn flops(c: &Config, p: &Pretraining) -> f64 {
     3.0 * p.architecture.forward_flops(c.batch, c.seq, p.predictions, keep) as f64
 }
 
+/// The text of a configuration, and the program that it is for.
+fn prepared(c: &Config) -> Result<(Data, Setup), Failed> {
+    let data = Data::open(c)?;
+    let setup = Setup::new(c, data.specials())?;
+    data.fits(&setup.pretraining.architecture)?;
+    Ok((data, setup))
+}
+
 /// Pretrains.
 pub fn pretrain(task: &Task) -> Result<(), Failed> {
     let options = task.begin()?;
     let c = &task.config;
-    let data = crate::data::Data::open(c)?;
-    let setup = Setup::new(c, data.specials())?;
-    data.fits(&setup.pretraining.architecture)?;
+    let (data, setup) = prepared(c)?;
     let mut running = task.session(setup.pretraining.program()?, &options)?;
     let session = &mut running.session;
     let parameters = session.program().parameters();
@@ -146,7 +153,7 @@ pub fn pretrain(task: &Task) -> Result<(), Failed> {
 struct Training<'a> {
     config: &'a Config,
     setup: &'a Setup,
-    data: &'a crate::data::Data,
+    data: &'a Data,
 }
 
 /// Feeds a batch.
@@ -246,7 +253,7 @@ impl Judgement {
 }
 
 /// Judges the variables of a session on what is held out; all tokens are kept.
-fn judge(session: &mut Session, setup: &Setup, data: &crate::data::Data, c: &Config) -> Result<Judgement, Failed> {
+fn judge(session: &mut Session, setup: &Setup, data: &Data, c: &Config) -> Result<Judgement, Failed> {
     let part = (c.batch / c.parts) as u64;
     let batches = (data.held_out.len() / part).clamp(1, c.eval_batches as u64);
     let mut sums = [0.0f64; 4];
@@ -279,9 +286,7 @@ fn judge(session: &mut Session, setup: &Setup, data: &crate::data::Data, c: &Con
 pub fn eval(task: &Task) -> Result<(), Failed> {
     let options = task.begun()?;
     let c = &task.config;
-    let data = crate::data::Data::open(c)?;
-    let setup = Setup::new(c, data.specials())?;
-    data.fits(&setup.pretraining.architecture)?;
+    let (data, setup) = prepared(c)?;
     let mut running = task.session(setup.pretraining.program()?, &options)?;
     let session = &mut running.session;
     task.restored(session)?;
