@@ -53,6 +53,7 @@ A run folder holds
   metrics.jsonl     a row a step: loss and gradient norm with their bits, seconds by phase, samples, tokens a second, and at
                     times the loss and accuracy on what is held out; the last row has a hash of all variables, and each
                     device's predicted and measured peak of memory
+  loss.png          the loss over all steps
   tensorboard/      the same for `tensorboard --logdir`
   checkpoints/      safetensors with a manifest each, for --resume
 
