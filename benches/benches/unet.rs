@@ -134,22 +134,6 @@ fn main() {
         })
     );
     if args.profile {
-        let steps = session.profile();
-        let mut ops: Vec<(String, f64)> = Vec::new();
-        for (name, s) in &steps {
-            let op = name.split(' ').next().unwrap_or_default();
-            match ops.iter_mut().find(|(o, _)| o == op) {
-                Some((_, t)) => *t += s,
-                None => ops.push((op.into(), *s)),
-            }
-        }
-        let scopes = steps.iter().map(|(n, s)| (n.to_string(), *s)).collect();
-        for mut list in [ops, scopes] {
-            list.sort_by(|a, b| b.1.total_cmp(&a.1));
-            for (name, s) in list.iter().take(24) {
-                eprintln!("{:>9.2} ms  {name}", s / f64::from(args.steps) * 1e3);
-            }
-            eprintln!();
-        }
+        benches::print_profile(&session.profile(), args.steps);
     }
 }

@@ -58,7 +58,12 @@ impl Op for Contract {
             let (ty, other_ty, dy) = (own.ty(), other.ty(), cx.dy.ty());
             let all = union(&[&dy, &other_ty]);
             let over: Vec<&str> = all.iter().filter(|d| !ty.has(&d.name)).map(|d| &*d.name).collect();
-            let product = cx.dy.contract(other, &over);
+            // The second factor's dimensions come last: what comes last here lies where the gradient's own does.
+            let last = ty.dims.iter().rev().find(|d| dy.has(&d.name) != other_ty.has(&d.name));
+            let product = match last {
+                Some(d) if dy.has(&d.name) => other.contract(&cx.dy, &over),
+                _ => cx.dy.contract(other, &over),
+            };
             // A dimension that only this side has was summed over: the gradient is the same all along it.
             let missing: Vec<Dim> = ty.dims.iter().filter(|d| !product.ty().has(&d.name)).cloned().collect();
             if missing.is_empty() { product.sum_to(&ty) } else { product.broadcast(&ty.dims) }

@@ -1,11 +1,18 @@
-//! `contract`: sums of products of two tensors of any order of dimensions, as packed matrix products.
+//! `contract`: sums of products of two tensors of any order of dimensions, as packed and blocked matrix products.
+//!
+//! All of b is packed once, by panels of as many columns as a tile has. A task has a block of rows and columns of the
+//! result; it goes through the contracted elements piece by piece, packs a's part of a piece where the second-level
+//! cache holds it, and runs tiles over it. A piece is a subtree of the summation tree, or a part of a single long leaf
+//! whose sums go on from where the part before it left them: the order of no sum depends on how it is cut.
 //!
 //! Roofline: 2 * m * n * k flops; the multiply-add units bind once m and n reach a few tiles. Packing reads and writes
-//! each operand once.
+//! b once, and a once for each block of columns.
 
 use super::conv::strides;
 use super::isa::Isa;
-use super::tile::{self, Leaves, Tile, panel_width};
+use super::pack::{self, Side};
+use super::tile::{self, Combine, Leaves, Tile, panel_width};
+use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use mesh::chunk::Tree;
 use mesh::dim::Name;
@@ -13,29 +20,52 @@ use mesh::ops::Prim;
 use mesh::plan::{OpWork, Part};
 use std::ops::Range;
 
+/// Contracted elements of a piece at most: a tile's rows of them stay in the first-level cache.
+const PIECE: usize = 512;
+/// Rows of a tile.
+const ROWS: usize = 14;
+/// Rows of a block at most.
+const BLOCK_ROWS: usize = 8 * ROWS;
+/// Columns of a block at most.
+const BLOCK_COLUMNS: usize = 1024;
+/// Blocks that a product is cut into at least, so that threads end at about the same time.
+const BLOCKS: usize = 16;
+/// Elements between the rows of a packed piece that lie in neighbouring sets of the cache.
+const PITCH: usize = PIECE + 16;
+/// Contracted elements and panels that a task packs of b.
+const PACKED: [usize; 2] = [128, 8];
+
+/// One instruction of the stack machine over pieces; sums are blocks of rows and columns.
+#[derive(Debug)]
+enum Step {
+    /// Sum a piece and push it, or go on with the sums on top.
+    Sum { depth: Range<usize>, channels: Vec<Range<usize>>, program: [Vec<Combine>; 1], goes_on: bool },
+    /// Add the two on top.
+    Add,
+}
+
 /// A contraction, prepared.
 pub struct ContractPlan {
     isa: Isa,
     /// By batch: offsets in a, b and the result.
     batches: Vec<[usize; 3]>,
-    /// Offsets in a and the result.
-    rows: Vec<[usize; 2]>,
-    /// Offsets in b and the result; the result's must be neighbours to store a panel at once.
-    columns: Vec<[usize; 2]>,
-    /// Offsets in a and b, leaf after leaf.
-    depth: Vec<[usize; 2]>,
-    leaves: Leaves,
-    channels: Vec<Range<usize>>,
+    a_rows: Side,
+    a_depth: Side,
+    b_columns: Side,
+    b_depth: Side,
+    out_rows: Side,
+    out_columns: Side,
+    /// The stack machine of each node.
+    nodes: Vec<Vec<Step>>,
+    /// Most sums on a stack at a time.
+    slots: usize,
+    /// Elements between the result's rows, where tiles may store there themselves.
+    direct: Option<usize>,
     elements: usize,
     width: usize,
-    /// Whether the result's columns lie next to each other.
-    dense: bool,
-    /// Rows that a task packs.
-    block: usize,
+    /// Rows and panels of a block.
+    block: [usize; 2],
 }
-
-/// Rows of a tile at most, for its stack of results.
-const ROWS: usize = 14;
 
 #[derive(Clone, Copy)]
 struct Pointers {
@@ -68,6 +98,86 @@ fn offsets<const N: usize>(loops: &[(Range<usize>, [(usize, usize); N])]) -> Vec
             .collect();
     }
     out
+}
+
+fn sides(offsets: &[[usize; 2]]) -> [Side; 2] {
+    [0, 1].map(|t| Side::new(offsets.iter().map(|o| o[t]).collect()))
+}
+
+/// What a subtree of the summation tree is summed by.
+enum Subtree {
+    /// One piece, or one leaf.
+    Small { program: Vec<Combine>, leaves: Vec<Range<usize>> },
+    /// Several pieces.
+    Large(Vec<Step>),
+}
+
+impl Subtree {
+    fn steps(self) -> Vec<Step> {
+        let (program, leaves) = match self {
+            Subtree::Large(steps) => return steps,
+            Subtree::Small { program, leaves } => (program, leaves),
+        };
+        let depth = leaves[0].start..leaves[leaves.len() - 1].end;
+        let pieces = depth.len().div_ceil(PIECE).max(1);
+        let mut steps = Vec::new();
+        for i in 0..pieces {
+            let cut = |i: usize| depth.start + i * depth.len() / pieces;
+            let piece = if pieces == 1 { depth.clone() } else { cut(i)..cut(i + 1) };
+            let inside = |l: &Range<usize>| l.start.max(piece.start) - piece.start..l.end.min(piece.end) - piece.start;
+            let channels = leaves.iter().map(inside).collect();
+            steps.push(Step::Sum { depth: piece, channels, program: [program.clone()], goes_on: i > 0 });
+        }
+        steps
+    }
+}
+
+/// Cuts a stack machine over leaves into pieces: subtrees as large as a piece may be, and parts of longer leaves.
+fn cut(program: &[Combine], leaves: &[Range<usize>]) -> Vec<Step> {
+    let mut stack: Vec<Subtree> = Vec::new();
+    for c in program {
+        let subtree = match c {
+            Combine::Leaf(l) => Subtree::Small { program: vec![Combine::Leaf(0)], leaves: vec![leaves[*l].clone()] },
+            Combine::Add => match (stack.pop(), stack.pop()) {
+                (
+                    Some(Subtree::Small { program: right, leaves: more }),
+                    Some(Subtree::Small { mut program, mut leaves }),
+                ) if more[more.len() - 1].end - leaves[0].start <= PIECE => {
+                    let n = leaves.len();
+                    leaves.extend(more);
+                    program.extend(right.into_iter().map(|c| match c {
+                        Combine::Leaf(l) => Combine::Leaf(n + l),
+                        Combine::Add => Combine::Add,
+                    }));
+                    program.push(Combine::Add);
+                    Subtree::Small { program, leaves }
+                }
+                (Some(right), Some(left)) => {
+                    let mut steps = left.steps();
+                    steps.extend(right.steps());
+                    steps.push(Step::Add);
+                    Subtree::Large(steps)
+                }
+                _ => unreachable!("a stack machine adds what it pushed"),
+            },
+        };
+        stack.push(subtree);
+    }
+    stack.pop().map_or(vec![], Subtree::steps)
+}
+
+/// Most sums on the stack of a program at a time.
+fn deepest(steps: &[Step]) -> usize {
+    let (mut now, mut most) = (0usize, 0);
+    for s in steps {
+        match s {
+            Step::Sum { goes_on: true, .. } => {}
+            Step::Sum { .. } => now += 1,
+            Step::Add => now -= 1,
+        }
+        most = most.max(now);
+    }
+    most
 }
 
 impl ContractPlan {
@@ -109,35 +219,50 @@ impl ContractPlan {
             depth.extend(offsets(&loops));
             channels.push(start..depth.len());
         }
-        let columns = offsets(&columns);
-        let dense = columns.windows(2).all(|w| w[1][1] == w[0][1] + 1);
-        let width = panel_width(isa, columns.len());
-        let rows = offsets(&rows);
-        let budget = WORKSPACE_BYTES / 4 - ROWS * 32 * leaves.nodes.len().max(1) - 64;
-        let block = (budget / depth.len().max(1)).min(4 * ROWS).min(rows.len()).max(1);
-        assert!(depth.len() <= budget, "a contraction over {} elements does not fit into the workspace", depth.len());
+        let [a_rows, out_rows] = sides(&offsets(&rows));
+        let [b_columns, out_columns] = sides(&offsets(&columns));
+        let [a_depth, b_depth] = sides(&depth);
+        let nodes: Vec<Vec<Step>> = leaves.nodes.iter().map(|program| cut(program, &channels)).collect();
+        let slots = nodes.iter().map(|n| deepest(n)).max().unwrap_or(0).max(1);
+        let at_once = nodes.iter().all(|n| n.len() == 1) && out_columns.run() == out_columns.len().max(1);
+        let direct = out_rows.stride().filter(|_| at_once);
+        let width = panel_width(isa, b_columns.len());
+        let batches = offsets(&batch);
+        let (rows, panels) = (a_rows.len().max(1), b_columns.len().div_ceil(width).max(1));
+        let block_rows = rows.div_ceil(rows.div_ceil(BLOCK_ROWS)).next_multiple_of(ROWS).min(rows);
+        let room = WORKSPACE_BYTES / 4 - BLOCK_ROWS * PITCH;
+        let most =
+            if direct.is_some() { BLOCK_COLUMNS } else { BLOCK_COLUMNS.min(room / (slots * block_rows)) } / width;
+        assert!(most > 0, "the stack of a sum with {slots} levels does not fit into the workspace");
+        let wanted = BLOCKS.div_ceil(batches.len().max(1) * rows.div_ceil(block_rows));
+        let column_blocks = panels.div_ceil(most).max(wanted.min(panels.div_ceil(2)));
+        let block = [block_rows, panels.div_ceil(column_blocks)];
+        let elements = out.region.elements();
         Some(ContractPlan {
             isa,
-            batches: offsets(&batch),
-            rows,
-            columns,
-            depth,
-            leaves,
-            channels,
-            elements: out.region.elements(),
+            batches,
+            a_rows,
+            a_depth,
+            b_columns,
+            b_depth,
+            out_rows,
+            out_columns,
+            nodes,
+            slots,
+            direct,
+            elements,
             width,
-            dense,
             block,
         })
     }
 
     fn panels(&self) -> usize {
-        self.columns.len().div_ceil(self.width)
+        self.b_columns.len().div_ceil(self.width)
     }
 
     /// Bytes of scratch: b, packed, of all batches.
     pub fn scratch_bytes(&self) -> usize {
-        self.batches.len() * self.panels() * self.width * self.depth.len() * 4
+        self.batches.len() * self.panels() * self.width * self.b_depth.len() * 4
     }
 
     /// Runs it: `out` is `[nodes, ..]`.
@@ -146,69 +271,125 @@ impl ContractPlan {
     /// The pointers are buffers of the plan's parts and of the scratch asked for, which do not overlap.
     pub unsafe fn run(&self, pool: &Pool, a: *const f32, b: *const f32, out: *mut f32, scratch: *mut f32) {
         let p = Pointers { a, b, out, scratch };
-        let (panels, k) = (self.panels(), self.depth.len());
-        pool.run(self.batches.len() * panels, &|t, _| {
-            let p = p;
-            let (batch, first) = (t / panels, t % panels * self.width);
-            let columns = &self.columns[first..(first + self.width).min(self.columns.len())];
-            // SAFETY: every panel is a part of the scratch of its own; offsets lie inside b.
-            unsafe {
-                let to = p.scratch.add(t * self.width * k);
-                let from = p.b.add(self.batches[batch][1]);
-                for (i, d) in self.depth.iter().enumerate() {
-                    let row = to.add(i * self.width);
-                    for (n, c) in columns.iter().enumerate() {
-                        *row.add(n) = *from.add(d[1] + c[0]);
-                    }
-                    std::ptr::write_bytes(row.add(columns.len()), 0, self.width - columns.len());
-                }
+        let (panels, k) = (self.panels(), self.b_depth.len());
+        let packs = [k.div_ceil(PACKED[0]), panels.div_ceil(PACKED[1])];
+        pool.run(self.batches.len() * packs[0] * packs[1], &|t, _| {
+            let (batch, t) = (t / (packs[0] * packs[1]), t % (packs[0] * packs[1]));
+            let (depth, panel) = (t % packs[0] * PACKED[0], t / packs[0] * PACKED[1]);
+            let depth = depth..(depth + PACKED[0]).min(k);
+            for panel in panel..(panel + PACKED[1]).min(panels) {
+                // SAFETY: every part of a panel is packed by one task.
+                unsafe { self.pack_b(p, batch, panel, depth.clone()) };
             }
         });
-        let blocks = self.rows.len().div_ceil(self.block);
-        pool.run(self.batches.len() * blocks, &|t, w| {
-            let p = p;
-            let (batch, first) = (t / blocks, t % blocks * self.block);
-            let rows = &self.rows[first..(first + self.block).min(self.rows.len())];
-            let (sums, packed) =
-                w.floats().split_at_mut((ROWS * 32 * self.leaves.nodes.len().max(1)).next_multiple_of(16));
-            // SAFETY: offsets lie inside a; tasks write disjoint outputs.
-            unsafe {
-                let from = p.a.add(self.batches[batch][0]);
-                for (r, row) in rows.iter().enumerate() {
-                    for (i, d) in self.depth.iter().enumerate() {
-                        packed[r * k + i] = *from.add(row[0] + d[0]);
-                    }
-                }
-                for panel in 0..panels {
-                    let columns = &self.columns[panel * self.width..((panel + 1) * self.width).min(self.columns.len())];
-                    for (group, rows) in rows.chunks(ROWS).enumerate() {
-                        let tile = Tile {
-                            x: packed.as_ptr().add(group * ROWS * k),
-                            pitch: k,
-                            taps: &[[0, 0]],
-                            channels: &self.channels,
-                            w: p.scratch.add((batch * panels + panel) * self.width * k),
-                            nodes: &self.leaves.nodes,
-                            out: sums.as_mut_ptr(),
-                            out_pitch: 32,
-                            node_pitch: ROWS * 32,
-                            columns: columns.len(),
-                        };
-                        tile::run(self.isa, self.width, tile, rows.len());
-                        for n in 0..self.leaves.nodes.len() {
-                            for (r, row) in rows.iter().enumerate() {
-                                let from = &sums[(n * ROWS + r) * 32..][..columns.len()];
-                                let to = p.out.add(n * self.elements + self.batches[batch][2] + row[1]);
-                                if self.dense {
-                                    std::ptr::copy_nonoverlapping(from.as_ptr(), to.add(columns[0][1]), from.len());
-                                } else {
-                                    columns.iter().zip(from).for_each(|(c, v)| *to.add(c[1]) = *v);
-                                }
-                            }
-                        }
-                    }
-                }
-            }
+        let rows = self.a_rows.len().div_ceil(self.block[0]);
+        let columns = panels.div_ceil(self.block[1]);
+        pool.run(self.batches.len() * rows * columns, &|t, w| {
+            let (batch, t) = (t / (rows * columns), t % (rows * columns));
+            let (row, panel) = (t % rows * self.block[0], t / rows * self.block[1]);
+            let rows = row..(row + self.block[0]).min(self.a_rows.len());
+            let panels = panel..(panel + self.block[1]).min(panels);
+            // SAFETY: b is packed; blocks of the result are disjoint.
+            unsafe { self.block(p, batch, rows, panels, w.floats()) };
         });
     }
+
+    /// Packs a part of a panel of b; columns that are not there are zeros.
+    unsafe fn pack_b(&self, p: Pointers, batch: usize, panel: usize, depth: Range<usize>) {
+        let first = panel * self.width;
+        let columns = first..(first + self.width).min(self.b_columns.len());
+        // SAFETY: offsets lie inside b; the panel is a part of the scratch.
+        unsafe {
+            let from = p.b.add(self.batches[batch][1]);
+            let to = p.scratch.add((batch * self.panels() + panel) * self.width * self.b_depth.len());
+            let to = to.add(depth.start * self.width);
+            if columns.len() < self.width {
+                std::ptr::write_bytes(to, 0, depth.len() * self.width);
+            }
+            if self.b_columns.run() >= self.b_depth.run() {
+                pack::copy(from, [&self.b_depth, &self.b_columns], [depth, columns], to, self.width);
+            } else {
+                pack::transpose(self.isa, from, [&self.b_columns, &self.b_depth], [columns, depth], to, self.width);
+            }
+        }
+    }
+
+    /// Computes a block of the result.
+    unsafe fn block(&self, p: Pointers, batch: usize, rows: Range<usize>, panels: Range<usize>, work: &mut [f32]) {
+        let (packed, slots) = work.split_at_mut(BLOCK_ROWS * PITCH);
+        let pitch = panels.len() * self.width;
+        let slot = rows.len() * pitch;
+        let by_rows = self.a_depth.run() >= self.a_rows.run();
+        let columns = panels.start * self.width..(panels.end * self.width).min(self.b_columns.len());
+        debug_assert!(self.direct.is_some() || self.slots * slot <= slots.len());
+        for (n, steps) in self.nodes.iter().enumerate() {
+            // SAFETY: offsets lie inside a and the result, whose blocks are disjoint; the workspace has room for a
+            // piece's rows and for the stack.
+            unsafe {
+                let from = p.a.add(self.batches[batch][0]);
+                let out = p.out.add(n * self.elements + self.batches[batch][2]);
+                let mut top = 0;
+                for step in steps {
+                    let Step::Sum { depth, channels, program, goes_on } = step else {
+                        top -= 1;
+                        let (left, right) = slots[(top - 1) * slot..][..2 * slot].split_at_mut(slot);
+                        add(self.isa, left, right);
+                        continue;
+                    };
+                    let x = packed.as_mut_ptr();
+                    let (x_pitch, x_step) = if by_rows {
+                        pack::copy(from, [&self.a_rows, &self.a_depth], [rows.clone(), depth.clone()], x, PITCH);
+                        (PITCH, 1)
+                    } else {
+                        pack::copy(from, [&self.a_depth, &self.a_rows], [depth.clone(), rows.clone()], x, BLOCK_ROWS);
+                        (1, BLOCK_ROWS)
+                    };
+                    if !goes_on {
+                        top += 1;
+                    }
+                    for panel in panels.clone() {
+                        let w = (batch * self.panels() + panel) * self.b_depth.len() + depth.start;
+                        let first = panel * self.width;
+                        let (out, out_pitch, columns) = match self.direct {
+                            Some(stride) => {
+                                let to = out.add(self.out_rows.at(rows.start) + self.out_columns.at(first));
+                                (to, stride, self.width.min(columns.end - first))
+                            }
+                            None => {
+                                let to = slots[(top - 1) * slot + (panel - panels.start) * self.width..].as_mut_ptr();
+                                (to, pitch, self.width)
+                            }
+                        };
+                        let tile = Tile {
+                            x,
+                            pitch: x_pitch,
+                            step: x_step,
+                            taps: &[[0, 0]],
+                            channels,
+                            w: p.scratch.add(w * self.width),
+                            nodes: program,
+                            goes_on: *goes_on,
+                            out,
+                            out_pitch,
+                            node_pitch: 0,
+                            columns,
+                        };
+                        tile::run(self.isa, self.width, tile, rows.len());
+                    }
+                }
+                if self.direct.is_none() {
+                    for (r, row) in rows.clone().enumerate() {
+                        let to = out.add(self.out_rows.at(row));
+                        self.out_columns.spread(slots[r * pitch..].as_ptr(), columns.clone(), to);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn add(isa: Isa, left: &mut [f32], right: &[f32]) {
+    dispatch!(isa, fn(left: &mut [f32], right: &[f32]) {
+        left.iter_mut().zip(right).for_each(|(l, r)| *l += r);
+    });
 }

@@ -330,10 +330,12 @@ impl ConvPlan {
                     let tile = Tile {
                         x: stage.as_ptr(),
                         pitch: phase.in_step * channels,
+                        step: 1,
                         taps: &list[..n],
                         channels: &self.channels,
                         w: p.scratch.add((group * self.panels() + panel) * self.all_taps() * channels * self.width),
                         nodes: &self.leaves.nodes,
+                        goes_on: false,
                         out: p.out.add(at * out_channels + group * self.produced + first),
                         out_pitch: phase.out_step * out_channels,
                         node_pitch: positions * out_channels,

@@ -6,14 +6,22 @@
 /// Nearest integer, ties to even, for |x| < 2^22.
 #[inline(always)]
 fn round(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT) - SHIFT
+}
+
+/// 1.5 * 2^23: added to an integer below 2^22 in magnitude, it leaves the integer in the lowest bits.
+const SHIFT: f32 = 12_582_912.0;
+
+/// The integer in an integral n below 2^22 in magnitude; a cast would be done lane by lane, as it minds NaN.
+#[inline(always)]
+fn integer(n: f32) -> i32 {
+    (n + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32
 }
 
 /// 2^n for an integral n in -126 ..= 127.
 #[inline(always)]
 fn exp2i(n: f32) -> f32 {
-    f32::from_bits(((n as i32 + 127) << 23) as u32)
+    f32::from_bits((integer(n).wrapping_add(127) << 23) as u32)
 }
 
 /// e^x, to 2 ulp.
@@ -87,20 +95,20 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Error function, to 2e-7 (Abramowitz and Stegun 7.1.26; the Maclaurin series near 0).
+/// Error function, to 4e-7: x P(x²) / Q(x²), fitted to the least largest relative error up to 3.92, where it is 1.
 #[inline(always)]
 pub fn erf(x: f32) -> f32 {
-    let a = x.abs();
-    let t = 1.0 / (1.0 + 0.327_591_1 * a);
-    let p = ((((1.061_405_4 * t - 1.453_152) * t + 1.421_413_7) * t - 0.284_496_74) * t + 0.254_829_6) * t;
-    let y = 1.0 - p * exp(-a * a);
-    let z = x * x;
-    let series =
-        ((((-7.575_757_6e-4 * z + 4.629_629_6e-3) * z - 2.380_952_4e-2) * z + 0.1) * z - 0.333_333_34) * z + 1.0;
-    let small = std::f32::consts::FRAC_2_SQRT_PI * x * series;
-    let y = if x < 0.0 { -y } else { y };
-    let y = if a < 0.5 { small } else { y };
-    if x.is_nan() { x } else { y }
+    let c = if x > 3.92 { 3.92 } else { x };
+    let c = if c < -3.92 { -3.92 } else { c };
+    let z = c * c;
+    let p = ((((2.050_1e-6 * z + 2.848_808_1e-4) * z + 3.765_538_8e-3) * z + 5.274_848_6e-2) * z + 1.904_046_7e-1) * z
+        + 1.128_379_107;
+    let q = ((((3.809_174_4e-5 * z + 1.162_516_2e-3) * z + 1.496_906_2e-2) * z + 1.141_083_7e-1) * z + 5.020_744_8e-1)
+        * z
+        + 1.0;
+    let y = c * p / q;
+    let y = if y > 1.0 { 1.0 } else { y };
+    if y < -1.0 { -1.0 } else { y }
 }
 
 /// Sine and cosine, for |x| < 1e4 to 2e-7.
@@ -111,10 +119,10 @@ fn sin_cos(x: f32) -> (f32, f32) {
     let z = r * r;
     let s = ((-1.951_529_6e-4 * z + 8.332_161e-3) * z - 1.666_665_5e-1) * z * r + r;
     let c = ((2.443_315_7e-5 * z - 1.388_731_6e-3) * z + 4.166_664_6e-2) * z * z - 0.5 * z + 1.0;
-    let q = n as i32;
+    let q = integer(n);
     let (s, c) = if q & 1 != 0 { (c, s) } else { (s, c) };
     let s = if q & 2 != 0 { -s } else { s };
-    let c = if (q + 1) & 2 != 0 { -c } else { c };
+    let c = if q.wrapping_add(1) & 2 != 0 { -c } else { c };
     (s, c)
 }
 

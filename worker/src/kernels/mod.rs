@@ -11,6 +11,7 @@ pub mod map;
 pub mod math;
 pub mod max_pool;
 pub mod nest;
+mod pack;
 pub mod reduce;
 pub mod rows;
 pub mod scatter_add;

@@ -18,6 +18,24 @@ use mesh::ops::reduce::ReduceFn;
 
 const LANES: usize = 16;
 
+/// Evaluates an expression with the function that combines two elements, known when it is compiled.
+macro_rules! with_function {
+    ($by:expr, |$f:ident| $body:expr) => {
+        match $by {
+            (ReduceFn::Sum, true) => with_function!(@ $f, $body, |a: f32, b: f32| a + b),
+            (ReduceFn::Max, true) => with_function!(@ $f, $body, |a: f32, b: f32| math::max(a, b)),
+            (ReduceFn::Min, true) => with_function!(@ $f, $body, |a: f32, b: f32| math::min(a, b)),
+            (by, false) => with_function!(@ $f, $body, |a: f32, b: f32| {
+                f32::from_bits(integer(by, a.to_bits() as i32, b.to_bits() as i32) as u32)
+            }),
+        }
+    };
+    (@ $f:ident, $body:expr, $function:expr) => {{
+        let $f = $function;
+        $body
+    }};
+}
+
 /// A fused reduction, prepared.
 pub struct ReducePlan {
     isa: Isa,
@@ -61,6 +79,8 @@ unsafe impl Send for Pointers<'_> {}
 
 /// Kept points that a leaf's partial sums may have, so that leaves are done in parallel.
 const FEW: usize = 8192;
+/// Rows to sum that are shared out to threads as they are, several to a block.
+const MANY: usize = 64;
 
 impl ReducePlan {
     /// Prepares a reduction for the best instruction set.
@@ -111,7 +131,8 @@ impl ReducePlan {
         let points = kept.iter().product::<usize>() * inner;
         let few =
             points * machine.results.len() <= FEW && points * machine.results.len() * 4 * 2 <= WORKSPACE_BYTES / 4;
-        ReducePlan { isa, machine, f: r.f, reduced, leaves, runs, nodes, kept, inner, by_leaf: few, depth }
+        let rows = reduced[d - 1] && !reduced[d - 2] && points >= MANY;
+        ReducePlan { isa, machine, f: r.f, reduced, leaves, runs, nodes, kept, inner, by_leaf: few && !rows, depth }
     }
 
     fn results(&self) -> usize {
@@ -248,18 +269,17 @@ impl ReducePlan {
         }
     }
 
+    /// How elements are combined.
+    fn combine(&self) -> (ReduceFn, bool) {
+        (self.f, self.machine.results[0].1.is_float())
+    }
+
     /// a = a + b, each in its dtype (the bits of an `i32` or `bool` lie in the float's).
     fn add(&self, a: &mut [f32], b: &[f32]) {
-        let float = self.machine.results[0].1.is_float();
-        match (self.f, float) {
-            (ReduceFn::Sum, true) => a.iter_mut().zip(b).for_each(|(a, b)| *a += b),
-            (ReduceFn::Max, true) => a.iter_mut().zip(b).for_each(|(a, b)| *a = math::max(*a, *b)),
-            (ReduceFn::Min, true) => a.iter_mut().zip(b).for_each(|(a, b)| *a = math::min(*a, *b)),
-            (f, false) => a.iter_mut().zip(b).for_each(|(a, b)| {
-                let (x, y) = (a.to_bits() as i32, b.to_bits() as i32);
-                *a = f32::from_bits(integer(f, x, y) as u32);
-            }),
-        }
+        let by = self.combine();
+        dispatch!(self.isa, fn(by: (ReduceFn, bool), a: &mut [f32], b: &[f32]) {
+            with_function!(by, |f| a.iter_mut().zip(b).for_each(|(a, b)| *a = f(*a, *b)));
+        });
     }
 
     unsafe fn store(&self, r: usize, at: usize, sum: &[f32], p: Pointers) {
@@ -371,7 +391,7 @@ impl ReducePlan {
                             unsafe { std::slice::from_raw_parts(evaluation.pointer(*slot).cast(), rows * columns) };
                         if inner_reduced {
                             let acc = &mut sums[r * row..(r + 1) * row];
-                            v.chunks_exact(columns).for_each(|v| self.fold_lanes(acc, v, lane));
+                            self.fold_lanes(acc, v, columns, lane);
                             continue;
                         }
                         for (l, leaf) in leaves.iter().enumerate() {
@@ -436,26 +456,49 @@ impl ReducePlan {
         });
     }
 
-    /// Adds a run of values to the lanes; value `i` goes to lane `(first + i) % 16`, and `first` is a multiple of 16.
-    #[inline(always)]
-    fn fold_lanes(&self, lanes: &mut [f32], v: &[f32], first: usize) {
+    /// Adds rows of values to lanes, row after row; value `i` of a row goes to lane `(first + i) % 16`, and `first` is a
+    /// multiple of 16.
+    fn fold_lanes(&self, lanes: &mut [f32], v: &[f32], columns: usize, first: usize) {
         debug_assert_eq!(first % LANES, 0);
-        let mut whole = v.chunks_exact(LANES);
-        for v in &mut whole {
-            self.add(&mut lanes[..LANES], v);
-        }
-        let rest = whole.remainder();
-        self.add(&mut lanes[..rest.len()], rest);
+        let by = self.combine();
+        dispatch!(self.isa, fn(by: (ReduceFn, bool), lanes: &mut [f32], v: &[f32], columns: usize) {
+            let Ok(lanes) = <&mut [f32; LANES]>::try_from(lanes) else { return };
+            with_function!(by, |f| v.chunks_exact(columns).for_each(|v| into_lanes(lanes, v, f)));
+        });
     }
 
     fn finish_lanes(&self, lanes: &[f32]) -> f32 {
         let mut l = [0.0f32; LANES];
         l.copy_from_slice(lanes);
-        for half in [8, 4, 2, 1] {
-            let (a, b) = l.split_at_mut(half);
-            self.add(a, &b[..half]);
-        }
-        l[0]
+        with_function!(self.combine(), |f| from_lanes(l, f))
+    }
+
+    /// The sums of rows of `n` values each, by the stack machine of a node over leaves inside a row.
+    fn row_sums(&self, program: &[Combine], v: &[f32], n: usize, sums: &mut [f32]) {
+        let plan = self;
+        dispatch!(self.isa, fn(plan: &ReducePlan, program: &[Combine], v: &[f32], n: usize, sums: &mut [f32]) {
+            let identity = plan.identity();
+            with_function!(plan.combine(), |f| {
+                for (sum, v) in sums.iter_mut().zip(v.chunks_exact(n.max(1))) {
+                    let (mut stack, mut top) = ([0.0f32; 64], 0);
+                    for c in program {
+                        match *c {
+                            Combine::Leaf(l) => {
+                                let mut lanes = [identity; LANES];
+                                into_lanes(&mut lanes, &v[plan.leaves[l][0].clone()], f);
+                                stack[top] = from_lanes(lanes, f);
+                                top += 1;
+                            }
+                            Combine::Add => {
+                                top -= 1;
+                                stack[top - 1] = f(stack[top - 1], stack[top]);
+                            }
+                        }
+                    }
+                    *sum = stack[0];
+                }
+            });
+        });
     }
 
     /// Floats of the stack of sums of `width` kept points.
@@ -507,31 +550,12 @@ impl ReducePlan {
         }
         let at = self.kept_at(k);
         let mut sums = [0.0f32; 128];
-        let mut stack = [0.0f32; 64];
         e.block(&at[..d], rows, n);
         for (r, (slot, _)) in self.machine.results.iter().enumerate().take(count) {
             // SAFETY: the block has that many points.
             let v = unsafe { std::slice::from_raw_parts(e.pointer(*slot).cast::<f32>(), rows * n) };
             for (node, program) in self.nodes.iter().enumerate() {
-                for (sum, v) in sums.iter_mut().zip(v.chunks_exact(n.max(1))) {
-                    let mut top = 0;
-                    for c in program {
-                        match *c {
-                            Combine::Leaf(l) => {
-                                let mut lanes = [self.identity(); LANES];
-                                self.fold_lanes(&mut lanes, &v[self.leaves[l][0].clone()], 0);
-                                stack[top] = self.finish_lanes(&lanes);
-                                top += 1;
-                            }
-                            Combine::Add => {
-                                let (a, b) = stack.split_at_mut(top - 1);
-                                self.add(&mut a[top - 2..top - 1], &b[..1]);
-                                top -= 1;
-                            }
-                        }
-                    }
-                    *sum = stack[0];
-                }
+                self.row_sums(program, v, n, &mut sums[..rows]);
                 // SAFETY: by the contract of `run`.
                 unsafe { self.store(r, node * self.kept_points() + k, &sums[..rows], p) };
             }
@@ -579,6 +603,31 @@ fn add_rows<const N: usize>(acc: &mut [f32], v: &[f32]) {
         }
     }
     *sums = local;
+}
+
+/// Adds a run of values to the lanes; value `i` goes to lane `i % 16`.
+#[inline(always)]
+fn into_lanes(lanes: &mut [f32; LANES], v: &[f32], f: impl Fn(f32, f32) -> f32) {
+    let mut local = *lanes;
+    let (whole, rest) = v.as_chunks::<LANES>();
+    for v in whole {
+        for l in 0..LANES {
+            local[l] = f(local[l], v[l]);
+        }
+    }
+    local.iter_mut().zip(rest).for_each(|(l, v)| *l = f(*l, *v));
+    *lanes = local;
+}
+
+/// The lanes, added as a binary tree.
+#[inline(always)]
+fn from_lanes(mut l: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            l[i] = f(l[i], l[i + half]);
+        }
+    }
+    l[0]
 }
 
 fn integer(f: ReduceFn, x: i32, y: i32) -> i32 {

@@ -1,6 +1,6 @@
 //! The register tile that every product runs on: a few outputs times 16 or 32 channels, summed over taps and channels.
 //!
-//! `out[m, n] = sum over leaves, taps, c of x[m * pitch + tap.0 + c] * w[tap.1 + c * N + n]`, one fused multiply-add
+//! `out[m, n] = sum over leaves, taps, c of x[m * pitch + tap.0 + c * step] * w[tap.1 + c * N + n]`, one fused multiply-add
 //! after the other within a leaf, leaves combined along the summation tree.
 //!
 //! Roofline: 2 * M * N flops for M broadcasts and N loads from the cache; with M x N = 14 x 32 the multiply-add units
@@ -64,6 +64,8 @@ pub struct Tile<'a> {
     pub x: *const f32,
     /// Elements from one output's inputs to the next one's.
     pub pitch: usize,
+    /// Elements from one channel to the next one.
+    pub step: usize,
     /// By tap: offset into `x`, offset into `w`.
     pub taps: &'a [[u32; 2]],
     /// By leaf: the channels.
@@ -72,6 +74,8 @@ pub struct Tile<'a> {
     pub w: *const f32,
     /// The stack machine of each node.
     pub nodes: &'a [Vec<Combine>],
+    /// Whether the sum of a single leaf goes on from what the outputs hold; all columns are stored then.
+    pub goes_on: bool,
     /// First output.
     pub out: *mut f32,
     /// Elements between outputs.
@@ -248,12 +252,15 @@ pub(super) unsafe fn store_row<V: Lanes, const NV: usize>(row: [V; NV], out: *mu
 }
 
 #[inline(always)]
-unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(t: &Tile, channels: &Range<usize>) -> [[V; NV]; MR] {
+unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
+    t: &Tile,
+    channels: &Range<usize>,
+    mut acc: [[V; NV]; MR],
+) -> [[V; NV]; MR] {
     // SAFETY: by the contract of `run`.
     unsafe {
-        let mut acc = [[V::zero(); NV]; MR];
         for tap in t.taps {
-            let mut x = t.x.add(tap[0] as usize + channels.start);
+            let mut x = t.x.add(tap[0] as usize + channels.start * t.step);
             let mut w = t.w.add(tap[1] as usize + channels.start * NV * 16);
             for _ in 0..channels.len() {
                 let row: [V; NV] = std::array::from_fn(|v| V::load(w.add(v * 16)));
@@ -263,7 +270,7 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(t: &Tile, channels: &
                         acc[v] = acc[v].fma(value, row[v]);
                     }
                 }
-                x = x.add(1);
+                x = x.add(t.step);
                 w = w.add(NV * 16);
             }
         }
@@ -275,41 +282,50 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(t: &Tile, channels: &
 unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(t: &Tile) {
     // SAFETY: by the contract of `run`.
     unsafe {
+        let zero = [[V::zero(); NV]; MR];
         let mut stack = [[[std::mem::MaybeUninit::<V>::uninit(); NV]; MR]; DEPTH];
         for (n, program) in t.nodes.iter().enumerate() {
             let out = t.out.add(n * t.node_pitch);
             if let [Combine::Leaf(l)] = program[..] {
-                let acc = leaf::<V, MR, NV>(t, &t.channels[l]);
+                let mut acc = zero;
+                if t.goes_on {
+                    for (m, row) in acc.iter_mut().enumerate() {
+                        *row = std::array::from_fn(|v| V::load(out.add(m * t.out_pitch + v * 16)));
+                    }
+                }
+                let acc = leaf::<V, MR, NV>(t, &t.channels[l], acc);
                 for (m, row) in acc.into_iter().enumerate() {
                     store_row(row, out.add(m * t.out_pitch), t.columns);
                 }
                 continue;
             }
-            let mut top = 0;
-            for c in program {
+            // The sum on top of the stack stays in registers.
+            let mut below = 0;
+            let mut sum = zero;
+            for (i, c) in program.iter().enumerate() {
                 match *c {
                     Combine::Leaf(l) => {
-                        let acc = leaf::<V, MR, NV>(t, &t.channels[l]);
-                        for m in 0..MR {
-                            for v in 0..NV {
-                                stack[top][m][v].write(acc[m][v]);
+                        if i > 0 {
+                            for m in 0..MR {
+                                for v in 0..NV {
+                                    stack[below][m][v].write(sum[m][v]);
+                                }
                             }
+                            below += 1;
                         }
-                        top += 1;
+                        sum = leaf::<V, MR, NV>(t, &t.channels[l], zero);
                     }
                     Combine::Add => {
+                        below -= 1;
                         for m in 0..MR {
                             for v in 0..NV {
-                                let sum = stack[top - 2][m][v].assume_init().add(stack[top - 1][m][v].assume_init());
-                                stack[top - 2][m][v].write(sum);
+                                sum[m][v] = stack[below][m][v].assume_init().add(sum[m][v]);
                             }
                         }
-                        top -= 1;
                     }
                 }
             }
-            for m in 0..MR {
-                let row: [V; NV] = std::array::from_fn(|v| stack[0][m][v].assume_init());
+            for (m, row) in sum.into_iter().enumerate() {
                 store_row(row, out.add(m * t.out_pitch), t.columns);
             }
         }

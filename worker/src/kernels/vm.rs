@@ -314,16 +314,13 @@ unsafe fn run(e: &mut Evaluation, list: &[usize], at: &[usize], rows: usize, col
             Instr::Step => out.fill(cx.step),
             Instr::Index { dim } => {
                 let d = m.extents.len();
-                let first = m.origin[*dim] + at[*dim];
-                for (p, o) in out.iter_mut().enumerate() {
-                    let step = if *dim == d - 1 {
-                        p % columns
-                    } else if *dim == d - 2 {
-                        p / columns
-                    } else {
-                        0
-                    };
-                    *o = (first + step) as u32;
+                let first = (m.origin[*dim] + at[*dim]) as u32;
+                for (r, row) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+                    match d - dim {
+                        1 => row.iter_mut().zip(first..).for_each(|(o, i)| *o = i),
+                        2 => row.fill(first + r as u32),
+                        _ => row.fill(first),
+                    }
                 }
             }
             Instr::Random { distribution, key, strides } => {
