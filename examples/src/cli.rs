@@ -15,7 +15,7 @@ use worker::tls::{Role, Tls};
 use worker::transport::connector::TransportChoice;
 
 /// Options of the devices.
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct DeviceOptions {
     /// Device mesh: axes with their sizes, or `1` for a single device
     #[arg(long, help_heading = "Devices", value_name = "AXIS=SIZE,..")]
@@ -50,7 +50,7 @@ pub struct DeviceOptions {
 }
 
 /// Options of the run.
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct RunOptions {
     /// Seed of everything random [default: 1]
     #[arg(long, help_heading = "Training", value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
@@ -74,6 +74,13 @@ pub struct RunOptions {
     /// Go on from the newest good checkpoint of the run, on any mesh
     #[arg(long, help_heading = "Run")]
     resume: bool,
+}
+
+impl RunOptions {
+    /// A run in that folder, with its checkpoints there or where they are said to be.
+    pub fn of(out: PathBuf, checkpoints: Option<String>) -> RunOptions {
+        RunOptions { out, checkpoints, ..RunOptions::default() }
+    }
 }
 
 /// What a command line asks for: the configuration is that of the run folder, if it is `of_run` or resumed, then the

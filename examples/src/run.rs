@@ -146,7 +146,7 @@ impl Failed {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failed::Config(_) => 2,
-            Failed::Data(DataError::Format { .. }) => 3,
+            Failed::Data(DataError::Format { .. } | DataError::File { what: "read", .. }) => 3,
             Failed::Session(failure) => failure.exit_code(),
             Failed::Own { exit_code, .. } => *exit_code,
             Failed::Interrupted { .. } => 75,

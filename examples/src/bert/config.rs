@@ -39,6 +39,19 @@ pub struct Methods {
     pub share_unshare: bool,
 }
 
+/// Which dimensions an axis splits by its name: (axis, dimension).
+pub const SPLITS: &[(&str, &str)] = &[
+    ("data", "batch"),
+    ("batch", "batch"),
+    ("model", "heads"),
+    ("model", "d_ff"),
+    ("model", "vocab"),
+    ("heads", "heads"),
+    ("d_ff", "d_ff"),
+    ("vocab", "vocab"),
+    ("seq", "seq"),
+];
+
 /// A run's configuration. Every field is a key of the TOML file and of `--set`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -136,17 +149,7 @@ impl Default for Config {
 
 impl Settings for Config {
     const AXES: &'static [&'static str] = &["data"];
-    const SPLITS: &'static [(&'static str, &'static str)] = &[
-        ("data", "batch"),
-        ("batch", "batch"),
-        ("model", "heads"),
-        ("model", "d_ff"),
-        ("model", "vocab"),
-        ("heads", "heads"),
-        ("d_ff", "d_ff"),
-        ("vocab", "vocab"),
-        ("seq", "seq"),
-    ];
+    const SPLITS: &'static [(&'static str, &'static str)] = SPLITS;
 
     fn common(&self) -> &Common {
         &self.common
@@ -167,14 +170,10 @@ impl Settings for Config {
         }
         range("--predictions", self.predictions as u64, 0, self.seq as u64 / 2)?;
         range("--keep-tokens", self.keep_tokens as u64, 0, self.seq as u64)?;
-        let shares = [("--dropout", f64::from(self.dropout)), ("--held-out", self.held_out)];
-        if let Some((option, share)) = shares.into_iter().find(|(_, s)| !(0.0..1.0).contains(s)) {
-            return mistake(format!("{option} {share} is no share"), "it goes from 0 (none) to below 1");
-        }
-        let numbers = [("--rate", self.rate), ("--decay", self.decay), ("--clip", self.clip)];
-        if let Some((option, v)) = numbers.into_iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
-            return mistake(format!("{option} {v} makes no sense"), "it is a finite number from 0 on");
-        }
+        check_numbers(
+            &[("--dropout", f64::from(self.dropout)), ("--held-out", self.held_out)],
+            &[("--rate", self.rate), ("--decay", self.decay), ("--clip", self.clip)],
+        )?;
         if !(self.unshare_at.is_finite() && self.unshare_at >= 0.0) {
             return mistake(
                 format!("--unshare-at {} is no time", self.unshare_at),
@@ -215,34 +214,7 @@ impl Config {
     /// # Errors
     /// A size that there is not, or a config.json that is not usable.
     pub fn architecture(&self) -> Result<Architecture, Mistake> {
-        let named = Architecture::named(&self.size).or_else(|| {
-            let numbers: Option<Vec<usize>> = self.size.split('x').map(|n| n.parse().ok().filter(|n| *n > 0)).collect();
-            match numbers?[..] {
-                [layers, d_model, heads] if d_model % heads == 0 => Some(Architecture::sized(layers, d_model, heads)),
-                _ => None,
-            }
-        });
-        let path = Path::new(&self.size);
-        let of_file = || {
-            let file = if path.is_dir() { path.join(hf::CONFIG) } else { path.into() };
-            let read = hf::Config::read(&file).map(|c| c.architecture);
-            read.map_err(|e| Mistake::File { place: self.size.clone(), why: e.to_string() })
-        };
-        let mut a = match named {
-            Some(a) => a,
-            None if path.exists() => of_file()?,
-            None => {
-                return mistake(
-                    format!("there is no size `{}`", self.size),
-                    "it is mini, small, base, large, layers x width x heads (6x256x4), or a config.json",
-                );
-            }
-        };
-        (a.hidden_dropout_prob, a.attention_probs_dropout_prob) = (self.dropout, self.dropout);
-        if self.seq > a.max_position_embeddings {
-            let what = format!("--seq {} is longer than the model's {} positions", self.seq, a.max_position_embeddings);
-            return mistake(what, "use shorter sequences, or a model with more positions");
-        }
+        let a = architecture(&self.size, self.seq, self.dropout)?;
         let methods = self.methods()?;
         if methods.token_drop && a.num_hidden_layers < 3 {
             let what = format!("token dropping has nothing to skip in {} layers", a.num_hidden_layers);
@@ -289,20 +261,89 @@ impl Config {
 
     /// The optimizer.
     pub fn optimizer(&self) -> Optimizer {
-        let steps = self.common.steps;
-        let warmup = if self.warmup > 0 { self.warmup } else { steps.div_ceil(10) };
-        let power = 1.0;
-        let rate = Schedule::Polynomial { start: self.rate, end: 0.0, power, steps }.warmup(warmup);
-        let adam = Adam { eps: 1e-6, trust: self.optimizer == OptimizerKind::Lamb, ..Adam::default() };
-        let optimizer = Optimizer { rule: Rule::Adam(adam), ..Optimizer::adamw(rate, self.decay) };
-        if self.clip > 0.0 { optimizer.clipped(self.clip) } else { optimizer }
+        let numbers = [self.rate, self.decay, self.clip];
+        optimizer(self.optimizer, numbers, [self.common.steps, self.warmup])
     }
 
     /// The element type.
     pub fn dtype(&self) -> DType {
-        match self.dtype {
+        self.dtype.into()
+    }
+}
+
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> DType {
+        match dtype {
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::Bf16,
         }
     }
+}
+
+/// The sizes that a text names (`mini`, `6x256x4`, or a config.json), for sequences of `seq` tokens.
+///
+/// # Errors
+/// A size that there is not, or a config.json that is not usable; one with fewer positions.
+pub fn architecture(size: &str, seq: usize, dropout: f32) -> Result<Architecture, Mistake> {
+    let named = Architecture::named(size).or_else(|| {
+        let numbers: Option<Vec<usize>> = size.split('x').map(|n| n.parse().ok().filter(|n| *n > 0)).collect();
+        match numbers?[..] {
+            [layers, d_model, heads] if d_model % heads == 0 => Some(Architecture::sized(layers, d_model, heads)),
+            _ => None,
+        }
+    });
+    let path = Path::new(size);
+    let of_file = || {
+        let file = if path.is_dir() { path.join(hf::CONFIG) } else { path.into() };
+        let read = hf::Config::read(&file).map(|c| c.architecture);
+        read.map_err(|e| Mistake::File { place: size.into(), why: e.to_string() })
+    };
+    let a = match named {
+        Some(a) => a,
+        None if path.exists() => of_file()?,
+        None => {
+            return mistake(
+                format!("there is no size `{size}`"),
+                "it is mini, small, base, large, layers x width x heads (6x256x4), or a config.json",
+            );
+        }
+    };
+    fitted(a, seq, dropout)
+}
+
+/// An architecture with that drop-out.
+///
+/// # Errors
+/// One with fewer positions than `seq`.
+pub fn fitted(mut a: Architecture, seq: usize, dropout: f32) -> Result<Architecture, Mistake> {
+    (a.hidden_dropout_prob, a.attention_probs_dropout_prob) = (dropout, dropout);
+    if seq > a.max_position_embeddings {
+        let what = format!("--seq {seq} is longer than the model's {} positions", a.max_position_embeddings);
+        return mistake(what, "use shorter sequences, or a model with more positions");
+    }
+    Ok(a)
+}
+
+/// The optimizer of a run of so many steps; a warm-up of 0 steps is a tenth of them.
+pub fn optimizer(kind: OptimizerKind, [rate, decay, clip]: [f32; 3], [steps, warmup]: [u32; 2]) -> Optimizer {
+    let warmup = if warmup > 0 { warmup } else { steps.div_ceil(10) };
+    let power = 1.0;
+    let rate = Schedule::Polynomial { start: rate, end: 0.0, power, steps }.warmup(warmup);
+    let adam = Adam { eps: 1e-6, trust: kind == OptimizerKind::Lamb, ..Adam::default() };
+    let optimizer = Optimizer { rule: Rule::Adam(adam), ..Optimizer::adamw(rate, decay) };
+    if clip > 0.0 { optimizer.clipped(clip) } else { optimizer }
+}
+
+/// Shares and numbers that an optimizer and a model can have, by option.
+///
+/// # Errors
+/// One that makes no sense.
+pub fn check_numbers(shares: &[(&str, f64)], numbers: &[(&str, f32)]) -> Result<(), Mistake> {
+    if let Some((option, share)) = shares.iter().find(|(_, s)| !(0.0..1.0).contains(s)) {
+        return mistake(format!("{option} {share} is no share"), "it goes from 0 (none) to below 1");
+    }
+    if let Some((option, v)) = numbers.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
+        return mistake(format!("{option} {v} makes no sense"), "it is a finite number from 0 on");
+    }
+    Ok(())
 }

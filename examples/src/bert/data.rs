@@ -71,21 +71,21 @@ impl Data {
     pub fn specials(&self) -> Specials {
         self.vocabulary.specials
     }
+}
 
-    /// Whether a model has all words of the vocabulary.
-    ///
-    /// # Errors
-    /// It does not.
-    pub fn fits(&self, a: &Architecture) -> Result<(), Failed> {
-        if self.vocabulary.size > a.vocab_size {
-            let what = format!(
-                "the vocabulary {} has {} words, and the model has room for {}",
-                self.vocabulary.path.display(),
-                self.vocabulary.size,
-                a.vocab_size
-            );
-            return Err(mistake::<()>(what, "give the model's own vocabulary with --vocab").unwrap_err().into());
-        }
-        Ok(())
+/// Whether a model has all words of a vocabulary.
+///
+/// # Errors
+/// It does not.
+pub fn fits(vocabulary: &Vocabulary, a: &Architecture) -> Result<(), Failed> {
+    if vocabulary.size > a.vocab_size {
+        let what = format!(
+            "the vocabulary {} has {} words, and the model has room for {}",
+            vocabulary.path.display(),
+            vocabulary.size,
+            a.vocab_size
+        );
+        return Err(mistake::<()>(what, "give the model's own vocabulary with --vocab").unwrap_err().into());
     }
+    Ok(())
 }

@@ -4,6 +4,7 @@
 //! are stored `[out, in]`, with all heads in one dimension; ours are `[in.., out..]`, with a dimension for heads.
 
 use super::architecture::Architecture;
+use crate::run::Failed;
 use coordinator::{Failure, Session};
 use mesh::array::Array;
 use mesh::program::Program;
@@ -58,6 +59,17 @@ pub enum HfError {
     /// The session.
     #[error(transparent)]
     Session(#[from] Failure),
+}
+
+impl From<HfError> for Failed {
+    fn from(e: HfError) -> Failed {
+        match e {
+            HfError::Data(e) => e.into(),
+            HfError::Session(e) => e.into(),
+            HfError::Occupied { .. } => Failed::Own { error: e.into(), exit_code: 2 },
+            HfError::Config { .. } | HfError::Tensors { .. } => Failed::Own { error: e.into(), exit_code: 3 },
+        }
+    }
 }
 
 fn listed(faults: &[String]) -> String {

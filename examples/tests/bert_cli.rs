@@ -1,0 +1,139 @@
+//! The program `bert`, as a process: commands on small texts, in worker processes too, and what it says to bad input.
+
+mod common;
+
+use common::{Place, Ran, bits};
+use std::fs;
+
+/// A vocabulary of letters, some words and the special ones; a config.json for a model of two or three small layers.
+fn place(layers: usize) -> Place {
+    let place = Place::of(env!("CARGO_BIN_EXE_bert"));
+    let mut words: Vec<String> = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "."].map(String::from).into();
+    words.extend(('a'..='z').map(String::from));
+    words.extend(('a'..='z').map(|c| format!("##{c}")));
+    words.extend(["good", "bad", "film", "play", "day", "the", "was", "a"].map(String::from));
+    fs::write(place.path("vocab.txt"), words.join("\n") + "\n").unwrap();
+    let config = format!(
+        "{{\"model_type\": \"bert\", \"vocab_size\": 80, \"hidden_size\": 64, \"num_hidden_layers\": {layers}, \
+         \"num_attention_heads\": 2, \"intermediate_size\": 64, \"max_position_embeddings\": 32}}"
+    );
+    fs::write(place.path("config.json"), config).unwrap();
+    let sentence = |d: usize, s: usize| {
+        let word = |n: usize| ["good", "bad", "film", "play", "day"][(d * 7 + s * 3 + n) % 5];
+        format!("The {} was a {} {} .", word(0), word(1 + s % 2), word(2))
+    };
+    let document = |d: usize| (0..6).map(|s| sentence(d, s)).collect::<Vec<_>>().join(" ");
+    fs::write(place.path("text.txt"), (0..40).map(document).collect::<Vec<_>>().join("\n\n")).unwrap();
+    place
+}
+
+const SMALL: &str = "--size config.json --vocab vocab.txt --data text.txt --seq 16 --batch 4 --threads 1 --set held_out=0.3 --set eval_batches=2";
+
+fn hash(ran: &Ran) -> &str {
+    ran.out.lines().find_map(|l| l.strip_prefix("variables ")).unwrap_or_else(|| panic!("{}{}", ran.out, ran.err))
+}
+
+#[test]
+fn worker_processes_unshare_and_drop_with_the_bits_of_one_process_and_resume_at_the_unsharing() {
+    let place = place(4);
+    let method = "--method token-drop,share-unshare --unshare-at 10 --steps 20 --dropout 0.1 --set checkpoint_every=1";
+    let alone = place.ok(&format!("pretrain {SMALL} {method} --out alone --set keep=1000"));
+    assert!(alone.err.contains("from step 10 on layers share no weights"), "{}", alone.err);
+    let four = place.ok(&format!("pretrain {SMALL} {method} --out four --mesh data=2,model=2 --workers 4"));
+    assert_eq!(hash(&four), hash(&alone));
+    assert_eq!(bits(&place.rows("four")), bits(&place.rows("alone")));
+    // Stopped right before, at and right after the unsharing, and gone on with on another mesh.
+    for (step, mesh) in [(9, "data=2"), (10, "model=2"), (11, "seq=2,data=2")] {
+        let out = format!("at{step}");
+        place.ok(&format!("pretrain {SMALL} {method} --out {out} --set keep=1000"));
+        let all = fs::read_dir(place.path(&out).join("checkpoints")).unwrap().flatten();
+        let step_of = |name: &str| name.split(|c: char| !c.is_ascii_digit()).find_map(|n| n.parse::<u32>().ok());
+        for entry in all {
+            if step_of(&entry.file_name().to_string_lossy()).is_some_and(|s| s > step) {
+                fs::remove_dir_all(entry.path()).unwrap();
+            }
+        }
+        let resumed = place.ok(&format!("pretrain --resume --out {out} --mesh {mesh} --threads 1"));
+        assert!(resumed.err.contains(&format!("with {step} steps done")), "{}", resumed.err);
+        assert_eq!(hash(&resumed), hash(&alone), "resumed at {step} on {mesh}");
+    }
+}
+
+#[test]
+fn a_run_is_exported_and_embeds_and_is_tuned_on_any_mesh() {
+    let place = place(2);
+    place.ok(&format!("pretrain {SMALL} --out run --steps 6 --mesh data=2 --method share-unshare --unshare-at 4"));
+    let exported = place.ok("export --out run --to hf");
+    assert!(exported.out.contains("BertForPreTraining"), "{}", exported.out);
+    place.fails("export --out run --to hf", 2, &["H0003", "hf is there already"]);
+    let line = |i: usize| format!("the {} was {}\t{}\n", ["film", "play", "day"][i % 3], "a ".repeat(i / 2), i % 2);
+    let film = |i: usize| {
+        format!("a {} film .. {}\t{}\n", ["good", "bad"][i % 2], "x".repeat(i / 2 + 1), ["up", "down"][i % 2])
+    };
+    fs::write(place.path("films.tsv"), (0..40).map(film).collect::<String>()).unwrap();
+    fs::write(place.path("numbers.tsv"), (0..40).map(line).collect::<String>()).unwrap();
+    // A sentence's vector is the same whatever stands beside it and wherever it is computed.
+    let one = place.ok("embed --from hf a.good.film").out;
+    let two = place.command("embed --from hf --mesh model=2 --batch 3").args(["bad", "a.good.film"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&two.stdout).lines().nth(1), one.lines().next());
+    let vector: serde_json::Value = serde_json::from_str(one.lines().next().unwrap()).unwrap();
+    assert_eq!((&vector["text"], vector["vector"].as_array().unwrap().len()), (&"a.good.film".into(), 64));
+    // Fine-tuning finds the word that decides, and has the same bits on a mesh and after going on.
+    let tune = "finetune --from hf --data films.tsv --seq 16 --batch 8 --threads 1 --rate 0.01 --steps 40 --set held_out=0.3 --set checkpoint_every=20";
+    let alone = place.ok(&format!("{tune} --out tuned"));
+    assert!(alone.out.contains("held-out accuracy 1.0000"), "{}{}", alone.out, alone.err);
+    let mesh = place.ok(&format!("{tune} --out mesh --mesh data=2,model=2 --workers 2"));
+    assert_eq!((hash(&mesh), bits(&place.rows("mesh"))), (hash(&alone), bits(&place.rows("tuned"))));
+    fs::remove_dir_all(newest(&place, "tuned")).unwrap();
+    assert_eq!(hash(&place.ok("finetune --resume --out tuned --mesh model=2 --threads 1")), hash(&alone));
+    let exported = place.ok("export --out tuned --to judge --shard 8KiB");
+    assert!(exported.out.contains("BertForSequenceClassification"), "{}", exported.out);
+    assert!(place.path("judge/model.safetensors.index.json").exists());
+    let numbers = place.ok(
+        "finetune --from none --size config.json --vocab vocab.txt --task regression --data numbers.tsv --seq 16 --steps 3 --threads 1 --set held_out=0.3 --out numbers",
+    );
+    assert!(numbers.out.contains("Pearson correlation"), "{}", numbers.out);
+}
+
+fn newest(place: &Place, run: &str) -> std::path::PathBuf {
+    let folder = place.path(run).join("checkpoints");
+    fs::read_dir(folder).unwrap().flatten().map(|e| e.path()).max().unwrap()
+}
+
+#[test]
+fn bad_input_is_said_clearly_and_nothing_is_lost() {
+    let place = place(2);
+    fs::write(place.path("empty.txt"), "").unwrap();
+    fs::write(place.path("latin1.txt"), b"A good film.\nA caf\xe9 .\n").unwrap();
+    let with = |data: &str| format!("pretrain {} --out x --steps 2", SMALL.replace("text.txt", data));
+    place.fails(&with("empty.txt"), 3, &["D0002", "empty.txt"]);
+    place.fails(&with("latin1.txt"), 3, &["latin1.txt", "byte 18, in line 2, is no UTF-8"]);
+    place.fails(&with("missing.txt"), 3, &["D0001", "missing.txt"]);
+    place.fails(
+        &format!("pretrain {SMALL} --set seq=64 --out x"),
+        2,
+        &["--seq 64 is longer than the model's 32 positions"],
+    );
+    place.fails(&format!("pretrain {SMALL} --method token-dorp --out x"), 2, &["did you mean `token-drop`?"]);
+    assert!(!place.path("x/metrics.jsonl").exists());
+    // Another vocabulary than that of the model.
+    let words: String = (0..300).map(|i| format!("word{i}\n")).collect();
+    fs::write(place.path("large.txt"), fs::read_to_string(place.path("vocab.txt")).unwrap() + &words).unwrap();
+    let large = SMALL.replace("vocab.txt", "large.txt");
+    place.fails(&format!("pretrain {large} --out x"), 2, &["has 366 words, and the model has room for 80"]);
+    // What diverges ends with its last good checkpoint there.
+    let absurd = "--rate 1e30 --set clip=0 --set warmup=1 --set checkpoint_every=1 --steps 8";
+    place.fails(&format!("pretrain {SMALL} {absurd} --out wild"), 1, &["U0008", "diverged"]);
+    assert!(fs::read_dir(place.path("wild/checkpoints")).unwrap().count() > 0);
+    place.ok("eval --out wild --threads 1");
+    // Labelled sentences and models.
+    fs::write(place.path("one.tsv"), "a\tx\nb\tx\n").unwrap();
+    fs::write(place.path("bad.tsv"), "a\tx\nno label\n").unwrap();
+    let tune = "finetune --from none --size config.json --vocab vocab.txt --out y --data";
+    place.fails(&format!("{tune} one.tsv"), 3, &["it has 1 of the two classes"]);
+    place.fails(&format!("{tune} bad.tsv"), 3, &["bad.tsv", "line 2"]);
+    place.fails("finetune --from nowhere --out y --data one.tsv", 2, &["nowhere holds no config.json", "bert export"]);
+    place.fails("embed --from none word", 2, &["--from none has no weights"]);
+    place.fails("export --out nothing --to z", 2, &["nothing holds no run"]);
+    place.fails("embed --from . word", 3, &["safetensors"]);
+}
