@@ -129,7 +129,7 @@ fn bad_input_is_said_clearly_and_nothing_is_lost() {
     // Labelled sentences and models.
     fs::write(place.path("one.tsv"), "a\tx\nb\tx\n").unwrap();
     fs::write(place.path("bad.tsv"), "a\tx\nno label\n").unwrap();
-    let tune = "finetune --from none --size config.json --vocab vocab.txt --out y --data";
+    let tune = "finetune --from none --size config.json --vocab vocab.txt --seq 16 --out y --data";
     place.fails(&format!("{tune} one.tsv"), 3, &["it has 1 of the two classes"]);
     place.fails(&format!("{tune} bad.tsv"), 3, &["bad.tsv", "line 2"]);
     place.fails("finetune --from nowhere --out y --data one.tsv", 2, &["nowhere holds no config.json", "bert export"]);
