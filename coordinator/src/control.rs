@@ -61,7 +61,7 @@ impl Coordinator {
 
     /// An answer, with what is to be said besides.
     fn noted(&self, session: &Active) -> Noted {
-        Noted { notes: session.notes(), regroup: self.regroup(session), communicate_ns: 0 }
+        Noted { notes: session.notes(), regroup: self.regroup(session), communicate_ns: 0, non_finite: vec![] }
     }
 }
 
@@ -114,12 +114,17 @@ impl control_server::Control for Coordinator {
         let session = self.session(r.epoch)?;
         let ran = self.everywhere(&session, |mut client, _| {
             let r = r.clone();
-            async move { client.run(r).await.map(|ran| ran.into_inner().communicate_ns) }
+            async move { client.run(r).await.map(|ran| ran.into_inner()) }
         });
-        let communicate_ns = ran.await?.into_iter().max().unwrap_or(0);
+        let ran = ran.await?;
+        let communicate_ns = ran.iter().map(|r| r.communicate_ns).max().unwrap_or(0);
+        let mut first = vec![];
+        let all = ran.into_iter().flat_map(|r| r.non_finite).map(wire::non_finite_of);
+        all.for_each(|f| f.keep_first(&mut first));
+        let non_finite = first.iter().map(wire::non_finite).collect();
         session.steps.fetch_add(1, Ordering::Relaxed);
         self.changed();
-        Ok(Response::new(Noted { communicate_ns, ..self.noted(&session) }))
+        Ok(Response::new(Noted { communicate_ns, non_finite, ..self.noted(&session) }))
     }
 
     type FetchStream = Sent<ArrayPart>;

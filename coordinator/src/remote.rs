@@ -23,6 +23,7 @@ use tonic::{Code, Response, Status, Streaming};
 use worker::node::{MESSAGE_BYTES, endpoint};
 use worker::recorder::now_ns;
 use worker::tls::{self, Role};
+use worker::watch::NonFinite;
 use worker::wire::{self, Assembler};
 
 /// A session that a coordinator holds.
@@ -210,13 +211,14 @@ impl Remote {
         self.call(self.client.clone().feed(iter(parts))).map(|_| ())
     }
 
-    /// Runs a function.
-    pub fn step(&mut self, function: &str, step: u32) -> Result<(), Failure> {
-        let request = StepRequest { epoch: self.epoch, function: function.into(), step };
+    /// Runs a function; watched, it gives what came up first that is not finite.
+    pub fn step(&mut self, function: &str, step: u32, watch: bool) -> Result<Vec<NonFinite>, Failure> {
+        let request = StepRequest { epoch: self.epoch, function: function.into(), step, watch };
         let reply = self.call(self.client.clone().step(request))?;
         self.heard.borrow_mut().communicated_ns = reply.get_ref().communicate_ns;
+        let non_finite = reply.get_ref().non_finite.iter().cloned().map(wire::non_finite_of).collect();
         self.note(reply);
-        Ok(())
+        Ok(non_finite)
     }
 
     /// A result of a function, or a variable (of no function).

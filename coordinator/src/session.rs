@@ -17,6 +17,7 @@ use worker::group::{DeviceGroup, carried};
 use worker::kernels::kernel::CpuBackend;
 use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
+use worker::watch::{NonFinite, Origin};
 
 /// How long a session that has lost its coordinator looks for it, and how often.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -98,6 +99,8 @@ pub struct Session {
     plan: ProgramPlan,
     engine: Engine,
     options: Options,
+    /// What came up first that is not finite, if that is watched for.
+    watched: Option<Vec<NonFinite>>,
 }
 
 impl Session {
@@ -134,7 +137,7 @@ impl Session {
         engine: Engine,
         options: &Options,
     ) -> Result<Session, Failure> {
-        let mut session = Session { whole, stage, program, plan, engine, options: options.clone() };
+        let mut session = Session { whole, stage, program, plan, engine, options: options.clone(), watched: None };
         session.init()?;
         Ok(session)
     }
@@ -257,6 +260,14 @@ impl Session {
         if let Engine::Embedded(..) = &self.engine {
             return Err(Failure::Mesh("devices of this process cannot be opened anew".into()));
         }
+        self.rewind()
+    }
+
+    /// Sets the variables to the newest good checkpoint, or to their start where there is none, in the stage of that.
+    ///
+    /// # Errors
+    /// A session that is lost; as for [`Session::restore`].
+    pub fn rewind(&mut self) -> Result<Option<Restored>, Failure> {
         // A run that has no checkpoint yet begins in the first stage.
         let (stage, program) = first_stage(&self.whole)?;
         self.begin_stage(stage, program)?;
@@ -427,13 +438,47 @@ impl Session {
 
     /// Runs a function as step `step`, with what was fed. Allocates nothing.
     pub fn step(&mut self, f: FunctionId, step: u32) -> Result<(), Failure> {
-        match &mut self.engine {
-            Engine::Embedded(mesh, _) => mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string())),
+        let watch = self.watched.is_some();
+        let seen = match &mut self.engine {
+            Engine::Embedded(mesh, _) if watch => {
+                mesh.watch(true);
+                mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()))?;
+                let seen = mesh.non_finite();
+                mesh.watch(false);
+                seen
+            }
+            Engine::Embedded(mesh, _) => {
+                return mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()));
+            }
             Engine::Remote(r) => {
                 let name = self.plan.functions.keys().nth(f.0).expect("made by `function`");
-                r.step(name, step)
+                r.step(name, step, watch)?
             }
+        };
+        if let Some(first) = self.watched.as_mut().filter(|first| first.is_empty()) {
+            *first = seen;
         }
+        Ok(())
+    }
+
+    /// Watches for values that are not finite in the steps from now on, or no more: slower, and of no other effect.
+    pub fn watch(&mut self, on: bool) {
+        self.watched = on.then(Vec::new);
+    }
+
+    /// What came up first that is not finite, in the first watched step that had any: a line for infinite values, and one
+    /// for those that are no numbers, in their order.
+    pub fn non_finite(&self) -> Vec<String> {
+        let mut found = self.watched.clone().unwrap_or_default();
+        found.sort_by(|a, b| b.before(a).cmp(&a.before(b)));
+        let text = |f: &NonFinite| match f.origin {
+            Origin::Step(_) => f.text.clone(),
+            Origin::Variable(v) => {
+                let name = self.program.variables.get(v).map_or("", |v| &*v.name);
+                format!("the variable `{name}`, before the step: {}", f.text)
+            }
+        };
+        found.iter().map(text).collect()
     }
 
     /// A result of the function that ran last.

@@ -160,7 +160,8 @@ impl Failed {
 
 /// That training has diverged.
 pub fn diverged(what: String) -> Failed {
-    Failed::Diverged { what: format!("training has diverged: {what}"), help: "try a smaller --rate".into() }
+    let help = "try a smaller learning rate, a longer warm-up, or gradients that are cut off at a norm".into();
+    Failed::Diverged { what: format!("training has diverged: {what}"), help }
 }
 
 /// The result of writing something.
@@ -418,7 +419,14 @@ impl<C: Settings> Task<C> {
         let schedule = Schedule { steps: c.steps, checkpoint_every: c.checkpoint_every };
         let end = drive(session, &mut training, &mut at, &schedule);
         training.progress.finish();
-        let end = end?;
+        let end = match end {
+            Err(Failed::Diverged { what, help }) => {
+                let (model, last) = (&mut *training.model, at.step);
+                let origin = self.origin(session, model, last).unwrap_or_else(|e| format!("\n  note: {e}"));
+                return Err(Failed::Diverged { what: what + &origin, help });
+            }
+            end => end?,
+        };
         if let Some(path) = &self.trace {
             let trace = recorder::trace(&session.events()?);
             written(path, fs::write(path, trace.to_string()))?;
@@ -429,6 +437,27 @@ impl<C: Settings> Task<C> {
         let hash = again(session, |note| eprintln!("{note}"), |s| s.variables_hash())?;
         say(format!("variables {hash}"));
         self.draw_loss()
+    }
+
+    /// Where values first were not finite, as lines of an error: does the steps from the newest good checkpoint up to
+    /// `last` once more, watched, and writes nothing.
+    fn origin(&self, session: &mut Session, model: &mut impl Model, last: u32) -> Result<String, Failed> {
+        // What is still being written would be the newest.
+        let _ = session.settle();
+        let begin = session.rewind()?;
+        let mut at = begin.as_ref().map_or(Position::default(), |r| r.position.clone());
+        eprintln!("looking for the first value that is not finite: from step {} on again", at.step);
+        session.watch(true);
+        while at.step <= last && session.non_finite().is_empty() {
+            let ran = model.run(session, &at)?;
+            at.step += 1;
+            at.samples += ran.samples.len() as u64;
+        }
+        let found = session.non_finite();
+        session.watch(false);
+        let first = found.iter().map(|line| format!("\n  --> step {}: {line}", at.step - 1)).collect::<String>();
+        let kept = begin.map(|r| format!("\n  note: {} of {} steps is kept", r.folder, r.position.step));
+        Ok(first + &kept.unwrap_or_default())
     }
 
     /// Draws the loss over all steps.

@@ -9,8 +9,10 @@ use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
 use crate::recorder::Recorder;
 use crate::transport::{Transport, TransportError};
+use crate::watch::{NonFinite, Origin, results, scan};
 use mesh::array::Array;
-use mesh::dim::Name;
+use mesh::dim::{DType, Name};
+use mesh::error::Place;
 use mesh::plan::{ALIGN, Buffer, DevicePlan, Part, ProgramPlan};
 use ndarray::{ArrayViewMutD, IxDyn, SliceInfoElem};
 use std::sync::Arc;
@@ -25,6 +27,9 @@ struct Step {
     /// End of the last buffer that it touches.
     end: usize,
     label: Name,
+    /// What it computes, and where that stands in the user's source.
+    results: Vec<(DType, usize)>,
+    place: Place,
 }
 
 /// A function, ready to run.
@@ -45,6 +50,10 @@ pub struct Device {
     /// End of the last byte of the arena that steps have touched so far.
     touched: usize,
     recorder: Arc<Recorder>,
+    /// Its number in the mesh.
+    number: usize,
+    /// What was not finite, if it is watched for.
+    watched: Option<Vec<NonFinite>>,
 }
 
 // SAFETY: the addresses in the steps lie in the arena, which the device keeps alive.
@@ -96,7 +105,8 @@ impl Device {
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         let pool = Pool::new(threads, cores);
-        Device { pool, arena, transport, variables, functions, seed, touched, recorder }
+        let (number, watched) = (index, None);
+        Device { pool, arena, transport, variables, functions, seed, touched, recorder, number, watched }
     }
 
     /// Index of a function, to run it by.
@@ -110,6 +120,9 @@ impl Device {
     /// A transport that fails; every other device is told.
     pub fn run(&mut self, function: usize, step: u32) -> Result<(), DeviceError> {
         let cx = StepContext { seed: self.seed, step };
+        if self.watched.is_some() {
+            self.watch_variables();
+        }
         let mut recording = self.recorder.run(function, step);
         for (index, s) in self.functions[function].1.steps.iter().enumerate() {
             let operands =
@@ -122,9 +135,35 @@ impl Device {
                 return Err(e.into());
             }
             recording.end(index);
+            if let Some(found) = &mut self.watched {
+                watch_step(found, index, s, self.number);
+            }
             self.touched = self.touched.max(s.end);
         }
         Ok(())
+    }
+
+    /// Watches for values that are not finite from now on, or no more; what was seen so far is forgotten.
+    pub fn watch(&mut self, on: bool) {
+        self.watched = on.then(Vec::new);
+    }
+
+    /// The first values seen that are not finite: those infinite, and those that are no numbers.
+    pub fn non_finite(&self) -> &[NonFinite] {
+        self.watched.as_deref().unwrap_or_default()
+    }
+
+    fn watch_variables(&mut self) {
+        let Some(found) = &mut self.watched else { return };
+        for (v, (part, buffer)) in self.variables.iter().enumerate() {
+            let (dtype, elements) = (part.ty.dtype, part.region.elements());
+            // SAFETY: the buffer is this part's and no step runs now.
+            let Some(scan) = (unsafe { scan(dtype, self.arena.at(*buffer), elements) }) else { continue };
+            let kind = if scan.nan { "no number" } else { "infinite" };
+            let text =
+                format!("{} of {elements} values of {} on device {} are {kind}", scan.count, part.ty, self.number);
+            NonFinite { origin: Origin::Variable(v), device: self.number, nan: scan.nan, text }.keep_first(found);
+        }
     }
 
     /// Tells every other device that this one has failed.
@@ -214,6 +253,20 @@ impl Device {
     }
 }
 
+/// Notes what a step has written that is not finite.
+fn watch_step(found: &mut Vec<NonFinite>, index: usize, s: &Step, device: usize) {
+    for ((dtype, elements), output) in s.results.iter().zip(&s.outputs) {
+        // SAFETY: the output's buffer holds as many elements, and the step has ended.
+        let Some(scan) = (unsafe { scan(*dtype, *output, *elements) }) else { continue };
+        let kind = if scan.nan { "no number" } else { "infinite" };
+        let text = format!(
+            "`{}` ({}): {} of {elements} values on device {device}, the first at {}, are {kind}",
+            s.label, s.place, scan.count, scan.first
+        );
+        NonFinite { origin: Origin::Step(index), device, nan: scan.nan, text }.keep_first(found);
+    }
+}
+
 /// Where a part lies in an array that holds the whole tensor, or the part alone.
 fn place(part: &Part, array: &Array) -> Vec<SliceInfoElem> {
     let alone = array.shape() == part.region.shape();
@@ -240,6 +293,8 @@ fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
             scratch: arena.at(s.scratch),
             end: buffers.map(|b| b.offset + b.bytes).max().unwrap_or(0),
             label: format!("{} {}", s.label.op, s.label.scope).trim_end().into(),
+            results: results(s),
+            place: s.label.place,
         }
     });
     Function { steps: steps.collect(), inputs: plan.inputs.clone(), outputs: plan.outputs.clone() }

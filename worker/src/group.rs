@@ -5,6 +5,7 @@ use crate::device::{Device, DeviceError};
 use crate::pool::Cores;
 use crate::recorder::Recorder;
 use crate::transport::{InProcess, Transport};
+use crate::watch::NonFinite;
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -139,6 +140,20 @@ impl DeviceGroup {
             board = self.shared.done.wait(board).unwrap_or_else(PoisonError::into_inner);
         }
         board.failure.clone().map_or(Ok(()), |f| Err(MeshFailure(f)))
+    }
+
+    /// Lets every device watch for values that are not finite from now on, or no more.
+    pub fn watch(&self, on: bool) {
+        (0..self.size()).for_each(|at| self.device(at).watch(on));
+    }
+
+    /// The first values seen that are not finite: those infinite, and those that are no numbers.
+    pub fn non_finite(&self) -> Vec<NonFinite> {
+        let mut first = vec![];
+        for at in 0..self.size() {
+            self.device(at).non_finite().iter().cloned().for_each(|f| f.keep_first(&mut first));
+        }
+        first
     }
 
     /// A device by its place in the group, between runs.

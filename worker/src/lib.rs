@@ -7,6 +7,7 @@
 //! | [`group`] | the devices of one process, and the threads that drive them |
 //! | [`kernels`] | the CPU backend |
 //! | [`recorder`] | what a device did last: its flight recorder |
+//! | [`watch`] | which step first writes values that are not finite |
 //! | [`collective`] | exchanges and all-reduces, over any transport |
 //! | [`transport`] | how bytes move between devices |
 //! | [`pool`] | a device's threads |
@@ -38,4 +39,5 @@ pub mod service;
 pub mod store;
 pub mod tls;
 pub mod transport;
+pub mod watch;
 pub mod wire;

@@ -338,8 +338,15 @@ impl worker_server::Worker for WorkerService {
         let r = request.into_inner();
         let run = self.with(r.epoch, move |l| {
             let function = l.function(&r.function)?;
+            if r.watch {
+                l.group.watch(true);
+            }
             l.group.run(function, r.step).map_err(|e| Status::aborted(e.to_string()))?;
-            Ok(control::Ran { communicate_ns: l.group.communicated_ns() })
+            let non_finite = l.group.non_finite().iter().map(wire::non_finite).collect();
+            if r.watch {
+                l.group.watch(false);
+            }
+            Ok(control::Ran { communicate_ns: l.group.communicated_ns(), non_finite })
         });
         Ok(Response::new(run.await?))
     }

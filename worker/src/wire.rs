@@ -3,6 +3,7 @@
 //! A program is a flat list of nodes; an op travels as JSON with bounded numbers, texts, lists and depth. Types are not
 //! sent: [`Program::checked`] works them out again, so that a program from outside is as sound as one that was built here.
 
+use crate::watch::{NonFinite, Origin};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name, Type, is_name};
 use mesh::error::{Cause, Error, Place};
@@ -304,4 +305,19 @@ impl Assembler {
             _ => Ok(None),
         }
     }
+}
+
+/// As a message.
+pub fn non_finite(f: &NonFinite) -> control::NonFinite {
+    let (variable, index) = match f.origin {
+        Origin::Variable(v) => (Some(v as u32), 0),
+        Origin::Step(s) => (None, s as u32),
+    };
+    control::NonFinite { variable, index, device: f.device as u32, nan: f.nan, text: f.text.clone() }
+}
+
+/// Out of a message.
+pub fn non_finite_of(f: control::NonFinite) -> NonFinite {
+    let origin = f.variable.map_or(Origin::Step(f.index as usize), |v| Origin::Variable(v as usize));
+    NonFinite { origin, device: f.device as usize, nan: f.nan, text: f.text }
 }
