@@ -15,6 +15,7 @@ use proto::control::DeviceEvents;
 use std::time::{Duration, Instant};
 use worker::group::{DeviceGroup, carried};
 use worker::kernels::kernel::CpuBackend;
+use worker::service::over_both;
 use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
 use worker::watch::{NonFinite, Origin};
@@ -180,12 +181,9 @@ impl Session {
     /// Whether the memory of some plans at once is allowed.
     fn fits(&self, plans: &[&ProgramPlan]) -> Result<(), Failure> {
         let device = |d| plans.iter().map(|p| p.peak_bytes(d)).sum::<usize>();
-        let most = (0..self.plan.mesh.size()).map(device).max().unwrap_or(0);
+        let (most, device) = (0..self.plan.mesh.size()).map(|d| (device(d), d)).max().unwrap_or_default();
         match self.options.memory {
-            Some(allowed) if most > allowed => Err(feed(
-                format!("going to another stage takes {most} bytes on a device at once, and {allowed} are allowed"),
-                "allow more memory, or use more devices",
-            )),
+            Some(budget) if most > budget => Err(over_both(device, most, budget).into()),
             _ => Ok(()),
         }
     }

@@ -18,6 +18,7 @@ use crate::transport::switchboard::Switchboard;
 use crate::wire::{self, Assembler};
 use mesh::array::Array;
 use mesh::dim::Name;
+use mesh::error::{Cause, Error};
 use mesh::plan::{Part, PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
 use proto::control::{self, worker_server};
@@ -34,6 +35,13 @@ pub struct Offer {
     pub threads: usize,
     /// Bytes that each may use; None for no limit of the worker's own.
     pub memory: Option<usize>,
+}
+
+/// That a device may not hold the memory of two stages at once, which going from one to the other takes.
+pub fn over_both(device: usize, needed: usize, budget: usize) -> Error {
+    let mut e = Error::new(Cause::OverMemory { device, needed, budget, largest: vec![] });
+    e.notes.push("going to another stage holds the variables and activations of both at once".into());
+    e
 }
 
 /// A program on the worker's devices.
@@ -169,6 +177,13 @@ impl WorkerService {
         let options = PlanOptions { memory: limits.into_iter().flatten().min(), devices: Some(head.peers.len()) };
         let backend = CpuBackend { threads: self.offer.threads };
         let plan = plan_program(&program, &mesh, &layout, &options, &backend).map_err(bad)?;
+        if let (Some(before), Some(budget)) = (&before, options.memory) {
+            let both = |d: &usize| before.plan.peak_bytes(*d) + plan.peak_bytes(*d);
+            let most = before.own.iter().filter(|d| **d < head.peers.len()).map(|d| (both(d), *d)).max();
+            if let Some((needed, device)) = most.filter(|(needed, _)| *needed > budget) {
+                return Err(bad(over_both(device, needed, budget)));
+            }
+        }
         let own: Vec<usize> = head.own.iter().map(|d| *d as usize).collect();
         if own.is_empty() || own.len() > self.offer.devices || own.iter().any(|d| *d >= head.peers.len()) {
             return Err(Status::invalid_argument("W0022: devices that this worker does not have"));
