@@ -81,6 +81,11 @@ impl RunOptions {
     pub fn of(out: PathBuf, checkpoints: Option<String>) -> RunOptions {
         RunOptions { out, checkpoints, ..RunOptions::default() }
     }
+
+    /// The configuration in the run folder.
+    pub fn config_file(&self) -> PathBuf {
+        self.out.join(CONFIG_FILE)
+    }
 }
 
 /// What a command line asks for: the configuration is that of the run folder, if it is `of_run` or resumed, then the
@@ -124,7 +129,7 @@ fn config<C: Settings>(
     of_run: bool,
     own: impl FnOnce(&mut C),
 ) -> Result<C, Mistake> {
-    let stored = run.out.join(CONFIG_FILE);
+    let stored = run.config_file();
     let mut c = C::default();
     if of_run && stored.exists() {
         (c, _) = c.with_file(&stored)?;

@@ -3,7 +3,12 @@
 mod common;
 
 use common::{Place, Ran, bits};
+use coordinator::checkpoint::Checkpoints;
+use coordinator::{Options, Session};
+use examples::bert::{hf, program::Pretraining};
+use mesh::optim::{Optimizer, Schedule};
 use std::fs;
+use worker::data::weights::{self, Weights};
 
 /// A vocabulary of letters, some words and the special ones; a config.json for a model of two or three small layers.
 fn place(layers: usize) -> Place {
@@ -66,12 +71,7 @@ fn a_run_is_exported_and_embeds_and_is_tuned_on_any_mesh() {
     let exported = place.ok("export --out run --to hf");
     assert!(exported.out.contains("BertForPreTraining"), "{}", exported.out);
     place.fails("export --out run --to hf", 2, &["H0003", "hf is there already"]);
-    let line = |i: usize| format!("the {} was {}\t{}\n", ["film", "play", "day"][i % 3], "a ".repeat(i / 2), i % 2);
-    let film = |i: usize| {
-        format!("a {} film .. {}\t{}\n", ["good", "bad"][i % 2], "x".repeat(i / 2 + 1), ["up", "down"][i % 2])
-    };
-    fs::write(place.path("films.tsv"), (0..40).map(film).collect::<String>()).unwrap();
-    fs::write(place.path("numbers.tsv"), (0..40).map(line).collect::<String>()).unwrap();
+    fs::write(place.path("films.tsv"), films(&[("good", "up"), ("bad", "down")])).unwrap();
     // A sentence's vector is the same whatever stands beside it and wherever it is computed.
     let one = place.ok("embed --from hf a.good.film").out;
     let two = place.command("embed --from hf --mesh model=2 --batch 3").args(["bad", "a.good.film"]).output().unwrap();
@@ -89,10 +89,100 @@ fn a_run_is_exported_and_embeds_and_is_tuned_on_any_mesh() {
     let exported = place.ok("export --out tuned --to judge --shard 8KiB");
     assert!(exported.out.contains("BertForSequenceClassification"), "{}", exported.out);
     assert!(place.path("judge/model.safetensors.index.json").exists());
-    let numbers = place.ok(
-        "finetune --from none --size config.json --vocab vocab.txt --task regression --data numbers.tsv --seq 16 --steps 3 --threads 1 --set held_out=0.3 --out numbers",
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(place.path("judge/config.json")).unwrap()).unwrap();
+    assert_eq!(config["id2label"], serde_json::json!({"0": "down", "1": "up"}));
+    let judge = Weights::open(&place.path("judge")).unwrap();
+    let of_heads = judge.tensors().keys().filter(|n| !n.contains("encoder.") && !n.contains("embeddings."));
+    let heads = ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"];
+    assert!(of_heads.eq(heads), "{:?}", judge.tensors().keys());
+    // The run is judged as it was at its end; its encoder serves other classes too.
+    assert!(alone.out.contains(place.ok("eval --out tuned --mesh data=2 --threads 1").out.trim_end()), "{}", alone.out);
+    fs::write(place.path("three.tsv"), films(&[("good", "up"), ("bad", "down"), ("play", "level")])).unwrap();
+    let three = place.ok(&format!("{} --out three", tune.replace("hf", "judge").replace("films", "three")));
+    assert!(three.err.contains("`classifier/head/kernel` keeps its start: `classifier.weight` is for other classes"));
+}
+
+/// Sentences in which one word decides.
+fn films(labels: &[(&str, &str)]) -> String {
+    let line = |i: usize| {
+        let (word, label) = labels[i % labels.len()];
+        format!("a {word} film .. {}\t{label}\n", "x".repeat(i / labels.len() + 1))
+    };
+    (0..20 * labels.len()).map(line).collect()
+}
+
+#[test]
+fn a_regression_learns_the_numbers_of_words_with_the_same_bits_on_a_mesh() {
+    let place = place(2);
+    fs::write(place.path("numbers.tsv"), films(&[("good", "1.5"), ("bad", "-1.5"), ("play", "0.25")])).unwrap();
+    let tune = "finetune --from none --size config.json --vocab vocab.txt --task regression --data numbers.tsv --seq 16 \
+                --batch 8 --threads 1 --rate 0.003 --steps 80 --dropout 0 --set held_out=0.3";
+    let alone = place.ok(&format!("{tune} --out alone"));
+    let rows = place.rows("alone");
+    let last = |key: &str| rows[79][key].as_f64().unwrap();
+    assert!(last("loss") < 0.02 && last("held_out_error") < 0.02, "{}", rows[79]);
+    assert!(last("held_out_correlation") > 0.99, "{}", rows[79]);
+    assert!(alone.out.contains("Pearson correlation"), "{}", alone.out);
+    place.ok(&format!("{tune} --out mesh --mesh data=2,model=2"));
+    assert_eq!(bits(&place.rows("mesh")), bits(&rows));
+}
+
+#[test]
+fn an_export_holds_the_variables_of_the_checkpoint() {
+    let place = place(2);
+    place.ok(&format!("pretrain {SMALL} --out run --steps 3"));
+    place.ok("export --out run --to hf");
+    let model = hf::Model::open(&place.path("hf")).unwrap();
+    let optimizer = Optimizer::adamw(Schedule::Constant(0.0), 0.0);
+    let program = Pretraining::plain(model.config.architecture.clone(), [4, 16, 3], optimizer).program().unwrap();
+    let names: Vec<_> = program.variables.iter().filter(|v| v.trainable).map(|v| v.name.to_string()).collect();
+    let location = place.path("run/checkpoints").display().to_string();
+    let options =
+        Options { checkpoints: Some(Checkpoints { location, keep: 1 }), threads: Some(1), ..Options::default() };
+    let [mut trained, mut read] = [(); 2].map(|()| Session::embedded(program.clone(), &options).unwrap());
+    assert_eq!(trained.restore().unwrap().unwrap().position.step, 3);
+    let fit = model.check(&program, false).unwrap();
+    model.load(&mut read, &fit, |_, _| ()).unwrap();
+    for name in &names {
+        assert_eq!(read.variable(name).unwrap(), trained.variable(name).unwrap(), "{name}");
+    }
+    // Layers that share their weights are written one by one.
+    place.ok(&format!("pretrain {SMALL} --out shared --steps 3 --method share-unshare --unshare-at 3"));
+    place.ok("export --out shared --to shared-hf");
+    let shared = Weights::open(&place.path("shared-hf")).unwrap();
+    let layer = |n: usize| shared.read(&format!("bert.encoder.layer.{n}.output.dense.weight")).unwrap();
+    assert_eq!(layer(0), layer(1));
+}
+
+#[test]
+fn tensors_that_do_not_fit_end_a_fine_tuning_before_it_begins() {
+    let place = place(2);
+    place.ok(&format!("pretrain {SMALL} --out run --steps 1"));
+    place.ok("export --out run --to hf");
+    fs::write(place.path("films.tsv"), films(&[("good", "up"), ("bad", "down")])).unwrap();
+    let config = fs::read_to_string(place.path("hf/config.json")).unwrap();
+    fs::write(place.path("hf/config.json"), config.replace("\"intermediate_size\": 64", "\"intermediate_size\": 96"))
+        .unwrap();
+    let named = [
+        "H0002",
+        "mis-shaped: `bert.encoder.layer.0.intermediate.dense.weight` is [64, 64]; `encoder/layer.0/up/kernel` takes [96, 64]",
+        "mis-shaped: `bert.encoder.layer.1.output.dense.weight` is [64, 64]",
+    ];
+    place.fails("finetune --from hf --data films.tsv --seq 16 --set held_out=0.3 --out y", 3, &named);
+    assert!(!place.path("y").exists());
+    // A vocabulary with more words than the model knows.
+    fs::write(place.path("hf/config.json"), config).unwrap();
+    let words: String = (0..300).map(|i| format!("word{i}\n")).collect();
+    fs::write(place.path("hf/vocab.txt"), fs::read_to_string(place.path("vocab.txt")).unwrap() + &words).unwrap();
+    place.fails(
+        "finetune --from hf --data films.tsv --seq 16 --out y",
+        2,
+        &["has 366 words, and the model has room for 80"],
     );
-    assert!(numbers.out.contains("Pearson correlation"), "{}", numbers.out);
+    place.fails("embed --from hf word", 3, &["vocab.txt", "it has 366 words, and the model knows 80"]);
+    fs::remove_file(place.path("hf").join(weights::SINGLE)).unwrap();
+    place.fails("finetune --from hf --data films.tsv --seq 16 --out y", 3, &["safetensors"]);
 }
 
 fn newest(place: &Place, run: &str) -> std::path::PathBuf {
@@ -131,9 +221,14 @@ fn bad_input_is_said_clearly_and_nothing_is_lost() {
     // Labelled sentences and models.
     fs::write(place.path("one.tsv"), "a\tx\nb\tx\n").unwrap();
     fs::write(place.path("bad.tsv"), "a\tx\nno label\n").unwrap();
+    fs::write(place.path("words.tsv"), "a\t1\nb\tmany\n").unwrap();
     let tune = "finetune --from none --size config.json --vocab vocab.txt --seq 16 --out y --data";
     place.fails(&format!("{tune} one.tsv"), 3, &["it has 1 of the two classes"]);
     place.fails(&format!("{tune} bad.tsv"), 3, &["bad.tsv", "line 2"]);
+    place.fails(&format!("{tune} words.tsv --task regression"), 3, &["words.tsv", "`many` is no number"]);
+    place.fails(&format!("{tune} empty.txt"), 3, &["empty.txt", "it has 0 of the two classes"]);
+    place.fails(&format!("{tune} missing.tsv"), 3, &["D0001", "missing.tsv"]);
+    assert!(!place.path("y").exists());
     place.fails("finetune --from nowhere --out y --data one.tsv", 2, &["nowhere holds no config.json", "bert export"]);
     place.fails("embed --from none word", 2, &["--from none has no weights"]);
     place.fails("export --out nothing --to z", 2, &["nothing holds no run"]);

@@ -123,7 +123,7 @@ fn identity(path: &str) -> String {
 }
 
 fn exporting<'a>(config: &'a Config, shard_bytes: Option<u64>) -> Export<'a> {
-    Export { config, vocabulary: &[], shard_bytes, path: &identity }
+    Export { config, vocabulary: &[], classes: &[], shard_bytes, path: &identity }
 }
 
 #[test]

@@ -211,19 +211,26 @@ pub fn finetune(task: &Task) -> Result<(), Failed> {
     let mut running = task.session(program, &options)?;
     let session = &mut running.session;
     eprint!("{}", introduction(c, &start, &sentences, cut, session.program().parameters()));
+    fit.iter().flat_map(|fit| &fit.notes).for_each(|note| eprintln!("note     {note}"));
     eprint!("{}", run::devices(&options));
-    let mut tuning = Tuning {
-        config: c,
-        start: start.weights.as_ref().zip(fit.as_ref()),
-        architecture: &start.architecture,
-        pad: start.vocabulary.specials.pad as i32,
-        train: &train,
-        held_out: &held_out,
-        order: (u64::MAX, vec![]),
-    };
+    let mut tuning = Tuning::new(c, &start, &train, &held_out);
+    tuning.start = start.weights.as_ref().zip(fit.as_ref());
     task.train(session, &mut tuning)?;
-    let judgement = tuning.judge(session)?;
-    say(judgement.text(&held_out));
+    say(tuning.judge(session)?.text(&held_out));
+    Ok(())
+}
+
+/// Judges a run's newest checkpoint on the sentences that it held out.
+pub fn eval(task: &Task) -> Result<(), Failed> {
+    let options = task.begun()?;
+    let c = &task.config;
+    let start = Start::open(c)?;
+    let sentences = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |text| eprintln!("{text}"))?;
+    let (held_out, _) = encode(&sentences.held_out, &start.vocabulary, c.seq)?;
+    let program = program(c, &start.architecture, sentences.classes.len()).program()?;
+    let mut running = task.session(program, &options)?;
+    task.restored(&mut running.session)?;
+    say(Tuning::new(c, &start, &[], &held_out).judge(&mut running.session)?.text(&held_out));
     Ok(())
 }
 
@@ -272,7 +279,14 @@ struct Tuning<'a> {
     order: (u64, Vec<u32>),
 }
 
-impl Tuning<'_> {
+impl<'a> Tuning<'a> {
+    /// With whatever weights the session has.
+    fn new(config: &'a Config, start: &'a Start, train: &'a [Encoded], held_out: &'a [Encoded]) -> Tuning<'a> {
+        let pad = start.vocabulary.specials.pad as i32;
+        let architecture = &start.architecture;
+        Tuning { config, start: None, architecture, pad, train, held_out, order: (u64::MAX, vec![]) }
+    }
+
     /// The sentence of a sample: each pass over all of them has an order of its own, drawn from the seed.
     fn sentence(&mut self, sample: u64) -> u64 {
         let n = self.train.len() as u64;

@@ -41,10 +41,10 @@ pub fn export(o: &ExportOptions) -> Result<(), Failed> {
         Some(text) => examples::settings::memory_bytes(text)?.map(|n| n as u64),
         None => None,
     };
-    let write = |session, architecture, vocabulary: PathBuf, path: &dyn Fn(&str) -> String| {
+    let write = |session, architecture, vocabulary: PathBuf, classes: &[String], path: &dyn Fn(&str) -> String| {
         let config = hf::Config::from(architecture);
-        let class =
-            hf::export(session, &o.to, &Export { config: &config, vocabulary: &[vocabulary], shard_bytes, path })?;
+        let export = Export { config: &config, vocabulary: &[vocabulary], classes, shard_bytes, path };
+        let class = hf::export(session, &o.to, &export)?;
         say(format!("wrote {} for transformers' {class}", o.to.display()));
         Ok(())
     };
@@ -52,11 +52,11 @@ pub fn export(o: &ExportOptions) -> Result<(), Failed> {
         let task = of_run::<finetune::Config>(o)?;
         let (c, options) = (&task.config, task.begun()?);
         let start = Start::open(c)?;
-        let classes = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |_| ())?.classes.len();
-        let program = finetune::program(c, &start.architecture, classes).program()?;
+        let classes = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |_| ())?.classes;
+        let program = finetune::program(c, &start.architecture, classes.len()).program()?;
         let mut running = task.session(program, &options)?;
         task.restored(&mut running.session)?;
-        return write(&running.session, start.architecture, start.vocabulary.path, &|path| path.into());
+        return write(&running.session, start.architecture, start.vocabulary.path, &classes, &|path| path.into());
     }
     let task = of_run::<Config>(o)?;
     let (c, options) = (&task.config, task.begun()?);
@@ -66,7 +66,7 @@ pub fn export(o: &ExportOptions) -> Result<(), Failed> {
     task.restored(&mut running.session)?;
     let groups = setup.pretraining.groups(setup.current(&running.session));
     let architecture = setup.pretraining.architecture.clone();
-    write(&running.session, architecture, vocabulary.path, &|path| groups.path(path))
+    write(&running.session, architecture, vocabulary.path, &[], &|path| groups.path(path))
 }
 
 /// The task of a run, on one device.

@@ -210,6 +210,9 @@ const MODULES: [(&str, &str, Module); 18] = [
     ("classifier/head", "classifier", Module::Dense(1)),
 ];
 
+/// What judges sentences: as wide as a task has classes.
+const CLASSIFIER: &str = "classifier/";
+
 /// In files, and of no use: positions by number, and the decoder, which is tied to the word embeddings and the bias.
 const HARMLESS: [&str; 3] =
     ["embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"];
@@ -330,7 +333,8 @@ impl Model {
     }
 
     /// Finds a tensor for each variable of a program but optimizer slots and other state, before any is loaded. With
-    /// `heads_may_lack` the variables of heads that the file does not have keep their start.
+    /// `heads_may_lack` the variables of heads that the file does not have keep their start, and those of a classifier
+    /// that the file has for another number of classes.
     ///
     /// # Errors
     /// All tensors that are missing, unknown, or of another shape or type, by name.
@@ -350,6 +354,11 @@ impl Model {
             match (variable, found) {
                 (Some(v), Some(name)) => {
                     let (t, wanted) = (&self.weights.tensors()[name], pair.form.shape(&v.ty.shape()));
+                    let as_wide = t.shape.get(1..) == wanted.get(1..);
+                    if t.shape != wanted && as_wide && heads_may_lack && pair.ours.starts_with(CLASSIFIER) {
+                        fit.notes.push(format!("`{}` keeps its start: `{name}` is for other classes", pair.ours));
+                        continue;
+                    }
                     if t.shape != wanted {
                         faults.push(format!("mis-shaped: `{name}` is {:?}; `{}` takes {wanted:?}", t.shape, pair.ours));
                     } else if !matches!(t.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
@@ -417,6 +426,8 @@ pub struct Export<'a> {
     pub config: &'a Config,
     /// vocab.txt, tokenizer.json: copied.
     pub vocabulary: &'a [PathBuf],
+    /// What the classes of a classifier are called, in their order; empty: `LABEL_0` and so on.
+    pub classes: &'a [String],
     /// Bytes of a file of weights at the most; None: one file.
     pub shard_bytes: Option<u64>,
     /// The path of the variable that a layer uses, from that of the model's text: another one where layers share.
@@ -470,9 +481,10 @@ fn write(session: &Session, folder: &Path, options: &Export) -> Result<&'static 
         (false, true, false) => "BertForNextSentencePrediction",
         (false, false, false) => "BertModel",
     };
-    let full = |pair: &Pair| match pair.theirs.starts_with("cls") || class == "BertModel" {
-        true => pair.theirs.clone(),
-        false => format!("bert.{}", pair.theirs),
+    // A model with a head has the encoder and its pooler, and nothing else, below `bert.`.
+    let full = |pair: &Pair| match class != "BertModel" && (!pair.of_head() || pair.theirs.starts_with("pooler.")) {
+        true => format!("bert.{}", pair.theirs),
+        false => pair.theirs.clone(),
     };
     let shapes: Vec<_> = found.iter().map(|(p, v)| (full(p), p.form.shape(&v.ty.shape()))).collect();
     weights::write(folder, &shapes, options.shard_bytes, |name| {
@@ -489,10 +501,12 @@ fn write(session: &Session, folder: &Path, options: &Export) -> Result<&'static 
     let path = folder.join(CONFIG);
     let mut config = options.config.clone();
     if let Some((_, v)) = found.iter().find(|(p, _)| p.ours == "classifier/head/bias") {
-        let classes = v.ty.elements();
         // transformers counts the classes by their names.
-        let labels: Map<String, Value> = (0..classes).map(|c| (c.to_string(), format!("LABEL_{c}").into())).collect();
-        let ids: Map<String, Value> = (0..classes).map(|c| (format!("LABEL_{c}"), c.into())).collect();
+        let named = |c: usize| options.classes.get(c).cloned().unwrap_or(format!("LABEL_{c}"));
+        let names: Vec<String> = (0..v.ty.elements()).map(named).collect();
+        let labels: Map<String, Value> =
+            names.iter().enumerate().map(|(c, name)| (c.to_string(), name.clone().into())).collect();
+        let ids: Map<String, Value> = names.into_iter().enumerate().map(|(c, name)| (name, c.into())).collect();
         config.others.insert("id2label".into(), labels.into());
         config.others.insert("label2id".into(), ids.into());
     }

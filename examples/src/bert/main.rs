@@ -26,7 +26,7 @@ Examples:
   bert pretrain --data corpus.txt --vocab vocab.txt --size base --seq 512
   bert pretrain --resume --steps 2000 --mesh seq=2    goes on, on another mesh, with the same bits
   bert pretrain --workers 4 --mesh data=4             each device in a process of its own, with the same bits
-  bert eval --out runs/drop
+  bert eval --out runs/drop                           also of a run of finetune
   bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing
   bert export --out runs/drop --to drop-hf            for Hugging Face's transformers
   bert finetune --out runs/films                      MiniLM, to tell good from bad reviews of films
@@ -54,7 +54,7 @@ Every option but --devices, --coordinator, --tls, --workers, --transport, --shri
   eval_batches      batches of a judgement at the most [default: 20]
   checkpoint_every  steps between checkpoints; one is always written at the end [default: 200]
   keep              checkpoints to keep [default: 2]
-Later ones win: --config, then options, then --set. With --resume, and for eval, the run's own config.toml comes first.
+Later ones win: --config, then options, then --set. With --resume the run's own config.toml comes first.
 
 A run folder holds
   config.toml       the configuration, for --config
@@ -100,9 +100,8 @@ enum Command {
     /// Pretrain on text by masked words and next sentences, and write a run folder: metrics, checkpoints
     #[command(after_long_help = KEYS)]
     Pretrain(Options),
-    /// Judge a run's newest checkpoint on the documents that it held out
-    #[command(after_long_help = KEYS)]
-    Eval(Options),
+    /// Judge the newest checkpoint of a run of pretrain or finetune on what it held out
+    Eval(EvalOptions),
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs, by stage. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
     Plan(Options),
@@ -191,9 +190,8 @@ struct Options {
 }
 
 impl Options {
-    /// What to do on a run that there is (`of_run`), or on a new one.
-    fn task(&self, of_run: bool) -> Result<Task, Failed> {
-        cli::task(&self.devices, &self.run, of_run, |c: &mut Config| {
+    fn task(&self) -> Result<Task, Failed> {
+        cli::task(&self.devices, &self.run, false, |c: &mut Config| {
             if let Some(steps) = self.steps {
                 c.common.steps = steps;
             }
@@ -221,6 +219,29 @@ impl Options {
             );
             c.whole_words |= self.whole_words;
         })
+    }
+}
+
+#[derive(Args)]
+#[command(
+    mut_arg("mesh", |a| a.help(MESH)),
+    mut_arg("layout", |a| a.help(LAYOUT)),
+    mut_arg("settings", |a| a.help("Set a key of the run's configuration, such as `--set data=other.txt`; may be repeated")),
+    mut_arg("out", |a| a.required(false).default_value("runs/bert")),
+)]
+struct EvalOptions {
+    #[command(flatten)]
+    devices: DeviceOptions,
+    #[command(flatten)]
+    run: RunOptions,
+}
+
+impl EvalOptions {
+    fn eval(&self) -> Result<(), Failed> {
+        if finetune::is_tuned(&self.run.config_file()) {
+            return finetune::eval(&cli::task(&self.devices, &self.run, true, |_| ())?);
+        }
+        train::eval(&cli::task(&self.devices, &self.run, true, |_| ())?)
     }
 }
 
@@ -292,9 +313,9 @@ impl TuneOptions {
 
 fn main() -> ExitCode {
     let result = match &Cli::parse().command {
-        Command::Pretrain(o) => o.task(false).and_then(|t| train::pretrain(&t)),
-        Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
-        Command::Plan(o) => o.task(false).and_then(|t| train::plan(&t)),
+        Command::Pretrain(o) => o.task().and_then(|t| train::pretrain(&t)),
+        Command::Eval(o) => o.eval(),
+        Command::Plan(o) => o.task().and_then(|t| train::plan(&t)),
         Command::Finetune(o) => o.task().and_then(|t| finetune::finetune(&t)),
         Command::Export(o) => folders::export(o),
         Command::Embed(o) => folders::embed(o),
