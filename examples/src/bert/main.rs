@@ -198,27 +198,10 @@ impl Options {
                 c.common.steps = steps;
             }
             macro_rules! take {
-                ($($field:ident),*) => { $(if let Some(v) = &self.$field { c.$field = v.clone(); })* };
+                ($c:expr; $($field:ident),*) => { $(if let Some(v) = &self.$field { $c.$field = v.clone(); })* };
             }
-            take!(
-                size,
-                dropout,
-                dtype,
-                method,
-                keep_tokens,
-                keep_by,
-                unshare_at,
-                shared,
-                optimizer,
-                rate,
-                warmup,
-                batch,
-                parts,
-                seq,
-                predictions,
-                data,
-                vocab
-            );
+            take!(c; size, method, keep_tokens, keep_by, unshare_at, shared, batch, parts, seq, predictions, data, vocab);
+            take!(c.training; dropout, dtype, optimizer, rate, warmup);
             c.whole_words |= self.whole_words;
         })
     }
@@ -283,9 +266,10 @@ impl TuneOptions {
                 c.common.steps = steps;
             }
             macro_rules! take {
-                ($($field:ident),*) => { $(if let Some(v) = &self.$field { c.$field = v.clone(); })* };
+                ($c:expr; $($field:ident),*) => { $(if let Some(v) = &self.$field { $c.$field = v.clone(); })* };
             }
-            take!(from, size, dropout, dtype, task, data, vocab, optimizer, rate, batch, seq);
+            take!(c; from, size, task, data, vocab, batch, seq);
+            take!(c.training; dropout, dtype, optimizer, rate);
         })
     }
 }
