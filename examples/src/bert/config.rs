@@ -30,6 +30,75 @@ pub enum Dtype {
     Bf16,
 }
 
+/// How weights are trained, whatever for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Training {
+    /// Optimizer.
+    pub optimizer: OptimizerKind,
+    /// The highest learning rate.
+    pub rate: f32,
+    /// Steps until it is reached; 0: a tenth of all.
+    pub warmup: u32,
+    /// Weight decay, of all but biases and norms.
+    pub decay: f32,
+    /// The gradients' norm is cut to this.
+    pub clip: f32,
+    /// Drop-out of activations and attention weights.
+    pub dropout: f32,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Steps between judgements on what is held out; one is always done at the end.
+    pub eval_every: u32,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Training {
+            optimizer: OptimizerKind::Adamw,
+            rate: 1e-3,
+            warmup: 0,
+            decay: 0.01,
+            clip: 1.0,
+            dropout: 0.1,
+            dtype: Dtype::F32,
+            eval_every: 100,
+        }
+    }
+}
+
+impl Training {
+    /// Checks the numbers, and the share that is held out.
+    ///
+    /// # Errors
+    /// One that makes no sense.
+    pub fn check(&self, held_out: f64) -> Result<(), Mistake> {
+        let shares = [("--dropout", f64::from(self.dropout)), ("held_out", held_out)];
+        if let Some((option, share)) = shares.into_iter().find(|(_, s)| !(0.0..1.0).contains(s)) {
+            return mistake(format!("{option} {share} is no share"), "it goes from 0 (none) to below 1");
+        }
+        let numbers = [("--rate", self.rate), ("decay", self.decay), ("clip", self.clip)];
+        if let Some((option, v)) = numbers.into_iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
+            return mistake(format!("{option} {v} makes no sense"), "it is a finite number from 0 on");
+        }
+        Ok(())
+    }
+
+    /// The optimizer of a run of so many steps.
+    pub fn optimizer(&self, steps: u32) -> Optimizer {
+        let warmup = if self.warmup > 0 { self.warmup } else { steps.div_ceil(10) };
+        let power = 1.0;
+        let rate = Schedule::Polynomial { start: self.rate, end: 0.0, power, steps }.warmup(warmup);
+        let adam = Adam { eps: 1e-6, trust: self.optimizer == OptimizerKind::Lamb, ..Adam::default() };
+        let optimizer = Optimizer { rule: Rule::Adam(adam), ..Optimizer::adamw(rate, self.decay) };
+        if self.clip > 0.0 { optimizer.clipped(self.clip) } else { optimizer }
+    }
+
+    /// Whether what is held out is judged after so many steps of all.
+    pub fn judges(&self, done: u32, steps: u32) -> bool {
+        self.eval_every > 0 && done.is_multiple_of(self.eval_every) || done == steps
+    }
+}
+
 /// Ways to train with less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Methods {
@@ -93,22 +162,9 @@ pub struct Config {
     pub whole_words: bool,
     /// Whether sequences are pairs, of which the second may be the next sentence.
     pub next_sentence: bool,
-    /// Optimizer.
-    pub optimizer: OptimizerKind,
-    /// The highest learning rate.
-    pub rate: f32,
-    /// Steps until it is reached; 0: a tenth of all.
-    pub warmup: u32,
-    /// Weight decay, of all but biases and norms.
-    pub decay: f32,
-    /// The gradients' norm is cut to this.
-    pub clip: f32,
-    /// Drop-out of activations and attention weights.
-    pub dropout: f32,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Steps between judgements on what is held out; one is always done at the end.
-    pub eval_every: u32,
+    /// How the weights are trained.
+    #[serde(flatten)]
+    pub training: Training,
     /// Batches of a judgement at the most.
     pub eval_batches: usize,
 }
@@ -134,14 +190,7 @@ impl Default for Config {
             predictions: 0,
             whole_words: false,
             next_sentence: true,
-            optimizer: OptimizerKind::Adamw,
-            rate: 1e-3,
-            warmup: 0,
-            decay: 0.01,
-            clip: 1.0,
-            dropout: 0.1,
-            dtype: Dtype::F32,
-            eval_every: 100,
+            training: Training::default(),
             eval_batches: 20,
         }
     }
@@ -170,10 +219,7 @@ impl Settings for Config {
         }
         range("--predictions", self.predictions as u64, 0, self.seq as u64 / 2)?;
         range("--keep-tokens", self.keep_tokens as u64, 0, self.seq as u64)?;
-        check_numbers(
-            &[("--dropout", f64::from(self.dropout)), ("--held-out", self.held_out)],
-            &[("--rate", self.rate), ("--decay", self.decay), ("--clip", self.clip)],
-        )?;
+        self.training.check(self.held_out)?;
         if !(self.unshare_at.is_finite() && self.unshare_at >= 0.0) {
             return mistake(
                 format!("--unshare-at {} is no time", self.unshare_at),
@@ -214,7 +260,7 @@ impl Config {
     /// # Errors
     /// A size that there is not, or a config.json that is not usable.
     pub fn architecture(&self) -> Result<Architecture, Mistake> {
-        let a = architecture(&self.size, self.seq, self.dropout)?;
+        let a = architecture(&self.size, self.seq, self.training.dropout)?;
         let methods = self.methods()?;
         if methods.token_drop && a.num_hidden_layers < 3 {
             let what = format!("token dropping has nothing to skip in {} layers", a.num_hidden_layers);
@@ -257,17 +303,6 @@ impl Config {
         let all = groups.iter().copied().enumerate().map(|(i, g)| (begin(i), g)).chain([(end, layers)]);
         // What is never reached is not planned for.
         Ok(all.filter(|(first, _)| *first == 0 || *first < steps).collect())
-    }
-
-    /// The optimizer.
-    pub fn optimizer(&self) -> Optimizer {
-        let numbers = [self.rate, self.decay, self.clip];
-        optimizer(self.optimizer, numbers, [self.common.steps, self.warmup])
-    }
-
-    /// The element type.
-    pub fn dtype(&self) -> DType {
-        self.dtype.into()
     }
 }
 
@@ -322,28 +357,4 @@ pub fn fitted(mut a: Architecture, seq: usize, dropout: f32) -> Result<Architect
         return mistake(what, "use shorter sequences, or a model with more positions");
     }
     Ok(a)
-}
-
-/// The optimizer of a run of so many steps; a warm-up of 0 steps is a tenth of them.
-pub fn optimizer(kind: OptimizerKind, [rate, decay, clip]: [f32; 3], [steps, warmup]: [u32; 2]) -> Optimizer {
-    let warmup = if warmup > 0 { warmup } else { steps.div_ceil(10) };
-    let power = 1.0;
-    let rate = Schedule::Polynomial { start: rate, end: 0.0, power, steps }.warmup(warmup);
-    let adam = Adam { eps: 1e-6, trust: kind == OptimizerKind::Lamb, ..Adam::default() };
-    let optimizer = Optimizer { rule: Rule::Adam(adam), ..Optimizer::adamw(rate, decay) };
-    if clip > 0.0 { optimizer.clipped(clip) } else { optimizer }
-}
-
-/// Shares and numbers that an optimizer and a model can have, by option.
-///
-/// # Errors
-/// One that makes no sense.
-pub fn check_numbers(shares: &[(&str, f64)], numbers: &[(&str, f32)]) -> Result<(), Mistake> {
-    if let Some((option, share)) = shares.iter().find(|(_, s)| !(0.0..1.0).contains(s)) {
-        return mistake(format!("{option} {share} is no share"), "it goes from 0 (none) to below 1");
-    }
-    if let Some((option, v)) = numbers.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
-        return mistake(format!("{option} {v} makes no sense"), "it is a finite number from 0 on");
-    }
-    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Fine-tuning an encoder to judge sentences.
 
-use crate::config::{self, Dtype, OptimizerKind, check_numbers};
+use crate::config::{self, Training};
 use crate::data::{fits, vocabulary};
 use coordinator::drive::again;
 use coordinator::session::FunctionId;
@@ -46,22 +46,9 @@ pub struct Config {
     pub batch: usize,
     /// Tokens of a sentence at the most.
     pub seq: usize,
-    /// Optimizer.
-    pub optimizer: OptimizerKind,
-    /// The highest learning rate.
-    pub rate: f32,
-    /// Steps until it is reached; 0: a tenth of all.
-    pub warmup: u32,
-    /// Weight decay, of all but biases and norms.
-    pub decay: f32,
-    /// The gradients' norm is cut to this.
-    pub clip: f32,
-    /// Drop-out of activations and attention weights.
-    pub dropout: f32,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Steps between judgements on what is held out; one is always done at the end.
-    pub eval_every: u32,
+    /// How the weights are trained.
+    #[serde(flatten)]
+    pub training: Training,
 }
 
 impl Default for Config {
@@ -76,14 +63,7 @@ impl Default for Config {
             held_out: 0.1,
             batch: 32,
             seq: 64,
-            optimizer: OptimizerKind::Adamw,
-            rate: 1e-4,
-            warmup: 0,
-            decay: 0.01,
-            clip: 1.0,
-            dropout: 0.1,
-            dtype: Dtype::F32,
-            eval_every: 100,
+            training: Training { rate: 1e-4, ..Training::default() },
         }
     }
 }
@@ -103,10 +83,7 @@ impl Settings for Config {
     fn check_own(&self) -> Result<(), Mistake> {
         range("--batch", self.batch as u64, 1, 1 << 20)?;
         range("--seq", self.seq as u64, 4, 1 << 16)?;
-        check_numbers(
-            &[("--dropout", f64::from(self.dropout)), ("--held-out", self.held_out)],
-            &[("--rate", self.rate), ("--decay", self.decay), ("--clip", self.clip)],
-        )
+        self.training.check(self.held_out)
     }
 }
 
@@ -151,8 +128,8 @@ impl Start {
         let folder = folder(&c.from)?;
         let weights = folder.as_deref().map(hf::Model::open).transpose()?;
         let architecture = match &weights {
-            Some(model) => config::fitted(model.config.architecture.clone(), c.seq, c.dropout)?,
-            None => config::architecture(&c.size, c.seq, c.dropout)?,
+            Some(model) => config::fitted(model.config.architecture.clone(), c.seq, c.training.dropout)?,
+            None => config::architecture(&c.size, c.seq, c.training.dropout)?,
         };
         let vocabulary = match (&folder, c.vocab.as_str()) {
             (Some(folder), "") => Vocabulary::open(folder)?,
@@ -169,12 +146,12 @@ pub fn program(c: &Config, architecture: &Architecture, classes: usize) -> FineT
         architecture: architecture.clone(),
         batch: c.batch,
         seq: c.seq,
-        dtype: c.dtype.into(),
+        dtype: c.training.dtype.into(),
         task: match c.task {
             LabelKind::Classes => Judging::Classes(classes),
             LabelKind::Regression => Judging::Regression,
         },
-        optimizer: config::optimizer(c.optimizer, [c.rate, c.decay, c.clip], [c.common.steps, c.warmup]),
+        optimizer: c.training.optimizer(c.common.steps),
     }
 }
 
@@ -257,12 +234,12 @@ fn introduction(c: &Config, start: &Start, sentences: &Sentences, cut: usize, pa
         a.num_hidden_layers,
         a.hidden_size,
         a.num_attention_heads,
-        c.dropout,
+        c.training.dropout,
     );
-    let optimizer = format!("{:?}", c.optimizer).to_lowercase();
+    let optimizer = format!("{:?}", c.training.optimizer).to_lowercase();
     text += &format!(
         "training {optimizer} at rate {}, batch {} x {} tokens, seed {}\n",
-        c.rate, c.batch, c.seq, c.common.seed
+        c.training.rate, c.batch, c.seq, c.common.seed
     );
     text
 }
@@ -359,7 +336,7 @@ impl Model for Tuning<'_> {
             Ok(ids)
         })?;
         let (done, c) = (at.step + 1, tuning.config);
-        if c.eval_every > 0 && done.is_multiple_of(c.eval_every) || done == c.common.steps {
+        if c.training.judges(done, c.common.steps) {
             let judgement = tuning.judge(session)?;
             ran.figures.row.extend(judgement.figures());
             ran.figures.shown.push(("held out", judgement.shown()));

@@ -1,5 +1,6 @@
 //! `bert`: pretrains, fine-tunes and uses BERT encoders, on any layout.
 
+mod compare;
 mod config;
 mod data;
 mod finetune;
@@ -7,6 +8,7 @@ mod folders;
 mod train;
 
 use clap::{Args, Parser, Subcommand};
+use compare::CompareOptions;
 use config::{Config, Dtype, OptimizerKind};
 use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
@@ -32,6 +34,7 @@ Examples:
   bert finetune --out runs/films                      MiniLM, to tell good from bad reviews of films
   bert finetune --from drop-hf --data mine.tsv --out runs/mine
   bert embed \"A first sentence.\" \"A second one.\"    their vectors, as lines of JSON
+  bert compare --series plain=runs/a,runs/b --series drop=runs/c,runs/d --to chart.png
 
 Exit codes:
    0  done
@@ -112,6 +115,8 @@ enum Command {
     Export(ExportOptions),
     /// Print vectors of sentences, the mean of the encoder's output over their tokens, as lines of JSON
     Embed(EmbedCommand),
+    /// Compare runs: a table, and a chart of one of their figures, by series of seeds
+    Compare(CompareOptions),
     #[command(flatten)]
     Process(Process),
 }
@@ -196,27 +201,10 @@ impl Options {
                 c.common.steps = steps;
             }
             macro_rules! take {
-                ($($field:ident),*) => { $(if let Some(v) = &self.$field { c.$field = v.clone(); })* };
+                ($c:expr; $($field:ident),*) => { $(if let Some(v) = &self.$field { $c.$field = v.clone(); })* };
             }
-            take!(
-                size,
-                dropout,
-                dtype,
-                method,
-                keep_tokens,
-                keep_by,
-                unshare_at,
-                shared,
-                optimizer,
-                rate,
-                warmup,
-                batch,
-                parts,
-                seq,
-                predictions,
-                data,
-                vocab
-            );
+            take!(c; size, method, keep_tokens, keep_by, unshare_at, shared, batch, parts, seq, predictions, data, vocab);
+            take!(c.training; dropout, dtype, optimizer, rate, warmup);
             c.whole_words |= self.whole_words;
         })
     }
@@ -304,9 +292,10 @@ impl TuneOptions {
                 c.common.steps = steps;
             }
             macro_rules! take {
-                ($($field:ident),*) => { $(if let Some(v) = &self.$field { c.$field = v.clone(); })* };
+                ($c:expr; $($field:ident),*) => { $(if let Some(v) = &self.$field { $c.$field = v.clone(); })* };
             }
-            take!(from, size, dropout, dtype, task, data, vocab, optimizer, rate, batch, seq);
+            take!(c; from, size, task, data, vocab, batch, seq);
+            take!(c.training; dropout, dtype, optimizer, rate);
         })
     }
 }
@@ -319,6 +308,7 @@ fn main() -> ExitCode {
         Command::Finetune(o) => o.task().and_then(|t| finetune::finetune(&t)),
         Command::Export(o) => folders::export(o),
         Command::Embed(o) => folders::embed(o),
+        Command::Compare(o) => compare::compare(o),
         Command::Process(process) => return process.main(),
     };
     cli::exit(result)

@@ -34,13 +34,17 @@ impl Setup {
         let dropping = Dropping { keep: c.keep_tokens(), by: c.keep_by, specials };
         let pretraining = Pretraining {
             next_sentence: c.next_sentence,
-            dtype: c.dtype(),
+            dtype: c.training.dtype.into(),
             parts: c.parts as u32,
             dropping: c.methods()?.token_drop.then_some(dropping),
             stages: stages.iter().map(|(_, groups)| *groups).collect(),
             shared: c.shared,
             reset_slots: c.reset_slots,
-            ..Pretraining::plain(architecture, [c.batch / c.parts, c.seq, c.predictions()], c.optimizer())
+            ..Pretraining::plain(
+                architecture,
+                [c.batch / c.parts, c.seq, c.predictions()],
+                c.training.optimizer(c.common.steps),
+            )
         };
         Ok(Setup { pretraining, first: stages.iter().map(|(first, _)| *first).collect() })
     }
@@ -83,12 +87,12 @@ fn introduction(c: &Config, setup: &Setup, data: &str, options: &Options, parame
         a.num_attention_heads,
         a.intermediate_size,
         thousands(a.vocab_size as u64),
-        c.dropout,
+        c.training.dropout,
     );
     text += &format!(
         "training {} at rate {}, batch {}{} x {} tokens, {} masked{}, seed {}\n",
-        format!("{:?}", c.optimizer).to_lowercase(),
-        c.rate,
+        format!("{:?}", c.training.optimizer).to_lowercase(),
+        c.training.rate,
         c.batch,
         if c.parts > 1 { format!(" in {} parts", c.parts) } else { String::new() },
         c.seq,
@@ -210,7 +214,7 @@ impl Model for Training<'_> {
         let seconds = (ran.feed + ran.run).as_secs_f64();
         ran.figures.row.push(("tokens_per_second", (c.batch * c.seq) as f64 / seconds));
         let done = at.step + 1;
-        if c.eval_every > 0 && done.is_multiple_of(c.eval_every) || done == c.common.steps {
+        if c.training.judges(done, c.common.steps) {
             let judgement = judge(session, setup, self.data, c)?;
             ran.figures.row.extend(judgement.figures());
             ran.figures.shown.push(("held out", judgement.loss));
