@@ -368,7 +368,8 @@ fn every_norm_and_optimizer_trains() {
 fn a_run_that_diverges_says_so_and_keeps_no_broken_checkpoint() {
     let place = Place::new();
     let args = "train --data phantom --crop 12 --base 4 --mesh 1 --steps 8 --rate 1e30 --out run";
-    place.fails(args, 1, &["error[U0008]: training has diverged: at step ", "help: try a smaller --rate"]);
+    let texts = ["error[U0008]: training has diverged: at step ", "  --> step ", "help: try a smaller learning rate"];
+    place.fails(args, 1, &texts);
     assert!(!place.path("run/checkpoints").exists());
 }
 
