@@ -4,8 +4,8 @@
 //!
 //! `cargo bench -p benches --bench unet -- --res 64 --base 16 --threads 2`
 
+use benches::Steps;
 use clap::Parser;
-use coordinator::{Options, Session};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, dim};
 use mesh::graph::Tensor;
@@ -14,7 +14,6 @@ use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
 use mesh::program::{Program, ProgramBuilder};
 use ndarray::{Array4, Array5};
-use std::time::Instant;
 
 const SPACE: [&str; 3] = ["x", "y", "z"];
 const CLASSES: usize = 3;
@@ -27,21 +26,8 @@ struct Args {
     /// Filters at the first level.
     #[arg(long, default_value_t = 16)]
     base: usize,
-    /// Mesh; axes are called as the dimensions they split.
-    #[arg(long, default_value = "1")]
-    mesh: String,
-    /// Threads of each device; 0: the machine's cores shared out.
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
-    /// Steps measured, after one that is not.
-    #[arg(long, default_value_t = 5)]
-    steps: u32,
-    /// Seconds by kind of step as well.
-    #[arg(long)]
-    profile: bool,
-    /// Given by cargo.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    steps: Steps,
 }
 
 fn block(x: &Tensor, name: &str, channels: usize) -> Tensor {
@@ -90,17 +76,9 @@ fn program(res: usize, base: usize) -> Program {
 
 fn main() {
     let args = Args::parse();
-    let mesh: mesh::layout::Mesh = args.mesh.parse().unwrap_or_else(|e| panic!("{e}"));
-    let rules: Vec<String> = mesh.axes().iter().map(|(n, _)| format!("{n}:{n}")).collect();
-    let options = Options {
-        layout: rules.join(",").parse().expect("rules of the axes' names"),
-        threads: (args.threads > 0).then_some(args.threads),
-        mesh,
-        ..Options::default()
-    };
     let program = program(args.res, args.base);
     let flops = program.function("train").expect("it is there").product_flops();
-    let mut session = Session::embedded(program, &options).unwrap_or_else(|e| panic!("{e}"));
+    let mut session = args.steps.session(program);
     let f = session.function("train").expect("it is there");
     let n = args.res;
     let image =
@@ -108,32 +86,6 @@ fn main() {
     let labels = Array4::from_shape_fn((1, n, n, n), |(_, x, y, z)| (image[[0, x, y, z, 0]] * 3.0) as i32);
     session.feed(f, "image", &Array::from(image)).expect("the image's type");
     session.feed(f, "labels", &Array::from(labels)).expect("the labels' type");
-    let loss = |s: &Session| s.fetch(f, "loss").ok().and_then(|a| a.to_f32());
-    let (mut first, mut seconds) = (None, Vec::new());
-    for step in 0..=args.steps {
-        if step == 1 && args.profile {
-            session.profile();
-        }
-        let begun = Instant::now();
-        session.step(f, step).unwrap_or_else(|e| panic!("{e}"));
-        if step == 0 {
-            first = loss(&session);
-        } else {
-            seconds.push(begun.elapsed().as_secs_f64());
-        }
-    }
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
-    let peak: Vec<usize> = session.peaks().unwrap_or_default().iter().map(|p| p.peak_bytes_measured >> 20).collect();
-    println!(
-        "{}",
-        serde_json::json!({
-            "case": "unet", "impl": "mesh", "res": n, "base": args.base, "mesh": options.mesh.to_string(),
-            "threads": options.threads(), "step_s": median, "min_s": seconds[0], "max_s": seconds[seconds.len() - 1],
-            "gflops": flops as f64 / 1e9 / median, "peak_mib": peak, "loss_first": first, "loss_last": loss(&session),
-        })
-    );
-    if args.profile {
-        benches::print_profile(&session.profile(), args.steps);
-    }
+    let case = serde_json::json!({"case": "unet", "res": n, "base": args.base, "dtype": "f32"});
+    args.steps.measure(&mut session, f, flops, case, |clock, _| clock);
 }

@@ -1,24 +1,13 @@
 """The peer of `benches/bert.rs`: the same step of BERT on masked words in PyTorch. Prints one JSON line.
 
-usage: bert_torch.py [--size mini|base] [--mode eager|compile] [--threads 2] [--steps 5]"""
-import argparse
-import json
-import statistics
-import time
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--size", default="mini")
-parser.add_argument("--mode", default="eager")
-parser.add_argument("--threads", type=int, default=2)
-parser.add_argument("--steps", type=int, default=5)
-args = parser.parse_args()
-
+usage: bert_torch.py [--size mini|base] [--dtype f32|bf16] [--mode eager|compile] [--threads 2] [--steps 5]"""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-torch.set_num_threads(args.threads)
-torch.manual_seed(0)
+from common import bf16, measure, options
+
+args = options(__doc__, size="mini", dtype="f32", mode="eager")
 VOCAB, SEQ, PREDICTIONS = 30522, 128, 20
 LAYERS, WIDTH, HEADS, BATCH = {"mini": (4, 256, 4, 32), "base": (12, 768, 12, 8)}[args.size]
 
@@ -68,17 +57,11 @@ targets = torch.randint(VOCAB, (BATCH, PREDICTIONS))
 
 def step():
     optimizer.zero_grad(set_to_none=True)
-    loss = forward(words, segments, positions, targets)
+    with bf16(args):
+        loss = forward(words, segments, positions, targets)
     loss.backward()
     optimizer.step()
     return loss.item()
 
 
-step()
-seconds = []
-for _ in range(args.steps):
-    begun = time.perf_counter()
-    step()
-    seconds.append(time.perf_counter() - begun)
-print(json.dumps({"case": "bert-" + args.size, "impl": f"torch {torch.__version__} {args.mode}", "threads": args.threads,
-                  "step_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}))
+measure(args, step, case="bert-" + args.size)

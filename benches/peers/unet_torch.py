@@ -1,24 +1,13 @@
 """The peer of `benches/unet.rs`: the same 3-D UNet step in PyTorch. Prints one JSON line.
 
-usage: unet_torch.py [--res 64] [--base 16] [--threads 2] [--steps 5]"""
-import argparse
-import json
-import statistics
-import time
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--res", type=int, default=64)
-parser.add_argument("--base", type=int, default=16)
-parser.add_argument("--threads", type=int, default=2)
-parser.add_argument("--steps", type=int, default=5)
-args = parser.parse_args()
-
+usage: unet_torch.py [--res 64] [--base 16] [--dtype f32|bf16] [--mode eager|compile] [--threads 2] [--steps 5]"""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-torch.set_num_threads(args.threads)
-torch.manual_seed(0)
+from common import bf16, measure, options
+
+args = options(__doc__, res=64, base=16, dtype="f32", mode="eager")
 
 
 class Block(nn.Module):
@@ -65,20 +54,17 @@ target = F.one_hot((x[:, 0] * 3).long().clamp(max=2), 3).permute(0, 4, 1, 2, 3).
 x, target = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, target))
 
 
+forward = torch.compile(net) if args.mode == "compile" else net
+
+
 def step():
     optimizer.zero_grad(set_to_none=True)
-    loss = loss_of(net(x), target)
+    with bf16(args):
+        logits = forward(x)
+    loss = loss_of(logits.float(), target)
     loss.backward()
     optimizer.step()
     return loss.item()
 
 
-step()
-seconds = []
-for _ in range(args.steps):
-    begun = time.perf_counter()
-    step()
-    seconds.append(time.perf_counter() - begun)
-print(json.dumps({"case": "unet", "impl": f"torch {torch.__version__}", "res": args.res, "base": args.base,
-                  "threads": args.threads, "step_s": statistics.median(seconds), "min_s": min(seconds),
-                  "max_s": max(seconds)}))
+measure(args, step, case="unet")

@@ -43,6 +43,12 @@ fn hold_value(what: &str, feeds: &[Feed], build: impl Fn(&Graph, &[Tensor]) -> T
     same_on_the_grid(what, &program(feeds, false, build), feeds, 1e-4);
 }
 
+/// Holds an op of two factors in bf16, with its gradients.
+fn hold_bf16(what: &str, feeds: &[Feed], build: impl Fn(&Graph, &Tensor, &Tensor) -> Tensor) {
+    let p = program(feeds, true, |g, t| build(g, &t[0].cast(DType::Bf16), &t[1].cast(DType::Bf16)));
+    same_on_the_grid(&format!("{what}, bf16"), &p, feeds, 0.03);
+}
+
 /// All subsets of names that are not empty.
 fn subsets<'a>(names: &[&'a str]) -> Vec<Vec<&'a str>> {
     (1..1usize << names.len())
@@ -206,7 +212,10 @@ fn contractions() {
     ];
     for (x, y, over) in cases {
         let feeds = [feed(x, 1), feed(y, 2)];
-        hold(&format!("{x:?} times {y:?} over {over:?}"), &feeds, |_, t| t[0].contract(&t[1], over));
+        let what = format!("{x:?} times {y:?} over {over:?}");
+        hold(&what, &feeds, |_, t| t[0].contract(&t[1], over));
+        hold_bf16(&what, &feeds, |_, a, b| a.contract_wide(b, over));
+        hold_bf16(&format!("{what}, rounded"), &feeds, |_, a, b| a.contract(b, over).cast(DType::F32));
     }
 }
 
@@ -214,10 +223,13 @@ fn contractions() {
 fn contractions_with_grains() {
     for (m, k, n) in [(40, 100, 70), (5, 300, 3), (64, 64, 64)] {
         let feeds = [feed(&[("m", m), ("k", k)], 1), feed(&[("k", k), ("n", n)], 2)];
-        hold(&format!("{m} by {k} by {n}, grains of 32"), &feeds, |g, t| {
+        let what = format!("{m} by {k} by {n}, grains of 32");
+        let product = |g: &Graph, a: &Tensor, b: &Tensor| {
             ["m", "k", "n"].iter().for_each(|d| g.grain(*d, 32));
-            t[0].contract(&t[1], &["k"])
-        });
+            a.contract_wide(b, &["k"])
+        };
+        hold(&what, &feeds, |g, t| product(g, &t[0], &t[1]));
+        hold_bf16(&what, &feeds, product);
     }
 }
 

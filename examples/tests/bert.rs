@@ -188,6 +188,8 @@ fn every_layout_trains_to_the_same_bits_by_every_method() {
         ("plain", plain()),
         ("token dropping", Pretraining { dropping: dropping(8), ..plain() }),
         ("shared", Pretraining { stages: vec![1], ..plain() }),
+        ("plain, bf16", Pretraining { dtype: DType::Bf16, ..plain() }),
+        ("token dropping, bf16", Pretraining { dropping: dropping(8), dtype: DType::Bf16, ..plain() }),
     ];
     let layouts = [
         ("data=4", "batch:data"),
@@ -397,15 +399,18 @@ fn word_losses(method: &Pretraining, batch: &Batch) -> Array2<f32> {
 #[test]
 fn it_learns_eight_sequences_by_heart() {
     let a = Architecture { hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0, ..tiny() };
-    let method = Pretraining::plain(a, [BATCH, SEQ, PREDICTIONS], Optimizer::adamw(3e-3, 0.0).clipped(1.0));
-    let mut s = session(method.program().unwrap(), "1", "");
-    let batches = [Batch::new(0), Batch::new(1)];
-    let mut losses = vec![];
-    for step in 0..300u32 {
-        let out = run(&mut s, "train", step, &batches[step as usize % 2]);
-        losses.push(f32::from_bits(bits(&out, "loss")));
+    for dtype in [DType::F32, DType::Bf16] {
+        let plain = Pretraining::plain(a.clone(), [BATCH, SEQ, PREDICTIONS], Optimizer::adamw(3e-3, 0.0).clipped(1.0));
+        let mut s = session(Pretraining { dtype, ..plain }.program().unwrap(), "1", "");
+        let batches = [Batch::new(0), Batch::new(1)];
+        let mut losses = vec![];
+        for step in 0..300u32 {
+            let out = run(&mut s, "train", step, &batches[step as usize % 2]);
+            losses.push(f32::from_bits(bits(&out, "loss")));
+        }
+        let last = &losses[298..];
+        assert!(losses[0] > 4.0 && last.iter().all(|l| *l < 0.1), "{dtype}: {} -> {last:?}", losses[0]);
     }
-    assert!(losses[0] > 4.0 && losses[298..].iter().all(|l| *l < 0.1), "{} -> {:?}", losses[0], &losses[298..]);
 }
 
 #[test]

@@ -541,6 +541,13 @@ impl Tensor {
     pub fn ty(&self) -> Type {
         self.graph.0.borrow().nodes[self.id.index()].ty.clone()
     }
+    /// What it is a cast of, if it is one and no gradient of its own was given to it.
+    pub(crate) fn cast_from(&self) -> Option<Tensor> {
+        let s = self.graph.0.borrow();
+        let node = &s.nodes[self.id.index()];
+        let is_cast = matches!(node.op, Prim::Cast(_)) && !s.custom.contains_key(&self.id);
+        is_cast.then(|| self.graph.tensor(node.inputs[0]))
+    }
     /// Its dimension of that name; a missing one is noted as a mistake and has size 1.
     #[track_caller]
     pub fn dim(&self, name: &str) -> Dim {

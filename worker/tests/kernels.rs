@@ -70,7 +70,12 @@ fn numbers(dtype: DType, bytes: usize, key: u32) -> Vec<u8> {
     match dtype {
         DType::F32 => (0..bytes / 4).flat_map(|i| (draw(i) * 2.0 - 0.9).to_le_bytes()).collect(),
         DType::I32 => (0..bytes / 4).flat_map(|i| ((draw(i) * 9.0) as i32 - 2).to_le_bytes()).collect(),
-        DType::Bf16 => (0..bytes / 2).flat_map(|i| ((draw(i).to_bits() >> 16) as u16).to_le_bytes()).collect(),
+        DType::Bf16 => {
+            // Now and then a number whose products are subnormal, or that is itself.
+            let scale = |i: usize| if i % 7 == 0 { 1e-20 } else { 1.0 } * if i % 29 == 0 { 1e-20 } else { 1.0 };
+            let value = |i: usize| (draw(i) * 2.0 - 0.9) * scale(i);
+            (0..bytes / 2).flat_map(|i| ((value(i).to_bits() >> 16) as u16).to_le_bytes()).collect()
+        }
         DType::Bool => (0..bytes).map(|i| u8::from(draw(i) < 0.5)).collect(),
     }
 }
@@ -251,6 +256,33 @@ fn every_function_of_a_value_is_the_same_bits_on_every_instruction_set_and_threa
         hold(&p, mesh, layout, &mut seen);
     }
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["copy", "map", "reduce"]);
+}
+
+#[test]
+fn products_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() {
+    // Sides in either order, leaves of even and odd length, pieces of several leaves and leaves of several pieces.
+    for (m, k, n, grain) in [(37, 75, 70, 1), (20, 64, 33, 32), (17, 2602, 5, 1301), (3, 1200, 40, 7), (1, 9, 1, 3)] {
+        let of = |names: [&str; 3]| {
+            names.map(|d| dim(d, [("m", m), ("k", k), ("n", n), ("batch", 2)].iter().find(|s| s.0 == d).unwrap().1))
+        };
+        let mut p = ProgramBuilder::new();
+        p.function("f", |g: &Graph| {
+            g.grain("k", grain);
+            let sides = [(["batch", "m", "k"], ["batch", "k", "n"]), (["k", "batch", "m"], ["n", "k", "batch"])];
+            for (i, (a, b)) in sides.iter().enumerate() {
+                let half = |name: String, dims: [&str; 3]| g.input(name, DType::F32, &of(dims)).cast(DType::Bf16);
+                let (a, b) = (half(format!("a{i}"), *a), half(format!("b{i}"), *b));
+                g.output(format!("y{i}"), &a.contract_wide(&b, &["k"]));
+                g.output(format!("z{i}"), &a.contract_wide(&b, &["k", "batch"]));
+            }
+        })
+        .unwrap();
+        let mut seen = BTreeSet::new();
+        let p = p.finish().unwrap();
+        hold(&p, "1", "", &mut seen);
+        hold(&p, "m=2", "k:m", &mut seen);
+        assert!(seen.contains("contract"));
+    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub enum OptimizerKind {
 pub enum Dtype {
     /// 32-bit floats.
     F32,
-    /// bfloat16; not yet.
+    /// bfloat16; variables, statistics, softmax and losses stay 32-bit floats.
     Bf16,
 }
 

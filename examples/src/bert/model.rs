@@ -141,7 +141,7 @@ impl Model<'_> {
     pub fn pooled(&self, x: &Tensor) -> Tensor {
         // A lookup, and no slice: the first position lies where it lies.
         let first = x.graph().scalar_i32(0).broadcast(&[x.dim("batch")]);
-        let first = x.cast(DType::F32).gather(&first, "seq").cast(self.dtype);
+        let first = x.gather(&first, "seq");
         nn::dense(&first, "pooler", &["d_model"], &[self.d_model()], &self.dense()).tanh()
     }
 
@@ -150,11 +150,10 @@ impl Model<'_> {
         let g = x.graph();
         let words = self.words(g).cast(self.dtype);
         g.scoped("masked_words", || {
-            let x = x.cast(DType::F32).gather(positions, "seq").cast(self.dtype);
-            let x = nn::dense(&x, "transform", &["d_model"], &[self.d_model()], &self.dense());
+            let x = nn::dense(&x.gather(positions, "seq"), "transform", &["d_model"], &[self.d_model()], &self.dense());
             let x = self.norm(&self.architecture.hidden_act.apply(&x), "norm");
             let bias = g.variable("bias", &[words.dim("vocab")], Init::zeros());
-            x.contract(&words, &["d_model"]).cast(DType::F32).add(&bias)
+            x.contract_wide(&words, &["d_model"]).add(&bias)
         })
     }
 

@@ -9,26 +9,29 @@ pub fn leaky_relu(x: &Tensor, slope: f32) -> Tensor {
     x.greater(&x.number(0.0)).select(x, &x.mul(&x.number(slope)))
 }
 
-/// Gaussian error linear unit, exactly: x Φ(x) with the normal distribution function Φ.
+/// Gaussian error linear unit, exactly: x Φ(x) with the normal distribution function Φ; computed in f32, of x' dtype.
 #[track_caller]
 pub fn gelu(x: &Tensor) -> Tensor {
+    let (dtype, x) = (x.ty().dtype, x.cast(DType::F32));
     let phi = x.mul(&x.number(std::f32::consts::FRAC_1_SQRT_2)).erf().add(&x.number(1.0)).mul(&x.number(0.5));
-    x.mul(&phi)
+    x.mul(&phi).cast(dtype)
 }
 
 /// The approximation of [`gelu`] by a hyperbolic tangent (Hendrycks and Gimpel 2016).
 #[track_caller]
 pub fn gelu_tanh(x: &Tensor) -> Tensor {
+    let (dtype, x) = (x.ty().dtype, x.cast(DType::F32));
     let c = (2.0 / std::f32::consts::PI).sqrt();
-    let cubic = x.add(&x.mul(x).mul(x).mul(&x.number(0.044715)));
+    let cubic = x.add(&x.mul(&x).mul(&x).mul(&x.number(0.044715)));
     let phi = cubic.mul(&x.number(c)).tanh().add(&x.number(1.0)).mul(&x.number(0.5));
-    x.mul(&phi)
+    x.mul(&phi).cast(dtype)
 }
 
-/// x / (1 + e^-x), also called swish.
+/// x / (1 + e^-x), also called swish; computed in f32, of x' dtype.
 #[track_caller]
 pub fn silu(x: &Tensor) -> Tensor {
-    x.mul(&x.sigmoid())
+    let wide = x.cast(DType::F32);
+    wide.mul(&wide.sigmoid()).cast(x.ty().dtype)
 }
 
 /// log(1 + e^x), as max(x, 0) + log(1 + e^-|x|): no overflow.

@@ -57,7 +57,7 @@ pub fn attention(
         let (q, k, v) = (side(x, "query"), side(&memory, "key"), side(&memory, "value"));
         super::dense::raise_grains(g, &[memory.dim(&of_memory)]);
         let dtype = q.ty().dtype;
-        let scores = q.contract(&k, &[&options.head.name]).cast(DType::F32);
+        let scores = q.contract_wide(&k, &[&options.head.name]);
         let scaled = scores.mul_scalar(1.0 / (options.head.size as f32).sqrt());
         let weights = softmax(&scaled.add(&mask.rename(positions, &of_memory)), &[&of_memory]);
         let mixed = dropout(&weights, options.keep, mode).cast(dtype).contract(&v, &[&of_memory]);

@@ -80,10 +80,8 @@ pub fn dense(x: &Tensor, name: &str, over: &[&str], into: &[Dim], options: &Dens
         let start = options.init.clone().unwrap_or(init::glorot_uniform(fan(&sides), fan(into)));
         let dims: Vec<Dim> = sides.iter().chain(into).cloned().collect();
         let kernel = g.variable("kernel", &dims, start).cast(ty.dtype);
-        let y = x.contract(&kernel, &names(&sides));
-        if !options.bias {
-            return y;
-        }
-        y.add(&g.variable("bias", into, Init::zeros()).cast(ty.dtype))
+        let y = x.contract_wide(&kernel, &names(&sides));
+        let y = if options.bias { y.add(&g.variable("bias", into, Init::zeros())) } else { y };
+        y.cast(ty.dtype)
     })
 }

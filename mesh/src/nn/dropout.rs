@@ -1,6 +1,7 @@
 //! Drop-out.
 
 use super::Mode;
+use crate::dim::DType;
 use crate::graph::Tensor;
 use crate::ops::source::Distribution;
 
@@ -14,5 +15,5 @@ pub fn dropout(x: &Tensor, keep: f32, mode: Mode) -> Tensor {
     }
     let ty = x.ty();
     let mask = x.graph().random(Distribution::Bernoulli(keep), &ty.dims).mul_scalar(1.0 / keep);
-    x.mul(&mask.cast(ty.dtype))
+    x.cast(DType::F32).mul(&mask).cast(ty.dtype)
 }

@@ -40,9 +40,13 @@ impl Op for Cast {
 }
 
 impl Tensor {
-    /// The same values in another dtype; itself if it has that one.
+    /// The same values in another dtype; itself if it has that one, and what it was before if it was `bf16` made wide.
     #[track_caller]
     pub fn cast(&self, to: DType) -> Tensor {
-        if self.ty().dtype == to { self.clone() } else { self.apply(Cast { to }) }
+        if self.ty().dtype == to {
+            return self.clone();
+        }
+        let before = if to == DType::Bf16 { self.cast_from() } else { None };
+        before.filter(|t| t.ty().dtype == to).unwrap_or_else(|| self.apply(Cast { to }))
     }
 }

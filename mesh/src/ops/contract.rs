@@ -1,11 +1,11 @@
-//! `contract`: products of two tensors summed over dimensions; einsum by names.
+//! `contract`: products of two tensors summed over dimensions; einsum by names. The sum is `f32`, of `bf16` factors too.
 //!
 //! C1. Both are floats of one dtype.
 //! C2. A dimension that both have is of the same size in both.
 //! C3. Every dimension summed over is one of theirs, named once.
 
 use super::binary::{broadcast_dims, broadcast_reference};
-use crate::dim::{Dim, Name, Type};
+use crate::dim::{DType, Dim, Name, Type};
 use crate::error::{Refusal, nearest, refuse};
 use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
@@ -51,18 +51,20 @@ impl Op for Contract {
                 return refuse("C3", format!("cannot sum {} times {} over `{n}`", x[0], x[1]), help);
             }
         }
-        Ok(Type::new(x[0].dtype, all).without(&self.over))
+        Ok(Type::new(DType::F32, all).without(&self.over))
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
         let side = |own: &Tensor, other: &Tensor| {
-            let (ty, other_ty, dy) = (own.ty(), other.ty(), cx.dy.ty());
+            let (ty, other_ty) = (own.ty(), other.ty());
+            let gradient = cx.dy.cast(ty.dtype);
+            let dy = gradient.ty();
             let all = union(&[&dy, &other_ty]);
             let over: Vec<&str> = all.iter().filter(|d| !ty.has(&d.name)).map(|d| &*d.name).collect();
             // The second factor's dimensions come last: what comes last here lies where the gradient's own does.
             let last = ty.dims.iter().rev().find(|d| dy.has(&d.name) != other_ty.has(&d.name));
             let product = match last {
-                Some(d) if dy.has(&d.name) => other.contract(&cx.dy, &over),
-                _ => cx.dy.contract(other, &over),
+                Some(d) if dy.has(&d.name) => other.contract(&gradient, &over),
+                _ => gradient.contract(other, &over),
             };
             // A dimension that only this side has was summed over: the gradient is the same all along it.
             let missing: Vec<Dim> = ty.dims.iter().filter(|d| !product.ty().has(&d.name)).cloned().collect();
@@ -97,9 +99,15 @@ impl Op for Contract {
 
 impl Tensor {
     /// The sum over the dimensions named of the products of this and `other`, dimensions matched by name:
-    /// `x.contract(&w, &["d_in"])`.
+    /// `x.contract(&w, &["d_in"])`. Of their dtype; summed in `f32`.
     #[track_caller]
     pub fn contract(&self, other: &Tensor, over: &[&str]) -> Tensor {
+        self.contract_wide(other, over).cast(self.ty().dtype)
+    }
+
+    /// [`Tensor::contract`] as it was summed: `f32`, of `bf16` factors too.
+    #[track_caller]
+    pub fn contract_wide(&self, other: &Tensor, over: &[&str]) -> Tensor {
         self.graph().apply(Contract { over: over.iter().map(|&n| n.into()).collect() }, &[self, other])
     }
 }

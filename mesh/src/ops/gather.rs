@@ -92,6 +92,8 @@ impl Tensor {
     /// `[batch, class]`.
     #[track_caller]
     pub fn gather(&self, indices: &Tensor, dim: &str) -> Tensor {
-        self.graph().apply(Gather { dim: dim.into() }, &[self, indices])
+        let dtype = self.ty().dtype;
+        let wide = if dtype == DType::Bf16 { self.cast(DType::F32) } else { self.clone() };
+        self.graph().apply(Gather { dim: dim.into() }, &[&wide, indices]).cast(dtype)
     }
 }

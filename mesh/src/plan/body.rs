@@ -4,6 +4,8 @@ use super::fuse::Fused;
 use crate::body::{Access, Body, Instr, Loop, Slot};
 use crate::dim::{DType, Name};
 use crate::ops::Prim;
+use crate::ops::binary::BinaryFn;
+use crate::ops::unary::UnaryFn;
 use crate::region::Region;
 use crate::spmd::{SpmdOp, ValueId};
 use std::collections::HashMap;
@@ -128,7 +130,7 @@ impl Builder<'_> {
                 loops.iter().zip(&whole).for_each(|(&l, &s)| by_loop[l] = s as u64);
                 Instr::Random { distribution: r.distribution, key: r.key, strides: by_loop }
             }
-            Prim::Unary(u) if u.f == crate::ops::unary::UnaryFn::Identity => return inputs[0],
+            Prim::Unary(u) if u.f == UnaryFn::Identity => return inputs[0],
             Prim::Unary(u) => Instr::Unary(u.f, inputs[0]),
             Prim::Binary(b) => Instr::Binary(b.f, inputs[0], inputs[1]),
             Prim::Compare(c) => Instr::Compare(c.f, inputs[0], inputs[1]),
@@ -137,6 +139,20 @@ impl Builder<'_> {
             Prim::Broadcast(_) => return inputs[0],
             other => unreachable!("{} is not elementwise", other.op().name()),
         };
+        if dtype == DType::Bf16 && rounds(prim) {
+            // At every op, so that it makes no difference which values are stored.
+            let wide = self.push(made, DType::F32);
+            return self.push(Instr::Cast(wide), dtype);
+        }
         self.push(made, dtype)
+    }
+}
+
+/// Whether an op of `bf16` values may give one that is none.
+fn rounds(prim: &Prim) -> bool {
+    match prim {
+        Prim::Unary(u) => !matches!(u.f, UnaryFn::Neg | UnaryFn::Abs | UnaryFn::Sign | UnaryFn::Relu | UnaryFn::Floor),
+        Prim::Binary(b) => !matches!(b.f, BinaryFn::Max | BinaryFn::Min),
+        _ => false,
     }
 }

@@ -278,7 +278,13 @@ impl<'a> Fused<'a> {
             }
             _ if earlier.kind == Kind::Map => {
                 let (x, y) = (&self.spmd.values[a.output.index()], &self.spmd.values[b.output.index()]);
-                reads_earlier && x.ty.dims == y.ty.dims && x.regions == y.regions
+                // What an optimizer sets lies in memory anyway, so it costs none to set it sooner.
+                let sets = |g: &Group| {
+                    g.outputs.iter().all(|v| self.spmd.assigns.iter().any(|(_, set)| self.root(*set) == *v))
+                };
+                let reads_same = || later.inputs.iter().any(|v| earlier.inputs.contains(v) && self.ty(*v) == &x.ty);
+                let gains = reads_earlier || sets(earlier) && sets(later) && reads_same();
+                gains && x.ty.dims == y.ty.dims && x.regions == y.regions
             }
             _ => false,
         }

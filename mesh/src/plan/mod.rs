@@ -84,12 +84,13 @@ impl ProgramPlan {
     }
 }
 
-/// Holds back what no kernel takes yet: products, convolutions and pools of `bf16`.
+/// Holds back what no kernel takes yet: convolutions and pools of `bf16`.
 fn in_f32(function: &Function) -> Result<(), Error> {
     for node in &function.nodes {
         let op = node.op.op();
         let moves =
             op.elementwise() || op.copies() || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_));
+        let moves = moves || matches!(node.op, Prim::Contract(_));
         if !moves && function.input_types(node).iter().any(|t| t.dtype == DType::Bf16) {
             let what = format!("`{}` of bf16", op.name());
             let help = "cast its inputs to f32 and the result back".into();

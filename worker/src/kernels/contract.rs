@@ -1,5 +1,8 @@
 //! `contract`: sums of products of two tensors of any order of dimensions, as packed and blocked matrix products.
 //!
+//! Along the contracted dimensions it counts in units: elements of `f32`, pairs of `bf16` (the last one of a leaf may have
+//! a zero for its second half).
+//!
 //! All of b is packed once, by panels of as many columns as a tile has. A task has a block of rows and columns of the
 //! result; it goes through the contracted elements piece by piece, packs a's part of a piece where the second-level
 //! cache holds it, and runs tiles over it. A piece is a subtree of the summation tree, or a part of a single long leaf
@@ -10,17 +13,17 @@
 
 use super::conv::strides;
 use super::isa::Isa;
-use super::pack::{self, Side};
+use super::pack::{self, NOTHING, Side};
 use super::tile::{self, Combine, Leaves, Tile, panel_width};
 use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use mesh::chunk::Tree;
-use mesh::dim::Name;
+use mesh::dim::{DType, Name};
 use mesh::ops::Prim;
 use mesh::plan::{OpWork, Part};
 use std::ops::Range;
 
-/// Contracted elements of a piece at most: a tile's rows of them stay in the first-level cache.
+/// Contracted units of a piece at most: a tile's rows of them stay in the first-level cache.
 const PIECE: usize = 512;
 /// Rows of a tile.
 const ROWS: usize = 14;
@@ -30,9 +33,9 @@ const BLOCK_ROWS: usize = 8 * ROWS;
 const BLOCK_COLUMNS: usize = 1024;
 /// Blocks that a product is cut into at least, so that threads end at about the same time.
 const BLOCKS: usize = 16;
-/// Elements between the rows of a packed piece that lie in neighbouring sets of the cache.
+/// Units between the rows of a packed piece that lie in neighbouring sets of the cache.
 const PITCH: usize = PIECE + 16;
-/// Contracted elements and panels that a task packs of b.
+/// Contracted units and panels that a task packs of b.
 const PACKED: [usize; 2] = [128, 8];
 
 /// One instruction of the stack machine over pieces; sums are blocks of rows and columns.
@@ -47,6 +50,8 @@ enum Step {
 /// A contraction, prepared.
 pub struct ContractPlan {
     isa: Isa,
+    /// Whether the factors are `bf16`.
+    pairs: bool,
     /// By batch: offsets in a, b and the result.
     batches: Vec<[usize; 3]>,
     a_rows: Side,
@@ -67,10 +72,11 @@ pub struct ContractPlan {
     block: [usize; 2],
 }
 
+/// Factors are of either dtype.
 #[derive(Clone, Copy)]
 struct Pointers {
-    a: *const f32,
-    b: *const f32,
+    a: *const u8,
+    b: *const u8,
     out: *mut f32,
     scratch: *mut f32,
 }
@@ -212,12 +218,15 @@ impl ContractPlan {
                 .map(|d| &d.name)
                 .filter(|n| op.over.contains(n))
                 .collect();
+        let pairs = a.ty.dtype == DType::Bf16;
+        let unit = 1 + usize::from(pairs);
         let (mut depth, mut channels) = (Vec::new(), Vec::new());
         for leaf in &leaves.boxes {
             let loops: Vec<_> = leaf.iter().zip(&names).map(|(r, n)| (r.clone(), [place(a, n), place(b, n)])).collect();
             let start = depth.len();
             depth.extend(offsets(&loops));
-            channels.push(start..depth.len());
+            depth.resize(depth.len().next_multiple_of(unit), [NOTHING; 2]);
+            channels.push(start / unit..depth.len() / unit);
         }
         let [a_rows, out_rows] = sides(&offsets(&rows));
         let [b_columns, out_columns] = sides(&offsets(&columns));
@@ -240,6 +249,7 @@ impl ContractPlan {
         let elements = out.region.elements();
         Some(ContractPlan {
             isa,
+            pairs,
             batches,
             a_rows,
             a_depth,
@@ -260,18 +270,23 @@ impl ContractPlan {
         self.b_columns.len().div_ceil(self.width)
     }
 
+    /// Contracted units.
+    fn units(&self) -> usize {
+        self.b_depth.len() / (1 + usize::from(self.pairs))
+    }
+
     /// Bytes of scratch: b, packed, of all batches.
     pub fn scratch_bytes(&self) -> usize {
-        self.batches.len() * self.panels() * self.width * self.b_depth.len() * 4
+        self.batches.len() * self.panels() * self.width * self.units() * 4
     }
 
     /// Runs it: `out` is `[nodes, ..]`.
     ///
     /// # Safety
     /// The pointers are buffers of the plan's parts and of the scratch asked for, which do not overlap.
-    pub unsafe fn run(&self, pool: &Pool, a: *const f32, b: *const f32, out: *mut f32, scratch: *mut f32) {
+    pub unsafe fn run(&self, pool: &Pool, a: *const u8, b: *const u8, out: *mut f32, scratch: *mut f32) {
         let p = Pointers { a, b, out, scratch };
-        let (panels, k) = (self.panels(), self.b_depth.len());
+        let (panels, k) = (self.panels(), self.units());
         let packs = [k.div_ceil(PACKED[0]), panels.div_ceil(PACKED[1])];
         pool.run(self.batches.len() * packs[0] * packs[1], &|t, _| {
             let (batch, t) = (t / (packs[0] * packs[1]), t % (packs[0] * packs[1]));
@@ -300,16 +315,21 @@ impl ContractPlan {
         let columns = first..(first + self.width).min(self.b_columns.len());
         // SAFETY: offsets lie inside b; the panel is a part of the scratch.
         unsafe {
-            let from = p.b.add(self.batches[batch][1]);
-            let to = p.scratch.add((batch * self.panels() + panel) * self.width * self.b_depth.len());
+            let at = self.batches[batch][1];
+            let to = p.scratch.add((batch * self.panels() + panel) * self.width * self.units());
             let to = to.add(depth.start * self.width);
             if columns.len() < self.width {
                 std::ptr::write_bytes(to, 0, depth.len() * self.width);
             }
-            if self.b_columns.run() >= self.b_depth.run() {
-                pack::copy(from, [&self.b_depth, &self.b_columns], [depth, columns], to, self.width);
-            } else {
-                pack::transpose(self.isa, from, [&self.b_columns, &self.b_depth], [columns, depth], to, self.width);
+            let (floats, halves, pitch) = (p.b.cast::<f32>(), p.b.cast::<u16>(), self.width);
+            let (k, n) = (&self.b_depth, &self.b_columns);
+            match (self.pairs, n.run() >= k.run()) {
+                (false, true) => pack::copy(floats.add(at), [k, n], [depth, columns], to, pitch),
+                (false, false) => pack::transpose(self.isa, floats.add(at), [n, k], [columns, depth], to, pitch),
+                (true, true) => pack::copy_pairs(self.isa, halves.add(at), [k, n], [depth, columns], to.cast(), pitch),
+                (true, false) => {
+                    pack::transpose_pairs(self.isa, halves.add(at), [n, k], [columns, depth], to.cast(), pitch)
+                }
             }
         }
     }
@@ -326,7 +346,8 @@ impl ContractPlan {
             // SAFETY: offsets lie inside a and the result, whose blocks are disjoint; the workspace has room for a
             // piece's rows and for the stack.
             unsafe {
-                let from = p.a.add(self.batches[batch][0]);
+                let at = self.batches[batch][0];
+                let (floats, halves) = (p.a.cast::<f32>(), p.a.cast::<u16>());
                 let out = p.out.add(n * self.elements + self.batches[batch][2]);
                 let mut top = 0;
                 for step in steps {
@@ -337,18 +358,24 @@ impl ContractPlan {
                         continue;
                     };
                     let x = packed.as_mut_ptr();
-                    let (x_pitch, x_step) = if by_rows {
-                        pack::copy(from, [&self.a_rows, &self.a_depth], [rows.clone(), depth.clone()], x, PITCH);
-                        (PITCH, 1)
-                    } else {
-                        pack::copy(from, [&self.a_depth, &self.a_rows], [depth.clone(), rows.clone()], x, BLOCK_ROWS);
-                        (1, BLOCK_ROWS)
-                    };
+                    let ((m, k), ranges) = ((&self.a_rows, &self.a_depth), (rows.clone(), depth.clone()));
+                    match (self.pairs, by_rows) {
+                        (false, true) => pack::copy(floats.add(at), [m, k], ranges.into(), x, PITCH),
+                        (false, false) => {
+                            pack::copy(floats.add(at), [k, m], [ranges.1, ranges.0], x, BLOCK_ROWS);
+                        }
+                        (true, true) => pack::copy_paired(halves.add(at), [m, k], ranges.into(), x.cast(), PITCH),
+                        (true, false) => {
+                            let ranges = [ranges.1, ranges.0];
+                            pack::copy_pairs(self.isa, halves.add(at), [k, m], ranges, x.cast(), BLOCK_ROWS);
+                        }
+                    }
+                    let (x_pitch, x_step) = if by_rows { (PITCH, 1) } else { (1, BLOCK_ROWS) };
                     if !goes_on {
                         top += 1;
                     }
                     for panel in panels.clone() {
-                        let w = (batch * self.panels() + panel) * self.b_depth.len() + depth.start;
+                        let w = (batch * self.panels() + panel) * self.units() + depth.start;
                         let first = panel * self.width;
                         let (out, out_pitch, columns) = match self.direct {
                             Some(stride) => {
@@ -362,6 +389,7 @@ impl ContractPlan {
                         };
                         let tile = Tile {
                             x,
+                            pairs: self.pairs,
                             pitch: x_pitch,
                             step: x_step,
                             taps: &[[0, 0]],

@@ -329,6 +329,7 @@ impl ConvPlan {
                     let at = ((batch * self.outputs[0] + o1) * self.outputs[1] + o2) * self.outputs[2] + o3;
                     let tile = Tile {
                         x: stage.as_ptr(),
+                        pairs: false,
                         pitch: phase.in_step * channels,
                         step: 1,
                         taps: &list[..n],

@@ -44,6 +44,18 @@ impl Isa {
         Isa::Portable
     }
 
+    /// Whether the machine also multiplies and adds pairs of bf16 in one instruction, and this is its best set.
+    pub fn pairs(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            self == Isa::Avx512 && is_x86_feature_detected!("avx512bf16")
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            false
+        }
+    }
+
     /// Every instruction set that this machine has.
     pub fn available() -> Vec<Isa> {
         [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| *i <= Isa::best()).collect()

@@ -2,12 +2,14 @@
 
 use super::isa::Isa;
 use super::vm::{BLOCK, Evaluation, Machine, StepContext, to_bf16};
+use crate::dispatch;
 use crate::pool::Pool;
 use mesh::body::Loop;
 use mesh::dim::DType;
 
 /// A fused loop, prepared.
 pub struct MapPlan {
+    isa: Isa,
     machine: Machine,
     /// Blocks: along the rows' loop and along the columns' loop.
     rows: usize,
@@ -38,7 +40,7 @@ impl MapPlan {
         let rows = machine.rows_per_block().min(m.max(1));
         let (row_blocks, column_blocks) = (m.div_ceil(rows), n.div_ceil(BLOCK));
         let outer: usize = machine.extents[..d - 2].iter().product();
-        MapPlan { machine, rows, row_blocks, column_blocks, blocks: outer * row_blocks * column_blocks }
+        MapPlan { isa, machine, rows, row_blocks, column_blocks, blocks: outer * row_blocks * column_blocks }
     }
 
     /// Runs the loop: result `r` is stored contiguously in loop order at `results[r]`.
@@ -78,25 +80,33 @@ impl MapPlan {
         let first = at[..d].iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);
         let n = rows * columns;
         evaluation.block(&at[..d], rows, columns);
-        for (r, (slot, dtype)) in m.results.iter().enumerate() {
+        for (to, (slot, dtype)) in to.iter().zip(&m.results) {
             // SAFETY: by the contract of `run`. All operands of a block are read before its results are stored, and
             // what is loaded in place is only read by instructions, which end before.
-            unsafe {
-                let from = std::slice::from_raw_parts(evaluation.pointer(*slot), n);
-                match dtype {
-                    DType::F32 | DType::I32 => {
-                        std::ptr::copy(from.as_ptr(), to[r].cast::<u32>().add(first), n);
-                    }
-                    DType::Bf16 => {
-                        let to = std::slice::from_raw_parts_mut(to[r].cast::<u16>().add(first), n);
-                        to.iter_mut().zip(from).for_each(|(t, f)| *t = to_bf16(*f));
-                    }
-                    DType::Bool => {
-                        let to = std::slice::from_raw_parts_mut(to[r].add(first), n);
-                        to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as u8);
-                    }
-                }
-            }
+            unsafe { store(self.isa, *dtype, evaluation.pointer(*slot), to.add(first * dtype.bytes()), n) };
         }
     }
+}
+
+/// Stores lanes as elements of a dtype.
+///
+/// # Safety
+/// So many lanes lie at `from`, and as many elements fit at `to`.
+unsafe fn store(isa: Isa, dtype: DType, from: *const u32, to: *mut u8, n: usize) {
+    dispatch!(isa, fn(dtype: DType, from: *const u32, to: *mut u8, n: usize) {
+        // SAFETY: by the contract of this function; only lanes of 32 bits may lie where they are stored.
+        unsafe {
+            if dtype.bytes() == 4 {
+                return std::ptr::copy(from, to.cast(), n);
+            }
+            let from = std::slice::from_raw_parts(from, n);
+            if dtype == DType::Bf16 {
+                let to = std::slice::from_raw_parts_mut(to.cast::<u16>(), n);
+                to.iter_mut().zip(from).for_each(|(t, f)| *t = to_bf16(*f));
+            } else {
+                let to = std::slice::from_raw_parts_mut(to, n);
+                to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as u8);
+            }
+        }
+    });
 }

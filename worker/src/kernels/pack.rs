@@ -1,9 +1,14 @@
 //! Packing: elements that lie anywhere, copied to where a tile reads them, as they lie or transposed.
 //!
+//! `bf16` is packed by pairs of neighbours along the contracted dimensions, the first one in the lower half.
+//!
 //! Roofline: the bytes of what is packed, read and written once.
 
 use super::isa::Isa;
 use crate::dispatch;
+
+/// The offset of a point that is not there: a zero.
+pub const NOTHING: usize = usize::MAX;
 
 /// Offsets of the points along one side of a matrix, and where they are neighbours.
 pub struct Side {
@@ -19,7 +24,8 @@ impl Side {
         let n = offsets.len();
         let mut ends = vec![n as u32; n];
         for i in (1..n).rev() {
-            ends[i - 1] = if offsets[i] == offsets[i - 1] + 1 { ends[i] } else { i as u32 };
+            let next = offsets[i - 1] != NOTHING && offsets[i] == offsets[i - 1] + 1;
+            ends[i - 1] = if next { ends[i] } else { i as u32 };
         }
         let runs = (0..n).filter(|&i| ends[i] as usize == i + 1).count();
         Side { offsets, ends, run: n / runs.max(1) }
@@ -145,6 +151,127 @@ pub unsafe fn transpose(
     }
 }
 
+/// Copies a block of a matrix of pairs: `to[l * pitch + (j - points.start)]` is the pair of lines `2 i` and `2 i + 1` at
+/// point `j`, `i` the `l`-th of the range.
+///
+/// # Safety
+/// As for [`copy`]; every pair has its first line.
+pub unsafe fn copy_pairs(
+    isa: Isa,
+    from: *const u16,
+    [lines, points]: [&Side; 2],
+    [pairs, columns]: [std::ops::Range<usize>; 2],
+    to: *mut u32,
+    pitch: usize,
+) {
+    for (l, i) in pairs.enumerate() {
+        let halves = [lines.offsets[2 * i], lines.offsets[2 * i + 1]];
+        let mut j = columns.start;
+        while j < columns.end {
+            let n = (points.ends[j] as usize).min(columns.end) - j;
+            // SAFETY: by this function's contract.
+            unsafe {
+                let start = from.add(points.offsets[j]);
+                let to = std::slice::from_raw_parts_mut(to.add(l * pitch + j - columns.start), n);
+                interleave(isa, start, halves, to);
+            }
+            j += n;
+        }
+    }
+}
+
+/// Neighbouring elements of two lines at these offsets, pair by pair.
+///
+/// # Safety
+/// As many elements as there are pairs lie in each line that is there.
+unsafe fn interleave(isa: Isa, from: *const u16, halves: [usize; 2], to: &mut [u32]) {
+    dispatch!(isa, fn(from: *const u16, halves: [usize; 2], to: &mut [u32]) {
+        let n = to.len();
+        // SAFETY: by the contract of this function.
+        let line = |at: usize| unsafe { std::slice::from_raw_parts(from.add(at), n) };
+        let first = line(halves[0]);
+        if halves[1] == NOTHING {
+            to.iter_mut().zip(first).for_each(|(t, f)| *t = u32::from(*f));
+            return;
+        }
+        let second = line(halves[1]);
+        to.iter_mut().zip(first).zip(second).for_each(|((t, f), s)| *t = u32::from(*f) | u32::from(*s) << 16);
+    });
+}
+
+/// Copies a block of a matrix of pairs that lie along its lines: `to[(i - lines.start) * pitch + l]` is the pair of points
+/// `2 j` and `2 j + 1` of line `i`, `j` the `l`-th of the range.
+///
+/// # Safety
+/// As for [`copy`]; every pair has its first point.
+pub unsafe fn copy_paired(
+    from: *const u16,
+    [lines, points]: [&Side; 2],
+    [rows, pairs]: [std::ops::Range<usize>; 2],
+    to: *mut u32,
+    pitch: usize,
+) {
+    for (l, i) in rows.enumerate() {
+        // SAFETY: by this function's contract.
+        unsafe {
+            let from = from.add(lines.offsets[i]);
+            let mut to = to.add(l * pitch).cast::<u16>();
+            let mut j = 2 * pairs.start;
+            while j < 2 * pairs.end {
+                let n = (points.ends[j] as usize).min(2 * pairs.end) - j;
+                match points.offsets[j] {
+                    NOTHING => *to = 0,
+                    at => std::ptr::copy_nonoverlapping(from.add(at), to, n),
+                }
+                to = to.add(n);
+                j += n;
+            }
+        }
+    }
+}
+
+/// Copies a block of a matrix of pairs that lie along its lines, transposed: `to[(j - pairs.start) * pitch + (i -
+/// lines.start)]` is the pair of points `2 j` and `2 j + 1` of line `i`.
+///
+/// # Safety
+/// As for [`copy_paired`], with as many lines as there are pairs.
+pub unsafe fn transpose_pairs(
+    isa: Isa,
+    from: *const u16,
+    [lines, points]: [&Side; 2],
+    [rows, pairs]: [std::ops::Range<usize>; 2],
+    to: *mut u32,
+    pitch: usize,
+) {
+    for j in pairs.clone().step_by(BLOCK) {
+        let width = BLOCK.min(pairs.end - j);
+        let whole = width == BLOCK && points.ends[2 * j] as usize >= 2 * (j + BLOCK);
+        for i in rows.clone().step_by(BLOCK) {
+            let height = BLOCK.min(rows.end - i);
+            // SAFETY: by this function's contract.
+            unsafe {
+                let to = to.add((j - pairs.start) * pitch + i - rows.start);
+                if whole && height == BLOCK {
+                    let at = points.offsets[2 * j];
+                    let starts: [*const f32; BLOCK] =
+                        std::array::from_fn(|l| from.wrapping_add(lines.offsets[i + l] + at).cast());
+                    transpose_block(isa, starts, to.cast(), pitch);
+                    continue;
+                }
+                let half = |l: usize, p: usize| match points.offsets[p] {
+                    NOTHING => 0,
+                    at => u32::from(*from.add(lines.offsets[i + l] + at)),
+                };
+                for p in 0..width {
+                    for l in 0..height {
+                        *to.add(p * pitch + l) = half(l, 2 * (j + p)) | half(l, 2 * (j + p) + 1) << 16;
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Transposes sixteen lines of sixteen floats.
 ///
 /// # Safety
@@ -203,6 +330,41 @@ mod tests {
                     for j in 0..w {
                         let element = from[lines.offsets[rows.start + i] + points.offsets[columns.start + j]];
                         assert_eq!((straight[i * w + j], turned[j * h + i]), (element, element), "{i}, {j} on {isa:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_are_packed_from_wherever_their_halves_lie() {
+        let from: Vec<u16> = (0..20_000).collect();
+        let lines = Side::new((0..40).map(|i| i * 131).collect());
+        let ending = (0..50).map(|j| if j == 49 { NOTHING } else { j }).collect();
+        for points in [ending, (0..50).map(|j| j + j / 20 * 7).collect(), (0..50).map(|j| j * 3).collect()] {
+            let points = Side::new(points);
+            let (rows, pairs) = (3..38, 1..25);
+            let (h, w) = (rows.len(), pairs.len());
+            let [mut straight, mut turned, mut across] = [vec![0; h * w], vec![0; h * w], vec![0; h * w]];
+            let half = |line: usize, point: usize| match points.offsets[point] {
+                NOTHING => 0,
+                at => u32::from(from[lines.offsets[line] + at]),
+            };
+            for isa in Isa::available() {
+                let ranges = || [rows.clone(), pairs.clone()];
+                // SAFETY: all offsets lie inside `from`, and the results have room for the block.
+                unsafe {
+                    copy_paired(from.as_ptr(), [&lines, &points], ranges(), straight.as_mut_ptr(), w);
+                    transpose_pairs(isa, from.as_ptr(), [&lines, &points], ranges(), turned.as_mut_ptr(), h);
+                    let ranges = [pairs.clone(), rows.clone()];
+                    copy_pairs(isa, from.as_ptr(), [&points, &lines], ranges, across.as_mut_ptr(), h);
+                }
+                for i in 0..h {
+                    for j in 0..w {
+                        let [low, high] = [0, 1].map(|k| half(rows.start + i, 2 * (pairs.start + j) + k));
+                        let pair = low | high << 16;
+                        let found = (straight[i * w + j], turned[j * h + i], across[j * h + i]);
+                        assert_eq!(found, (pair, pair, pair), "{i}, {j} on {isa:?}");
                     }
                 }
             }

@@ -45,7 +45,8 @@ pub struct ReducePlan {
     reduced: Vec<bool>,
     /// Leaves: by reduced loop the local range.
     leaves: Vec<Vec<std::ops::Range<usize>>>,
-    /// Runs of leaves that differ only in where they lie along the rows' loop, one behind the other: they share blocks.
+    /// Runs of leaves that differ only in where they lie along the innermost reduced loop, one behind the other: they
+    /// share blocks.
     runs: Vec<std::ops::Range<usize>>,
     /// Nodes: the stack machine over leaves, in order.
     nodes: Vec<Vec<Combine>>,
@@ -122,9 +123,12 @@ impl ReducePlan {
             nodes.push(program);
         }
         let d = machine.extents.len();
-        let shared = !reduced[d - 1] && reduced[d - 2];
-        let runs =
-            if shared { gather_runs(&mut leaves, &mut nodes) } else { (0..leaves.len()).map(|l| l..l + 1).collect() };
+        let most = if reduced[d - 1] { BLOCK } else { usize::MAX };
+        let runs = if reduced[d - 1] || reduced[d - 2] {
+            gather_runs(&mut leaves, &mut nodes, most)
+        } else {
+            (0..leaves.len()).map(|l| l..l + 1).collect()
+        };
         let inner = if reduced[d - 1] { 1 } else { machine.extents[d - 1] };
         let kept: Vec<usize> =
             (0..d - usize::from(!reduced[d - 1])).filter(|&l| !reduced[l]).map(|l| machine.extents[l]).collect();
@@ -358,10 +362,11 @@ impl ReducePlan {
                 at[l]..at[l] + 1
             };
         }
-        // The rows' loop is the innermost reduced one where leaves share blocks; they follow each other along it.
-        let rows_of = |leaf: &Vec<std::ops::Range<usize>>| leaf[leaf.len() - 1].clone();
+        // Leaves that share blocks follow each other along the innermost reduced loop: that of rows, or of columns.
+        let last_of = |leaf: &Vec<std::ops::Range<usize>>| leaf[leaf.len() - 1].clone();
         if leaves.len() > 1 {
-            ranges[d - 2] = rows_of(box_).start..rows_of(&leaves[leaves.len() - 1]).end;
+            let along = if inner_reduced { d - 1 } else { d - 2 };
+            ranges[along] = last_of(box_).start..last_of(&leaves[leaves.len() - 1]).end;
         }
         if !inner_reduced {
             ranges[d - 1] = start..start + width;
@@ -389,13 +394,21 @@ impl ReducePlan {
                         // SAFETY: the block has that many points.
                         let v: &[f32] =
                             unsafe { std::slice::from_raw_parts(evaluation.pointer(*slot).cast(), rows * columns) };
+                        if inner_reduced && leaves.len() == 1 {
+                            self.fold_lanes(&mut sums[r * row..][..row], v, columns, 0..columns, lane);
+                            continue;
+                        }
                         if inner_reduced {
-                            let acc = &mut sums[r * row..(r + 1) * row];
-                            self.fold_lanes(acc, v, columns, lane);
+                            // All of them lie in this block.
+                            for (l, leaf) in leaves.iter().enumerate() {
+                                let own = last_of(leaf);
+                                let acc = &mut sums[(l * count + r) * row..][..row];
+                                self.fold_lanes(acc, v, columns, own.start - c..own.end - c, 0);
+                            }
                             continue;
                         }
                         for (l, leaf) in leaves.iter().enumerate() {
-                            let part = if leaves.len() > 1 { rows_of(leaf) } else { m..m + rows };
+                            let part = if leaves.len() > 1 { last_of(leaf) } else { m..m + rows };
                             let (first, end) = (part.start.max(m), part.end.min(m + rows));
                             if first < end {
                                 let acc = &mut sums[(l * count + r) * row..][..row];
@@ -415,8 +428,8 @@ impl ReducePlan {
             loop {
                 if l == 0 {
                     if inner_reduced {
-                        for r in 0..count {
-                            sums[r] = self.finish_lanes(&sums[r * LANES..(r + 1) * LANES]);
+                        for sums in sums[..leaves.len() * count * row].chunks_exact_mut(count * row) {
+                            (0..count).for_each(|r| sums[r] = self.finish_lanes(&sums[r * LANES..][..LANES]));
                         }
                     }
                     return;
@@ -456,14 +469,20 @@ impl ReducePlan {
         });
     }
 
-    /// Adds rows of values to lanes, row after row; value `i` of a row goes to lane `(first + i) % 16`, and `first` is a
-    /// multiple of 16.
-    fn fold_lanes(&self, lanes: &mut [f32], v: &[f32], columns: usize, first: usize) {
+    /// Adds a part of each row of `columns` values to lanes, row after row; value `i` of a part goes to lane
+    /// `(first + i) % 16`, and `first` is a multiple of 16.
+    fn fold_lanes(&self, lanes: &mut [f32], v: &[f32], columns: usize, part: std::ops::Range<usize>, first: usize) {
         debug_assert_eq!(first % LANES, 0);
         let by = self.combine();
-        dispatch!(self.isa, fn(by: (ReduceFn, bool), lanes: &mut [f32], v: &[f32], columns: usize) {
+        dispatch!(self.isa, fn(
+            by: (ReduceFn, bool),
+            lanes: &mut [f32],
+            v: &[f32],
+            columns: usize,
+            part: std::ops::Range<usize>,
+        ) {
             let Ok(lanes) = <&mut [f32; LANES]>::try_from(lanes) else { return };
-            with_function!(by, |f| v.chunks_exact(columns).for_each(|v| into_lanes(lanes, v, f)));
+            with_function!(by, |f| v.chunks_exact(columns).for_each(|v| into_lanes(lanes, &v[part.clone()], f)));
         });
     }
 
@@ -563,10 +582,12 @@ impl ReducePlan {
     }
 }
 
-/// Brings leaves that differ only in the last loop, one behind the other, next to each other; gives their runs.
+/// Brings leaves that differ only in the last loop, one behind the other, next to each other; gives their runs, of `most`
+/// points along that loop.
 fn gather_runs(
     leaves: &mut Vec<Vec<std::ops::Range<usize>>>,
     nodes: &mut [Vec<Combine>],
+    most: usize,
 ) -> Vec<std::ops::Range<usize>> {
     let key = |l: &[std::ops::Range<usize>]| l.iter().map(|r| (r.start, r.end)).collect::<Vec<_>>();
     let mut order: Vec<usize> = (0..leaves.len()).collect();
@@ -583,7 +604,11 @@ fn gather_runs(
     for (at, leaf) in leaves.iter().enumerate() {
         let last = leaf.len() - 1;
         match runs.last_mut() {
-            Some(r) if leaves[at - 1][..last] == leaf[..last] && leaves[at - 1][last].end == leaf[last].start => {
+            Some(r)
+                if leaves[at - 1][..last] == leaf[..last]
+                    && leaves[at - 1][last].end == leaf[last].start
+                    && leaf[last].end - leaves[r.start][last].start <= most =>
+            {
                 r.end = at + 1;
             }
             _ => runs.push(at..at + 1),

@@ -3,6 +3,10 @@
 //! `out[m, n] = sum over leaves, taps, c of x[m * pitch + tap.0 + c * step] * w[tap.1 + c * N + n]`, one fused multiply-add
 //! after the other within a leaf, leaves combined along the summation tree.
 //!
+//! Of `bf16`, a channel is a pair of neighbours ([`super::pack`]): first the products of their second halves are added,
+//! then those of the first ones, each a fused multiply-add that takes subnormal factors for zeros and gives zeros for
+//! subnormal results, as the instruction for it does.
+//!
 //! Roofline: 2 * M * N flops for M broadcasts and N loads from the cache; with M x N = 14 x 32 the multiply-add units
 //! bind (16 lanes a cycle on the machine at hand).
 
@@ -62,7 +66,9 @@ impl Leaves {
 pub struct Tile<'a> {
     /// First output's first input element.
     pub x: *const f32,
-    /// Elements from one output's inputs to the next one's.
+    /// Whether inputs and weights are pairs of `bf16`.
+    pub pairs: bool,
+    /// Elements (pairs) from one output's inputs to the next one's.
     pub pitch: usize,
     /// Elements from one channel to the next one.
     pub step: usize,
@@ -117,7 +123,7 @@ pub(super) trait Lanes: Copy {
             std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
         }
     }
-    /// self + x * w, rounded once.
+    /// self + x * w, rounded once; or, of pairs, the sums of both products.
     unsafe fn fma(self, x: f32, w: Self) -> Self;
     /// self + other.
     unsafe fn add(self, other: Self) -> Self;
@@ -148,6 +154,50 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         Portable(std::array::from_fn(|l| self.0[l] + other.0[l]))
+    }
+}
+
+/// Pairs of `bf16` without an instruction for them.
+#[derive(Clone, Copy)]
+struct PortablePairs(Portable);
+
+/// A float as the instruction for pairs takes and gives it: a zero of its sign in place of a subnormal one.
+#[inline(always)]
+fn normal(x: f32) -> f32 {
+    if x.abs() < f32::MIN_POSITIVE { f32::from_bits(x.to_bits() & 1 << 31) } else { x }
+}
+
+impl Lanes for PortablePairs {
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: as all of this impl: what `Portable` asks for, by the callers' contracts.
+        PortablePairs(unsafe { Portable::zero() })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: as above.
+        PortablePairs(unsafe { Portable::load(p) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: as above.
+        unsafe { self.0.store(p) }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, x: f32, w: Self) -> Self {
+        let second = |pair: f32| normal(f32::from_bits(pair.to_bits() & 0xffff_0000));
+        let first = |pair: f32| normal(f32::from_bits(pair.to_bits() << 16));
+        let [low, high] = [first(x), second(x)];
+        PortablePairs(Portable(std::array::from_fn(|l| {
+            let w = w.0.0[l];
+            let sum = normal(high.mul_add(second(w), self.0.0[l]));
+            normal(low.mul_add(first(w), sum))
+        })))
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as above.
+        PortablePairs(unsafe { self.0.add(other.0) })
     }
 }
 
@@ -194,6 +244,52 @@ pub(super) mod x86 {
         unsafe fn add(self, other: Self) -> Self {
             // SAFETY: as above.
             Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+    }
+
+    /// Pairs of `bf16` by the instruction for them.
+    #[derive(Clone, Copy)]
+    pub struct Avx512Pairs(Avx512);
+
+    impl Lanes for Avx512Pairs {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: as all of this impl, only used by functions compiled for AVX-512 with BF16; pointers by the callers'
+            // contracts.
+            Avx512Pairs(unsafe { Avx512::zero() })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above.
+            Avx512Pairs(unsafe { Avx512::load(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe { self.0.store(p) }
+        }
+        #[inline(always)]
+        unsafe fn load_first(p: *const f32, n: usize) -> Self {
+            // SAFETY: as above.
+            Avx512Pairs(unsafe { Avx512::load_first(p, n) })
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, p: *mut f32, n: usize) {
+            // SAFETY: as above.
+            unsafe { self.0.store_first(p, n) }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, x: f32, w: Self) -> Self {
+            // SAFETY: as above; vectors of pairs are vectors of 32 bits each.
+            unsafe {
+                let pairs = |v: __m512| std::mem::transmute::<__m512, __m512bh>(v);
+                Avx512Pairs(Avx512(_mm512_dpbf16_ps(self.0.0, pairs(_mm512_set1_ps(x)), pairs(w.0.0))))
+            }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Avx512Pairs(unsafe { self.0.add(other.0) })
         }
     }
 
@@ -332,18 +428,33 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(t: &Tile) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
-unsafe fn tile_avx512<const MR: usize, const NV: usize>(t: &Tile) {
-    // SAFETY: by the contract of `run`.
-    unsafe { tile::<x86::Avx512, MR, NV>(t) }
+macro_rules! tiles {
+    ($($(#[$attribute:meta])* $name:ident: $lanes:ty;)*) => {
+        $(
+            $(#[$attribute])*
+            unsafe fn $name<const MR: usize, const NV: usize>(t: &Tile) {
+                // SAFETY: by the contract of `run`.
+                unsafe { tile::<$lanes, MR, NV>(t) }
+            }
+        )*
+    };
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,bmi2")]
-unsafe fn tile_avx2<const MR: usize, const NV: usize>(t: &Tile) {
-    // SAFETY: by the contract of `run`.
-    unsafe { tile::<x86::Avx2, MR, NV>(t) }
+tiles! {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+    tile_avx512: x86::Avx512;
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,bmi2")]
+    tile_avx2: x86::Avx2;
+    tile_portable: Portable;
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+    pairs_avx512: x86::Avx512Pairs;
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,bmi2")]
+    pairs_avx2: PortablePairs;
+    pairs_portable: PortablePairs;
 }
 
 /// Columns of a panel for so many output channels.
@@ -370,18 +481,22 @@ pub unsafe fn run(isa: Isa, width: usize, mut t: Tile, mut count: usize) {
             }
         };
     }
-    match (isa, width) {
+    match (isa, t.pairs, width) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, 32) => steps!(tile_avx512, 2, 14, 8, 4, 2, 1),
+        (Isa::Avx512, false, 32) => steps!(tile_avx512, 2, 14, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, _) => steps!(tile_avx512, 1, 14, 8, 4, 2, 1),
+        (Isa::Avx512, false, _) => steps!(tile_avx512, 1, 14, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, _) => steps!(tile_avx2, 1, 6, 2, 1),
+        (Isa::Avx2, false, _) => steps!(tile_avx2, 1, 6, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (_, true, 32) if isa.pairs() => steps!(pairs_avx512, 2, 14, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (_, true, _) if isa.pairs() => steps!(pairs_avx512, 1, 14, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, true, 32) => steps!(pairs_avx2, 2, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Avx2, true, _) => steps!(pairs_avx2, 1, 4, 1),
+        (_, true, _) => steps!(pairs_portable, 1, 4, 1),
         _ => steps!(tile_portable, 1, 4, 1),
     }
-}
-
-unsafe fn tile_portable<const MR: usize, const NV: usize>(t: &Tile) {
-    // SAFETY: by the contract of `run`.
-    unsafe { tile::<Portable, MR, NV>(t) }
 }

@@ -7,7 +7,7 @@
 use super::isa::Isa;
 use super::math;
 use crate::dispatch;
-use mesh::body::{Instr, Loop};
+use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
 use mesh::ops::binary::BinaryFn;
 use mesh::ops::compare::CompareFn;
@@ -86,7 +86,7 @@ impl Machine {
         let mut origin = nest.origin.clone();
         let mut operands: Vec<(DType, usize, Vec<usize>)> =
             nest.operands.iter().map(|o| (o.dtype, o.offset, o.strides.clone())).collect();
-        let mut instrs: Vec<(Instr, DType)> = nest.body.instrs.clone();
+        let (mut instrs, results) = simplified(&nest.body);
         // Which original loops each remaining one stands for: the number of them.
         let mut merged = vec![1; extents.len()];
         let mut first: Vec<usize> = (0..extents.len()).collect();
@@ -154,8 +154,9 @@ impl Machine {
             })
             .collect();
         let fixed = invariants(&instrs, &operands, &extents);
-        let (instrs, registers) = allocate(instrs, &nest.body.results, &fixed);
-        let results: Vec<(usize, DType)> = nest.body.results.iter().map(|&r| (r, nest.body.instrs[r].1)).collect();
+        let (instrs, registers) = allocate(instrs, &results, &fixed);
+        let results: Vec<(usize, DType)> =
+            results.into_iter().zip(&nest.body.results).map(|(r, of)| (r, nest.body.instrs[*of].1)).collect();
         // A result that is merely loaded is copied to a register first: its memory may be another result's.
         let mut operands: Vec<Operand> = operands;
         for (r, _) in &results {
@@ -229,6 +230,54 @@ fn invariants(instrs: &[(Instr, DType)], operands: &[Operand], extents: &[usize]
         });
     }
     fixed
+}
+
+/// A body without the casts that change no lane: a `bf16` is held as the `f32` that it is, and what stores a result rounds
+/// it. Its instructions and, for each result, that which computes it.
+fn simplified(body: &Body) -> (Vec<(Instr, DType)>, Vec<usize>) {
+    let dtype = |i: usize| body.instrs[i].1;
+    let mut same: Vec<usize> = Vec::with_capacity(body.instrs.len());
+    for (i, (instr, to)) in body.instrs.iter().enumerate() {
+        same.push(match *instr {
+            Instr::Cast(a) if dtype(a) == *to || (dtype(a), *to) == (DType::Bf16, DType::F32) => same[a],
+            _ => i,
+        });
+    }
+    let mut uses = vec![0usize; body.instrs.len()];
+    (0..body.instrs.len()).filter(|i| same[*i] == *i).for_each(|i| {
+        arguments(&body.instrs[i].0).into_iter().for_each(|a| uses[same[a]] += 1);
+    });
+    let sources: Vec<usize> = body
+        .results
+        .iter()
+        .map(|&r| match body.instrs[same[r]].0 {
+            Instr::Cast(a) if uses[same[r]] == 0 && (dtype(a), dtype(r)) == (DType::F32, DType::Bf16) => same[a],
+            _ => same[r],
+        })
+        .collect();
+    let mut needed = vec![false; body.instrs.len()];
+    sources.iter().for_each(|&s| needed[s] = true);
+    for i in (0..needed.len()).rev().filter(|i| same[*i] == *i) {
+        if needed[i] {
+            arguments(&body.instrs[i].0).into_iter().for_each(|a| needed[same[a]] = true);
+        }
+    }
+    let mut place = vec![0; needed.len()];
+    let mut instrs = Vec::with_capacity(needed.len());
+    for (i, (instr, dtype)) in body.instrs.iter().enumerate().filter(|(i, _)| needed[*i]) {
+        place[i] = instrs.len();
+        let at = |a: usize| place[same[a]];
+        let instr = match instr {
+            Instr::Unary(f, a) => Instr::Unary(*f, at(*a)),
+            Instr::Cast(a) => Instr::Cast(at(*a)),
+            Instr::Binary(f, a, b) => Instr::Binary(*f, at(*a), at(*b)),
+            Instr::Compare(f, a, b) => Instr::Compare(*f, at(*a), at(*b)),
+            Instr::Select(a, b, c) => Instr::Select(at(*a), at(*b), at(*c)),
+            leaf => leaf.clone(),
+        };
+        instrs.push((instr, *dtype));
+    }
+    (instrs, sources.into_iter().map(|s| place[s]).collect())
 }
 
 /// Gives every instruction a register such that values that are alive together have different ones; fixed ones keep
@@ -307,7 +356,8 @@ unsafe fn run(e: &mut Evaluation, list: &[usize], at: &[usize], rows: usize, col
                 unsafe { load(operand, operands[*o], start, rows, columns, out, &mut pointers[i]) };
             }
             Instr::Constant(c) => out.fill(match dtype {
-                DType::F32 | DType::Bf16 => (*c as f32).to_bits(),
+                DType::F32 => (*c as f32).to_bits(),
+                DType::Bf16 => u32::from(to_bf16((*c as f32).to_bits())) << 16,
                 DType::I32 => *c as i32 as u32,
                 DType::Bool => u32::from(*c != 0.0),
             }),
@@ -402,10 +452,16 @@ unsafe fn load(
         }
         DType::Bf16 => {
             let from = buffer.cast::<u16>();
-            for r in 0..rows {
-                for c in 0..columns {
-                    // SAFETY: as above.
-                    out[r * columns + c] = u32::from(unsafe { *from.add(start + r * row + c * column) }) << 16;
+            for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+                // SAFETY: as above.
+                unsafe {
+                    let from = from.add(start + r * row);
+                    if column == 1 {
+                        let from = std::slice::from_raw_parts(from, columns);
+                        o.iter_mut().zip(from).for_each(|(o, v)| *o = u32::from(*v) << 16);
+                    } else {
+                        o.iter_mut().enumerate().for_each(|(c, o)| *o = u32::from(*from.add(c * column)) << 16);
+                    }
                 }
             }
         }
