@@ -439,10 +439,10 @@ impl Session {
         let watch = self.watched.is_some();
         let seen = match &mut self.engine {
             Engine::Embedded(mesh, _) if watch => {
-                mesh.watch(true);
+                mesh.watch(Some(&self.program));
                 mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()))?;
                 let seen = mesh.non_finite();
-                mesh.watch(false);
+                mesh.watch(None);
                 seen
             }
             Engine::Embedded(mesh, _) => {
@@ -459,7 +459,8 @@ impl Session {
         Ok(())
     }
 
-    /// Watches for values that are not finite in the steps from now on, or no more: slower, and of no other effect.
+    /// Watches for values that are not finite in the steps from now on, or no more: slower, and of no other effect. What is
+    /// infinite counts only where finite values became so ([`worker::watch`]): a mask of -inf is no finding.
     pub fn watch(&mut self, on: bool) {
         self.watched = on.then(Vec::new);
     }

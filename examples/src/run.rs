@@ -464,7 +464,10 @@ impl<C: Settings> Task<C> {
         }
         let found = session.non_finite();
         session.watch(false);
-        let first = found.iter().map(|line| format!("\n  --> step {}: {line}", at.step - 1)).collect::<String>();
+        let mut first = found.iter().map(|line| format!("\n  --> step {}: {line}", at.step - 1)).collect::<String>();
+        if found.is_empty() {
+            first = "\n  note: done again, no step made of finite values what is infinite or no number".into();
+        }
         let kept = begin.map(|r| format!("\n  note: {} of {} steps is kept", r.folder, r.position.step));
         Ok(first + &kept.unwrap_or_default())
     }

@@ -9,11 +9,12 @@ use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
 use crate::recorder::Recorder;
 use crate::transport::{Transport, TransportError};
-use crate::watch::{NonFinite, Origin, results, scan};
+use crate::watch::{Computed, Looked, NonFinite, Odd, Origin, scan};
 use mesh::array::Array;
-use mesh::dim::{DType, Name};
+use mesh::dim::Name;
 use mesh::error::Place;
 use mesh::plan::{ALIGN, Buffer, DevicePlan, Part, ProgramPlan};
+use mesh::program::Program;
 use ndarray::{ArrayViewMutD, IxDyn, SliceInfoElem};
 use std::sync::Arc;
 
@@ -27,8 +28,8 @@ struct Step {
     /// End of the last buffer that it touches.
     end: usize,
     label: Name,
-    /// What it computes, and where that stands in the user's source.
-    results: Vec<(DType, usize)>,
+    /// What of it is looked through, and where it stands in the user's source.
+    looked: Looked,
     place: Place,
 }
 
@@ -53,7 +54,14 @@ pub struct Device {
     /// Its number in the mesh.
     number: usize,
     /// What was not finite, if it is watched for.
-    watched: Option<Vec<NonFinite>>,
+    watched: Option<Watched>,
+}
+
+/// What a device watches for.
+struct Watched {
+    /// By variable: whether it is a weight.
+    weights: Vec<bool>,
+    found: Vec<NonFinite>,
 }
 
 // SAFETY: the addresses in the steps lie in the arena, which the device keeps alive.
@@ -128,6 +136,8 @@ impl Device {
             let operands =
                 Operands { inputs: &s.inputs, outputs: &s.outputs, output_bytes: s.output_bytes, scratch: s.scratch };
             recording.begin(index);
+            // A step may write over what it reads.
+            let finite = self.watched.as_ref().map(|_| finite(s));
             // SAFETY: the addresses are the plan's buffers, which overlap only as the plan allows.
             let done = unsafe { s.kernel.run(&self.pool, &mut *self.transport, &operands, cx) };
             if let Err(e) = done {
@@ -135,34 +145,39 @@ impl Device {
                 return Err(e.into());
             }
             recording.end(index);
-            if let Some(found) = &mut self.watched {
-                watch_step(found, index, s, self.number);
+            if let (Some(Watched { found, .. }), Some(finite)) = (&mut self.watched, finite) {
+                watch_step(found, index, s, self.number, &finite);
             }
             self.touched = self.touched.max(s.end);
         }
         Ok(())
     }
 
-    /// Watches for values that are not finite from now on, or no more; what was seen so far is forgotten.
-    pub fn watch(&mut self, on: bool) {
-        self.watched = on.then(Vec::new);
+    /// Watches for values that are not finite from now on, in a plan of that program, or no more; what was seen so far is
+    /// forgotten.
+    pub fn watch(&mut self, program: Option<&Program>) {
+        let weights = |p: &Program| p.variables.iter().map(|v| v.trainable).collect();
+        self.watched = program.map(|p| Watched { weights: weights(p), found: vec![] });
     }
 
     /// The first values seen that are not finite: those infinite, and those that are no numbers.
     pub fn non_finite(&self) -> &[NonFinite] {
-        self.watched.as_deref().unwrap_or_default()
+        self.watched.as_ref().map_or(&[], |w| &w.found)
     }
 
     fn watch_variables(&mut self) {
-        let Some(found) = &mut self.watched else { return };
+        let Some(Watched { weights, found }) = &mut self.watched else { return };
         for (v, (part, buffer)) in self.variables.iter().enumerate() {
             let (dtype, elements) = (part.ty.dtype, part.region.elements());
             // SAFETY: the buffer is this part's and no step runs now.
-            let Some(scan) = (unsafe { scan(dtype, self.arena.at(*buffer), elements) }) else { continue };
-            let kind = if scan.nan { "no number" } else { "infinite" };
-            let text =
-                format!("{} of {elements} values of {} on device {} are {kind}", scan.count, part.ty, self.number);
-            NonFinite { origin: Origin::Variable(v), device: self.number, nan: scan.nan, text }.keep_first(found);
+            let scan = unsafe { scan(dtype, self.arena.at(*buffer), elements) };
+            // The start of a running maximum is infinite, a weight never.
+            let weight = weights.get(v).copied().unwrap_or(false);
+            for (nan, odd) in scan.odd().filter(|(nan, _)| *nan || weight) {
+                let (count, kind) = (odd.count, kind(nan));
+                let text = format!("{count} of {elements} values of {} on device {} are {kind}", part.ty, self.number);
+                NonFinite { origin: Origin::Variable(v), device: self.number, nan, text }.keep_first(found);
+            }
         }
     }
 
@@ -253,18 +268,34 @@ impl Device {
     }
 }
 
-/// Notes what a step has written that is not finite.
-fn watch_step(found: &mut Vec<NonFinite>, index: usize, s: &Step, device: usize) {
-    for ((dtype, elements), output) in s.results.iter().zip(&s.outputs) {
+/// By operand of a step that is about to run: whether all of it is finite.
+fn finite(s: &Step) -> Vec<bool> {
+    let operands = s.looked.operands.iter().zip(&s.inputs);
+    // SAFETY: an operand's buffer holds as many elements, and no step runs now.
+    operands.map(|((dtype, elements), input)| unsafe { scan(*dtype, *input, *elements) }.finite()).collect()
+}
+
+/// Notes what a step has written that is no number, and what is infinite by no operand that was infinite before;
+/// `finite` says which were not.
+fn watch_step(found: &mut Vec<NonFinite>, index: usize, s: &Step, device: usize, finite: &[bool]) {
+    for (Computed { dtype, elements, infinite_by }, output) in s.looked.results.iter().zip(&s.outputs) {
+        let of_finite = infinite_by.as_ref().is_some_and(|by| by.iter().all(|operand| finite[*operand]));
         // SAFETY: the output's buffer holds as many elements, and the step has ended.
-        let Some(scan) = (unsafe { scan(*dtype, *output, *elements) }) else { continue };
-        let kind = if scan.nan { "no number" } else { "infinite" };
-        let text = format!(
-            "`{}` ({}): {} of {elements} values on device {device}, the first at {}, are {kind}",
-            s.label, s.place, scan.count, scan.first
-        );
-        NonFinite { origin: Origin::Step(index), device, nan: scan.nan, text }.keep_first(found);
+        let scan = unsafe { scan(*dtype, *output, *elements) };
+        for (nan, Odd { count, first }) in scan.odd().filter(|(nan, _)| *nan || of_finite) {
+            let text = format!(
+                "`{}` ({}): {count} of {elements} values on device {device}, the first at {first}, are {}",
+                s.label,
+                s.place,
+                kind(nan)
+            );
+            NonFinite { origin: Origin::Step(index), device, nan, text }.keep_first(found);
+        }
     }
+}
+
+fn kind(nan: bool) -> &'static str {
+    if nan { "no number" } else { "infinite" }
 }
 
 /// Where a part lies in an array that holds the whole tensor, or the part alone.
@@ -293,7 +324,7 @@ fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
             scratch: arena.at(s.scratch),
             end: buffers.map(|b| b.offset + b.bytes).max().unwrap_or(0),
             label: format!("{} {}", s.label.op, s.label.scope).trim_end().into(),
-            results: results(s),
+            looked: Looked::of(s),
             place: s.label.place,
         }
     });

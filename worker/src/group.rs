@@ -142,9 +142,9 @@ impl DeviceGroup {
         board.failure.clone().map_or(Ok(()), |f| Err(MeshFailure(f)))
     }
 
-    /// Lets every device watch for values that are not finite from now on, or no more.
-    pub fn watch(&self, on: bool) {
-        (0..self.size()).for_each(|at| self.device(at).watch(on));
+    /// Lets every device watch for values that are not finite from now on, in a plan of that program, or no more.
+    pub fn watch(&self, program: Option<&Program>) {
+        (0..self.size()).for_each(|at| self.device(at).watch(program));
     }
 
     /// The first values seen that are not finite: those infinite, and those that are no numbers.

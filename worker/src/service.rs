@@ -354,12 +354,12 @@ impl worker_server::Worker for WorkerService {
         let run = self.with(r.epoch, move |l| {
             let function = l.function(&r.function)?;
             if r.watch {
-                l.group.watch(true);
+                l.group.watch(Some(&l.program));
             }
             l.group.run(function, r.step).map_err(|e| Status::aborted(e.to_string()))?;
             let non_finite = l.group.non_finite().iter().map(wire::non_finite).collect();
             if r.watch {
-                l.group.watch(false);
+                l.group.watch(None);
             }
             Ok(control::Ran { communicate_ns: l.group.communicated_ns(), non_finite })
         });
