@@ -55,6 +55,18 @@ pub struct Device {
     number: usize,
     /// What was not finite, if it is watched for.
     watched: Option<Watched>,
+    /// What its plan says that it takes, and the most until it took the place of another.
+    planned: usize,
+    earlier: Peak,
+}
+
+/// A device's memory in bytes, at the most so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peak {
+    /// By the plans.
+    pub predicted: usize,
+    /// What was in use.
+    pub measured: usize,
 }
 
 /// What a device watches for.
@@ -113,8 +125,20 @@ impl Device {
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         let pool = Pool::new(threads, cores);
-        let (number, watched) = (index, None);
-        Device { pool, arena, transport, variables, functions, seed, touched, recorder, number, watched }
+        Device {
+            pool,
+            arena,
+            transport,
+            variables,
+            functions,
+            seed,
+            touched,
+            recorder,
+            number: index,
+            watched: None,
+            planned: plan.peak_bytes(index),
+            earlier: Peak::default(),
+        }
     }
 
     /// Index of a function, to run it by.
@@ -191,11 +215,34 @@ impl Device {
         self.recorder.clone()
     }
 
-    /// Bytes of memory in use so far at the most: the arena up to the last byte that a step touched, and the
-    /// workspaces of the threads.
-    pub fn peak_bytes(&self) -> usize {
+    /// Its memory so far at the most, with that of the devices whose place it took: in use is the arena up to the last
+    /// byte that a step touched, and the workspaces of the threads.
+    pub fn peak(&self) -> Peak {
         debug_assert!(self.arena.guarded(), "a kernel wrote behind the arena");
-        self.touched.next_multiple_of(ALIGN) + self.pool.threads() * WORKSPACE_BYTES
+        let used = self.touched.next_multiple_of(ALIGN) + self.pool.threads() * WORKSPACE_BYTES;
+        Peak { predicted: self.planned.max(self.earlier.predicted), measured: used.max(self.earlier.measured) }
+    }
+
+    /// Bytes that it has taken from the machine.
+    fn taken(&self) -> usize {
+        self.arena.bytes() + self.pool.threads() * WORKSPACE_BYTES
+    }
+
+    /// Takes the place of a device that runs another plan: variables, by pairs of indices here and there, get their values
+    /// there. While both are there, all that either has taken counts as in use.
+    pub fn succeed(&mut self, before: &Device, pairs: &[(usize, usize)]) {
+        for (here, there) in pairs {
+            let ((part, to), (_, from)) = (&self.variables[*here], &before.variables[*there]);
+            let bytes = part.region.elements() * part.ty.dtype.bytes();
+            assert!(bytes <= to.bytes && bytes <= from.bytes, "a part that is larger than its buffer");
+            // SAFETY: the buffers are these parts', in two arenas, and no step runs on either device now.
+            unsafe { std::ptr::copy_nonoverlapping(before.arena.at(*from), self.arena.at(*to), bytes) };
+        }
+        let peak = before.peak();
+        self.earlier = Peak {
+            predicted: peak.predicted.max(before.planned + self.planned),
+            measured: peak.measured.max(before.taken() + self.taken()),
+        };
     }
 
     /// Copies what this device holds of feed `index` out of the whole array, or out of an array of just that.
