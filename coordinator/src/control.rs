@@ -7,6 +7,7 @@ use mesh::array::Array;
 use mesh::region::Region;
 use proto::control::{
     self, ArrayName, ArrayPart, Done, Noted, OpenPart, Opened, SessionName, StatusReply, control_server, open_part,
+    worker_client::WorkerClient,
 };
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,8 +15,10 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{StreamExt, iter};
+use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 use worker::recorder::now_ns;
+use worker::service::foreseen;
 use worker::wire::{self, Assembler};
 
 /// Shortest time between two reports to one who watches.
@@ -172,6 +175,19 @@ impl control_server::Control for Coordinator {
             .everywhere(&session, |mut client, _| async move { client.memory(r).await.map(|m| m.into_inner().devices) })
             .await?;
         Ok(Response::new(control::MemoryReply { devices: replies.into_iter().flatten().collect() }))
+    }
+
+    async fn foresee(&self, request: Request<Streaming<control::ForeseePart>>) -> Reply<control::Needs> {
+        let (head, program) = foreseen(request.into_inner()).await?;
+        let session = self.session(head.epoch)?;
+        let parts = wire::foresee(head, &program);
+        // What does not fit is no reason to stop.
+        let call = |mut client: WorkerClient<Channel>, _| {
+            let parts = parts.clone();
+            async move { client.foresee(iter(parts)).await.map(|r| r.into_inner().devices) }
+        };
+        let needs = self.ask(&session, false, call).await?;
+        Ok(Response::new(control::Needs { devices: needs.into_iter().flatten().collect() }))
     }
 
     type EventsStream = Sent<control::DeviceEvents>;

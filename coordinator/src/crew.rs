@@ -152,7 +152,7 @@ impl Coordinator {
 
     /// Asks every worker of a session for something at once. The first failure is the result; it stops the others at once
     /// if they `wait` for each other in it.
-    async fn ask<T, F>(
+    pub(crate) async fn ask<T, F>(
         &self,
         session: &Arc<Active>,
         wait: bool,
@@ -294,7 +294,8 @@ impl Coordinator {
             let options = PlanOptions { memory, devices: None };
             plan_program(&program, mesh, &layout, &options, &CpuBackend { threads: 1 }).map_err(invalid)
         };
-        let whole = plan(&mesh)?;
+        // What is wrong with the plan is said before anything is closed or waited for.
+        let whole = if settings.carry { None } else { Some(plan(&mesh)?) };
         let catalogue = self.catalogue(&settings.checkpoints)?;
         let before = self.free(settings.after)?;
         let (got, crew) = if settings.carry {
@@ -314,7 +315,10 @@ impl Coordinator {
             }
             self.crew(&settings, &mesh).await?
         };
-        let plan = if got == mesh { whole } else { plan(&got)? };
+        let plan = match whole {
+            Some(whole) if got == mesh => whole,
+            _ => plan(&got)?,
+        };
         let seen = match catalogue.clone() {
             // One that cannot be listed is the business of those who use it.
             Some(c) => blocking(move || Ok(c.next_epoch().unwrap_or(0))).await?,

@@ -4,15 +4,15 @@ use crate::checkpoint::{Newest, Position, Restored};
 use crate::error::Failure;
 use crate::interrupt;
 use crate::recorder::collect;
-use crate::session::{Options, Peak};
+use crate::session::{Need, Options, Peak};
 use mesh::array::Array;
-use mesh::layout::Mesh;
+use mesh::layout::{Layout, Mesh};
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
 use mesh::region::Region;
 use proto::control::{
-    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, EventsRequest, Noted, OpenPart, Opened, RestoreNewest,
-    SessionName, Settings, StepRequest, control_client::ControlClient, open_part,
+    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, EventsRequest, ForeseeHead, Noted, OpenPart, Opened,
+    RestoreNewest, SessionName, Settings, StepRequest, control_client::ControlClient, open_part,
 };
 use std::cell::RefCell;
 use std::future::Future;
@@ -286,6 +286,22 @@ impl Remote {
         })?;
         events.sort_by_key(|e| e.device);
         Ok(events)
+    }
+
+    /// What a program with that layout would take of each device, beside what the one there takes.
+    pub fn foresee(&self, program: &Program, layout: &Layout) -> Result<Vec<Need>, Failure> {
+        let program = bytes::Bytes::from(wire::encode(program)?);
+        let head = ForeseeHead { epoch: self.epoch, layout: layout.to_string() };
+        let parts = wire::foresee(head, &program);
+        let reply = self.call(self.client.clone().foresee(iter(parts)))?.into_inner();
+        let mut devices = reply.devices;
+        devices.sort_by_key(|d| d.device);
+        let need = |d: proto::control::Need| Need {
+            now: d.now as usize,
+            other: d.other as usize,
+            budget: (d.budget > 0).then_some(d.budget as usize),
+        };
+        Ok(devices.into_iter().map(need).collect())
     }
 
     /// Predicted and measured memory, by device.

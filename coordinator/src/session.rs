@@ -68,13 +68,24 @@ impl Options {
     }
 }
 
-/// A device's memory in bytes.
+/// A device's memory in bytes, at the most so far: of every stage since the session began or was set to a checkpoint of
+/// another stage, and of every change of stage, while which the memory of both is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Peak {
-    /// What the plan says.
+    /// What the plans say.
     pub peak_bytes_predicted: usize,
-    /// What was in use so far at the most.
+    /// What was in use.
     pub peak_bytes_measured: usize,
+}
+
+/// What a program would take of a device, in bytes.
+pub(crate) struct Need {
+    /// What the program that is there takes.
+    pub now: usize,
+    /// What the other one would take.
+    pub other: usize,
+    /// What may be used, if there is a limit.
+    pub budget: Option<usize>,
 }
 
 /// A function of a session, looked up once; steps use it without names.
@@ -154,37 +165,45 @@ impl Session {
     /// With `through` that function is run in between, on the variables that it uses of both stages: it sets those of the
     /// new stage from those of the old one.
     ///
-    /// The step in between needs the memory of the old and of the new plan at once.
+    /// A change needs the memory of the plan before and of the one after it at once; with `through` there are two changes.
     ///
     /// # Errors
-    /// No such stage or function; more memory than allowed; a session that is lost. In the first two cases the session is
-    /// as it was.
+    /// No such stage or function; more memory than allowed, by the options or by a worker; a session that is lost. In the
+    /// first two cases the session is as it was.
     pub fn enter(&mut self, stage: &str, through: Option<&str>) -> Result<(), Failure> {
         let next = self.whole.stage(stage)?;
-        let plan = self.options.of(&next, &self.whole).plan(&next)?;
+        let plan = self.plan_here(&next)?;
+        let last = self.foresee(&next, &plan)?;
         if let Some(function) = through {
             let between = self.whole.only(&[function.into()])?;
-            let plan_between = self.options.of(&between, &self.whole).plan(&between)?;
-            self.fits(&[&self.plan, &plan_between])?;
-            self.fits(&[&plan_between, &plan])?;
+            let plan_between = self.plan_here(&between)?;
+            let first = self.foresee(&between, &plan_between)?;
+            // Both changes are looked at before the first one, from which there is no way back.
+            fits(first.iter().map(|n| (n.now + n.other, n.budget)))?;
+            fits(first.iter().zip(&last).map(|(n, m)| (n.other + m.other, m.budget)))?;
             self.switch(stage, between, plan_between)?;
             let f = self.function(function)?;
             self.step(f, 0)?;
         } else {
-            self.fits(&[&self.plan, &plan])?;
+            fits(last.iter().map(|n| (n.now + n.other, n.budget)))?;
         }
         self.switch(stage, next, plan)?;
         self.stage = stage.into();
         Ok(())
     }
 
-    /// Whether the memory of some plans at once is allowed.
-    fn fits(&self, plans: &[&ProgramPlan]) -> Result<(), Failure> {
-        let device = |d| plans.iter().map(|p| p.peak_bytes(d)).sum::<usize>();
-        let (most, device) = (0..self.plan.mesh.size()).map(|d| (device(d), d)).max().unwrap_or_default();
-        match self.options.memory {
-            Some(budget) if most > budget => Err(over_both(device, most, budget).into()),
-            _ => Ok(()),
+    /// The plan of a part of the program on the mesh that the session has, which may be smaller than the one asked for.
+    fn plan_here(&self, part: &Program) -> Result<ProgramPlan, Failure> {
+        let options = self.options.of(part, &self.whole);
+        Ok(Options { mesh: self.plan.mesh.clone(), devices: None, ..options }.plan(part)?)
+    }
+
+    /// What a program would take of each device, by device; workers plan for themselves, and have limits of their own.
+    fn foresee(&self, program: &Program, plan: &ProgramPlan) -> Result<Vec<Need>, Failure> {
+        let need = |d| Need { now: self.plan.peak_bytes(d), other: plan.peak_bytes(d), budget: self.options.memory };
+        match &self.engine {
+            Engine::Embedded(..) => Ok((0..plan.mesh.size()).map(need).collect()),
+            Engine::Remote(r) => r.foresee(program, &plan.layout),
         }
     }
 
@@ -199,7 +218,7 @@ impl Session {
                 if let Some(init) = plan.functions.keys().position(|n| **n == *"init") {
                     new.run(init, 0).map_err(|e| Failure::Mesh(e.to_string()))?;
                 }
-                new.carry(old, &pairs);
+                new.succeed(old, &pairs);
                 *old = new;
                 self.plan = plan;
             }
@@ -278,6 +297,8 @@ impl Session {
         let plan = options.plan(&program)?;
         match &mut self.engine {
             Engine::Embedded(mesh, _) => {
+                // The memory of the old stage goes first: nothing of it is kept.
+                *mesh = DeviceGroup::new(&self.plan, vec![], 1, self.options.seed);
                 *mesh = DeviceGroup::embedded(&plan, self.options.threads(), self.options.seed)?;
                 self.plan = plan;
             }
@@ -439,10 +460,10 @@ impl Session {
         let watch = self.watched.is_some();
         let seen = match &mut self.engine {
             Engine::Embedded(mesh, _) if watch => {
-                mesh.watch(true);
+                mesh.watch(Some(&self.program));
                 mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()))?;
                 let seen = mesh.non_finite();
-                mesh.watch(false);
+                mesh.watch(None);
                 seen
             }
             Engine::Embedded(mesh, _) => {
@@ -459,7 +480,8 @@ impl Session {
         Ok(())
     }
 
-    /// Watches for values that are not finite in the steps from now on, or no more: slower, and of no other effect.
+    /// Watches for values that are not finite in the steps from now on, or no more: slower, and of no other effect. What is
+    /// infinite counts only where finite values became so ([`worker::watch`]): a mask of -inf is no finding.
     pub fn watch(&mut self, on: bool) {
         self.watched = on.then(Vec::new);
     }
@@ -564,18 +586,15 @@ impl Session {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// Predicted and measured memory of each device.
+    /// Predicted and measured memory of each device, at the most so far.
     ///
     /// # Errors
     /// Workers that do not answer.
     pub fn peaks(&self) -> Result<Vec<Peak>, Failure> {
+        let peak =
+            |p: worker::device::Peak| Peak { peak_bytes_predicted: p.predicted, peak_bytes_measured: p.measured };
         match &self.engine {
-            Engine::Embedded(mesh, _) => Ok((0..mesh.size())
-                .map(|d| Peak {
-                    peak_bytes_predicted: self.plan.peak_bytes(d),
-                    peak_bytes_measured: mesh.device(d).peak_bytes(),
-                })
-                .collect()),
+            Engine::Embedded(mesh, _) => Ok((0..mesh.size()).map(|d| peak(mesh.device(d).peak())).collect()),
             Engine::Remote(r) => r.peaks(),
         }
     }
@@ -604,9 +623,18 @@ impl Session {
     /// Nothing for devices in worker processes.
     pub fn profile(&self) -> Vec<(Name, f64)> {
         match &self.engine {
-            Engine::Embedded(mesh, _) => mesh.recorders()[0].1.profile(),
+            Engine::Embedded(mesh, _) => mesh.recorders().first().map(|(_, r)| r.profile()).unwrap_or_default(),
             Engine::Remote(_) => vec![],
         }
+    }
+}
+
+/// Whether what each device would need is within its budget.
+fn fits(needs: impl Iterator<Item = (usize, Option<usize>)>) -> Result<(), Failure> {
+    let over = needs.enumerate().filter_map(|(device, (needed, budget))| Some((needed, device, budget?)));
+    match over.filter(|(needed, _, budget)| needed > budget).max() {
+        Some((needed, device, budget)) => Err(over_both(device, needed, budget).into()),
+        None => Ok(()),
     }
 }
 

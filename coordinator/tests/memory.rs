@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{f32s, i32s};
+use common::{f32s, i32s, staged};
 use coordinator::{Failure, Options, Session};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, dim};
@@ -29,8 +29,9 @@ const LINE: usize = 64;
 struct Counting;
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
-/// Bytes of device memory now.
+/// Bytes of device memory now, and at the most.
 static DEVICE: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
 static PATTERN: AtomicU8 = AtomicU8::new(0);
 /// The arenas handed out: address and size, in order.
 static ARENAS: [(AtomicPtr<u8>, AtomicUsize); 8] =
@@ -40,7 +41,8 @@ static COUNT: AtomicUsize = AtomicUsize::new(0);
 fn taken(layout: Layout) {
     CALLS.fetch_add(1, SeqCst);
     if layout.align() == LINE {
-        DEVICE.fetch_add(layout.size(), SeqCst);
+        let now = DEVICE.fetch_add(layout.size(), SeqCst) + layout.size();
+        MOST.fetch_max(now, SeqCst);
     }
 }
 
@@ -233,6 +235,26 @@ fn the_memory_that_was_predicted_is_the_memory_that_is_used() {
     }
     // What memory held before changes nothing, nor does the mesh.
     assert!(results.iter().all(|r| *r == results[0]));
+}
+
+#[test]
+fn a_change_of_stage_takes_the_memory_that_was_predicted() {
+    let _alone = alone();
+    for (mesh, layout) in [("1", ""), ("a=2", "batch:a"), ("a=2,b=2", "hidden:a,batch:b")] {
+        let mut session = Session::embedded(staged::program(), &options(mesh, layout, 1)).unwrap();
+        let devices = session.plan().mesh.size();
+        MOST.store(DEVICE.load(SeqCst), SeqCst);
+        session.enter("own", Some("unshare")).unwrap();
+        let peaks = session.peaks().unwrap();
+        let predicted: usize = peaks.iter().map(|p| p.peak_bytes_predicted).sum();
+        assert_eq!(MOST.load(SeqCst), predicted + 2 * devices * GUARD, "{mesh} {layout}");
+        assert!(peaks.iter().all(|p| p.peak_bytes_measured == p.peak_bytes_predicted), "{mesh} {layout}: {peaks:?}");
+        // What was there before is gone.
+        let now: usize = (0..devices).map(|d| session.plan().peak_bytes(d) + GUARD).sum();
+        assert_eq!(DEVICE.load(SeqCst), now, "{mesh} {layout}");
+        session.run("train", 0, &[("x", &f32s(&staged::batch(), 1).1)]).unwrap();
+        assert_eq!((session.peaks().unwrap(), DEVICE.load(SeqCst)), (peaks, now), "{mesh} {layout}");
+    }
 }
 
 #[test]

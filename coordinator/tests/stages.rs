@@ -4,55 +4,15 @@ mod common;
 
 use common::f32s;
 use common::run::{options, text};
+use common::staged::{LAYERS, batch, program, shared};
 use coordinator::checkpoint::{Checkpoints, Position};
-use coordinator::{Options, Session};
+use coordinator::server::{Coordinator, ServerOptions};
+use coordinator::{Failure, Options, Session};
 use mesh::array::Array;
-use mesh::dim::{DType, Dim, dim};
-use mesh::nn::{self, Dense, Mode};
-use mesh::optim::Optimizer;
-use mesh::program::{Program, ProgramBuilder};
+use mesh::program::ProgramBuilder;
 use std::path::Path;
-use std::time::Instant;
-
-const LAYERS: usize = 3;
-
-fn batch() -> [Dim; 2] {
-    [dim("batch", 8), dim("width", 64)]
-}
-
-/// The path of a shared variable, for that of a layer's.
-fn shared(path: &str) -> String {
-    (0..LAYERS).fold(path.into(), |p, i| p.replace(&format!("layer.{i}/"), "shared/"))
-}
-
-/// Three layers with drop-out that share variables in the first stage, and have their own in the second.
-fn program() -> Program {
-    let mut p = ProgramBuilder::new();
-    for (name, sharing) in [("train.shared", true), ("train", false)] {
-        p.function(name, |g| {
-            let x = g.input("x", DType::F32, &batch());
-            let build = || {
-                (0..LAYERS).fold(x.clone(), |x, i| {
-                    g.scoped(format!("layer.{i}"), || {
-                        let wide = nn::dense(&x, "up", &["width"], &[dim("hidden", 96)], &Dense::default());
-                        let y =
-                            nn::dense(&nn::gelu(&wide), "down", &["hidden"], &[dim("width", 64)], &Dense::default());
-                        nn::dropout(&y, 0.8, Mode::Train).add(&x)
-                    })
-                })
-            };
-            let y = if sharing { g.renamed(shared, build) } else { build() };
-            let loss = y.square().mean_all();
-            Optimizer::adamw(0.01, 0.01).clipped(1.0).apply(g, &loss);
-            g.output("loss", &loss);
-        })
-        .unwrap();
-    }
-    p.stage("shared", &["train.shared"]).unwrap();
-    p.stage("own", &["train"]).unwrap();
-    p.copies("unshare", "train", |path| Some(shared(path))).unwrap();
-    p.finish().unwrap()
-}
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// Where the layers get their own variables.
 const TAU: u32 = 3;
@@ -187,19 +147,191 @@ fn a_damaged_checkpoint_of_one_stage_is_passed_over_for_a_good_one_of_another() 
     assert!(text(session_in(dir.path(), "1", "").restore()).starts_with("C0004: there is no good checkpoint in "));
 }
 
+/// What the way from the first stage to the second takes of each device: the most of what is there at once.
+fn needed(mesh: &str, layout: &str) -> Vec<usize> {
+    let whole = program();
+    let parts = [whole.stage("shared"), whole.only(&["unshare".into()]), whole.stage("own")].map(Result::unwrap);
+    let plans = parts.map(|part| options(mesh, layout).of(&part, &whole).plan(&part).unwrap());
+    let [shared, between, own] = &plans;
+    let of = |d: usize| (shared.peak_bytes(d) + between.peak_bytes(d)).max(between.peak_bytes(d) + own.peak_bytes(d));
+    (0..shared.mesh.size()).map(of).collect()
+}
+
+fn predicted(s: &Session) -> Vec<usize> {
+    s.peaks().unwrap().iter().map(|p| p.peak_bytes_predicted).collect()
+}
+
+/// Tries to go to the second stage with too little memory: it is refused, and the first one goes on as if nothing were.
+fn refused(s: &mut Session) {
+    let losses = train(s, 0, 1);
+    let (hash, peaks, plan) = (s.variables_hash().unwrap(), s.peaks().unwrap(), s.plan().variables.clone());
+    let e = s.enter("own", Some("unshare")).unwrap_err();
+    assert!(matches!(&e, Failure::Program(_)), "{e:?}");
+    let text = e.to_string();
+    assert!(text.contains("M0001") && text.contains("going to another stage holds"), "{text}");
+    assert_eq!((s.stage(), s.lost()), ("shared", None));
+    assert_eq!((s.variables_hash().unwrap(), s.peaks().unwrap(), &s.plan().variables), (hash, peaks, &plan));
+    let mut other = Session::embedded(program(), &options("1", "")).unwrap();
+    assert_eq!([losses, train(s, 1, 2)].concat(), train(&mut other, 0, 2));
+}
+
 #[test]
 fn a_change_that_takes_more_memory_than_allowed_is_refused_before_anything_happens() {
-    let mut s = Session::embedded(program(), &options("1", "")).unwrap();
-    train(&mut s, 0, 1);
-    let peak = |p: Program| options("1", "").plan(&p).unwrap().peak_bytes(0);
-    let own = peak(program().stage("own").unwrap()).max(peak(program().only(&["unshare".into()]).unwrap()));
-    let memory = Some(own);
-    let mut s = Session::embedded(program(), &Options { memory, ..options("1", "") }).unwrap();
-    train(&mut s, 0, 1);
-    let hash = s.variables_hash().unwrap();
-    let refused = text(s.enter("own", Some("unshare")));
-    assert!(refused.contains("M0001") && refused.contains("going to another stage holds"), "{refused}");
-    assert_eq!((s.stage(), s.variables_hash().unwrap()), ("shared", hash));
+    for (mesh, layout) in LAYOUTS {
+        let most = *needed(mesh, layout).iter().max().unwrap();
+        let with = |memory: usize| Options { memory: Some(memory), ..options(mesh, layout) };
+        refused(&mut Session::embedded(program(), &with(most - 1)).unwrap());
+        Session::embedded(program(), &with(most)).unwrap().enter("own", Some("unshare")).unwrap();
+    }
+}
+
+#[test]
+fn the_peak_of_a_session_counts_its_change_of_stage() {
+    for (mesh, layout) in LAYOUTS {
+        let mut s = Session::embedded(program(), &options(mesh, layout)).unwrap();
+        train(&mut s, 0, 5);
+        assert_eq!(predicted(&s), needed(mesh, layout), "{mesh} {layout}");
+        let peaks = s.peaks().unwrap();
+        assert!(peaks.iter().all(|p| p.peak_bytes_predicted == p.peak_bytes_measured), "{mesh} {layout}: {peaks:?}");
+    }
+}
+
+#[test]
+fn a_session_that_is_set_to_a_checkpoint_of_another_stage_has_never_held_both() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut s = session_in(dir.path(), "a=2", "batch:a");
+    train(&mut s, 0, 4);
+    save(&mut s, 4);
+    let own = |d| s.plan().peak_bytes(d);
+    let (memory, alone) = (Some(own(0).max(own(1))), vec![own(0), own(1)]);
+    let mut second = session_in(dir.path(), "a=2", "batch:a");
+    second.restore().unwrap().unwrap();
+    assert_eq!((second.stage(), predicted(&second)), ("own", alone));
+    // Where the change could not be made its result still fits.
+    let checkpoints = Some(Checkpoints { location: dir.path().to_str().unwrap().into(), keep: 9 });
+    let options = Options { memory, checkpoints, ..options("a=2", "batch:a") };
+    let mut third = Session::embedded(program(), &options).unwrap();
+    assert!(text(third.enter("own", Some("unshare"))).contains("M0001"));
+    assert_eq!(third.restore().unwrap().unwrap().position.step, 4);
+    assert_eq!(train(&mut third, 4, 6), train(&mut s, 4, 6));
+}
+
+/// The command line of a worker, for a process that is to be one.
+const WORKER: &str = "MESH_TEST_WORKER";
+
+/// No test, but what this binary does where it was started as a worker.
+#[test]
+fn worker_process() {
+    if let Ok(line) = std::env::var(WORKER) {
+        worker::cli::main(line.split_whitespace().map(Into::into));
+    }
+}
+
+/// A coordinator in this process, and workers in their own.
+struct Workers {
+    url: String,
+    processes: Vec<Child>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Workers {
+    /// A worker for each of those options; sessions wait this long for more.
+    fn start(options: &[String], wait: Duration) -> Workers {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let socket = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = socket.local_addr().unwrap().to_string();
+        let silence = Duration::from_secs(30);
+        let coordinator = Coordinator::new(ServerOptions { wait, silence, ..ServerOptions::default() }).unwrap();
+        runtime.spawn(coordinator.serve(socket));
+        let process = |options: &String| {
+            Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "worker_process", "--nocapture", "--test-threads=1"])
+                .env(WORKER, format!("worker --join {address} --threads 1 {options}"))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap()
+        };
+        Workers {
+            url: format!("http://{address}"),
+            processes: options.iter().map(process).collect(),
+            _runtime: runtime,
+        }
+    }
+
+    fn session(&self, options: &Options) -> Session {
+        Session::connect(&self.url, program(), options).unwrap()
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+const SOON: Duration = Duration::from_secs(30);
+
+#[test]
+fn the_peak_of_worker_processes_is_that_of_devices_in_one_process() {
+    let (mesh, layout) = ("a=2,b=2", "hidden:a,batch:b");
+    let mut here = Session::embedded(program(), &options(mesh, layout)).unwrap();
+    let workers = Workers::start(&["--devices cpu:1".into(), "--devices cpu:3".into()], SOON);
+    let mut there = workers.session(&options(mesh, layout));
+    for (from, to) in [(0, 1), (1, TAU + 1), (TAU + 1, TAU + 2)] {
+        assert_eq!(train(&mut there, from, to), train(&mut here, from, to));
+        assert_eq!(there.peaks().unwrap(), here.peaks().unwrap(), "after step {to}");
+    }
+    assert_eq!(predicted(&there), needed(mesh, layout));
+    assert_eq!(there.variables_hash().unwrap(), here.variables_hash().unwrap());
+}
+
+#[test]
+fn a_change_that_goes_over_what_one_worker_allows_leaves_all_of_them_in_the_old_stage() {
+    let (mesh, layout) = ("a=2", "batch:a");
+    let need = needed(mesh, layout)[1];
+    let limited = |n: usize| ["--devices cpu:1".to_string(), format!("--devices cpu:1 --memory {n}B")];
+    let workers = Workers::start(&limited(need - 1), SOON);
+    // Which worker has which device is not known: both need as much.
+    assert_eq!(needed(mesh, layout)[0], need);
+    let mut s = workers.session(&options(mesh, layout));
+    refused(&mut s);
+    drop(s);
+    let workers = Workers::start(&limited(need), SOON);
+    let mut s = workers.session(&options(mesh, layout));
+    s.enter("own", Some("unshare")).unwrap();
+    assert_eq!(predicted(&s), needed(mesh, layout));
+    // The run's own limit holds for workers that have none.
+    let workers = Workers::start(&["--devices cpu:2".into()], SOON);
+    let mut s = workers.session(&Options { memory: Some(need - 1), ..options(mesh, layout) });
+    refused(&mut s);
+}
+
+#[test]
+fn a_session_that_has_shrunk_changes_its_stage_on_the_mesh_that_it_has() {
+    let need = needed("1", "")[0];
+    // Each of two devices would need less.
+    assert!(needed("a=2", "hidden:a")[0] < need);
+    let workers = Workers::start(&["--devices cpu:1".into()], Duration::from_secs(2));
+    let asked = |memory| Options { memory: Some(memory), shrink: true, ..options("a=2", "hidden:a") };
+    {
+        let mut s = workers.session(&asked(need - 1));
+        assert_eq!(s.plan().mesh.size(), 1);
+        refused(&mut s);
+    }
+    let mut s = loop {
+        // The session before may still be about to end.
+        match Session::connect(&workers.url, program(), &asked(need)) {
+            Ok(s) => break s,
+            Err(e) => assert!(e.to_string().contains("C0012"), "{e}"),
+        }
+    };
+    let mut whole = Session::embedded(program(), &options("1", "")).unwrap();
+    assert_eq!(train(&mut s, 0, 5), train(&mut whole, 0, 5));
+    assert_eq!((s.plan().mesh.size(), s.peaks().unwrap()), (1, whole.peaks().unwrap()));
 }
 
 #[test]

@@ -244,6 +244,14 @@ pub trait Model {
 
     /// What a step gets done.
     fn work(&self) -> Work;
+
+    /// Keeps in the run folder what a run that is gone on with is checked against, beside its configuration.
+    ///
+    /// # Errors
+    /// What cannot be written.
+    fn keep(&self, _folder: &Path) -> Result<(), Failed> {
+        Ok(())
+    }
 }
 
 /// Runs the function `f`, which gives `loss` and `grad_norm`, with what `feed` gives it; says which samples that were.
@@ -409,6 +417,7 @@ impl<C: Settings> Task<C> {
         written(&self.out, fs::create_dir_all(&self.out))?;
         let path = self.out.join(CONFIG_FILE);
         written(&path, fs::write(&path, self.config.to_toml()))?;
+        model.keep(&self.out)?;
         let mut training = Training {
             model,
             steps: c.steps,
@@ -455,7 +464,10 @@ impl<C: Settings> Task<C> {
         }
         let found = session.non_finite();
         session.watch(false);
-        let first = found.iter().map(|line| format!("\n  --> step {}: {line}", at.step - 1)).collect::<String>();
+        let mut first = found.iter().map(|line| format!("\n  --> step {}: {line}", at.step - 1)).collect::<String>();
+        if found.is_empty() {
+            first = "\n  note: done again, no step made of finite values what is infinite or no number".into();
+        }
         let kept = begin.map(|r| format!("\n  note: {} of {} steps is kept", r.folder, r.position.step));
         Ok(first + &kept.unwrap_or_default())
     }

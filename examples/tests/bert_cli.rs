@@ -113,6 +113,40 @@ fn films(labels: &[(&str, &str)]) -> String {
 }
 
 #[test]
+fn a_run_goes_on_with_its_own_vocabulary_only() {
+    let place = place(2);
+    place.ok(&format!("pretrain {SMALL} --out run --steps 2"));
+    let own = fs::read_to_string(place.path("vocab.txt")).unwrap();
+    let swapped = own.replace("\ngood\nbad\n", "\nbad\ngood\n");
+    fs::write(place.path("swapped.txt"), &swapped).unwrap();
+    fs::write(place.path("fewer.txt"), own.strip_suffix("a\n").unwrap()).unwrap();
+    fs::write(place.path("same.txt"), &own).unwrap();
+    let other =
+        ["U0011", "swapped.txt", "the run in run was begun with", "id 58 is `bad` in it, and `good` in the run's"];
+    place.fails("pretrain --resume --out run --steps 4 --vocab swapped.txt", 2, &other);
+    place.fails("eval --out run --set vocab=swapped.txt", 2, &other);
+    let fewer = ["U0011", "it has 65 words, and the run's 66", "help: give the run's own with --vocab"];
+    place.fails("pretrain --resume --out run --steps 4 --vocab fewer.txt", 2, &fewer);
+    assert_eq!(place.rows("run").len(), 2);
+    // A file's name is of no matter, but what is in it.
+    place.ok("pretrain --resume --out run --steps 4 --vocab same.txt");
+    fs::write(place.path("same.txt"), &swapped).unwrap();
+    let changed = ["U0011", "same.txt", "id 58 is `bad` in it"];
+    place.fails("pretrain --resume --out run --steps 6", 2, &changed);
+    place.fails("export --out run --to hf", 2, &changed);
+    assert!(!place.path("hf").exists());
+    // Fine-tuning alike.
+    fs::write(place.path("films.tsv"), films(&[("good", "up"), ("bad", "down")])).unwrap();
+    let tune =
+        "finetune --from none --size config.json --vocab vocab.txt --data films.tsv --seq 16 --batch 8 --threads 1";
+    place.ok(&format!("{tune} --steps 2 --out tuned --set held_out=0.3"));
+    place.fails("finetune --resume --out tuned --steps 4 --vocab swapped.txt", 2, &other[..2]);
+    place.fails("eval --out tuned --set vocab=swapped.txt", 2, &other[..2]);
+    fs::write(place.path("vocab.txt"), &swapped).unwrap();
+    place.fails("export --out tuned --to hf", 2, &["U0011", "vocab.txt", "id 58 is `bad` in it"]);
+}
+
+#[test]
 fn a_regression_learns_the_numbers_of_words_with_the_same_bits_on_a_mesh() {
     let place = place(2);
     fs::write(place.path("numbers.tsv"), films(&[("good", "1.5"), ("bad", "-1.5"), ("play", "0.25")])).unwrap();

@@ -9,11 +9,12 @@ use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
 use crate::recorder::Recorder;
 use crate::transport::{Transport, TransportError};
-use crate::watch::{NonFinite, Origin, results, scan};
+use crate::watch::{Computed, Looked, NonFinite, Odd, Origin, scan};
 use mesh::array::Array;
-use mesh::dim::{DType, Name};
+use mesh::dim::Name;
 use mesh::error::Place;
 use mesh::plan::{ALIGN, Buffer, DevicePlan, Part, ProgramPlan};
+use mesh::program::Program;
 use ndarray::{ArrayViewMutD, IxDyn, SliceInfoElem};
 use std::sync::Arc;
 
@@ -27,8 +28,8 @@ struct Step {
     /// End of the last buffer that it touches.
     end: usize,
     label: Name,
-    /// What it computes, and where that stands in the user's source.
-    results: Vec<(DType, usize)>,
+    /// What of it is looked through, and where it stands in the user's source.
+    looked: Looked,
     place: Place,
 }
 
@@ -53,7 +54,26 @@ pub struct Device {
     /// Its number in the mesh.
     number: usize,
     /// What was not finite, if it is watched for.
-    watched: Option<Vec<NonFinite>>,
+    watched: Option<Watched>,
+    /// What its plan says that it takes, and the most until it took the place of another.
+    planned: usize,
+    earlier: Peak,
+}
+
+/// A device's memory in bytes, at the most so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peak {
+    /// By the plans.
+    pub predicted: usize,
+    /// What was in use.
+    pub measured: usize,
+}
+
+/// What a device watches for.
+struct Watched {
+    /// By variable: whether it is a weight.
+    weights: Vec<bool>,
+    found: Vec<NonFinite>,
 }
 
 // SAFETY: the addresses in the steps lie in the arena, which the device keeps alive.
@@ -105,8 +125,20 @@ impl Device {
         let variables = plan.variables[index].clone();
         let touched = variables.iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         let pool = Pool::new(threads, cores);
-        let (number, watched) = (index, None);
-        Device { pool, arena, transport, variables, functions, seed, touched, recorder, number, watched }
+        Device {
+            pool,
+            arena,
+            transport,
+            variables,
+            functions,
+            seed,
+            touched,
+            recorder,
+            number: index,
+            watched: None,
+            planned: plan.peak_bytes(index),
+            earlier: Peak::default(),
+        }
     }
 
     /// Index of a function, to run it by.
@@ -128,6 +160,8 @@ impl Device {
             let operands =
                 Operands { inputs: &s.inputs, outputs: &s.outputs, output_bytes: s.output_bytes, scratch: s.scratch };
             recording.begin(index);
+            // A step may write over what it reads.
+            let finite = self.watched.as_ref().map(|_| finite(s));
             // SAFETY: the addresses are the plan's buffers, which overlap only as the plan allows.
             let done = unsafe { s.kernel.run(&self.pool, &mut *self.transport, &operands, cx) };
             if let Err(e) = done {
@@ -135,34 +169,39 @@ impl Device {
                 return Err(e.into());
             }
             recording.end(index);
-            if let Some(found) = &mut self.watched {
-                watch_step(found, index, s, self.number);
+            if let (Some(Watched { found, .. }), Some(finite)) = (&mut self.watched, finite) {
+                watch_step(found, index, s, self.number, &finite);
             }
             self.touched = self.touched.max(s.end);
         }
         Ok(())
     }
 
-    /// Watches for values that are not finite from now on, or no more; what was seen so far is forgotten.
-    pub fn watch(&mut self, on: bool) {
-        self.watched = on.then(Vec::new);
+    /// Watches for values that are not finite from now on, in a plan of that program, or no more; what was seen so far is
+    /// forgotten.
+    pub fn watch(&mut self, program: Option<&Program>) {
+        let weights = |p: &Program| p.variables.iter().map(|v| v.trainable).collect();
+        self.watched = program.map(|p| Watched { weights: weights(p), found: vec![] });
     }
 
     /// The first values seen that are not finite: those infinite, and those that are no numbers.
     pub fn non_finite(&self) -> &[NonFinite] {
-        self.watched.as_deref().unwrap_or_default()
+        self.watched.as_ref().map_or(&[], |w| &w.found)
     }
 
     fn watch_variables(&mut self) {
-        let Some(found) = &mut self.watched else { return };
+        let Some(Watched { weights, found }) = &mut self.watched else { return };
         for (v, (part, buffer)) in self.variables.iter().enumerate() {
             let (dtype, elements) = (part.ty.dtype, part.region.elements());
             // SAFETY: the buffer is this part's and no step runs now.
-            let Some(scan) = (unsafe { scan(dtype, self.arena.at(*buffer), elements) }) else { continue };
-            let kind = if scan.nan { "no number" } else { "infinite" };
-            let text =
-                format!("{} of {elements} values of {} on device {} are {kind}", scan.count, part.ty, self.number);
-            NonFinite { origin: Origin::Variable(v), device: self.number, nan: scan.nan, text }.keep_first(found);
+            let scan = unsafe { scan(dtype, self.arena.at(*buffer), elements) };
+            // The start of a running maximum is infinite, a weight never.
+            let weight = weights.get(v).copied().unwrap_or(false);
+            for (nan, odd) in scan.odd().filter(|(nan, _)| *nan || weight) {
+                let (count, kind) = (odd.count, kind(nan));
+                let text = format!("{count} of {elements} values of {} on device {} are {kind}", part.ty, self.number);
+                NonFinite { origin: Origin::Variable(v), device: self.number, nan, text }.keep_first(found);
+            }
         }
     }
 
@@ -176,11 +215,34 @@ impl Device {
         self.recorder.clone()
     }
 
-    /// Bytes of memory in use so far at the most: the arena up to the last byte that a step touched, and the
-    /// workspaces of the threads.
-    pub fn peak_bytes(&self) -> usize {
+    /// Its memory so far at the most, with that of the devices whose place it took: in use is the arena up to the last
+    /// byte that a step touched, and the workspaces of the threads.
+    pub fn peak(&self) -> Peak {
         debug_assert!(self.arena.guarded(), "a kernel wrote behind the arena");
-        self.touched.next_multiple_of(ALIGN) + self.pool.threads() * WORKSPACE_BYTES
+        let used = self.touched.next_multiple_of(ALIGN) + self.pool.threads() * WORKSPACE_BYTES;
+        Peak { predicted: self.planned.max(self.earlier.predicted), measured: used.max(self.earlier.measured) }
+    }
+
+    /// Bytes that it has taken from the machine.
+    fn taken(&self) -> usize {
+        self.arena.bytes() + self.pool.threads() * WORKSPACE_BYTES
+    }
+
+    /// Takes the place of a device that runs another plan: variables, by pairs of indices here and there, get their values
+    /// there. While both are there, all that either has taken counts as in use.
+    pub fn succeed(&mut self, before: &Device, pairs: &[(usize, usize)]) {
+        for (here, there) in pairs {
+            let ((part, to), (_, from)) = (&self.variables[*here], &before.variables[*there]);
+            let bytes = part.region.elements() * part.ty.dtype.bytes();
+            assert!(bytes <= to.bytes && bytes <= from.bytes, "a part that is larger than its buffer");
+            // SAFETY: the buffers are these parts', in two arenas, and no step runs on either device now.
+            unsafe { std::ptr::copy_nonoverlapping(before.arena.at(*from), self.arena.at(*to), bytes) };
+        }
+        let peak = before.peak();
+        self.earlier = Peak {
+            predicted: peak.predicted.max(before.planned + self.planned),
+            measured: peak.measured.max(before.taken() + self.taken()),
+        };
     }
 
     /// Copies what this device holds of feed `index` out of the whole array, or out of an array of just that.
@@ -253,18 +315,34 @@ impl Device {
     }
 }
 
-/// Notes what a step has written that is not finite.
-fn watch_step(found: &mut Vec<NonFinite>, index: usize, s: &Step, device: usize) {
-    for ((dtype, elements), output) in s.results.iter().zip(&s.outputs) {
+/// By operand of a step that is about to run: whether all of it is finite.
+fn finite(s: &Step) -> Vec<bool> {
+    let operands = s.looked.operands.iter().zip(&s.inputs);
+    // SAFETY: an operand's buffer holds as many elements, and no step runs now.
+    operands.map(|((dtype, elements), input)| unsafe { scan(*dtype, *input, *elements) }.finite()).collect()
+}
+
+/// Notes what a step has written that is no number, and what is infinite by no operand that was infinite before;
+/// `finite` says which were not.
+fn watch_step(found: &mut Vec<NonFinite>, index: usize, s: &Step, device: usize, finite: &[bool]) {
+    for (Computed { dtype, elements, infinite_by }, output) in s.looked.results.iter().zip(&s.outputs) {
+        let of_finite = infinite_by.as_ref().is_some_and(|by| by.iter().all(|operand| finite[*operand]));
         // SAFETY: the output's buffer holds as many elements, and the step has ended.
-        let Some(scan) = (unsafe { scan(*dtype, *output, *elements) }) else { continue };
-        let kind = if scan.nan { "no number" } else { "infinite" };
-        let text = format!(
-            "`{}` ({}): {} of {elements} values on device {device}, the first at {}, are {kind}",
-            s.label, s.place, scan.count, scan.first
-        );
-        NonFinite { origin: Origin::Step(index), device, nan: scan.nan, text }.keep_first(found);
+        let scan = unsafe { scan(*dtype, *output, *elements) };
+        for (nan, Odd { count, first }) in scan.odd().filter(|(nan, _)| *nan || of_finite) {
+            let text = format!(
+                "`{}` ({}): {count} of {elements} values on device {device}, the first at {first}, are {}",
+                s.label,
+                s.place,
+                kind(nan)
+            );
+            NonFinite { origin: Origin::Step(index), device, nan, text }.keep_first(found);
+        }
     }
+}
+
+fn kind(nan: bool) -> &'static str {
+    if nan { "no number" } else { "infinite" }
 }
 
 /// Where a part lies in an array that holds the whole tensor, or the part alone.
@@ -293,7 +371,7 @@ fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
             scratch: arena.at(s.scratch),
             end: buffers.map(|b| b.offset + b.bytes).max().unwrap_or(0),
             label: format!("{} {}", s.label.op, s.label.scope).trim_end().into(),
-            results: results(s),
+            looked: Looked::of(s),
             place: s.label.place,
         }
     });

@@ -60,7 +60,7 @@ pub struct Seat {
     pub cores: Option<Cores>,
 }
 
-/// The variables that two plans have, as pairs of indices (`new`, `old`), for [`DeviceGroup::carry`].
+/// The variables that two plans have, as pairs of indices (`new`, `old`), for [`DeviceGroup::succeed`].
 ///
 /// # Errors
 /// The name of one whose type, or a device's part of it, differs: it cannot be carried over.
@@ -132,6 +132,9 @@ impl DeviceGroup {
         if let Some(failure) = &board.failure {
             return Err(MeshFailure(failure.clone()));
         }
+        if self.threads.is_empty() {
+            return Err(MeshFailure("there are no devices any more".into()));
+        }
         board.round += 1;
         board.order = Order::Run { function, step };
         board.busy = self.threads.len();
@@ -142,9 +145,9 @@ impl DeviceGroup {
         board.failure.clone().map_or(Ok(()), |f| Err(MeshFailure(f)))
     }
 
-    /// Lets every device watch for values that are not finite from now on, or no more.
-    pub fn watch(&self, on: bool) {
-        (0..self.size()).for_each(|at| self.device(at).watch(on));
+    /// Lets every device watch for values that are not finite from now on, in a plan of that program, or no more.
+    pub fn watch(&self, program: Option<&Program>) {
+        (0..self.size()).for_each(|at| self.device(at).watch(program));
     }
 
     /// The first values seen that are not finite: those infinite, and those that are no numbers.
@@ -161,13 +164,10 @@ impl DeviceGroup {
         lock(&self.shared.devices[index])
     }
 
-    /// Sets variables to their values in another group of the same devices: pairs of indices, here and there, of equal
-    /// parts.
-    pub fn carry(&self, from: &DeviceGroup, pairs: &[(usize, usize)]) {
-        for at in 0..self.size() {
-            let (mut to, from) = (self.device(at), from.device(at));
-            pairs.iter().for_each(|(here, there)| to.set_variable_bytes(*here, &from.variable_bytes(*there)));
-        }
+    /// Takes the place of another group of the same devices ([`Device::succeed`]): pairs of indices of variables, here and
+    /// there, of equal parts.
+    pub fn succeed(&self, before: &DeviceGroup, pairs: &[(usize, usize)]) {
+        (0..self.size()).for_each(|at| self.device(at).succeed(&before.device(at), pairs));
     }
 
     /// What each device, by its number in the mesh, did last; to be read at any time.

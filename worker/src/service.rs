@@ -52,6 +52,8 @@ struct Loaded {
     /// The worker's devices by their number in the mesh.
     own: Vec<usize>,
     group: DeviceGroup,
+    /// Bytes that each device may use.
+    budget: Option<usize>,
 }
 
 /// The epoch that runs, and how to stop its devices while they do.
@@ -82,6 +84,26 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn stale(given: u64, current: u64) -> Status {
     Status::failed_precondition(format!("W0020: a call of epoch {given}, and this worker is in epoch {current}"))
+}
+
+/// The parts of [`wire::foresee`], put together again.
+///
+/// # Errors
+/// A stream that breaks or has no head; a program beyond all bounds.
+pub async fn foreseen(
+    mut stream: Streaming<control::ForeseePart>,
+) -> Result<(control::ForeseeHead, bytes::Bytes), Status> {
+    use control::foresee_part::Kind;
+    let (mut head, mut program) = (None, Vec::new());
+    while let Some(part) = stream.next().await {
+        match part?.kind {
+            Some(Kind::Head(h)) => head = Some(h),
+            Some(Kind::Program(b)) if program.len() + b.len() <= wire::PROGRAM_BYTES => program.extend_from_slice(&b),
+            _ => return Err(Status::invalid_argument("W0026: a program beyond all bounds")),
+        }
+    }
+    let head = head.ok_or_else(|| Status::invalid_argument("W0026: a program without a head"))?;
+    Ok((head, program.into()))
 }
 
 /// Runs what blocks on a thread of its own.
@@ -174,10 +196,11 @@ impl WorkerService {
         let mesh = settings.mesh.parse().map_err(bad)?;
         let layout = settings.layout.parse().map_err(bad)?;
         let limits = [self.offer.memory, (settings.memory > 0).then_some(settings.memory as usize)];
-        let options = PlanOptions { memory: limits.into_iter().flatten().min(), devices: Some(head.peers.len()) };
+        let budget = limits.into_iter().flatten().min();
+        let options = PlanOptions { memory: budget, devices: Some(head.peers.len()) };
         let backend = CpuBackend { threads: self.offer.threads };
         let plan = plan_program(&program, &mesh, &layout, &options, &backend).map_err(bad)?;
-        if let (Some(before), Some(budget)) = (&before, options.memory) {
+        if let (Some(before), Some(budget)) = (&before, budget) {
             let both = |d: &usize| before.plan.peak_bytes(*d) + plan.peak_bytes(*d);
             let most = before.own.iter().filter(|d| **d < head.peers.len()).map(|d| (both(d), *d)).max();
             if let Some((needed, device)) = most.filter(|(needed, _)| *needed > budget) {
@@ -221,7 +244,7 @@ impl WorkerService {
             // Devices do not wait for each other in it: each fills what it holds.
             let init = plan.functions.keys().position(|n| **n == *"init");
             init.map_or(Ok(()), |init| group.run(init, 0)).map_err(|e| Status::aborted(e.to_string()))?;
-            group.carry(&before.group, &pairs);
+            group.succeed(&before.group, &pairs);
         }
         let mut loaded = lock(&self.loaded);
         let mut current = lock(&self.current);
@@ -229,7 +252,7 @@ impl WorkerService {
             return Err(stale(head.epoch, current.epoch));
         }
         current.recorders = (head.epoch, group.recorders().to_vec());
-        *loaded = Some(Loaded { epoch: head.epoch, program, plan, own, group });
+        *loaded = Some(Loaded { epoch: head.epoch, program, plan, own, group, budget });
         Ok(control::Loaded { links })
     }
 
@@ -354,12 +377,12 @@ impl worker_server::Worker for WorkerService {
         let run = self.with(r.epoch, move |l| {
             let function = l.function(&r.function)?;
             if r.watch {
-                l.group.watch(true);
+                l.group.watch(Some(&l.program));
             }
             l.group.run(function, r.step).map_err(|e| Status::aborted(e.to_string()))?;
             let non_finite = l.group.non_finite().iter().map(wire::non_finite).collect();
             if r.watch {
-                l.group.watch(false);
+                l.group.watch(None);
             }
             Ok(control::Ran { communicate_ns: l.group.communicated_ns(), non_finite })
         });
@@ -443,14 +466,37 @@ impl worker_server::Worker for WorkerService {
 
     async fn memory(&self, request: Request<control::SessionName>) -> Result<Response<control::MemoryReply>, Status> {
         let devices = self.with(request.into_inner().epoch, |l| {
-            let peak = |(at, d): (usize, &usize)| control::DeviceMemory {
-                device: *d as u32,
-                predicted: l.plan.peak_bytes(*d) as u64,
-                measured: l.group.device(at).peak_bytes() as u64,
+            let memory = |(at, d): (usize, &usize)| {
+                let peak = l.group.device(at).peak();
+                let (predicted, measured) = (peak.predicted as u64, peak.measured as u64);
+                control::DeviceMemory { device: *d as u32, predicted, measured }
             };
-            Ok(l.own.iter().enumerate().map(peak).collect())
+            Ok(l.own.iter().enumerate().map(memory).collect())
         });
         Ok(Response::new(control::MemoryReply { devices: devices.await? }))
+    }
+
+    async fn foresee(
+        &self,
+        request: Request<Streaming<control::ForeseePart>>,
+    ) -> Result<Response<control::Needs>, Status> {
+        let (head, program) = foreseen(request.into_inner()).await?;
+        let threads = self.offer.threads;
+        let devices = self.with(head.epoch, move |l| {
+            let bad = |e: Error| Status::invalid_argument(e.to_string());
+            let program = wire::decode(&program).map_err(bad)?;
+            let layout = head.layout.parse().map_err(bad)?;
+            let options = PlanOptions { memory: l.budget, devices: None };
+            let plan = plan_program(&program, &l.plan.mesh, &layout, &options, &CpuBackend { threads }).map_err(bad)?;
+            let need = |d: &usize| control::Need {
+                device: *d as u32,
+                now: l.plan.peak_bytes(*d) as u64,
+                other: plan.peak_bytes(*d) as u64,
+                budget: l.budget.unwrap_or(0) as u64,
+            };
+            Ok(l.own.iter().map(need).collect())
+        });
+        Ok(Response::new(control::Needs { devices: devices.await? }))
     }
 
     type EventsStream = EventStream;

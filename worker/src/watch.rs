@@ -1,9 +1,18 @@
 //! Watching for values that are not finite: which step of a plan first writes one.
 //!
 //! A session that diverged does its last steps again with its devices watching; ordinary steps pay one comparison each.
+//!
+//! What is no number is always told of. Infinite values may be meant: a mask of -inf, padding with it, the maximum of
+//! nothing. So they are told of only where finite values became infinite (an overflow, log 0, 1/0): as results of a step
+//! that depend on no infinite constant and on operands that are all finite; and in weights before a step, which nobody
+//! means. Feeds that are infinite, and an overflow in what a mask takes part in as well, are thus not told of; if they do
+//! harm, it is by what is no number later on.
 
+use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
-use mesh::plan::{self, Work};
+use mesh::ops::Prim;
+use mesh::ops::reduce::ReduceFn;
+use mesh::plan::{self, Buffer, Work};
 
 /// What first was not finite.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,71 +56,198 @@ impl NonFinite {
     }
 }
 
-/// The dtype and number of elements of each result that a step computes; empty for steps that only move and add up what
-/// others computed.
-pub fn results(step: &plan::Step) -> Vec<(DType, usize)> {
-    let of_bodies = |body: &mesh::body::Body| body.results.iter().map(|r| body.instrs[*r].1).collect::<Vec<_>>();
-    let dtypes = match &step.work {
-        Work::Map(nest) => of_bodies(&nest.body),
-        Work::Reduce(r) => of_bodies(&r.nest.body),
-        Work::Op(op) => vec![op.output.ty.dtype],
-        Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => vec![],
-    };
-    dtypes.into_iter().zip(&step.outputs).map(|(d, b)| (d, b.bytes / d.bytes())).collect()
+/// What of a step is looked through; nothing of steps that only move what others computed.
+pub struct Looked {
+    /// The dtype and number of elements of each operand.
+    pub operands: Vec<(DType, usize)>,
+    /// The results.
+    pub results: Vec<Computed>,
 }
 
-/// What of some values is not finite: whether any is no number, how many, and the first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Scan {
-    /// Whether any is no number.
-    pub nan: bool,
-    /// How many are not finite.
+/// A result of a step.
+pub struct Computed {
+    /// Its dtype.
+    pub dtype: DType,
+    /// Its elements.
+    pub elements: usize,
+    /// The operands by whose infinite values it may be infinite; None if it may be without any.
+    pub infinite_by: Option<Vec<usize>>,
+}
+
+impl Looked {
+    /// What of that step.
+    pub fn of(step: &plan::Step) -> Looked {
+        type Result = (DType, Option<Vec<usize>>);
+        let of_loop = |nest: &Loop| -> (Vec<DType>, Vec<Result>) {
+            let result = |r: &usize| (nest.body.instrs[*r].1, infinite_by(&nest.body, *r));
+            (nest.operands.iter().map(|o| o.dtype).collect(), nest.body.results.iter().map(result).collect())
+        };
+        let (operands, results) = match &step.work {
+            Work::Map(nest) => of_loop(nest),
+            Work::Reduce(r) => of_loop(&r.nest),
+            Work::Op(op) => {
+                // A window that lies in the padding has the maximum of nothing.
+                let by = (!matches!(op.op, Prim::MaxPool(_))).then(|| (0..op.inputs.len()).collect());
+                (op.inputs.iter().map(|part| part.ty.dtype).collect(), vec![(op.output.ty.dtype, by)])
+            }
+            // A maximum or minimum is infinite only if a part is, maybe another device's.
+            Work::AllReduce(a) => (vec![a.dtype], vec![(a.dtype, (a.f == ReduceFn::Sum).then(|| vec![0]))]),
+            Work::Copy(_) | Work::Exchange(_) => (vec![], vec![]),
+        };
+        let elements = |dtype: DType, buffer: &Buffer| buffer.bytes / dtype.bytes();
+        let operands = operands.into_iter().zip(&step.inputs).map(|(d, b)| (d, elements(d, b))).collect();
+        let results = results.into_iter().zip(&step.outputs);
+        let computed = |((dtype, infinite_by), b): (Result, &Buffer)| Computed {
+            dtype,
+            elements: elements(dtype, b),
+            infinite_by,
+        };
+        Looked { operands, results: results.map(computed).collect() }
+    }
+}
+
+/// The operands whose infinite values may reach a value of a body; None if an infinite constant, such as a mask's, may.
+fn infinite_by(body: &Body, result: usize) -> Option<Vec<usize>> {
+    let (mut operands, mut seen, mut open) = (vec![], vec![false; body.instrs.len()], vec![result]);
+    while let Some(at) = open.pop() {
+        let (instr, dtype) = &body.instrs[at];
+        // Whole numbers and truths are finite.
+        if !dtype.is_float() || std::mem::replace(&mut seen[at], true) {
+            continue;
+        }
+        match instr {
+            Instr::Load(operand) => operands.push(*operand),
+            Instr::Constant(c) if infinite(*c, *dtype) => return None,
+            Instr::Constant(_) | Instr::Step | Instr::Index { .. } | Instr::Random { .. } => {}
+            Instr::Unary(_, x) | Instr::Cast(x) => open.push(*x),
+            Instr::Binary(_, x, y) | Instr::Compare(_, x, y) => open.extend([*x, *y]),
+            Instr::Select(_, x, y) => open.extend([*x, *y]),
+        }
+    }
+    Some(operands)
+}
+
+/// Whether a constant is infinite in a dtype.
+fn infinite(c: f64, dtype: DType) -> bool {
+    match dtype {
+        DType::F32 => (c as f32).is_infinite(),
+        DType::Bf16 => half::bf16::from_f64(c).is_infinite(),
+        DType::I32 | DType::Bool => false,
+    }
+}
+
+/// Values of one kind among others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Odd {
+    /// How many.
     pub count: usize,
-    /// Index of the first.
+    /// Index of the first, if there is any.
     pub first: usize,
 }
 
-/// Looks through values; None if all are finite.
+/// What of some values is not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scan {
+    /// What is infinite.
+    pub infinite: Odd,
+    /// What is no number.
+    pub nan: Odd,
+}
+
+impl Scan {
+    /// Whether all values are finite.
+    pub fn finite(&self) -> bool {
+        self.infinite.count + self.nan.count == 0
+    }
+
+    /// Infinite values and those that are no numbers, with whether they are the latter; where there are any.
+    pub fn odd(&self) -> impl Iterator<Item = (bool, Odd)> + use<> {
+        [(false, self.infinite), (true, self.nan)].into_iter().filter(|(_, odd)| odd.count > 0)
+    }
+
+    fn note(&mut self, index: usize, nan: bool) {
+        let odd = if nan { &mut self.nan } else { &mut self.infinite };
+        if odd.count == 0 {
+            odd.first = index;
+        }
+        odd.count += 1;
+    }
+}
+
+/// Looks through values.
 ///
 /// # Safety
 /// So many elements of that dtype lie at `values`, and nobody writes them meanwhile.
-pub unsafe fn scan(dtype: DType, values: *const u8, elements: usize) -> Option<Scan> {
-    let found = |odd: &mut dyn Iterator<Item = (usize, bool)>| {
-        let (first, nan) = odd.next()?;
-        let scan = Scan { nan, count: 1, first };
-        Some(odd.fold(scan, |s, (_, nan)| Scan { nan: s.nan || nan, count: s.count + 1, ..s }))
-    };
+pub unsafe fn scan(dtype: DType, values: *const u8, elements: usize) -> Scan {
+    let mut scan = Scan::default();
     match dtype {
         DType::F32 => {
             // SAFETY: by this function's contract.
             let all = unsafe { std::slice::from_raw_parts(values.cast::<f32>(), elements) };
-            found(&mut all.iter().enumerate().filter(|(_, v)| !v.is_finite()).map(|(i, v)| (i, v.is_nan())))
+            let odd = all.iter().enumerate().filter(|(_, v)| !v.is_finite());
+            odd.for_each(|(i, v)| scan.note(i, v.is_nan()));
         }
         DType::Bf16 => {
             // SAFETY: as above.
             let all = unsafe { std::slice::from_raw_parts(values.cast::<u16>(), elements) };
             let odd = all.iter().enumerate().filter(|(_, v)| **v & 0x7f80 == 0x7f80);
-            found(&mut odd.map(|(i, v)| (i, *v & 0x7f != 0)))
+            odd.for_each(|(i, v)| scan.note(i, *v & 0x7f != 0));
         }
-        DType::I32 | DType::Bool => None,
+        DType::I32 | DType::Bool => {}
     }
+    scan
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mesh::ops::binary::BinaryFn;
+    use mesh::ops::compare::CompareFn;
+    use mesh::ops::unary::UnaryFn;
 
     #[test]
     fn a_scan_tells_infinite_values_from_what_is_no_number() {
         let floats = [0.0f32, 1e38, f32::INFINITY, -1.0, f32::NEG_INFINITY];
         let halves: [u16; 4] = [0x3f80, 0x7f7f, 0x7fc0, 0xff80];
+        let odd = |count, first| Odd { count, first };
         // SAFETY: the arrays hold as many elements.
         unsafe {
-            assert_eq!(scan(DType::F32, floats.as_ptr().cast(), 2), None);
-            assert_eq!(scan(DType::F32, floats.as_ptr().cast(), 5), Some(Scan { nan: false, count: 2, first: 2 }));
-            assert_eq!(scan(DType::Bf16, halves.as_ptr().cast(), 4), Some(Scan { nan: true, count: 2, first: 2 }));
-            assert_eq!(scan(DType::I32, halves.as_ptr().cast(), 2), None);
+            assert!(scan(DType::F32, floats.as_ptr().cast(), 2).finite());
+            let infinite = scan(DType::F32, floats.as_ptr().cast(), 5);
+            assert_eq!(infinite, Scan { infinite: odd(2, 2), nan: odd(0, 0) });
+            assert_eq!(infinite.odd().collect::<Vec<_>>(), [(false, odd(2, 2))]);
+            let both = scan(DType::Bf16, halves.as_ptr().cast(), 4);
+            assert_eq!(both, Scan { infinite: odd(1, 3), nan: odd(1, 2) });
+            assert_eq!(both.odd().collect::<Vec<_>>(), [(false, odd(1, 3)), (true, odd(1, 2))]);
+            assert!(scan(DType::I32, halves.as_ptr().cast(), 2).finite());
         }
+    }
+
+    #[test]
+    fn a_result_is_infinite_by_the_constants_and_operands_that_reach_it() {
+        let mask = |c| Body {
+            instrs: vec![
+                (Instr::Load(0), DType::F32),
+                (Instr::Load(1), DType::F32),
+                (Instr::Compare(CompareFn::Lt, 0, 1), DType::Bool),
+                (Instr::Constant(c), DType::F32),
+                (Instr::Select(2, 1, 3), DType::F32),
+                (Instr::Unary(UnaryFn::Exp, 0), DType::F32),
+                (Instr::Cast(0), DType::Bf16),
+                (Instr::Binary(BinaryFn::Add, 4, 5), DType::F32),
+            ],
+            results: vec![4, 5, 7],
+        };
+        let masked = mask(f64::NEG_INFINITY);
+        let by = |body: &Body| body.results.iter().map(|r| infinite_by(body, *r)).collect::<Vec<_>>();
+        // By what is compared nothing is infinite.
+        assert_eq!(by(&masked), [None, Some(vec![0]), None]);
+        assert_eq!(by(&mask(-1e30)), [Some(vec![1]), Some(vec![0]), Some(vec![0, 1])]);
+        assert_eq!(infinite_by(&masked, 2), Some(vec![]));
+        for c in [f64::NEG_INFINITY, f64::INFINITY, -1e39] {
+            assert!(infinite(c, DType::F32) && infinite(c, DType::Bf16) && !infinite(c, DType::I32), "{c}");
+        }
+        assert!(!infinite(f64::from(f32::MIN), DType::F32) && infinite(f64::from(f32::MIN), DType::Bf16));
     }
 
     #[test]

@@ -266,6 +266,14 @@ pub fn parts(name: control::ArrayName, device: u32, at: &Region, array: &Array) 
     all.map(|kind| control::ArrayPart { kind: Some(kind) }).collect()
 }
 
+/// A question for what a program would take, as the parts of a stream: its head, then the encoded program.
+pub fn foresee(head: control::ForeseeHead, program: &bytes::Bytes) -> Vec<control::ForeseePart> {
+    use control::foresee_part::Kind;
+    let slice = |i: usize| program.slice(i..(i + PART_BYTES).min(program.len()));
+    let data = (0..program.len()).step_by(PART_BYTES).map(|i| Kind::Program(slice(i)));
+    std::iter::once(Kind::Head(head)).chain(data).map(|kind| control::ForeseePart { kind: Some(kind) }).collect()
+}
+
 /// Puts the parts of a stream of arrays together again.
 #[derive(Default)]
 pub struct Assembler {

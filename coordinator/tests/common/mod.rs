@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses some of them")]
 
 pub mod run;
+pub mod staged;
 
 use coordinator::{Options, Session};
 use mesh::array::Array;

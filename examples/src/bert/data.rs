@@ -7,6 +7,7 @@ use examples::report::thousands;
 use examples::run::Failed;
 use examples::settings::{cache_dir, mistake};
 use examples::text::corpus::Corpus;
+use examples::text::kept;
 use examples::text::packages;
 use examples::text::prepare::prepare;
 use examples::text::sampler::{Sampler, SamplerOptions, Split};
@@ -39,12 +40,13 @@ pub fn vocabulary(vocab: &str) -> Result<Vocabulary, Failed> {
 }
 
 impl Data {
-    /// That of a configuration; cut into words first if it was not yet.
+    /// That of a configuration, for the run in the folder `run` if it has begun; cut into words first if it was not yet.
     ///
     /// # Errors
-    /// Text or a vocabulary that are not usable; being asked to stop.
-    pub fn open(c: &Config) -> Result<Data, Failed> {
+    /// Text or a vocabulary that are not usable; another vocabulary than the run's; being asked to stop.
+    pub fn open(c: &Config, run: Option<&Path>) -> Result<Data, Failed> {
         let vocabulary = Arc::new(vocabulary(&c.vocab)?);
+        run.map_or(Ok(()), |folder| kept::check(folder, &vocabulary))?;
         let corpus = Corpus::open(&c.data, &cache_dir(), |text| eprintln!("{text}"))?;
         let tokens = prepare(&corpus, &vocabulary, &cache_dir())?.ok_or(Failed::Interrupted { step: 0 })?;
         let tokens = Arc::new(tokens);

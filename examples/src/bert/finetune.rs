@@ -11,6 +11,7 @@ use examples::bert::program::{FineTuning, Task as Judging};
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran};
 use examples::settings::{Common, Mistake, Settings, cache_dir, mistake, range};
+use examples::text::kept;
 use examples::text::labelled::{LabelKind, Labelled, Sentences};
 use examples::text::packages;
 use examples::text::wordpiece::Vocabulary;
@@ -120,11 +121,12 @@ pub fn folder(from: &str) -> Result<Option<PathBuf>, Failed> {
 }
 
 impl Start {
-    /// That of a configuration.
+    /// That of a configuration, for the run in the folder `run` if it has begun.
     ///
     /// # Errors
-    /// A model or a vocabulary that is not there or not usable; sequences longer than its positions.
-    pub fn open(c: &Config) -> Result<Start, Failed> {
+    /// A model or a vocabulary that is not there or not usable; another vocabulary than the run's; sequences longer than
+    /// the model's positions.
+    pub fn open(c: &Config, run: Option<&Path>) -> Result<Start, Failed> {
         let folder = folder(&c.from)?;
         let weights = folder.as_deref().map(hf::Model::open).transpose()?;
         let architecture = match &weights {
@@ -135,6 +137,7 @@ impl Start {
             (Some(folder), "") => Vocabulary::open(folder)?,
             (_, vocab) => vocabulary(vocab)?,
         };
+        run.map_or(Ok(()), |folder| kept::check(folder, &vocabulary))?;
         fits(&vocabulary, &architecture)?;
         Ok(Start { architecture, vocabulary, weights })
     }
@@ -178,7 +181,7 @@ fn encode(sentences: &[Labelled], vocabulary: &Vocabulary, seq: usize) -> Result
 pub fn finetune(task: &Task) -> Result<(), Failed> {
     let options = task.begin()?;
     let c = &task.config;
-    let start = Start::open(c)?;
+    let start = Start::open(c, task.resume.then_some(task.out.as_path()))?;
     let sentences = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |text| eprintln!("{text}"))?;
     let (train, cut) = encode(&sentences.train, &start.vocabulary, c.seq)?;
     let (held_out, _) = encode(&sentences.held_out, &start.vocabulary, c.seq)?;
@@ -201,7 +204,7 @@ pub fn finetune(task: &Task) -> Result<(), Failed> {
 pub fn eval(task: &Task) -> Result<(), Failed> {
     let options = task.begun()?;
     let c = &task.config;
-    let start = Start::open(c)?;
+    let start = Start::open(c, Some(&task.out))?;
     let sentences = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |text| eprintln!("{text}"))?;
     let (held_out, _) = encode(&sentences.held_out, &start.vocabulary, c.seq)?;
     let program = program(c, &start.architecture, sentences.classes.len()).program()?;
@@ -249,7 +252,7 @@ struct Tuning<'a> {
     config: &'a Config,
     start: Option<(&'a hf::Model, &'a Fit)>,
     architecture: &'a Architecture,
-    pad: i32,
+    vocabulary: &'a Vocabulary,
     train: &'a [Encoded],
     held_out: &'a [Encoded],
     /// A pass over the sentences, and their order in it.
@@ -259,9 +262,8 @@ struct Tuning<'a> {
 impl<'a> Tuning<'a> {
     /// With whatever weights the session has.
     fn new(config: &'a Config, start: &'a Start, train: &'a [Encoded], held_out: &'a [Encoded]) -> Tuning<'a> {
-        let pad = start.vocabulary.specials.pad as i32;
-        let architecture = &start.architecture;
-        Tuning { config, start: None, architecture, pad, train, held_out, order: (u64::MAX, vec![]) }
+        let Start { architecture, vocabulary, .. } = start;
+        Tuning { config, start: None, architecture, vocabulary, train, held_out, order: (u64::MAX, vec![]) }
     }
 
     /// The sentence of a sample: each pass over all of them has an order of its own, drawn from the seed.
@@ -280,7 +282,8 @@ impl<'a> Tuning<'a> {
     /// Feeds sentences; rows that are left are filled with padding behind one word, which nothing is made of.
     fn feed(&self, session: &mut Session, f: FunctionId, rows: &[&Encoded]) -> Result<(), Failed> {
         let (batch, seq) = (self.config.batch, self.config.seq);
-        let token = |(b, s): (usize, usize)| rows.get(b).and_then(|r| r.tokens.get(s)).copied().unwrap_or(self.pad);
+        let pad = self.vocabulary.specials.pad as i32;
+        let token = |(b, s): (usize, usize)| rows.get(b).and_then(|r| r.tokens.get(s)).copied().unwrap_or(pad);
         session.feed(f, "tokens", &Array2::from_shape_fn((batch, seq), token).into())?;
         session.feed(f, "segments", &Array2::<i32>::zeros((batch, seq)).into())?;
         let length = |b: usize| rows.get(b).map_or(1, |r| r.tokens.len() as i32);
@@ -348,6 +351,10 @@ impl Model for Tuning<'_> {
         let c = self.config;
         let flops = 3.0 * self.architecture.forward_flops(c.batch, c.seq, 0, c.seq) as f64;
         Work { amount: c.batch as f64, unit: "sentence", flops: Some(flops) }
+    }
+
+    fn keep(&self, folder: &Path) -> Result<(), Failed> {
+        Ok(kept::keep(folder, self.vocabulary)?)
     }
 }
 

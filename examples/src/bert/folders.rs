@@ -10,6 +10,7 @@ use examples::cli::{self, DeviceOptions, RunOptions};
 use examples::report::say;
 use examples::run::{CONFIG_FILE, Failed, Task, written};
 use examples::settings::{Settings, cache_dir, mistake, range};
+use examples::text::kept;
 use examples::text::labelled::Sentences;
 use mesh::dim::DType;
 use std::io::{Read, Write};
@@ -51,7 +52,7 @@ pub fn export(o: &ExportOptions) -> Result<(), Failed> {
     if is_tuned(&o.out.join(CONFIG_FILE)) {
         let task = of_run::<finetune::Config>(o)?;
         let (c, options) = (&task.config, task.begun()?);
-        let start = Start::open(c)?;
+        let start = Start::open(c, Some(&task.out))?;
         let classes = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |_| ())?.classes;
         let program = finetune::program(c, &start.architecture, classes.len()).program()?;
         let mut running = task.session(program, &options)?;
@@ -61,6 +62,7 @@ pub fn export(o: &ExportOptions) -> Result<(), Failed> {
     let task = of_run::<Config>(o)?;
     let (c, options) = (&task.config, task.begun()?);
     let vocabulary = vocabulary(&c.vocab)?;
+    kept::check(&task.out, &vocabulary)?;
     let setup = Setup::new(c, vocabulary.specials)?;
     let mut running = task.session(setup.pretraining.program()?, &options)?;
     task.restored(&mut running.session)?;

@@ -61,6 +61,7 @@ Later ones win: --config, then options, then --set. With --resume the run's own 
 
 A run folder holds
   config.toml       the configuration, for --config
+  vocabulary.json   the words by id: the run goes on, is judged and is exported with no other vocabulary
   metrics.jsonl     a row a step: loss and gradient norm with their bits, seconds by phase, samples, tokens a second, and at
                     times the loss and accuracy on what is held out; the last row has a hash of all variables, and each
                     device's predicted and measured peak of memory

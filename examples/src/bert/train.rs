@@ -9,7 +9,9 @@ use examples::bert::dropping::{Dropping, Specials};
 use examples::bert::program::Pretraining;
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
+use examples::text::kept;
 use examples::text::sampler::Batch;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// What is to be done.
@@ -125,9 +127,9 @@ fn flops(c: &Config, p: &Pretraining) -> f64 {
     3.0 * p.architecture.forward_flops(c.batch, c.seq, p.predictions, keep) as f64
 }
 
-/// The text of a configuration, and the program that it is for.
-fn prepared(c: &Config) -> Result<(Data, Setup), Failed> {
-    let data = Data::open(c)?;
+/// The text of a configuration, and the program that it is for; `run` is the folder of the run if it has begun.
+fn prepared(c: &Config, run: Option<&Path>) -> Result<(Data, Setup), Failed> {
+    let data = Data::open(c, run)?;
     let setup = Setup::new(c, data.specials())?;
     fits(&data.vocabulary, &setup.pretraining.architecture)?;
     Ok((data, setup))
@@ -137,7 +139,7 @@ fn prepared(c: &Config) -> Result<(Data, Setup), Failed> {
 pub fn pretrain(task: &Task) -> Result<(), Failed> {
     let options = task.begin()?;
     let c = &task.config;
-    let (data, setup) = prepared(c)?;
+    let (data, setup) = prepared(c, task.resume.then_some(task.out.as_path()))?;
     let mut running = task.session(setup.pretraining.program()?, &options)?;
     let session = &mut running.session;
     let parameters = session.program().parameters();
@@ -226,6 +228,10 @@ impl Model for Training<'_> {
         let c = self.config;
         Work { amount: (c.batch * c.seq) as f64, unit: "token", flops: Some(flops(c, &self.setup.pretraining)) }
     }
+
+    fn keep(&self, folder: &Path) -> Result<(), Failed> {
+        Ok(kept::keep(folder, &self.data.vocabulary)?)
+    }
 }
 
 /// How well masked words of documents that were held out are found.
@@ -290,7 +296,7 @@ fn judge(session: &mut Session, setup: &Setup, data: &Data, c: &Config) -> Resul
 pub fn eval(task: &Task) -> Result<(), Failed> {
     let options = task.begun()?;
     let c = &task.config;
-    let (data, setup) = prepared(c)?;
+    let (data, setup) = prepared(c, Some(&task.out))?;
     let mut running = task.session(setup.pretraining.program()?, &options)?;
     let session = &mut running.session;
     task.restored(session)?;

@@ -74,6 +74,11 @@ impl Vocabulary {
         Ok(Vocabulary { path: path.into(), size, hash, specials, goes_on, tokenizer })
     }
 
+    /// Its words by number; None for a number without one.
+    pub fn words(&self) -> Vec<Option<String>> {
+        (0..self.size as u32).map(|id| self.tokenizer.id_to_token(id)).collect()
+    }
+
     /// The numbers of a text's words, without `[CLS]` and `[SEP]`.
     ///
     /// # Errors

@@ -5,7 +5,7 @@
 //! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
-use crate::dim::Type;
+use crate::dim::{DType, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
 use crate::ops::unary::UnaryFn;
@@ -96,7 +96,9 @@ impl<'a> Fused<'a> {
         for instr in &spmd.instrs {
             if let Some(prim) = self.elementwise(instr.output) {
                 let below: usize = instr.inputs.iter().map(|i| length[i.index()]).sum();
-                let n = below + usize::from(!is_free(prim));
+                // What is rounded takes another instruction for that.
+                let own = if self.ty(instr.output).dtype == DType::Bf16 { 2 } else { 1 };
+                let n = below + if is_free(prim) { 0 } else { own };
                 let cut = n > LONGEST;
                 length[instr.output.index()] = if cut { 0 } else { n };
                 if cut {
