@@ -1,6 +1,7 @@
 //! Speed, measured beside what a user would pick instead; the measurements lie in `benches/`.
 
-use coordinator::{FunctionId, Options, Session};
+use coordinator::session::FunctionId;
+use coordinator::{Options, Session};
 use mesh::layout::Mesh;
 use mesh::program::Program;
 use serde_json::{Value, json};

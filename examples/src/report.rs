@@ -3,6 +3,7 @@
 use crate::run::{Failed, written};
 use coordinator::session::Peak;
 use indicatif::{ProgressBar, ProgressStyle};
+use mesh::dim::DType;
 pub use mesh::plan::describe::{bytes, thousands};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -28,8 +29,8 @@ pub struct Work {
     pub amount: f64,
     /// The unit, such as `token` or `Mvoxel`.
     pub unit: &'static str,
-    /// Floating-point operations, if they are to be shown.
-    pub flops: Option<f64>,
+    /// Floating-point operations of its products, and what those are in, if their speed is to be shown.
+    pub flops: Option<(f64, DType)>,
 }
 
 /// Seconds of a step.
@@ -206,11 +207,13 @@ pub struct Progress {
     begun: Instant,
     /// When the first step was done: it says nothing about the speed of the others.
     warm: Option<Instant>,
+    /// Floating-point operations a second that the devices can do at the most, if that is known.
+    most: Option<f64>,
 }
 
 impl Progress {
-    /// For the steps `first .. steps`.
-    pub fn new(first: u32, steps: u32, terminal: bool) -> Progress {
+    /// For the steps `first .. steps`, on devices that can do `most` floating-point operations a second.
+    pub fn new(first: u32, steps: u32, terminal: bool, most: Option<f64>) -> Progress {
         let bar = terminal.then(|| {
             let bar = ProgressBar::new(u64::from(steps)).with_position(u64::from(first));
             if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}") {
@@ -218,7 +221,7 @@ impl Progress {
             }
             bar
         });
-        Progress { bar, steps, first, begun: Instant::now(), warm: None }
+        Progress { bar, steps, first, begun: Instant::now(), warm: None, most }
     }
 
     /// Something that the user should know.
@@ -242,8 +245,9 @@ impl Progress {
             text += &format!("  {name} {value:.4}");
         }
         text += &format!("  {} {}/s", speed(work.amount / seconds), work.unit);
-        if let Some(flops) = work.flops {
+        if let Some((flops, _)) = work.flops {
             text += &format!("  {} GFLOP/s", speed(flops / 1e9 / seconds));
+            text += &self.most.map_or(String::new(), |most| format!(" ({:.0} %)", 100.0 * flops / seconds / most));
         }
         text += &format!("  {} left", time(left));
         match &self.bar {

@@ -20,6 +20,7 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use worker::data::DataError;
+use worker::kernels::roofline::product_flops;
 use worker::store::Store;
 use worker::tls::Tls;
 use worker::transport::connector::TransportChoice;
@@ -389,6 +390,13 @@ impl<C: Settings> Task<C> {
         Ok(restored)
     }
 
+    /// Floating-point operations a second that the devices can do at the most in what a step does, where they are this
+    /// process's own.
+    fn most(&self, session: &Session, work: &Work) -> Option<f64> {
+        let (_, dtype) = work.flops.filter(|_| matches!(self.place, Place::Here))?;
+        Some(product_flops(dtype, session.options().threads() * session.plan().mesh.size()))
+    }
+
     fn none_good(&self) -> Failed {
         Failure::Checkpoint(format!("C0004: there is no good checkpoint in {}", self.out.display())).into()
     }
@@ -418,12 +426,13 @@ impl<C: Settings> Task<C> {
         let path = self.out.join(CONFIG_FILE);
         written(&path, fs::write(&path, self.config.to_toml()))?;
         model.keep(&self.out)?;
+        let most = self.most(session, &model.work());
         let mut training = Training {
             model,
             steps: c.steps,
             rows: Rows::open(&self.out.join(METRICS_FILE), at.step)?,
             events: Events::begin(&self.out.join(TENSORBOARD), at.step)?,
-            progress: Progress::new(at.step, c.steps, std::io::stderr().is_terminal()),
+            progress: Progress::new(at.step, c.steps, std::io::stderr().is_terminal(), most),
         };
         let schedule = Schedule { steps: c.steps, checkpoint_every: c.checkpoint_every };
         let end = drive(session, &mut training, &mut at, &schedule);

@@ -72,8 +72,8 @@ fn numbers(dtype: DType, bytes: usize, key: u32) -> Vec<u8> {
         DType::I32 => (0..bytes / 4).flat_map(|i| ((draw(i) * 9.0) as i32 - 2).to_le_bytes()).collect(),
         DType::Bf16 => {
             // Now and then a number whose products are subnormal, or that is itself.
-            let scale = |i: usize| if i % 7 == 0 { 1e-20 } else { 1.0 } * if i % 29 == 0 { 1e-20 } else { 1.0 };
-            let value = |i: usize| (draw(i) * 2.0 - 0.9) * scale(i);
+            let scale = |i: usize, every| if i.is_multiple_of(every) { 1e-20 } else { 1.0 };
+            let value = |i: usize| (draw(i) * 2.0 - 0.9) * scale(i, 7) * scale(i, 29);
             (0..bytes / 2).flat_map(|i| ((value(i).to_bits() >> 16) as u16).to_le_bytes()).collect()
         }
         DType::Bool => (0..bytes).map(|i| u8::from(draw(i) < 0.5)).collect(),

@@ -350,7 +350,7 @@ impl Model for Tuning<'_> {
     fn work(&self) -> Work {
         let c = self.config;
         let flops = 3.0 * self.architecture.forward_flops(c.batch, c.seq, 0, c.seq) as f64;
-        Work { amount: c.batch as f64, unit: "sentence", flops: Some(flops) }
+        Work { amount: c.batch as f64, unit: "sentence", flops: Some((flops, c.training.dtype.into())) }
     }
 
     fn keep(&self, folder: &Path) -> Result<(), Failed> {

@@ -226,7 +226,8 @@ impl Model for Training<'_> {
 
     fn work(&self) -> Work {
         let c = self.config;
-        Work { amount: (c.batch * c.seq) as f64, unit: "token", flops: Some(flops(c, &self.setup.pretraining)) }
+        let flops = (flops(c, &self.setup.pretraining), c.training.dtype.into());
+        Work { amount: (c.batch * c.seq) as f64, unit: "token", flops: Some(flops) }
     }
 
     fn keep(&self, folder: &Path) -> Result<(), Failed> {

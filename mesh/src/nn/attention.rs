@@ -1,7 +1,7 @@
 //! Multi-head attention (Vaswani et al. 2017).
 
 use super::{Dense, Mode, dense, dropout, softmax};
-use crate::dim::{DType, Dim};
+use crate::dim::Dim;
 use crate::graph::Tensor;
 use crate::program::Init;
 

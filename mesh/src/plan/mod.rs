@@ -88,10 +88,10 @@ impl ProgramPlan {
 fn in_f32(function: &Function) -> Result<(), Error> {
     for node in &function.nodes {
         let op = node.op.op();
-        let moves =
-            op.elementwise() || op.copies() || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_));
-        let moves = moves || matches!(node.op, Prim::Contract(_));
-        if !moves && function.input_types(node).iter().any(|t| t.dtype == DType::Bf16) {
+        let takes = op.elementwise()
+            || op.copies()
+            || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_) | Prim::Contract(_));
+        if !takes && function.input_types(node).iter().any(|t| t.dtype == DType::Bf16) {
             let what = format!("`{}` of bf16", op.name());
             let help = "cast its inputs to f32 and the result back".into();
             return Err(Error::from(Cause::NotYet { what, help }).at(node.place));

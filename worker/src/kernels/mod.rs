@@ -13,6 +13,7 @@ pub mod max_pool;
 pub mod nest;
 mod pack;
 pub mod reduce;
+pub mod roofline;
 pub mod rows;
 pub mod scatter_add;
 pub mod tile;

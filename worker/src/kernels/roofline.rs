@@ -1,0 +1,79 @@
+//! What the cores of this machine can do at the most: what speeds are a share of.
+
+use super::isa::Isa;
+use super::tile::{self, Combine, Tile, panel_width};
+use mesh::dim::DType;
+use std::time::{Duration, Instant};
+
+/// Rows, and contracted elements or pairs, of products whose factors stay in the first-level cache.
+const SIZES: [usize; 2] = [56, 64];
+/// How often the speed is measured, and for how long at a time; the best one counts.
+const TRIES: usize = 5;
+const TIME: Duration = Duration::from_millis(2);
+
+/// Floating-point operations a second that `threads` threads do at the most in products of a dtype, as far as there are
+/// cores for them: that of the register tile on what lies in the nearest cache, measured.
+pub fn product_flops(dtype: DType, threads: usize) -> f64 {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    std::thread::scope(|s| {
+        let all: Vec<_> = (0..threads.clamp(1, cores)).map(|_| s.spawn(|| one(dtype))).collect();
+        all.into_iter().map(|t| t.join().unwrap_or(0.0)).sum()
+    })
+}
+
+fn one(dtype: DType) -> f64 {
+    let (isa, pairs, [rows, units]) = (Isa::detect(), dtype == DType::Bf16, SIZES);
+    let width = panel_width(isa, usize::MAX);
+    let (x, w, mut out) = (vec![0.0f32; rows * units], vec![0.0f32; units * width], vec![0.0f32; rows * width]);
+    let flops = (2 * rows * width * units * (1 + usize::from(pairs))) as f64;
+    let (mut best, channels) = (0.0f64, 0..units);
+    for _ in 0..TRIES {
+        let (begun, mut done) = (Instant::now(), 0.0);
+        while begun.elapsed() < TIME {
+            let tile = Tile {
+                x: x.as_ptr(),
+                pairs,
+                pitch: units,
+                step: 1,
+                taps: &[[0, 0]],
+                channels: std::slice::from_ref(&channels),
+                w: w.as_ptr(),
+                nodes: &[vec![Combine::Leaf(0)]],
+                goes_on: false,
+                out: out.as_mut_ptr(),
+                out_pitch: width,
+                node_pitch: 0,
+                columns: width,
+            };
+            // SAFETY: all rows of x, the panel w and the results are as large as the tile says.
+            unsafe { tile::run(isa, width, tile, rows) };
+            done += flops;
+        }
+        best = best.max(done / begun.elapsed().as_secs_f64());
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_product_is_faster_than_what_is_measured() {
+        let n = 192;
+        let (a, b) = (vec![1.0f32; n * n], vec![1.0f32; n * n]);
+        let begun = Instant::now();
+        let mut c = vec![0.0f32; n * n];
+        for i in 0..n {
+            for k in 0..n {
+                (0..n).for_each(|j| c[i * n + j] += a[i * n + k] * b[k * n + j]);
+            }
+        }
+        assert_eq!(c[n * n - 1], n as f32);
+        let naive = 2.0 * (n * n * n) as f64 / begun.elapsed().as_secs_f64();
+        for dtype in [DType::F32, DType::Bf16] {
+            let most = product_flops(dtype, 1);
+            assert!(most.is_finite() && (dtype == DType::Bf16 || most > naive), "{dtype}: {most}, {naive}");
+        }
+    }
+}
