@@ -23,6 +23,8 @@ parser.add_argument("--python", default=sys.executable, help="one that has torch
 parser.add_argument("--ours")
 parser.add_argument("--peer", action="append", default=[])
 args = parser.parse_args()
+if bool(args.ours) != bool(args.peer):
+    parser.error("--ours and --peer go together")
 here = pathlib.Path(__file__).parent
 
 
