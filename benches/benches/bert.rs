@@ -24,7 +24,7 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     batch: usize,
     /// What it computes in: `f32` or `bf16`.
-    #[arg(long, default_value = "f32")]
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
     dtype: String,
     #[command(flatten)]
     steps: Steps,

@@ -22,7 +22,7 @@ struct Args {
     #[arg(long, default_value_t = 96)]
     size: usize,
     /// `forward`, or `both`: with the gradients.
-    #[arg(long, default_value = "forward")]
+    #[arg(long, default_value = "forward", value_parser = ["forward", "both"])]
     what: String,
     #[command(flatten)]
     steps: Steps,

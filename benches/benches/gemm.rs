@@ -16,10 +16,10 @@ struct Args {
     #[arg(long, default_value = "2048x2048x2048")]
     size: String,
     /// Where the contracted dimension lies in each factor: `nn`, as in a layer; `nt` or `tn`, as in its gradients.
-    #[arg(long, default_value = "nn")]
+    #[arg(long, default_value = "nn", value_parser = ["nn", "nt", "tn"])]
     order: String,
     /// What the factors are: `f32` or `bf16`.
-    #[arg(long, default_value = "f32")]
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
     dtype: String,
     #[command(flatten)]
     steps: Steps,

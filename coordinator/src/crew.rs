@@ -376,11 +376,8 @@ impl Coordinator {
                     peers: peers.clone(),
                     own: session.crew[place].1.clone(),
                 };
-                let data = (0..bytes.len()).step_by(wire::PART_BYTES);
-                let data =
-                    data.map(|i| load_part::Kind::Program(bytes.slice(i..(i + wire::PART_BYTES).min(bytes.len()))));
                 let parts: Vec<LoadPart> = std::iter::once(load_part::Kind::Head(head))
-                    .chain(data)
+                    .chain(wire::slices(&bytes).map(load_part::Kind::Program))
                     .map(|k| LoadPart { kind: Some(k) })
                     .collect();
                 async move { client.load(iter(parts)).await.map(|r| r.into_inner().links) }

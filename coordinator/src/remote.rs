@@ -106,10 +106,8 @@ impl Remote {
             let endpoint = endpoint(url, options.tls.as_ref(), Role::Coordinator)?;
             let channel = endpoint.connect().await.map_err(|e| unreachable(url, &e))?;
             let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES);
-            let data = (0..bytes.len()).step_by(wire::PART_BYTES);
-            let data = data.map(|i| open_part::Kind::Program(bytes.slice(i..(i + wire::PART_BYTES).min(bytes.len()))));
             let parts: Vec<OpenPart> = std::iter::once(open_part::Kind::Settings(settings))
-                .chain(data)
+                .chain(wire::slices(&bytes).map(open_part::Kind::Program))
                 .map(|k| OpenPart { kind: Some(k) })
                 .collect();
             // A certificate that the coordinator does not accept shows only now.

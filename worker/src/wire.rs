@@ -20,7 +20,7 @@ const VERSION: u32 = 1;
 /// Largest encoded program.
 pub const PROGRAM_BYTES: usize = 64 << 20;
 /// Bytes of a part of a stream.
-pub const PART_BYTES: usize = 1 << 20;
+const PART_BYTES: usize = 1 << 20;
 /// Largest array that is taken from the other side.
 pub const ARRAY_BYTES: usize = 8 << 30;
 
@@ -250,6 +250,11 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
     Program { variables, functions, chunking, stages: vec![] }.checked()
 }
 
+/// Bytes, cut for the parts of a stream.
+pub fn slices(bytes: &bytes::Bytes) -> impl Iterator<Item = bytes::Bytes> {
+    (0..bytes.len()).step_by(PART_BYTES).map(|i| bytes.slice(i..(i + PART_BYTES).min(bytes.len())))
+}
+
 /// An array, or the box `at` of one, as the parts of a stream: its head, then its bytes.
 pub fn parts(name: control::ArrayName, device: u32, at: &Region, array: &Array) -> Vec<control::ArrayPart> {
     use control::array_part::Kind;
@@ -261,16 +266,14 @@ pub fn parts(name: control::ArrayName, device: u32, at: &Region, array: &Array) 
         device,
     };
     let bytes = bytes::Bytes::from(array.to_bytes());
-    let data = (0..bytes.len()).step_by(PART_BYTES).map(|i| bytes.slice(i..(i + PART_BYTES).min(bytes.len())));
-    let all = std::iter::once(Kind::Head(head)).chain(data.map(Kind::Data));
+    let all = std::iter::once(Kind::Head(head)).chain(slices(&bytes).map(Kind::Data));
     all.map(|kind| control::ArrayPart { kind: Some(kind) }).collect()
 }
 
 /// A question for what a program would take, as the parts of a stream: its head, then the encoded program.
 pub fn foresee(head: control::ForeseeHead, program: &bytes::Bytes) -> Vec<control::ForeseePart> {
     use control::foresee_part::Kind;
-    let slice = |i: usize| program.slice(i..(i + PART_BYTES).min(program.len()));
-    let data = (0..program.len()).step_by(PART_BYTES).map(|i| Kind::Program(slice(i)));
+    let data = slices(program).map(Kind::Program);
     std::iter::once(Kind::Head(head)).chain(data).map(|kind| control::ForeseePart { kind: Some(kind) }).collect()
 }
 

@@ -230,12 +230,13 @@ impl<'a> Fused<'a> {
     fn merge(&mut self) {
         let mut groups: Vec<Option<Group>> = std::mem::take(&mut self.groups).into_iter().map(Some).collect();
         let mut made: HashMap<ValueId, usize> = HashMap::new();
+        let set: HashSet<ValueId> = self.spmd.assigns.iter().map(|(_, v)| self.root(*v)).collect();
         for j in 0..groups.len() {
             let Some(group) = groups[j].take() else { continue };
             let mut target = None;
             if group.kind != Kind::Instr {
                 for i in (j.saturating_sub(WINDOW)..j).rev() {
-                    if groups[i].as_ref().is_some_and(|g| self.may_share(g, &group, i, &made)) {
+                    if groups[i].as_ref().is_some_and(|g| self.may_share(g, &group, i, &made, &set)) {
                         target = Some(i);
                         break;
                     }
@@ -261,7 +262,14 @@ impl<'a> Fused<'a> {
         self.groups = groups.into_iter().flatten().collect();
     }
 
-    fn may_share(&self, earlier: &Group, later: &Group, at: usize, made: &HashMap<ValueId, usize>) -> bool {
+    fn may_share(
+        &self,
+        earlier: &Group,
+        later: &Group,
+        at: usize,
+        made: &HashMap<ValueId, usize>,
+        set: &HashSet<ValueId>,
+    ) -> bool {
         let (a, b) = (&self.spmd.instrs[earlier.instrs[0]], &self.spmd.instrs[later.instrs[0]]);
         let reads_earlier = later.inputs.iter().any(|v| earlier.outputs.contains(v));
         let ready = later.inputs.iter().all(|v| earlier.outputs.contains(v) || made.get(v).is_none_or(|&m| m < at));
@@ -281,9 +289,7 @@ impl<'a> Fused<'a> {
             _ if earlier.kind == Kind::Map => {
                 let (x, y) = (&self.spmd.values[a.output.index()], &self.spmd.values[b.output.index()]);
                 // What an optimizer sets lies in memory anyway, so it costs none to set it sooner.
-                let sets = |g: &Group| {
-                    g.outputs.iter().all(|v| self.spmd.assigns.iter().any(|(_, set)| self.root(*set) == *v))
-                };
+                let sets = |g: &Group| g.outputs.iter().all(|v| set.contains(v));
                 let reads_same = || later.inputs.iter().any(|v| earlier.inputs.contains(v) && self.ty(*v) == &x.ty);
                 let gains = reads_earlier || sets(earlier) && sets(later) && reads_same();
                 gains && x.ty.dims == y.ty.dims && x.regions == y.regions

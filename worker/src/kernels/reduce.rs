@@ -394,20 +394,18 @@ impl ReducePlan {
                         // SAFETY: the block has that many points.
                         let v: &[f32] =
                             unsafe { std::slice::from_raw_parts(evaluation.pointer(*slot).cast(), rows * columns) };
-                        if inner_reduced && leaves.len() == 1 {
-                            self.fold_lanes(&mut sums[r * row..][..row], v, columns, 0..columns, lane);
-                            continue;
-                        }
-                        if inner_reduced {
-                            // All of them lie in this block.
-                            for (l, leaf) in leaves.iter().enumerate() {
-                                let own = last_of(leaf);
-                                let acc = &mut sums[(l * count + r) * row..][..row];
-                                self.fold_lanes(acc, v, columns, own.start - c..own.end - c, 0);
-                            }
-                            continue;
-                        }
                         for (l, leaf) in leaves.iter().enumerate() {
+                            if inner_reduced {
+                                // Of several leaves all lie in this block.
+                                let own = last_of(leaf);
+                                let (part, first) = match leaves.len() {
+                                    1 => (0..columns, lane),
+                                    _ => (own.start - c..own.end - c, 0),
+                                };
+                                let acc = &mut sums[(l * count + r) * row..][..row];
+                                self.fold_lanes(acc, v, columns, part, first);
+                                continue;
+                            }
                             let part = if leaves.len() > 1 { last_of(leaf) } else { m..m + rows };
                             let (first, end) = (part.start.max(m), part.end.min(m + rows));
                             if first < end {

@@ -71,9 +71,10 @@ mod tests {
         }
         assert_eq!(c[n * n - 1], n as f32);
         let naive = 2.0 * (n * n * n) as f64 / begun.elapsed().as_secs_f64();
-        for dtype in [DType::F32, DType::Bf16] {
-            let most = product_flops(dtype, 1);
-            assert!(most.is_finite() && (dtype == DType::Bf16 || most > naive), "{dtype}: {most}, {naive}");
-        }
+        let most = product_flops(DType::F32, 1);
+        assert!(most > naive, "{most}, {naive}");
+        // Without an instruction for pairs, bf16 is imitated.
+        let most = product_flops(DType::Bf16, 1);
+        assert!(most > naive || !Isa::detect().pairs() && most > 0.0, "bf16: {most}, {naive}");
     }
 }
