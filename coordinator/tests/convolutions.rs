@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Draws, f32s, program, same_everywhere};
-use mesh::dim::{Dim, dim};
+use mesh::dim::{DType, Dim, dim};
 use mesh::ops::conv::{Conv, ConvTranspose};
 use mesh::ops::window::Window;
 
@@ -19,7 +19,8 @@ fn window(draw: &mut Draws, name: &str, n: usize, kernel: usize) -> Window {
     }
 }
 
-/// `count` convolutions over `axes` dimensions, each on layouts that split 1, 2 or 3 of them (and the channels).
+/// `count` convolutions over `axes` dimensions, each on layouts that split 1, 2 or 3 of them (and the channels); every
+/// third one of bf16.
 fn convolutions(seed: u64, axes: usize, count: usize, kernel: usize, size: usize, transposed: bool) {
     let mut draw = Draws::new(seed);
     let mut done = 0;
@@ -48,9 +49,14 @@ fn convolutions(seed: u64, axes: usize, count: usize, kernel: usize, size: usize
         let taps = windows.iter().map(|w| dim(format!("k.{}", w.dim), w.size));
         let filter: Vec<Dim> = taps.chain([dim("ci", ci / groups), dim("co", co)]).collect();
         let feeds = [f32s(&x, 1), f32s(&filter, 2)];
-        let p = program(&feeds, true, |_, t| match transposed {
-            true => t[0].conv_transpose(&t[1], &ConvTranspose { conv: op.clone(), sizes: sizes.clone() }),
-            false => t[0].conv(&t[1], &op),
+        let (dtype, tolerance) = if done % 3 == 2 { (DType::Bf16, 0.08) } else { (DType::F32, 1e-4) };
+        let p = program(&feeds, true, |_, t| {
+            let [x, filter] = [0, 1].map(|i| t[i].cast(dtype));
+            let y = match transposed {
+                true => x.conv_transpose(&filter, &ConvTranspose { conv: op.clone(), sizes: sizes.clone() }),
+                false => x.conv(&filter, &op),
+            };
+            y.cast(DType::F32)
         });
         // One layout of one axis, one of all axes; as many shards as both sides of the convolution have chunks.
         let most = |a: usize| sizes[a].min(outputs[a]).min(8);
@@ -81,7 +87,13 @@ fn convolutions(seed: u64, axes: usize, count: usize, kernel: usize, size: usize
             continue;
         }
         let layouts: Vec<(&str, &str)> = layouts.iter().map(|(m, l)| (m.as_str(), l.as_str())).collect();
-        same_everywhere(&format!("{op:?} on {sizes:?}, batch {}", batch.size), &p, &feeds, &layouts, 1e-4);
+        same_everywhere(
+            &format!("{op:?} on {sizes:?}, batch {}, {dtype}", batch.size),
+            &p,
+            &feeds,
+            &layouts,
+            tolerance,
+        );
         done += 1;
     }
 }

@@ -70,6 +70,20 @@ pub struct Access {
     pub strides: Vec<usize>,
 }
 
+impl Access {
+    /// Whether a nest of those extents reads the buffer's elements one after the other, each once.
+    pub fn is_whole(&self, extents: &[usize]) -> bool {
+        let mut step = 1;
+        let mut loops = self.strides.iter().zip(extents).rev();
+        self.offset == 0
+            && loops.all(|(stride, n)| {
+                let fits = *stride == step || *n <= 1;
+                step *= n;
+                fits
+            })
+    }
+}
+
 /// A loop nest with a body. As a map, result `r` is stored contiguously in loop order in buffer `r`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Loop {
@@ -81,6 +95,20 @@ pub struct Loop {
     pub operands: Vec<Access>,
     /// What is computed at each point.
     pub body: Body,
+}
+
+impl Loop {
+    /// The same loop with one of its operands behind all others.
+    pub fn with_last(mut self, operand: usize) -> Loop {
+        let last = self.operands.len() - 1;
+        self.operands[operand..].rotate_left(1);
+        for (instr, _) in &mut self.body.instrs {
+            if let Instr::Load(o) = instr {
+                *o = if *o == operand { last } else { *o - usize::from(*o > operand) };
+            }
+        }
+        self
+    }
 }
 
 /// A loop nest whose results are reduced over some of the loops.

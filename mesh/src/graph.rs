@@ -503,7 +503,7 @@ impl State {
         if self.regions.contains_key(&id) {
             return true;
         }
-        if node.ty.elements() < SMALL {
+        if node.ty.elements() < SMALL || self.narrows_product(node) {
             return false;
         }
         let op = node.op.op();
@@ -522,9 +522,16 @@ impl State {
                     return 0;
                 }
                 seen.push(i);
-                if input.op.op().elementwise() && !input.inputs.is_empty() { self.large_roots(i, seen) } else { 1 }
+                let goes_on = input.op.op().elementwise() && !input.inputs.is_empty() && !self.narrows_product(input);
+                if goes_on { self.large_roots(i, seen) } else { 1 }
             })
             .sum()
+    }
+
+    /// Whether a node is a product in fewer bits: that is kept instead of the product.
+    fn narrows_product(&self, node: &Node) -> bool {
+        let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product();
+        matches!(node.op, Prim::Cast(_)) && node.ty.dtype == DType::Bf16 && node.inputs.iter().all(of_product)
     }
 }
 

@@ -74,10 +74,12 @@ pub struct Computed {
     pub infinite_by: Option<Vec<usize>>,
 }
 
+/// The dtype of a result, and the operands by whose infinite values it may be infinite.
+type Result = (DType, Option<Vec<usize>>);
+
 impl Looked {
     /// What of that step.
     pub fn of(step: &plan::Step) -> Looked {
-        type Result = (DType, Option<Vec<usize>>);
         let of_loop = |nest: &Loop| -> (Vec<DType>, Vec<Result>) {
             let result = |r: &usize| (nest.body.instrs[*r].1, infinite_by(&nest.body, *r));
             (nest.operands.iter().map(|o| o.dtype).collect(), nest.body.results.iter().map(result).collect())
@@ -88,12 +90,30 @@ impl Looked {
             Work::Op(op) => {
                 // A window that lies in the padding has the maximum of nothing.
                 let by = (!matches!(op.op, Prim::MaxPool(_))).then(|| (0..op.inputs.len()).collect());
-                (op.inputs.iter().map(|part| part.ty.dtype).collect(), vec![(op.output.ty.dtype, by)])
+                let mut operands: Vec<DType> = op.inputs.iter().map(|part| part.ty.dtype).collect();
+                let Some(nest) = &op.epilogue else {
+                    return Looked::at(step, operands, vec![(op.output.ty.dtype, by)]);
+                };
+                // In place of the op's result, the loop's last operand, there are the op's operands.
+                let (mut others, mut results) = of_loop(nest);
+                others.pop();
+                let (first, result) = (operands.len(), others.len());
+                operands.extend(others);
+                for by in results.iter_mut().filter_map(|(_, by)| by.as_mut()) {
+                    let each = |o: &usize| if *o == result { 0..first } else { first + o..first + o + 1 };
+                    *by = by.iter().flat_map(each).collect();
+                }
+                (operands, results)
             }
             // A maximum or minimum is infinite only if a part is, maybe another device's.
             Work::AllReduce(a) => (vec![a.dtype], vec![(a.dtype, (a.f == ReduceFn::Sum).then(|| vec![0]))]),
             Work::Copy(_) | Work::Exchange(_) => (vec![], vec![]),
         };
+        Looked::at(step, operands, results)
+    }
+
+    /// Operands and results of these dtypes where a step has them.
+    fn at(step: &plan::Step, operands: Vec<DType>, results: Vec<Result>) -> Looked {
         let elements = |dtype: DType, buffer: &Buffer| buffer.bytes / dtype.bytes();
         let operands = operands.into_iter().zip(&step.inputs).map(|(d, b)| (d, elements(d, b))).collect();
         let results = results.into_iter().zip(&step.outputs);

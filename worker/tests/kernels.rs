@@ -8,12 +8,13 @@ use mesh::dim::{DType, Dim, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, BatchNorm, Dense, Kernel as Filter, Mode};
 use mesh::ops::binary::{Binary, BinaryFn};
+use mesh::ops::conv::Conv;
 use mesh::ops::resize::Resize;
 use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
-use mesh::plan::{PlanOptions, Work, plan_program};
+use mesh::plan::{OpWork, PlanOptions, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::rng::Stream;
 use std::collections::BTreeSet;
@@ -85,7 +86,13 @@ fn dtypes(work: &Work) -> Vec<DType> {
     match work {
         Work::Map(nest) => nest.operands.iter().map(|o| o.dtype).collect(),
         Work::Reduce(r) => r.nest.operands.iter().map(|o| o.dtype).collect(),
-        Work::Op(op) => op.inputs.iter().map(|p| p.ty.dtype).collect(),
+        Work::Op(op) => {
+            let mut types: Vec<DType> = op.inputs.iter().map(|p| p.ty.dtype).collect();
+            if let Some(nest) = &op.epilogue {
+                types.extend(nest.operands[..nest.operands.len() - 1].iter().map(|o| o.dtype));
+            }
+            types
+        }
         Work::Copy(c) => vec![if c.element == 4 { DType::F32 } else { DType::Bool }; 16],
         Work::Exchange(_) | Work::AllReduce(_) => vec![],
     }
@@ -95,10 +102,48 @@ fn name(work: &Work) -> &'static str {
     match work {
         Work::Map(_) => "map",
         Work::Reduce(_) => "reduce",
+        Work::Op(op) if op.epilogue.is_some() => "with an epilogue",
         Work::Op(op) => op.op.op().name(),
         Work::Copy(_) => "copy",
         Work::Exchange(_) | Work::AllReduce(_) => "between devices",
     }
+}
+
+const STEP: StepContext = StepContext { seed: 5, step: 3 };
+
+/// Runs a piece of work on one instruction set; gives the bits of its results.
+fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[usize]) -> Vec<Vec<u8>> {
+    let kernel = Kernel::with_isa(work, isa);
+    let mut outputs: Vec<Guarded> = results.iter().map(|bytes| Guarded::new(*bytes)).collect();
+    let mut scratch = Guarded::new(kernel.scratch_bytes());
+    let from: Vec<*const u8> = inputs.iter_mut().map(|b| b.at().cast_const()).collect();
+    let to: Vec<*mut u8> = outputs.iter_mut().map(Guarded::at).collect();
+    let output_bytes = results.first().copied().unwrap_or(0);
+    let operands = Operands { inputs: &from, outputs: &to, output_bytes, scratch: scratch.at() };
+    let mut end = InProcess::mesh(1, 0).remove(0);
+    // SAFETY: buffers are as large as the plan says, and the scratch as the kernel does.
+    unsafe { kernel.run(pool, &mut end, &operands, STEP) }.unwrap();
+    let what = || format!("{isa:?}, {} threads: {work:?}", pool.threads());
+    assert!(outputs.iter().all(Guarded::guarded), "wrote beside its result; {}", what());
+    assert!(scratch.guarded(), "wrote beside its scratch; {}", what());
+    assert!(inputs.iter().all(Guarded::guarded), "wrote beside its inputs; {}", what());
+    outputs.iter().map(|b| b.data().to_vec()).collect()
+}
+
+/// What an op with an epilogue gives if the op stores its result and a map reads it.
+fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize]) -> Option<Vec<Vec<u8>>> {
+    let nest = op.epilogue.clone()?;
+    let mut others = inputs.split_off(op.inputs.len());
+    let alone = Work::Op(OpWork { epilogue: None, ..op.clone() });
+    let bytes = op.output.region.elements() * op.output.ty.dtype.bytes();
+    let product = run(&alone, Isa::detect(), pool, inputs, &[bytes]).remove(0);
+    let mut given = Guarded::new(bytes);
+    given.fill(&product);
+    others.push(given);
+    let bits = run(&Work::Map(nest), Isa::detect(), pool, &mut others, results);
+    others.pop();
+    inputs.extend(others);
+    Some(bits)
 }
 
 /// Runs all work that a program's plan has on a mesh; adds the kernels' names to `seen`.
@@ -107,7 +152,6 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
     let (mesh, layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
     let plan = plan_program(p, &mesh, &layout, &PlanOptions::default(), &backend).unwrap();
     let pools: Vec<Pool> = (1..=3).map(|n| Pool::new(n, None)).collect();
-    let mut end = InProcess::mesh(1, 0).remove(0);
     for device in plan.functions.values().flatten() {
         for (s, step) in device.steps.iter().enumerate() {
             let types = dtypes(&step.work);
@@ -121,28 +165,16 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
                 buffer.fill(&numbers(*t, b.bytes, (s * 16 + i) as u32));
                 inputs.push(buffer);
             }
-            let mut first: Option<Vec<Vec<u8>>> = None;
+            let results: Vec<usize> = step.outputs.iter().map(|b| b.bytes).collect();
+            let mut first = match &step.work {
+                Work::Op(op) => apart(op, &pools[0], &mut inputs, &results),
+                _ => None,
+            };
             for isa in Isa::available() {
-                let kernel = Kernel::with_isa(&step.work, isa);
                 for pool in &pools {
-                    let mut outputs: Vec<Guarded> = step.outputs.iter().map(|b| Guarded::new(b.bytes)).collect();
-                    let mut scratch = Guarded::new(kernel.scratch_bytes());
-                    let from: Vec<*const u8> = inputs.iter_mut().map(|b| b.at().cast_const()).collect();
-                    let to: Vec<*mut u8> = outputs.iter_mut().map(Guarded::at).collect();
-                    let output_bytes = step.outputs.first().map_or(0, |b| b.bytes);
-                    let operands = Operands { inputs: &from, outputs: &to, output_bytes, scratch: scratch.at() };
-                    let cx = StepContext { seed: 5, step: 3 };
-                    // SAFETY: buffers are as large as the plan says, and the scratch as the kernel does.
-                    unsafe { kernel.run(pool, &mut end, &operands, cx) }.unwrap();
-                    let what = || format!("{isa:?}, {} threads: {:?}", pool.threads(), step.work);
-                    assert!(outputs.iter().all(Guarded::guarded), "wrote beside its result; {}", what());
-                    assert!(scratch.guarded(), "wrote beside its scratch; {}", what());
-                    assert!(inputs.iter().all(Guarded::guarded), "wrote beside its inputs; {}", what());
-                    let bits: Vec<Vec<u8>> = outputs.iter().map(|b| b.data().to_vec()).collect();
-                    match &first {
-                        None => first = Some(bits),
-                        Some(first) => assert!(*first == bits, "other bits; {}", what()),
-                    }
+                    let bits = run(&step.work, isa, pool, &mut inputs, &results);
+                    let same = *first.get_or_insert_with(|| bits.clone()) == bits;
+                    assert!(same, "other bits; {isa:?}, {} threads: {:?}", pool.threads(), step.work);
                 }
             }
         }
@@ -154,10 +186,10 @@ fn volume() -> [Dim; 5] {
 }
 
 /// A network of products, norms, pools and everything else, trained.
-fn network() -> Program {
+fn network(dtype: DType) -> Program {
     let mut p = ProgramBuilder::new();
     p.function("train", |g| {
-        let x = g.input("image", DType::F32, &volume());
+        let x = g.input("image", DType::F32, &volume()).cast(dtype);
         let labels = g.input("labels", DType::I32, &volume()[..4]);
         let space = ["x", "y", "z"];
         let block = |x: &Tensor, name: &str, filter: Filter, channels: usize| {
@@ -174,6 +206,7 @@ fn network() -> Program {
         let up = nn::gelu(&nn::conv_transpose(&coarse, "up", &up, &dim("channel", 17)));
         let joined = Tensor::concat(&[&fine, &up.pad("y", 0, 1, 0.0).pad("z", 2, 2, 0.5)], "channel");
         let logits = nn::dense(&joined, "head", &["channel"], &[dim("class", 5)], &Dense::default());
+        let logits = logits.cast(DType::F32);
         let loss = nn::cross_entropy(&logits, &labels, "class").mean_all();
         Optimizer::lamb(0.01, 0.1).clipped(1.0).apply(g, &loss);
         g.output("loss", &loss);
@@ -185,10 +218,16 @@ fn network() -> Program {
 
 #[test]
 fn the_work_of_a_network_is_the_same_bits_on_every_instruction_set_and_thread() {
+    for dtype in [DType::F32, DType::Bf16] {
+        network_holds(dtype);
+    }
+}
+
+fn network_holds(dtype: DType) {
     let mut seen = BTreeSet::new();
-    hold(&network(), "1", "", &mut seen);
+    hold(&network(dtype), "1", "", &mut seen);
     for (mesh, layout) in [("m=2,n=2", "x:m,y:n"), ("m=3,n=2", "z:m,batch:n")] {
-        hold(&network(), mesh, layout, &mut seen);
+        hold(&network(dtype), mesh, layout, &mut seen);
     }
     let all = [
         "contract",
@@ -203,6 +242,42 @@ fn the_work_of_a_network_is_the_same_bits_on_every_instruction_set_and_thread() 
     ];
     for kernel in all {
         assert!(seen.contains(kernel), "{kernel}: not in {seen:?}");
+    }
+}
+
+/// Products whose results go on through loops: activations, residual sums, drop-out, fewer bits, with the product kept or
+/// not, and with results whose rows and columns lie in many ways.
+fn products(dtype: DType) -> Program {
+    let mut p = ProgramBuilder::new();
+    p.function("train", |g| {
+        let x = g.input("x", DType::F32, &[dim("batch", 3), dim("seq", 37), dim("model", 70)]).cast(dtype);
+        let of = |name: &str, dims: &[Dim]| g.variable(name, dims, nn::init::he_normal(8)).cast(dtype);
+        let heads = [dim("head", 3), dim("size", 33)];
+        let q = x.contract(&of("q", &[&[dim("model", 70)][..], &heads].concat()), &["model"]);
+        let q = nn::gelu(&q.add(&of("bias", &heads)));
+        let other = of("kv", &[dim("seq_kv", 21), heads[0].clone(), heads[1].clone()]);
+        let scores = q.contract(&other, &["size"]).mul_scalar(0.3).tanh();
+        let back = scores.contract(&other, &["seq_kv"]);
+        let out = back.contract(&of("o", &[heads[0].clone(), heads[1].clone(), dim("model", 70)]), &["head", "size"]);
+        let out = nn::dropout(&out, 0.9, Mode::Train).add(&x);
+        let wide = out.contract(&of("up", &[dim("model", 70), dim("wide", 600)]), &["model"]).relu();
+        let loss = wide.cast(DType::F32).square().mean_all();
+        Optimizer::adam(0.1).apply(g, &loss);
+        g.output("loss", &loss);
+    })
+    .unwrap();
+    p.finish().unwrap()
+}
+
+#[test]
+fn an_epilogue_gives_the_bits_of_its_product_and_its_loop() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let mut seen = BTreeSet::new();
+        hold(&products(dtype), "1", "", &mut seen);
+        assert!(seen.contains("with an epilogue"));
+        for (mesh, layout) in [("m=2", "model:m"), ("m=2,n=3", "batch:m,head:n"), ("m=3", "seq:m")] {
+            hold(&products(dtype), mesh, layout, &mut seen);
+        }
     }
 }
 
@@ -282,6 +357,51 @@ fn products_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() {
         hold(&p, "1", "", &mut seen);
         hold(&p, "m=2", "k:m", &mut seen);
         assert!(seen.contains("contract"));
+    }
+}
+
+#[test]
+fn convolutions_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() {
+    // Channels and voxels in leaves of even and odd length; a leaf of voxels that is summed in several pieces.
+    for (sizes, channels, grains, layout) in [
+        ([5, 6, 21], [13, 35], [5, 3], "i:m"),
+        ([4, 4, 9], [1, 16], [1, 1], "z:m"),
+        ([7, 48, 31], [64, 8], [64, 48], "batch:m"),
+    ] {
+        let space: Vec<Dim> = ["x", "y", "z"].iter().zip(sizes).map(|(d, n)| dim(*d, n)).collect();
+        let mut p = ProgramBuilder::new();
+        p.function("f", |g: &Graph| {
+            ["i", "o"].iter().for_each(|d| g.grain(*d, grains[0]));
+            ["x", "y", "z"].iter().for_each(|d| g.grain(*d, grains[1]));
+            let windows = [
+                [Window::same("x", sizes[0], 3, 1, 1), Window::same("y", sizes[1], 3, 1, 1)],
+                [Window::same("x", sizes[0], 2, 2, 1), Window::padded("y", 2, 1, 0, 1).dilated(2)],
+            ];
+            for (n, [x, y]) in windows.into_iter().enumerate() {
+                let z = Window::same("z", sizes[2], 3, 1 + n, 1);
+                let windows = vec![x, y, z];
+                let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
+                let half = |name: String, dims: &[Dim]| g.input(name, DType::F32, dims).cast(DType::Bf16);
+                let kernel: Vec<Dim> = conv.windows.iter().map(|w| dim(w.kernel(), w.size)).collect();
+                let of = |dims: &[Dim], more: &[(&str, usize)]| {
+                    dims.iter().cloned().chain(more.iter().map(|(d, n)| dim(*d, *n))).collect::<Vec<_>>()
+                };
+                let x = half(format!("x{n}"), &of(&[&[dim("batch", 2)], &space[..]].concat(), &[("i", channels[0])]));
+                let w = half(format!("w{n}"), &of(&kernel, &[("i", channels[0]), ("o", channels[1])]));
+                let y = x.conv(&w, &conv);
+                let seed = y.cast(DType::F32).square().sum_all();
+                g.output(format!("y{n}"), &y);
+                for (i, grad) in g.gradients(&seed, &[&x, &w]).iter().enumerate() {
+                    g.output(format!("d{n}{i}"), grad);
+                }
+            }
+        })
+        .unwrap();
+        let mut seen = BTreeSet::new();
+        let p = p.finish().unwrap();
+        hold(&p, "1", "", &mut seen);
+        hold(&p, "m=2", layout, &mut seen);
+        assert!(["conv_weight_grad", "with an epilogue"].iter().all(|k| seen.contains(k)), "{seen:?}");
     }
 }
 

@@ -3,10 +3,11 @@
 use crate::dim::DType;
 use crate::graph::Tensor;
 
-/// x where it is positive, else `slope` x; the derivative at 0 is `slope`.
+/// x where it is positive, else `slope` x; the derivative at 0 is `slope`. Computed in f32, of x' dtype.
 #[track_caller]
 pub fn leaky_relu(x: &Tensor, slope: f32) -> Tensor {
-    x.greater(&x.number(0.0)).select(x, &x.mul(&x.number(slope)))
+    let (dtype, x) = (x.ty().dtype, x.cast(DType::F32));
+    x.greater(&x.number(0.0)).select(&x, &x.mul(&x.number(slope))).cast(dtype)
 }
 
 /// Gaussian error linear unit, exactly: x Φ(x) with the normal distribution function Φ; computed in f32, of x' dtype.

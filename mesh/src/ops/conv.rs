@@ -13,12 +13,12 @@
 //! C3. Input and output channel have unlike names, and the input has no dimension of the output channel's name.
 //! C4. In memory the channel comes last and the spatial dimensions before it in the windows' order (the builder sees
 //!     to it).
-//! C5. Floats of one dtype.
+//! C5. Floats of one dtype. What is summed is `f32`, of `bf16` factors too.
 //! C6. The spatial sizes fit: the input is at least as large as the windows need for one output; a transposed
 //!     convolution's sizes give the outputs that there are.
 
 use super::window::Window;
-use crate::dim::{Dim, Name, Type, dim};
+use crate::dim::{DType, Dim, Name, Type, dim};
 use crate::error::{Refusal, refuse};
 use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
@@ -101,7 +101,7 @@ impl Conv {
         Ok(())
     }
 
-    /// The type of the result for inputs of that type and so many output channels.
+    /// The type of the result for inputs of that type and so many output channels, in their dtype.
     fn result(&self, x: &Type, output: usize) -> Result<Type, Refusal> {
         let mut dims = x.dims[..x.dims.len() - self.windows.len() - 1].to_vec();
         for w in &self.windows {
@@ -194,14 +194,15 @@ impl Op for Conv {
                 "cast one of them",
             );
         }
-        self.result(x[0], output)
+        Ok(self.result(x[0], output)?.with_dtype(DType::F32))
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
         let (x, f) = (&cx.inputs[0], &cx.inputs[1]);
+        let dy = cx.dy.cast(x.ty().dtype);
         let sizes = self.windows.iter().map(|w| x.dim(&w.dim).size).collect();
         vec![
-            Some(cx.dy.conv_transpose(f, &ConvTranspose { conv: self.clone(), sizes }).sum_to(&x.ty())),
-            Some(x.conv_weight_grad(&cx.dy, self)),
+            Some(dy.conv_transpose(f, &ConvTranspose { conv: self.clone(), sizes }).sum_to(&x.ty())),
+            Some(x.conv_weight_grad(&dy, self)),
         ]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
@@ -256,11 +257,12 @@ impl Op for ConvTranspose {
             );
         }
         dims.push(dim(&c.input, input));
-        Ok(Type::new(y.dtype, dims))
+        Ok(Type::new(DType::F32, dims))
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
         let (y, f) = (&cx.inputs[0], &cx.inputs[1]);
-        vec![Some(cx.dy.conv(f, &self.conv).sum_to(&y.ty())), Some(cx.dy.conv_weight_grad(y, &self.conv))]
+        let dy = cx.dy.cast(y.ty().dtype);
+        vec![Some(dy.conv(f, &self.conv).sum_to(&y.ty())), Some(dy.conv_weight_grad(y, &self.conv))]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         let c = &self.conv;
@@ -305,13 +307,14 @@ impl Op for ConvWeightGrad {
         let input = x[0].size_of(&c.input).unwrap_or(0);
         let mut dims: Vec<Dim> = c.windows.iter().map(|w| dim(w.kernel(), w.size)).collect();
         dims.extend([dim(&c.input, input / c.groups.max(1)), dim(&c.output, output)]);
-        Ok(Type::new(x[0].dtype, dims))
+        Ok(Type::new(DType::F32, dims))
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
         let (x, y) = (&cx.inputs[0], &cx.inputs[1]);
+        let df = cx.dy.cast(x.ty().dtype);
         let sizes = self.conv.windows.iter().map(|w| x.dim(&w.dim).size).collect();
-        let dx = y.conv_transpose(&cx.dy, &ConvTranspose { conv: self.conv.clone(), sizes });
-        vec![Some(dx.sum_to(&x.ty())), Some(x.conv(&cx.dy, &self.conv).sum_to(&y.ty()))]
+        let dx = y.conv_transpose(&df, &ConvTranspose { conv: self.conv.clone(), sizes });
+        vec![Some(dx.sum_to(&x.ty())), Some(x.conv(&df, &self.conv).sum_to(&y.ty()))]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         x[1].dims[..x[1].dims.len() - 1].to_vec()
@@ -349,23 +352,24 @@ fn ordered(x: &Tensor, names: &[Name]) -> Tensor {
 }
 
 impl Tensor {
-    /// The convolution of `[.., spatial.., input]` with a filter `[k.<dim>.., input, output]`: `[.., spatial.., output]`.
+    /// The convolution of `[.., spatial.., input]` with a filter `[k.<dim>.., input, output]`: `[.., spatial.., output]`. Of
+    /// their dtype; summed in `f32`.
     #[track_caller]
     pub fn conv(&self, filter: &Tensor, conv: &Conv) -> Tensor {
         let x = ordered(self, &conv.order(&self.ty(), &conv.input));
-        self.graph().apply(conv.clone(), &[&x, filter])
+        self.graph().apply(conv.clone(), &[&x, filter]).cast(x.ty().dtype)
     }
     /// The transposed convolution of `[.., spatial.., output]` with the same filter: `[.., spatial.., input]`.
     #[track_caller]
     pub fn conv_transpose(&self, filter: &Tensor, op: &ConvTranspose) -> Tensor {
         let y = ordered(self, &op.conv.order(&self.ty(), &op.conv.output));
-        self.graph().apply(op.clone(), &[&y, filter])
+        self.graph().apply(op.clone(), &[&y, filter]).cast(y.ty().dtype)
     }
     /// The gradient of `self.conv(filter, conv)` by the filter, given that of the result.
     #[track_caller]
     pub fn conv_weight_grad(&self, dy: &Tensor, conv: &Conv) -> Tensor {
         let x = ordered(self, &conv.order(&self.ty(), &conv.input));
         let dy = ordered(dy, &conv.order(&dy.ty(), &conv.output));
-        self.graph().apply(ConvWeightGrad { conv: conv.clone() }, &[&x, &dy])
+        self.graph().apply(ConvWeightGrad { conv: conv.clone() }, &[&x, &dy]).cast(x.ty().dtype)
     }
 }

@@ -5,9 +5,10 @@
 //!     padding smaller than the window's span. Padding never wins.
 //! C2. The input is a float.
 //! C3. Every window dimension gives at least one output.
+//! C4. The gradient where windows overlap is a sum: of `f32`.
 
 use super::window::Window;
-use crate::dim::{Type, dim};
+use crate::dim::{DType, Type, dim};
 use crate::error::{Refusal, nearest, refuse};
 use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
@@ -53,6 +54,11 @@ fn pooled(windows: &[Window], x: &Type) -> Result<Type, Refusal> {
     Ok(out)
 }
 
+/// Whether an element may lie in several windows.
+fn overlap(windows: &[Window]) -> bool {
+    windows.iter().any(|w| w.span() > w.stride)
+}
+
 /// For each output index the flat input indices of its window's elements, in row-major order of the window.
 fn window_indices(windows: &[Window], x: &Type, at: &[usize]) -> Vec<Vec<usize>> {
     let mut found = vec![at.to_vec()];
@@ -82,7 +88,11 @@ impl Op for MaxPool {
         pooled(&self.windows, x[0])
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
-        vec![Some(cx.dy.graph().apply(MaxPoolGrad { windows: self.windows.clone() }, &[&cx.inputs[0], &cx.dy]))]
+        let (x, dy) = (&cx.inputs[0], &cx.dy);
+        let own = x.ty().dtype;
+        let dtype = if overlap(&self.windows) { DType::F32 } else { own };
+        let op = MaxPoolGrad { windows: self.windows.clone() };
+        vec![Some(dy.graph().apply(op, &[&x.cast(dtype), &dy.cast(dtype)]).cast(own))]
     }
     fn needs(&self, _: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
         self.windows.iter().fold(at.of(inputs[0]), |r, w| {
@@ -118,6 +128,9 @@ impl Op for MaxPoolGrad {
                 format!("cannot pair {} with the gradient {}", x[0], x[1]),
                 format!("the gradient should be {y}"),
             );
+        }
+        if overlap(&self.windows) && x[0].dtype != DType::F32 {
+            return refuse("C4", format!("cannot add up {}", x[0].dtype), "cast it to f32");
         }
         Ok(x[0].clone())
     }

@@ -12,7 +12,7 @@ use crate::error::Place;
 use crate::ops::Prim;
 use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
-use crate::spmd::{SpmdOp, SpmdProgram, ValueId, sources};
+use crate::spmd::{Instr, SpmdOp, SpmdProgram, ValueId, sources};
 use std::collections::HashMap;
 
 /// Where a stored value lives.
@@ -230,29 +230,35 @@ impl Planner<'_> {
         self.lives.push(Life { bytes, from, to, value: v });
     }
 
-    /// Whether a group is a map that reads `old` only at the very points that it writes of `new`, on every device, so
+    /// Whether a group is a loop that reads `old` only at the very points that it writes of `new`, on every device, so
     /// that both may lie in one buffer.
     fn reads_in_place(&self, g: usize, old: ValueId, new: ValueId) -> bool {
         let group = &self.fused.groups[g];
         let values = &self.cx.spmd.values;
         let (a, b) = (&values[old.index()], &values[new.index()]);
-        if group.kind != Kind::Map || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
+        let by_op = match group.kind {
+            Kind::Map => false,
+            Kind::Epilogue => self.first(group).inputs.iter().any(|v| self.fused.root(*v) == old),
+            Kind::Reduce | Kind::Instr => true,
+        };
+        if by_op || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
             return false;
         }
         (0..self.devices()).all(|d| {
             let (nest, loaded) = self.map(group, d);
-            let own = body::strides(&nest.extents);
-            a.bytes(d) == b.bytes(d)
-                && nest.operands.iter().zip(&loaded).filter(|(_, v)| **v == old).all(|(access, _)| {
-                    access.offset == 0
-                        && access.strides.iter().zip(&own).zip(&nest.extents).all(|((s, o), n)| s == o || *n <= 1)
-                })
+            let mut own = nest.operands.iter().zip(&loaded).filter(|(_, v)| **v == old);
+            a.bytes(d) == b.bytes(d) && own.all(|(access, _)| access.is_whole(&nest.extents))
         })
+    }
+
+    /// A group's first instruction: if it has an epilogue, the product.
+    fn first(&self, group: &Group) -> &Instr {
+        &self.cx.spmd.instrs[group.instrs[0]]
     }
 
     fn map(&self, group: &Group, device: usize) -> (Loop, Vec<ValueId>) {
         let at = &self.cx.spmd.values[group.outputs[0].index()].regions[device];
-        body::build(self.fused, device, at, &group.outputs, &group.outputs)
+        body::build(self.fused, device, at, &group.outputs, &self.fused.inside(group))
     }
 
     fn buffer(&self, v: ValueId, device: usize, placed: &[Buffer]) -> Buffer {
@@ -276,7 +282,7 @@ impl Planner<'_> {
     /// The work of a group on a device, the values it reads in the work's order, its name and its scratch.
     fn work(&self, group: &Group, device: usize) -> (Work, Vec<ValueId>, Name, usize) {
         let spmd = self.cx.spmd;
-        let instr = &spmd.instrs[group.instrs[0]];
+        let instr = self.first(group);
         let out = &spmd.values[instr.output.index()];
         if group.kind == Kind::Map {
             let (nest, loaded) = self.map(group, device);
@@ -317,15 +323,22 @@ impl Planner<'_> {
             SpmdOp::Compute { prim, sum } => {
                 let inputs: Vec<Part> = instr.inputs.iter().map(|v| self.part(*v, device)).collect();
                 let output = self.part(instr.output, device);
+                let mut read = instr.inputs.clone();
                 let work = match copies(prim, &inputs, &output) {
                     Some(copy) => Work::Copy(copy),
                     None => {
                         let sum = sum.as_ref().map(|s| (s.tree.clone(), s.owned[device].clone()));
-                        Work::Op(OpWork { op: prim.clone(), inputs, output, sum })
+                        let epilogue = (group.kind == Kind::Epilogue).then(|| {
+                            let (nest, loaded) = self.map(group, device);
+                            let result = loaded.iter().position(|v| *v == instr.output).expect("it takes the result");
+                            read.extend(loaded.iter().filter(|v| **v != instr.output));
+                            nest.with_last(result)
+                        });
+                        Work::Op(OpWork { op: prim.clone(), inputs, output, sum, epilogue })
                     }
                 };
                 let scratch = self.cx.backend.scratch_bytes(&work);
-                (work, instr.inputs.clone(), instr_name(&instr.op), scratch)
+                (work, read, instr_name(&instr.op), scratch)
             }
         }
     }

@@ -2,9 +2,11 @@
 //!
 //! An elementwise value is inlined into its users unless something needs it in memory (a kernel, a collective, a fetch),
 //! it would be broadcast there (and so computed again for every repetition), or computing it several times costs
-//! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass.
+//! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass. A map of what
+//! a product gives is the product's epilogue.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
+use super::body;
 use crate::dim::{DType, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
@@ -21,6 +23,8 @@ pub enum Kind {
     Reduce,
     /// One instruction of the SPMD program.
     Instr,
+    /// One instruction, the first one, and a loop that takes its result and stores the values.
+    Epilogue,
 }
 
 /// A step to be.
@@ -28,7 +32,7 @@ pub enum Kind {
 pub struct Group {
     /// What it is.
     pub kind: Kind,
-    /// Its instructions in the SPMD program, one per output.
+    /// Its instructions in the SPMD program.
     pub instrs: Vec<usize>,
     /// Values it reads from memory.
     pub inputs: Vec<ValueId>,
@@ -66,7 +70,14 @@ impl<'a> Fused<'a> {
         fused.decide();
         fused.group();
         fused.merge();
+        fused.epilogues();
         fused
+    }
+
+    /// The values that a group's loop computes, in memory or not.
+    pub fn inside(&self, group: &Group) -> Vec<ValueId> {
+        let first = usize::from(group.kind == Kind::Epilogue);
+        group.instrs[first..].iter().map(|i| self.spmd.instrs[*i].output).collect()
     }
 
     /// The stored value that a value is, following aliases.
@@ -137,6 +148,7 @@ impl<'a> Fused<'a> {
             let elements = self.ty(out).elements();
             let store = self.stored.contains(&out)
                 || u.hard
+                || self.narrows_product(out)
                 || !is_free(&prim) && (u.points > elements || u.count.saturating_sub(1) * cost(&prim) > AGAIN);
             if store {
                 self.stored.insert(out);
@@ -200,10 +212,11 @@ impl<'a> Fused<'a> {
 
     /// The stored values that a group reads.
     fn loads(&self, group: &Group) -> Vec<ValueId> {
+        let made: Vec<ValueId> = group.instrs.iter().map(|i| self.spmd.instrs[*i].output).collect();
         let mut found = Vec::new();
         for &i in &group.instrs {
             for &v in &self.spmd.instrs[i].inputs {
-                self.collect_loads(v, &group.outputs, &mut found);
+                self.collect_loads(v, &made, &mut found);
             }
         }
         found
@@ -262,6 +275,85 @@ impl<'a> Fused<'a> {
         self.groups = groups.into_iter().flatten().collect();
     }
 
+    /// Whether a product's result is complete on every device, so that an epilogue may take it.
+    fn is_whole_product(&self, v: ValueId) -> bool {
+        let Some(i) = self.producer[v.index()] else { return false };
+        let value = &self.spmd.values[v.index()];
+        matches!(&self.spmd.instrs[i].op, SpmdOp::Compute { prim, .. } if takes_epilogue(prim))
+            && value.ty.dtype == DType::F32
+            && value.nodes.iter().all(|n| *n == 1)
+    }
+
+    /// Whether a value is a product in fewer bits, which its epilogue stores in place of the product.
+    fn narrows_product(&self, v: ValueId) -> bool {
+        matches!(self.elementwise(v), Some(Prim::Cast(_)))
+            && self.ty(v).dtype == DType::Bf16
+            && self.producer[v.index()].is_some_and(|i| self.is_whole_product(self.spmd.instrs[i].inputs[0]))
+    }
+
+    /// Makes the first map of what a product gives its epilogue: it is taken from the cache then, and is stored itself only
+    /// if others read it.
+    fn epilogues(&mut self) {
+        let mut groups: Vec<Option<Group>> = std::mem::take(&mut self.groups).into_iter().map(Some).collect();
+        let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, Vec<usize>>) = Default::default();
+        for (g, group) in groups.iter().enumerate() {
+            for v in group.iter().flat_map(|g| &g.outputs) {
+                made.insert(*v, g);
+            }
+            for v in group.iter().flat_map(|g| &g.inputs) {
+                readers.entry(*v).or_default().push(g);
+            }
+        }
+        let results = self.spmd.outputs.iter().map(|(_, v)| v).chain(self.spmd.assigns.iter().map(|(_, v)| v));
+        let results: HashSet<ValueId> = results.map(|v| self.root(*v)).collect();
+        for k in 0..groups.len() {
+            let Some(product) = groups[k].clone().filter(|g| g.kind == Kind::Instr) else { continue };
+            let v = product.outputs[0];
+            let Some(&[m, ref others @ ..]) = readers.get(&v).map(Vec::as_slice) else { continue };
+            let ready = |u: &ValueId| *u == v || made.get(u).is_none_or(|g| *g < k);
+            let Some(map) = groups[m].clone().filter(|g| g.kind == Kind::Map && g.inputs.iter().all(ready)) else {
+                continue;
+            };
+            let keeps = !others.is_empty() || results.contains(&v);
+            if !self.is_whole_product(v) || !self.takes(&map, v, keeps) {
+                continue;
+            }
+            let mut group = Group {
+                kind: Kind::Epilogue,
+                instrs: product.instrs.iter().chain(&map.instrs).copied().collect(),
+                inputs: vec![],
+                outputs: map.outputs.clone(),
+            };
+            let read_on =
+                |u: &ValueId| results.contains(u) || readers.get(u).is_some_and(|r| r.iter().any(|g| *g != m));
+            group.outputs.retain(read_on);
+            group.outputs.extend(keeps.then_some(v));
+            group.inputs = self.loads(&group);
+            group.outputs.iter().for_each(|u| {
+                made.insert(*u, k);
+            });
+            groups[k] = Some(group);
+            groups[m] = None;
+        }
+        self.groups = groups.into_iter().flatten().collect();
+    }
+
+    /// Whether a map reads `v` once, at each of its points just the element that lies there, and, if `v` is to be stored
+    /// as well, in its own dimensions.
+    fn takes(&self, map: &Group, v: ValueId, keeps: bool) -> bool {
+        let (value, out) = (&self.spmd.values[v.index()], &self.spmd.values[map.outputs[0].index()]);
+        if keeps && value.ty.dims != out.ty.dims {
+            return false;
+        }
+        out.regions.iter().enumerate().all(|(device, at)| {
+            let (nest, loaded) = body::build(self, device, at, &map.outputs, &map.outputs);
+            let mut own = nest.operands.iter().zip(&loaded).filter(|(_, u)| **u == v).map(|(access, _)| access);
+            let all = nest.extents.iter().product::<usize>();
+            let once = own.next().is_some_and(|access| access.is_whole(&nest.extents));
+            once && own.next().is_none() && all == value.regions[device].elements()
+        })
+    }
+
     fn may_share(
         &self,
         earlier: &Group,
@@ -296,6 +388,16 @@ impl<'a> Fused<'a> {
             }
             _ => false,
         }
+    }
+}
+
+/// Whether an op's kernel takes an epilogue.
+fn takes_epilogue(prim: &Prim) -> bool {
+    match prim {
+        Prim::Contract(_) => true,
+        Prim::Conv(c) => c.groups <= 1,
+        Prim::ConvTranspose(t) => t.conv.groups <= 1,
+        _ => false,
     }
 }
 

@@ -84,13 +84,15 @@ impl ProgramPlan {
     }
 }
 
-/// Holds back what no kernel takes yet: convolutions and pools of `bf16`.
+/// Holds back what no kernel takes yet: indexing and reductions of `bf16`.
 fn in_f32(function: &Function) -> Result<(), Error> {
     for node in &function.nodes {
         let op = node.op.op();
         let takes = op.elementwise()
             || op.copies()
-            || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_) | Prim::Contract(_));
+            || node.op.is_product()
+            || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_))
+            || matches!(node.op, Prim::MaxPool(_) | Prim::MaxPoolGrad(_));
         if !takes && function.input_types(node).iter().any(|t| t.dtype == DType::Bf16) {
             let what = format!("`{}` of bf16", op.name());
             let help = "cast its inputs to f32 and the result back".into();

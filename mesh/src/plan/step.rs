@@ -101,6 +101,9 @@ pub struct OpWork {
     /// For an op that sums over dimensions: its tree and the chunks summed here. The output then is
     /// `[nodes, region..]` for the tree's nodes inside those chunks.
     pub sum: Option<(Tree, ChunkBox)>,
+    /// A loop that takes the result where it is made, block by block, so that only the loop's results are stored. Its last
+    /// operand is the op's result, whose elements are its points, in order; the step reads the others after the op's inputs.
+    pub epilogue: Option<Loop>,
 }
 
 /// Copies of boxes.

@@ -6,15 +6,19 @@
 //! All of b is packed once, by panels of as many columns as a tile has. A task has a block of rows and columns of the
 //! result; it goes through the contracted elements piece by piece, packs a's part of a piece where the second-level
 //! cache holds it, and runs tiles over it. A piece is a subtree of the summation tree, or a part of a single long leaf
-//! whose sums go on from where the part before it left them: the order of no sum depends on how it is cut.
+//! whose sums go on from where the part before it left them: the order of no sum depends on how it is cut. An epilogue
+//! takes the finished block from the workspace.
 //!
 //! Roofline: 2 * m * n * k flops; the multiply-add units bind once m and n reach a few tiles. Packing reads and writes
 //! b once, and a once for each block of columns.
 
 use super::conv::strides;
+use super::epilogue::{self, Epilogue};
 use super::isa::Isa;
+use super::kernel::Operands;
 use super::pack::{self, NOTHING, Side};
 use super::tile::{self, Combine, Leaves, Tile, panel_width};
+use super::vm::StepContext;
 use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use mesh::chunk::Tree;
@@ -29,8 +33,8 @@ const PIECE: usize = 512;
 const ROWS: usize = 14;
 /// Rows of a block at most.
 const BLOCK_ROWS: usize = 8 * ROWS;
-/// Columns of a block at most.
-const BLOCK_COLUMNS: usize = 1024;
+/// Columns of a block at most, and of one that an epilogue takes from the cache.
+const BLOCK_COLUMNS: [usize; 2] = [1024, 512];
 /// Blocks that a product is cut into at least, so that threads end at about the same time.
 const BLOCKS: usize = 16;
 /// Units between the rows of a packed piece that lie in neighbouring sets of the cache.
@@ -64,8 +68,11 @@ pub struct ContractPlan {
     nodes: Vec<Vec<Step>>,
     /// Most sums on a stack at a time.
     slots: usize,
-    /// Elements between the result's rows, where tiles may store there themselves.
-    direct: Option<usize>,
+    /// Elements between the result's rows, where that is the same everywhere.
+    row_stride: Option<usize>,
+    /// Whether tiles may store there themselves.
+    direct: bool,
+    epilogue: Option<Epilogue>,
     elements: usize,
     width: usize,
     /// Rows and panels of a block.
@@ -74,17 +81,20 @@ pub struct ContractPlan {
 
 /// Factors are of either dtype.
 #[derive(Clone, Copy)]
-struct Pointers {
+struct Pointers<'a> {
     a: *const u8,
     b: *const u8,
-    out: *mut f32,
+    /// What an epilogue reads besides.
+    operands: &'a [*const u8],
+    results: &'a [*mut u8],
     scratch: *mut f32,
+    cx: StepContext,
 }
 
 // SAFETY: tasks write disjoint parts and only read inputs.
-unsafe impl Sync for Pointers {}
+unsafe impl Sync for Pointers<'_> {}
 // SAFETY: as above.
-unsafe impl Send for Pointers {}
+unsafe impl Send for Pointers<'_> {}
 
 /// The offsets of all points of some loops, row-major: each loop a range and, by tensor, (first held index, stride).
 fn offsets<const N: usize>(loops: &[(Range<usize>, [(usize, usize); N])]) -> Vec<[usize; N]> {
@@ -234,14 +244,16 @@ impl ContractPlan {
         let nodes: Vec<Vec<Step>> = leaves.nodes.iter().map(|program| cut(program, &channels)).collect();
         let slots = nodes.iter().map(|n| deepest(n)).max().unwrap_or(0).max(1);
         let at_once = nodes.iter().all(|n| n.len() == 1) && out_columns.run() == out_columns.len().max(1);
-        let direct = out_rows.stride().filter(|_| at_once);
+        let row_stride = out_rows.stride();
+        let epilogue = work.epilogue.as_ref().map(|nest| Epilogue::new(nest, isa));
+        let direct = at_once && row_stride.is_some() && epilogue.is_none();
         let width = panel_width(isa, b_columns.len());
         let batches = offsets(&batch);
         let (rows, panels) = (a_rows.len().max(1), b_columns.len().div_ceil(width).max(1));
         let block_rows = rows.div_ceil(rows.div_ceil(BLOCK_ROWS)).next_multiple_of(ROWS).min(rows);
-        let room = WORKSPACE_BYTES / 4 - BLOCK_ROWS * PITCH;
-        let most =
-            if direct.is_some() { BLOCK_COLUMNS } else { BLOCK_COLUMNS.min(room / (slots * block_rows)) } / width;
+        let room = WORKSPACE_BYTES / 4 - BLOCK_ROWS * PITCH - epilogue::registers(&epilogue);
+        let most = BLOCK_COLUMNS[usize::from(epilogue.is_some())];
+        let most = if direct { most } else { most.min(room / (slots * block_rows)) } / width;
         assert!(most > 0, "the stack of a sum with {slots} levels does not fit into the workspace");
         let wanted = BLOCKS.div_ceil(batches.len().max(1) * rows.div_ceil(block_rows));
         let column_blocks = panels.div_ceil(most).max(wanted.min(panels.div_ceil(2)));
@@ -259,7 +271,9 @@ impl ContractPlan {
             out_columns,
             nodes,
             slots,
+            row_stride,
             direct,
+            epilogue,
             elements,
             width,
             block,
@@ -280,12 +294,15 @@ impl ContractPlan {
         self.batches.len() * self.panels() * self.width * self.units() * 4
     }
 
-    /// Runs it: `out` is `[nodes, ..]`.
+    /// Runs it; the result is `[nodes, ..]`.
     ///
     /// # Safety
-    /// The pointers are buffers of the plan's parts and of the scratch asked for, which do not overlap.
-    pub unsafe fn run(&self, pool: &Pool, a: *const u8, b: *const u8, out: *mut f32, scratch: *mut f32) {
-        let p = Pointers { a, b, out, scratch };
+    /// The operands are buffers of the plan's parts and of the scratch asked for; they overlap only where the plan lets the
+    /// epilogue write in place.
+    pub unsafe fn run(&self, pool: &Pool, o: &Operands, cx: StepContext) {
+        let (factors, operands) = o.inputs.split_at(2);
+        let [a, b] = [factors[0], factors[1]];
+        let p = Pointers { a, b, operands, results: o.outputs, scratch: o.scratch.cast(), cx };
         let (panels, k) = (self.panels(), self.units());
         let packs = [k.div_ceil(PACKED[0]), panels.div_ceil(PACKED[1])];
         pool.run(self.batches.len() * packs[0] * packs[1], &|t, _| {
@@ -336,19 +353,20 @@ impl ContractPlan {
 
     /// Computes a block of the result.
     unsafe fn block(&self, p: Pointers, batch: usize, rows: Range<usize>, panels: Range<usize>, work: &mut [f32]) {
-        let (packed, slots) = work.split_at_mut(BLOCK_ROWS * PITCH);
+        let (packed, rest) = work.split_at_mut(BLOCK_ROWS * PITCH);
+        let (registers, slots) = rest.split_at_mut(epilogue::registers(&self.epilogue));
         let pitch = panels.len() * self.width;
         let slot = rows.len() * pitch;
         let by_rows = self.a_depth.run() >= self.a_rows.run();
         let columns = panels.start * self.width..(panels.end * self.width).min(self.b_columns.len());
-        debug_assert!(self.direct.is_some() || self.slots * slot <= slots.len());
+        debug_assert!(self.direct || self.slots * slot <= slots.len());
         for (n, steps) in self.nodes.iter().enumerate() {
             // SAFETY: offsets lie inside a and the result, whose blocks are disjoint; the workspace has room for a
             // piece's rows and for the stack.
             unsafe {
                 let at = self.batches[batch][0];
                 let (floats, halves) = (p.a.cast::<f32>(), p.a.cast::<u16>());
-                let out = p.out.add(n * self.elements + self.batches[batch][2]);
+                let start = n * self.elements + self.batches[batch][2];
                 let mut top = 0;
                 for step in steps {
                     let Step::Sum { depth, channels, program, goes_on } = step else {
@@ -377,12 +395,12 @@ impl ContractPlan {
                     for panel in panels.clone() {
                         let w = (batch * self.panels() + panel) * self.units() + depth.start;
                         let first = panel * self.width;
-                        let (out, out_pitch, columns) = match self.direct {
-                            Some(stride) => {
-                                let to = out.add(self.out_rows.at(rows.start) + self.out_columns.at(first));
-                                (to, stride, self.width.min(columns.end - first))
+                        let (out, out_pitch, columns) = match self.row_stride {
+                            Some(stride) if self.direct => {
+                                let to = start + self.out_rows.at(rows.start) + self.out_columns.at(first);
+                                (p.results[0].cast::<f32>().add(to), stride, self.width.min(columns.end - first))
                             }
-                            None => {
+                            _ => {
                                 let to = slots[(top - 1) * slot + (panel - panels.start) * self.width..].as_mut_ptr();
                                 (to, pitch, self.width)
                             }
@@ -405,10 +423,22 @@ impl ContractPlan {
                         tile::run(self.isa, self.width, tile, rows.len());
                     }
                 }
-                if self.direct.is_none() {
-                    for (r, row) in rows.clone().enumerate() {
-                        let to = out.add(self.out_rows.at(row));
-                        self.out_columns.spread(slots[r * pitch..].as_ptr(), columns.clone(), to);
+                if self.direct {
+                    continue;
+                }
+                // Rows that follow one another are taken as one.
+                let joined = self.row_stride == Some(pitch) && columns.len() == pitch;
+                let at_once = if joined && self.epilogue.is_some() { rows.len() } else { 1 };
+                let mut e = self.epilogue.as_ref().map(|e| (e, e.begin(p.cx, p.operands, registers)));
+                for (r, row) in rows.clone().enumerate().step_by(at_once) {
+                    let mut from = slots[r * pitch..].as_ptr();
+                    for (offset, n) in self.out_columns.runs(columns.clone()) {
+                        let (to, n) = (start + self.out_rows.at(row) + offset, n * at_once);
+                        match &mut e {
+                            Some((epilogue, evaluation)) => epilogue.take(evaluation, to, from, n, p.results),
+                            None => std::ptr::copy_nonoverlapping(from, p.results[0].cast::<f32>().add(to), n),
+                        }
+                        from = from.add(n);
                     }
                 }
             }

@@ -5,13 +5,20 @@
 //! Staging makes every stride, dilation, padding, halo and phase of a transposed convolution the same loop. Weights
 //! are packed into panels once a run.
 //!
-//! Roofline: 2 * taps * cin * cout flops an output against 4 * (cin + cout) bytes; from 16 channels on the
+//! Contracted channels are counted in units: elements of `f32`, pairs of `bf16` (the last one of a leaf may have a zero for
+//! its second half). An epilogue takes a task's outputs from the workspace.
+//!
+//! Roofline: 2 * taps * cin * cout flops an output against 4 * (cin + cout) bytes, or half of them; from 16 channels on the
 //! multiply-add units bind. Staging costs a few percent.
 
+use super::epilogue::{self, Epilogue};
 use super::isa::Isa;
+use super::kernel::Operands;
+use super::pack::NOTHING;
 use super::tile::{self, Combine, Leaves, Tile, panel_width};
+use super::vm::StepContext;
 use crate::pool::{Pool, WORKSPACE_BYTES};
-use mesh::dim::Name;
+use mesh::dim::{DType, Name};
 use mesh::ops::Prim;
 use mesh::ops::conv::Conv;
 use mesh::ops::window::Window;
@@ -71,14 +78,20 @@ pub struct ConvPlan {
     inner: (Range<usize>, usize, usize),
     /// Outputs along the three dimensions.
     outputs: [usize; 3],
-    /// Channels contracted in a group, their offset and stride in x.
+    /// Channels contracted in a group, and their offset in x.
     contracted: usize,
     x_channel: usize,
+    /// Of `bf16`: the pairs of them, by number.
+    pairs: Option<Vec<[usize; 2]>>,
+    /// Whether the units are the channels as they lie in x.
+    as_they_lie: bool,
     /// Output channels in a group, groups.
     produced: usize,
     groups: usize,
     leaves: Leaves,
+    /// The units of each leaf.
     channels: Vec<Range<usize>>,
+    epilogue: Option<Epilogue>,
     width: usize,
     taps: [usize; 3],
     /// Weight strides: tap, contracted channel, produced channel; first element.
@@ -126,7 +139,15 @@ impl ConvPlan {
         };
         let start = leaves.boxes.iter().map(|b| b[0].start).min().unwrap_or(0);
         let end = leaves.boxes.iter().map(|b| b[0].end).max().unwrap_or(start);
-        let channels: Vec<Range<usize>> = leaves.boxes.iter().map(|b| b[0].start - start..b[0].end - start).collect();
+        let boxes = leaves.boxes.iter().map(|b| b[0].start - start..b[0].end - start);
+        let (channels, pairs): (Vec<Range<usize>>, _) = if x.ty.dtype == DType::Bf16 {
+            let (channels, pairs) = in_pairs(boxes);
+            (channels, Some(pairs))
+        } else {
+            (boxes.collect(), None)
+        };
+        let in_order = |(i, p): (usize, &[usize; 2])| *p == [2 * i, 2 * i + 1];
+        let as_they_lie = pairs.as_ref().is_none_or(|p| p.iter().enumerate().all(in_order));
         let (w_from, w_from_stride) = axis_of(w, from);
         let (w_to, w_to_stride) = axis_of(w, to);
         let (_, tap_stride) = axis_of(w, &conv.windows[k - 1].kernel());
@@ -148,10 +169,13 @@ impl ConvPlan {
             outputs,
             contracted,
             x_channel: x_first,
+            pairs,
+            as_they_lie,
             produced,
             groups,
             leaves,
             channels,
+            epilogue: work.epilogue.as_ref().map(|nest| Epilogue::new(nest, isa)),
             width: panel_width(isa, produced),
             taps,
             w_strides: [tap_stride, w_from_stride, w_to_stride],
@@ -169,9 +193,13 @@ impl ConvPlan {
     fn all_taps(&self) -> usize {
         self.taps.iter().product()
     }
-    /// Floats of the packed weights of a group.
+    /// Units contracted in a group.
+    fn units(&self) -> usize {
+        self.pairs.as_ref().map_or(self.contracted, Vec::len)
+    }
+    /// Floats, or pairs, of the packed weights of a group.
     fn packed(&self) -> usize {
-        self.panels() * self.all_taps() * self.contracted * self.width
+        self.panels() * self.all_taps() * self.units() * self.width
     }
     /// Bytes of scratch: the packed weights.
     pub fn scratch_bytes(&self) -> usize {
@@ -180,7 +208,8 @@ impl ConvPlan {
 
     /// Rows along the second dimension and outputs along the innermost one such that what a task stages fits.
     fn choose_block(&mut self) {
-        let budget = (WORKSPACE_BYTES / 4).saturating_sub(self.all_taps() * 2 + 64);
+        let budget = WORKSPACE_BYTES / 4 - epilogue::registers(&self.epilogue);
+        let budget = budget.saturating_sub(self.all_taps() * 2 + 64);
         let first = self.axes[0].taps.iter().map(Vec::len).max().unwrap_or(1).max(1);
         let rows_for = |rows: usize| self.axes[1].span(rows);
         let outputs = self.phases.iter().map(|p| p.count).max().unwrap_or(0).max(1);
@@ -191,7 +220,9 @@ impl ConvPlan {
                 .max()
                 .unwrap_or(1)
         };
-        let size = |rows: usize, count: usize| first * rows_for(rows) * length(count) * self.contracted.max(1);
+        let result = if self.epilogue.is_some() { self.produced * self.groups } else { 0 };
+        let units = self.units().max(1);
+        let size = |rows: usize, count: usize| first * rows_for(rows) * length(count) * units + rows * count * result;
         // Enough outputs that the weights of a panel, read once a task, are used often.
         let (mut rows, mut count) = (1, outputs);
         while count > 1 && size(1, count) > budget {
@@ -205,12 +236,15 @@ impl ConvPlan {
         self.block = (rows, count);
     }
 
-    /// Runs it: `x`, `w` as the plan's parts say, `out` is `[nodes, batch.., spatial.., channel]`.
+    /// Runs it; the result is `[nodes, batch.., spatial.., channel]`.
     ///
     /// # Safety
-    /// The pointers are buffers of the plan's parts and of the scratch asked for, which do not overlap.
-    pub unsafe fn run(&self, pool: &Pool, x: *const f32, w: *const f32, out: *mut f32, scratch: *mut f32) {
-        let p = Pointers { x, w, out, scratch };
+    /// The operands are buffers of the plan's parts and of the scratch asked for; they overlap only where the plan lets the
+    /// epilogue write in place.
+    pub unsafe fn run(&self, pool: &Pool, o: &Operands, cx: StepContext) {
+        let (inputs, operands) = o.inputs.split_at(2);
+        let (x, w) = (inputs[0], inputs[1]);
+        let p = Pointers { x, w, operands, results: o.outputs, scratch: o.scratch.cast(), cx };
         let panels = self.panels() * self.groups;
         pool.run(panels, &|t, _| {
             let p = p;
@@ -250,12 +284,22 @@ impl ConvPlan {
         let base = self.w_first + if self.groups > 1 { group * self.group_stride() } else { 0 };
         // SAFETY: panels lie one after another in the scratch; the weights' buffer holds every index.
         unsafe {
-            let mut out = p.scratch.add(panel * self.all_taps() * self.contracted * self.width);
+            let mut out = p.scratch.add(panel * self.all_taps() * self.units() * self.width);
             for t in 0..self.all_taps() {
-                for c in 0..self.contracted {
-                    let row = p.w.add(base + t * tap + c * from + first * to);
-                    for n in 0..columns {
-                        *out.add(n) = *row.add(n * to);
+                for u in 0..self.units() {
+                    let at = |c: usize| base + t * tap + c * from + first * to;
+                    match &self.pairs {
+                        None => {
+                            let row = p.w.cast::<f32>().add(at(u));
+                            (0..columns).for_each(|n| *out.add(n) = *row.add(n * to));
+                        }
+                        Some(pairs) => {
+                            let w = p.w.cast::<u16>();
+                            let half = |c: usize, n: usize| if c == NOTHING { 0 } else { *w.add(at(c) + n * to) };
+                            let pair = |n: usize| [half(pairs[u][0], n), half(pairs[u][1], n)].map(u32::from);
+                            let pair = |n: usize| f32::from_bits(pair(n)[0] | pair(n)[1] << 16);
+                            (0..columns).for_each(|n| *out.add(n) = pair(n));
+                        }
                     }
                     std::ptr::write_bytes(out.add(columns), 0, self.width - columns);
                     out = out.add(self.width);
@@ -280,7 +324,7 @@ impl ConvPlan {
         p: Pointers,
         workspace: &mut [f32],
     ) {
-        let channels = self.contracted;
+        let units = self.units();
         let taps1 = &self.axes[0].taps[o1];
         let seconds = || rows.clone().flat_map(|o| self.axes[1].taps[o].iter().map(|t| t.1));
         let low = seconds().min().unwrap_or(0);
@@ -288,103 +332,162 @@ impl ConvPlan {
         let reach = phase.taps.iter().map(|t| t.1).max().unwrap_or(0);
         let length = (range.len() - 1) * phase.in_step + reach + 1;
         let start = phase.base + (range.start * phase.in_step) as isize;
-        let (tap_list, stage) = workspace.split_at_mut((self.all_taps() * 2).next_multiple_of(16));
-        let row_size = length * channels;
+        let (tap_list, rest) = workspace.split_at_mut((self.all_taps() * 2).next_multiple_of(16));
+        let (registers, rest) = rest.split_at_mut(epilogue::registers(&self.epilogue));
+        let out_channels = self.produced * self.groups;
+        let row_result = if self.epilogue.is_some() { range.len() * out_channels } else { 0 };
+        let (result, stage) = rest.split_at_mut(rows.len() * row_result);
+        let row_size = length * units;
         let height = high - low;
         debug_assert!(taps1.len() * height * row_size <= stage.len());
         // SAFETY: indices inside the held ranges, by the plan.
         unsafe {
             for (s1, (_, i1)) in taps1.iter().enumerate() {
                 for i2 in low..high {
-                    let x = p.x.add(
-                        self.batches[batch]
-                            + i1 * self.axes[0].stride
-                            + i2 * self.axes[1].stride
-                            + self.x_channel
-                            + group * if self.groups > 1 { channels } else { 0 },
-                    );
+                    let x = self.batches[batch]
+                        + i1 * self.axes[0].stride
+                        + i2 * self.axes[1].stride
+                        + self.x_channel
+                        + group * if self.groups > 1 { self.contracted } else { 0 };
                     let row = &mut stage[(s1 * height + i2 - low) * row_size..][..row_size];
-                    self.stage(x, start, length, row);
+                    self.stage(p.x, x, start, length, row);
                 }
             }
-            let out_channels = self.produced * self.groups;
             let positions = self.batches.len() * self.outputs.iter().product::<usize>();
             // SAFETY of the cast: the list lies in its own part of the workspace; u32 and f32 are alike in size and alignment.
             let list = std::slice::from_raw_parts_mut(tap_list.as_mut_ptr().cast::<[u32; 2]>(), self.all_taps());
+            let o3 = phase.first + range.start * phase.out_step;
+            let at = |o2: usize| ((batch * self.outputs[0] + o1) * self.outputs[1] + o2) * self.outputs[2] + o3;
             for panel in 0..self.panels() {
-                for o2 in rows.clone() {
+                for (r, o2) in rows.clone().enumerate() {
                     let mut n = 0;
                     for (s1, (j1, _)) in taps1.iter().enumerate() {
                         for (j2, i2) in &self.axes[1].taps[o2] {
                             for (j3, offset) in &phase.taps {
                                 let tap = (j1 * self.taps[1] + j2) * self.taps[2] + j3;
-                                let from = (s1 * height + i2 - low) * row_size + offset * channels;
-                                list[n] = [from as u32, (tap * channels * self.width) as u32];
+                                let from = (s1 * height + i2 - low) * row_size + offset * units;
+                                list[n] = [from as u32, (tap * units * self.width) as u32];
                                 n += 1;
                             }
                         }
                     }
                     let first = panel * self.width;
-                    let o3 = phase.first + range.start * phase.out_step;
-                    let at = ((batch * self.outputs[0] + o1) * self.outputs[1] + o2) * self.outputs[2] + o3;
+                    let channel = group * self.produced + first;
+                    let (out, out_pitch) = match &self.epilogue {
+                        None => {
+                            let out = p.results[0].cast::<f32>().add(at(o2) * out_channels);
+                            (out, phase.out_step * out_channels)
+                        }
+                        Some(_) => (result[r * row_result..].as_mut_ptr(), out_channels),
+                    };
                     let tile = Tile {
                         x: stage.as_ptr(),
-                        pairs: false,
-                        pitch: phase.in_step * channels,
+                        pairs: self.pairs.is_some(),
+                        pitch: phase.in_step * units,
                         step: 1,
                         taps: &list[..n],
                         channels: &self.channels,
-                        w: p.scratch.add((group * self.panels() + panel) * self.all_taps() * channels * self.width),
+                        w: p.scratch.add((group * self.panels() + panel) * self.all_taps() * units * self.width),
                         nodes: &self.leaves.nodes,
                         goes_on: false,
-                        out: p.out.add(at * out_channels + group * self.produced + first),
-                        out_pitch: phase.out_step * out_channels,
+                        out: out.add(channel),
+                        out_pitch,
                         node_pitch: positions * out_channels,
                         columns: self.width.min(self.produced - first),
                     };
                     tile::run(self.isa, self.width, tile, range.len());
                 }
             }
-        }
-    }
-
-    /// Copies `length` input positions from the global index `start` on, zeros outside the input.
-    unsafe fn stage(&self, x: *const f32, start: isize, length: usize, row: &mut [f32]) {
-        let (held, stride, whole) = &self.inner;
-        let channels = self.contracted;
-        let inside = |i: isize| i.clamp(0, *whole as isize);
-        let (a, b) = (inside(start), inside(start + length as isize));
-        let skip = (a - start) as usize * channels;
-        let n = (b - a) as usize;
-        row[..skip.min(length * channels)].fill(0.0);
-        // SAFETY: the held range covers every position inside the input that a task reads.
-        unsafe {
-            let from = x.add((a as usize).saturating_sub(held.start) * stride);
-            let to = row.as_mut_ptr().add(skip);
-            if *stride == channels {
-                std::ptr::copy_nonoverlapping(from, to, n * channels);
-            } else {
-                for i in 0..n {
-                    std::ptr::copy_nonoverlapping(from.add(i * stride), to.add(i * channels), channels);
+            let Some(epilogue) = &self.epilogue else { return };
+            let mut evaluation = epilogue.begin(p.cx, p.operands, registers);
+            // Outputs that lie one behind the other are taken at once.
+            let (at_once, runs) = if phase.out_step == 1 { (range.len(), 1) } else { (1, range.len()) };
+            for (r, o2) in rows.enumerate() {
+                for i in 0..runs {
+                    let to = (at(o2) + i * phase.out_step) * out_channels;
+                    let from = result[r * row_result + i * out_channels..].as_ptr();
+                    epilogue.take(&mut evaluation, to, from, at_once * out_channels, p.results);
                 }
             }
         }
-        row[(skip + n * channels).min(length * channels)..].fill(0.0);
+    }
+
+    /// Copies `length` input positions from the global index `start` on, zeros outside the input; `first` is the place of
+    /// their first channel where the innermost dimension begins.
+    unsafe fn stage(&self, x: *const u8, first: usize, start: isize, length: usize, row: &mut [f32]) {
+        let (held, stride, whole) = &self.inner;
+        let units = self.units();
+        let inside = |i: isize| i.clamp(0, *whole as isize);
+        let (a, b) = (inside(start), inside(start + length as isize));
+        let skip = (a - start) as usize * units;
+        let n = (b - a) as usize;
+        row[..skip.min(length * units)].fill(0.0);
+        // SAFETY: the held range covers every position inside the input that a task reads, and the row has room for them.
+        unsafe {
+            let from = first + (a as usize).saturating_sub(held.start) * stride;
+            let to = row.as_mut_ptr().add(skip);
+            match &self.pairs {
+                None => copy(x.cast::<f32>().add(from), *stride, to, self.contracted, n),
+                Some(_) if self.as_they_lie => {
+                    copy(x.cast::<u16>().add(from), *stride, to.cast(), self.contracted, n);
+                }
+                Some(pairs) => {
+                    let x = x.cast::<u16>().add(from);
+                    for i in 0..n {
+                        for (u, pair) in pairs.iter().enumerate() {
+                            let half = |c: usize| if c == NOTHING { 0 } else { u32::from(*x.add(i * stride + c)) };
+                            *to.add(i * units + u) = f32::from_bits(half(pair[0]) | half(pair[1]) << 16);
+                        }
+                    }
+                }
+            }
+        }
+        row[(skip + n * units).min(length * units)..].fill(0.0);
     }
 }
 
+/// Copies the channels of `n` positions that lie `stride` elements apart.
+///
+/// # Safety
+/// They lie at `from`, and there is room for them at `to`.
+unsafe fn copy<T: Copy>(from: *const T, stride: usize, to: *mut T, channels: usize, n: usize) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        if stride == channels {
+            return std::ptr::copy_nonoverlapping(from, to, n * channels);
+        }
+        (0..n).for_each(|i| std::ptr::copy_nonoverlapping(from.add(i * stride), to.add(i * channels), channels));
+    }
+}
+
+/// Neighbouring elements of each range, in pairs: the pairs of each one, and all of them, [`NOTHING`] in place of the
+/// second half that an odd one lacks.
+pub(super) fn in_pairs(ranges: impl Iterator<Item = Range<usize>>) -> (Vec<Range<usize>>, Vec<[usize; 2]>) {
+    let mut pairs = Vec::new();
+    let of = ranges.map(|r| {
+        let first = pairs.len();
+        pairs.extend(r.clone().step_by(2).map(|i| [i, if i + 1 < r.end { i + 1 } else { NOTHING }]));
+        first..pairs.len()
+    });
+    (of.collect(), pairs)
+}
+
+/// Inputs are of either dtype.
 #[derive(Clone, Copy)]
-struct Pointers {
-    x: *const f32,
-    w: *const f32,
-    out: *mut f32,
+struct Pointers<'a> {
+    x: *const u8,
+    w: *const u8,
+    /// What an epilogue reads besides.
+    operands: &'a [*const u8],
+    results: &'a [*mut u8],
     scratch: *mut f32,
+    cx: StepContext,
 }
 
 // SAFETY: tasks write disjoint parts and only read inputs.
-unsafe impl Sync for Pointers {}
+unsafe impl Sync for Pointers<'_> {}
 // SAFETY: as above.
-unsafe impl Send for Pointers {}
+unsafe impl Send for Pointers<'_> {}
 
 impl Axis {
     /// Input rows that `rows` neighbouring outputs span at most.

@@ -124,9 +124,9 @@ impl Kernel {
             match self {
                 Kernel::Map(p) => p.run(pool, inputs, o.outputs, cx),
                 Kernel::Reduce(p) => p.run(pool, inputs, o.outputs, scratch, cx),
-                Kernel::Conv(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
-                Kernel::WeightGrad(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
-                Kernel::Contract(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast(), scratch.cast()),
+                Kernel::Conv(p) => p.run(pool, o, cx),
+                Kernel::WeightGrad(p) => p.run(pool, o),
+                Kernel::Contract(p) => p.run(pool, o, cx),
                 Kernel::MaxPool(p) => p.run(pool, inputs, out),
                 Kernel::Rows(p) => p.run(pool, inputs[0], out),
                 Kernel::Gather(p) => p.run(pool, inputs[0].cast(), inputs[1].cast(), out.cast()),

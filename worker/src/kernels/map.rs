@@ -80,11 +80,20 @@ impl MapPlan {
         let first = at[..d].iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);
         let n = rows * columns;
         evaluation.block(&at[..d], rows, columns);
-        for (to, (slot, dtype)) in to.iter().zip(&m.results) {
-            // SAFETY: by the contract of `run`. All operands of a block are read before its results are stored, and
-            // what is loaded in place is only read by instructions, which end before.
-            unsafe { store(self.isa, *dtype, evaluation.pointer(*slot), to.add(first * dtype.bytes()), n) };
-        }
+        // SAFETY: by the contract of `run`. All operands of a block are read before its results are stored, and
+        // what is loaded in place is only read by instructions, which end before.
+        unsafe { store_block(self.isa, m, evaluation, first, n, to) };
+    }
+}
+
+/// Stores the results of a block of `n` points, the elements from `first` on.
+///
+/// # Safety
+/// The results have room for them, and no operand's memory that is still to be read lies there.
+pub(super) unsafe fn store_block(isa: Isa, m: &Machine, e: &Evaluation, first: usize, n: usize, to: &[*mut u8]) {
+    for (to, (slot, dtype)) in to.iter().zip(&m.results) {
+        // SAFETY: by this function's contract; the block has that many lanes.
+        unsafe { store(isa, *dtype, e.pointer(*slot), to.add(first * dtype.bytes()), n) };
     }
 }
 

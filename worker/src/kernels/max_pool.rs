@@ -6,6 +6,7 @@
 use super::isa::Isa;
 use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
+use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::ops::window::Window;
 use mesh::plan::{OpWork, Part};
@@ -28,6 +29,8 @@ struct Axis {
 /// Max pooling or its gradient, prepared.
 pub struct MaxPoolPlan {
     isa: Isa,
+    /// Whether elements are `bf16`.
+    half: bool,
     axes: Vec<Axis>,
     /// Elements behind the last window.
     lanes: usize,
@@ -91,7 +94,8 @@ impl MaxPoolPlan {
         let lanes = work.output.region.shape()[last + 1..].iter().product();
         let taps: usize = windows.iter().map(|w: &Window| w.size).product();
         assert!(taps * 16 <= WORKSPACE_BYTES, "a window of {taps} elements");
-        Some(MaxPoolPlan { isa, axes, lanes, gradient, dx_elements: work.output.region.elements(), taps })
+        let half = x.ty.dtype == DType::Bf16;
+        Some(MaxPoolPlan { isa, half, axes, lanes, gradient, dx_elements: work.output.region.elements(), taps })
     }
 
     /// Runs it: inputs are x, and for the gradient dy.
@@ -100,13 +104,13 @@ impl MaxPoolPlan {
     /// The pointers are buffers of the plan's parts and do not overlap.
     pub unsafe fn run(&self, pool: &Pool, inputs: &[*const u8], output: *mut u8) {
         let p = Pointers {
-            x: inputs[0].cast(),
-            y: if self.gradient { inputs[1].cast_mut().cast() } else { output.cast() },
-            dx: if self.gradient { output.cast() } else { std::ptr::null_mut() },
+            x: inputs[0],
+            y: if self.gradient { inputs[1].cast_mut() } else { output },
+            dx: if self.gradient { output } else { std::ptr::null_mut() },
         };
         if self.gradient {
             // SAFETY: the result's elements.
-            unsafe { std::slice::from_raw_parts_mut(p.dx, self.dx_elements) }.fill(0.0);
+            unsafe { std::ptr::write_bytes(p.dx, 0, self.dx_elements * if self.half { 2 } else { 4 }) };
         }
         // Windows along the axis that is shared out must not overlap in dx: an axis without a window, or one whose
         // neighbouring windows read different elements.
@@ -127,7 +131,12 @@ impl MaxPoolPlan {
                 let (plan, windows) = (self, workspace.floats());
                 dispatch!(self.isa, fn(plan: &MaxPoolPlan, ranges: &[Range<usize>], windows: &mut [f32], p: Pointers) {
                     // SAFETY: by the contract of `run`; tasks write disjoint elements.
-                    unsafe { plan.boxed(ranges, windows, p) }
+                    unsafe {
+                        match plan.half {
+                            false => plan.boxed::<f32>(ranges, windows, p),
+                            true => plan.boxed::<u16>(ranges, windows, p),
+                        }
+                    }
                 });
             }
         });
@@ -135,7 +144,7 @@ impl MaxPoolPlan {
 
     /// The outputs of a box, row-major.
     #[inline(always)]
-    unsafe fn boxed(&self, ranges: &[Range<usize>], list: &mut [f32], p: Pointers) {
+    unsafe fn boxed<E: Element>(&self, ranges: &[Range<usize>], list: &mut [f32], p: Pointers) {
         // SAFETY: the workspace is 64-byte aligned, larger (checked by `new`), and any bits are an integer.
         let windows =
             unsafe { std::slice::from_raw_parts_mut(list.as_mut_ptr().cast::<[usize; 2]>(), self.taps.max(1)) };
@@ -165,7 +174,7 @@ impl MaxPoolPlan {
             }
             let y = self.axes.iter().zip(&at).map(|(a, o)| (a.y_first + o) * a.y_stride).sum::<usize>();
             // SAFETY: offsets inside the parts, by the plan.
-            unsafe { self.window(&windows[..found], y, p) };
+            unsafe { self.window::<E>(&windows[..found], y, p) };
             let mut l = d;
             loop {
                 if l == 0 {
@@ -182,7 +191,7 @@ impl MaxPoolPlan {
     }
 
     #[inline(always)]
-    unsafe fn window(&self, taps: &[[usize; 2]], y: usize, p: Pointers) {
+    unsafe fn window<E: Element>(&self, taps: &[[usize; 2]], y: usize, p: Pointers) {
         let mut c = 0;
         while c < self.lanes {
             let n = (self.lanes - c).min(LANES);
@@ -191,25 +200,26 @@ impl MaxPoolPlan {
                 let mut best = [f32::NEG_INFINITY; LANES];
                 let mut chosen = [u32::MAX; LANES];
                 for (t, [offset, _]) in taps.iter().enumerate() {
-                    let x = p.x.add(offset + c);
+                    let x = p.x.cast::<E>().add(offset + c);
                     for l in 0..n {
-                        let v = *x.add(l);
+                        let v = (*x.add(l)).wide();
                         let larger = v > best[l] || chosen[l] == u32::MAX || (v.is_nan() && !best[l].is_nan());
                         best[l] = if larger { v } else { best[l] };
                         chosen[l] = if larger { t as u32 } else { chosen[l] };
                     }
                 }
-                let out = p.y.add(y + c);
+                let out = p.y.cast::<E>().add(y + c);
                 if !self.gradient {
-                    std::ptr::copy_nonoverlapping(best.as_ptr(), out, n);
+                    (0..n).for_each(|l| *out.add(l) = E::narrow(best[l]));
                 } else {
                     for (t, [_, place]) in taps.iter().enumerate() {
                         if *place == ELSEWHERE {
                             continue;
                         }
-                        let dx = p.dx.add(place + c);
+                        let dx = p.dx.cast::<E>().add(place + c);
                         for l in 0..n {
-                            *dx.add(l) += if chosen[l] == t as u32 { *out.add(l) } else { 0.0 };
+                            let own = if chosen[l] == t as u32 { (*out.add(l)).wide() } else { 0.0 };
+                            *dx.add(l) = E::narrow((*dx.add(l)).wide() + own);
                         }
                     }
                 }
@@ -219,12 +229,41 @@ impl MaxPoolPlan {
     }
 }
 
+/// An element; `u16` is the bits of a `bf16`. What is made narrow here is a `bf16` already.
+trait Element: Copy {
+    fn wide(self) -> f32;
+    fn narrow(x: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn narrow(x: f32) -> f32 {
+        x
+    }
+}
+
+impl Element for u16 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+    #[inline(always)]
+    fn narrow(x: f32) -> u16 {
+        (x.to_bits() >> 16) as u16
+    }
+}
+
+/// Elements are of either dtype.
 #[derive(Clone, Copy)]
 struct Pointers {
-    x: *const f32,
+    x: *const u8,
     /// The pooled array: written by the forward pass, read by the gradient.
-    y: *mut f32,
-    dx: *mut f32,
+    y: *mut u8,
+    dx: *mut u8,
 }
 // SAFETY: tasks write disjoint parts and only read inputs.
 unsafe impl Sync for Pointers {}

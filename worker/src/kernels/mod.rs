@@ -4,6 +4,7 @@
 pub mod contract;
 pub mod conv;
 pub mod copy;
+mod epilogue;
 pub mod gather;
 pub mod isa;
 pub mod kernel;

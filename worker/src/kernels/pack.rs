@@ -53,21 +53,15 @@ impl Side {
         self.offsets.windows(2).all(|w| stride(w) == Some(first)).then_some(first)
     }
 
-    /// Copies neighbouring elements to the points of a range.
-    ///
-    /// # Safety
-    /// `from` holds as many elements, and the points lie inside `to`.
-    pub unsafe fn spread(&self, mut from: *const f32, range: std::ops::Range<usize>, to: *mut f32) {
+    /// The runs of neighbours in a range: the offset of each one's first point, and how many.
+    pub fn runs(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = (usize, usize)> {
         let mut i = range.start;
-        while i < range.end {
-            let n = (self.ends[i] as usize).min(range.end) - i;
-            // SAFETY: by this function's contract.
-            unsafe {
-                std::ptr::copy_nonoverlapping(from, to.add(self.offsets[i]), n);
-                from = from.add(n);
-            }
+        std::iter::from_fn(move || {
+            let n = (*self.ends.get(i)? as usize).min(range.end).checked_sub(i).filter(|n| *n > 0)?;
+            let run = (self.offsets[i], n);
             i += n;
-        }
+            Some(run)
+        })
     }
 
     /// Copies the points of a range to neighbouring places.

@@ -159,7 +159,7 @@ impl Lanes for Portable {
 
 /// Pairs of `bf16` without an instruction for them.
 #[derive(Clone, Copy)]
-struct PortablePairs(Portable);
+pub(super) struct PortablePairs(Portable);
 
 /// A float as the instruction for pairs takes and gives it: a zero of its sign in place of a subnormal one.
 #[inline(always)]

@@ -73,6 +73,8 @@ pub struct Evaluation<'a> {
     pointers: [*const u32; MAX_INSTRS],
     /// The first column, the columns and the rows for which the fixed values are there.
     fixed: (usize, usize, usize),
+    /// The block's elements of an operand behind those in memory.
+    given: *const u32,
 }
 
 /// The most instructions a body may have.
@@ -182,7 +184,7 @@ impl Machine {
     ///
     /// # Safety
     /// Until the evaluation ends, `operands` are buffers that hold what the loop nest's accesses reach, not written
-    /// except as [`super::map::MapPlan::run`] allows.
+    /// except as [`super::map::MapPlan::run`] allows. The last operand may lack; then each block is given its elements.
     pub unsafe fn evaluation<'a>(
         &'a self,
         cx: StepContext,
@@ -191,7 +193,7 @@ impl Machine {
     ) -> Evaluation<'a> {
         assert!(registers.len() >= self.workspace());
         let pointers = [std::ptr::null(); MAX_INSTRS];
-        Evaluation { machine: self, cx, operands, registers, pointers, fixed: (0, 0, 0) }
+        Evaluation { machine: self, cx, operands, registers, pointers, fixed: (0, 0, 0), given: std::ptr::null() }
     }
 }
 
@@ -206,6 +208,11 @@ impl Evaluation<'_> {
             // SAFETY: the buffers are as the contract of `Machine::evaluation` says, and the registers large enough.
             unsafe { evaluate(e, at, rows, columns) }
         });
+    }
+
+    /// Where the next block's elements of the operand behind those in memory lie, one after the other, as lanes.
+    pub fn give(&mut self, elements: *const u32) {
+        self.given = elements;
     }
 
     /// The lanes of a value of the last block, as many as it had points.
@@ -349,6 +356,7 @@ unsafe fn run(e: &mut Evaluation, list: &[usize], at: &[usize], rows: usize, col
         // SAFETY: every argument is an earlier instruction, whose pointer is set to n valid lanes.
         let lanes = |a: usize| unsafe { std::slice::from_raw_parts(pointers[a], n) };
         match instr {
+            Instr::Load(o) if *o == operands.len() => pointers[i] = e.given,
             Instr::Load(o) => {
                 let operand = &m.operands[*o];
                 let start = operand.offset + at.iter().zip(&operand.strides).map(|(a, s)| a * s).sum::<usize>();

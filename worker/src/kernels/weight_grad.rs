@@ -6,13 +6,23 @@
 //! combined along the rest of the tree. Blocks and tiles depend on the program alone in what they sum, so no bit
 //! depends on them.
 //!
-//! Roofline: 2 * taps * cin * cout flops a voxel; the multiply-add units bind from 16 channels on.
+//! Of `bf16`, the products of neighbours along the innermost dimension of a leaf are added in pairs, zeros where a tap
+//! leaves x or a leaf has no second one. Pairs do not lie in memory as such: a task packs those of a piece of its block,
+//! of x anew for each tap along that dimension. A block is one piece, but a leaf too large for the workspace is several,
+//! whose sums go on from where the one before left them.
+//!
+//! Roofline: 2 * taps * cin * cout flops a voxel; the multiply-add units bind from 16 channels on. Packing reads x
+//! once a tap along the innermost dimension, and dy once.
 
-use super::conv::{axis_of, batch_offsets};
+use super::conv::{axis_of, batch_offsets, in_pairs};
 use super::isa::Isa;
-use super::tile::{Combine, Lanes, Portable, store_row};
-use crate::pool::Pool;
+use super::kernel::Operands;
+use super::pack::NOTHING;
+use super::tile::{Combine, Lanes, Portable, PortablePairs, store_row};
+use crate::dispatch;
+use crate::pool::{Pool, WORKSPACE_BYTES};
 use mesh::chunk::{Event, Node, Tree};
+use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::plan::OpWork;
 use std::ops::Range;
@@ -20,10 +30,21 @@ use std::ops::Range;
 /// A block's voxels fill at most so many bytes of both inputs together.
 const BLOCK_BYTES: usize = 384 << 10;
 
+/// Local indices of dy: (batch, s1, s2, s3).
+type Box4 = [Range<usize>; 4];
+
 struct Block {
-    /// Local leaf boxes: (batch, s1, s2, s3).
-    leaves: Vec<[Range<usize>; 4]>,
+    pieces: Vec<Piece>,
     program: Vec<Combine>,
+}
+
+/// What of a block is summed at a time: all of it, or a part of its only leaf.
+struct Piece {
+    /// The leaves, and the pairs of each along the innermost dimension.
+    leaves: Vec<(Box4, Range<usize>)>,
+    /// The box around them, and its pairs.
+    around: Box4,
+    pairs: Vec<[usize; 2]>,
 }
 
 /// One spatial dimension.
@@ -62,6 +83,8 @@ impl Axis {
 /// A weight gradient, prepared.
 pub struct WeightGradPlan {
     isa: Isa,
+    /// Whether x and dy are `bf16`.
+    pairs: bool,
     blocks: Vec<Block>,
     /// By node: how blocks are combined.
     nodes: Vec<Vec<Combine>>,
@@ -75,10 +98,11 @@ pub struct WeightGradPlan {
     dy_channel: usize,
 }
 
+/// Inputs are of either dtype.
 #[derive(Clone, Copy)]
 struct Pointers {
-    x: *const f32,
-    dy: *const f32,
+    x: *const u8,
+    dy: *const u8,
     out: *mut f32,
     scratch: *mut f32,
 }
@@ -88,16 +112,56 @@ unsafe impl Sync for Pointers {}
 // SAFETY: as above.
 unsafe impl Send for Pointers {}
 
+/// Where a task finds its block's x and dy: in the inputs, or packed.
+#[derive(Clone, Copy)]
+struct View {
+    x: *const f32,
+    dy: *const f32,
+    /// If packed.
+    packed: Option<Packed>,
+}
+
+/// How a piece's pairs lie: rows of pairs of all channels, of x those that its taps read.
+#[derive(Clone, Copy)]
+struct Packed {
+    /// First index of dy, and of x along s1 and s2.
+    first: [usize; 3],
+    x_first: [usize; 2],
+    /// Rows along s1 and s2.
+    rows: [usize; 2],
+    x_rows: [usize; 2],
+    /// Pairs of a row, and channels of each.
+    pairs: usize,
+    x_channels: usize,
+    channels: usize,
+}
+
+impl Packed {
+    fn x(&self, [b, i1, i2]: [usize; 3]) -> usize {
+        let row = (b - self.first[0]) * self.x_rows[0] + i1 - self.x_first[0];
+        (row * self.x_rows[1] + i2 - self.x_first[1]) * self.pairs * self.x_channels
+    }
+    fn dy(&self, [b, o1, o2]: [usize; 3]) -> usize {
+        let row = (b - self.first[0]) * self.rows[0] + o1 - self.first[1];
+        (row * self.rows[1] + o2 - self.first[2]) * self.pairs * self.channels
+    }
+}
+
 /// A register tile's job within a block.
 struct Job<'a> {
     plan: &'a WeightGradPlan,
-    block: &'a Block,
+    leaves: &'a [(Box4, Range<usize>)],
+    program: &'a [Combine],
     tap: [usize; 3],
-    x: *const f32,
-    dy: *const f32,
+    view: View,
+    /// Channels of x and dy.
+    x: usize,
+    dy: usize,
     out: *mut f32,
     out_pitch: usize,
     columns: usize,
+    /// Whether the sums of the only leaf go on from those at `out`.
+    goes_on: bool,
 }
 
 impl WeightGradPlan {
@@ -156,6 +220,7 @@ impl WeightGradPlan {
         let ((wi, _), (wo, _)) = (axis_of(out, &conv.input), axis_of(out, &conv.output));
         let mut plan = WeightGradPlan {
             isa,
+            pairs: x.ty.dtype == DType::Bf16,
             blocks: vec![],
             nodes: vec![],
             batches: of_x.into_iter().zip(of_dy).map(|(a, b)| [a, b]).collect(),
@@ -174,14 +239,78 @@ impl WeightGradPlan {
             })
             .sum();
         plan.dy_channel += dy_first;
-        // Elements of x and dy that a voxel stands for.
-        let voxel = (plan.cin + plan.cout) * groups * 4;
         for node in tree.nodes(owned) {
             let mut program = vec![];
-            plan.cut(tree, &node, &reduced, spatial, voxel, &mut program);
+            plan.cut(tree, &node, &reduced, spatial, &mut program);
             plan.nodes.push(program);
         }
         Some(plan)
+    }
+
+    /// A box of elements as local indices.
+    fn local(elements: &[Range<usize>], origin: &[Range<usize>], batch_dims: usize) -> Box4 {
+        let local: Vec<Range<usize>> =
+            elements.iter().zip(origin).map(|(r, o)| r.start - o.start..r.end - o.start).collect();
+        // Batch dimensions flatten to runs of offsets only if at most one of them is cut into chunks; a leaf is a box
+        // of them, listed by `batch_run`.
+        let mut out = [0..1, 0..1, 0..1, 0..1];
+        out[0] = batch_run(&local[..batch_dims], &origin[..batch_dims]);
+        let k = local.len() - batch_dims;
+        for d in 0..k {
+            out[4 - k + d] = local[batch_dims + d].clone();
+        }
+        out
+    }
+
+    /// Whether a box of dy and what its taps read of x are worked on at a time.
+    fn fits(&self, at: &Box4) -> bool {
+        let voxels: usize = at.iter().map(Range::len).product();
+        let in_cache = voxels * (self.cin + self.cout) * self.groups * 4 <= BLOCK_BYTES;
+        in_cache && (!self.pairs || self.has_room(at, at[3].len() / 2 + LEAVES))
+    }
+
+    /// How a box's pairs lie if a row has so many, with what a range of taps along s1 reads of x, and how many there are.
+    fn packed(&self, at: &Box4, pairs: usize, taps: Range<usize>) -> (Packed, usize) {
+        let reads = |a: &Axis, r: &Range<usize>, taps: Range<usize>| {
+            let all = || r.clone().flat_map(|o| taps.clone().filter_map(move |j| a.x(o, j)));
+            let first = all().min().unwrap_or(0);
+            (first, all().max().map_or(0, |last| last + 1 - first))
+        };
+        let (x1, rows1) = reads(&self.axes[0], &at[1], taps);
+        let (x2, rows2) = reads(&self.axes[1], &at[2], 0..self.axes[1].taps);
+        let packed = Packed {
+            first: [at[0].start, at[1].start, at[2].start],
+            x_first: [x1, x2],
+            rows: [at[1].len(), at[2].len()],
+            x_rows: [rows1, rows2],
+            pairs,
+            x_channels: self.cin * self.groups,
+            channels: self.cout * self.groups,
+        };
+        let (x, dy) = (rows1 * rows2 * packed.x_channels, packed.rows.iter().product::<usize>() * packed.channels);
+        (packed, at[0].len() * (x + dy) * pairs)
+    }
+
+    fn has_room(&self, at: &Box4, pairs: usize) -> bool {
+        self.packed(at, pairs, 0..self.axes[0].taps).1 <= WORKSPACE_BYTES / 4
+    }
+
+    /// A leaf as pieces, in the order in which it is summed.
+    fn pieces(&self, at: Box4, pieces: &mut Vec<Piece>) {
+        let along = (0..4).find(|&d| at[d].len() > if d == 3 { 2 } else { 1 });
+        let Some(d) = along.filter(|_| self.pairs && !self.fits(&at)) else {
+            let room = !self.pairs || self.has_room(&at, at[3].len().div_ceil(2));
+            assert!(room, "what a pair's gradient is made of does not fit into the workspace");
+            pieces.push(Piece::new(vec![at]));
+            return;
+        };
+        // Between pairs, along the innermost one.
+        let middle = at[d].start + (at[d].len() / 2).next_multiple_of(if d == 3 { 2 } else { 1 });
+        let (mut first, mut second) = (at.clone(), at);
+        first[d].end = middle;
+        second[d].start = middle;
+        self.pieces(first, pieces);
+        self.pieces(second, pieces);
     }
 
     fn cut(
@@ -190,39 +319,36 @@ impl WeightGradPlan {
         node: &Node,
         origin: &[Range<usize>],
         batch_dims: usize,
-        voxel: usize,
         program: &mut Vec<Combine>,
     ) {
-        let voxels: usize = tree.elements(&node.chunks).iter().map(Range::len).product();
-        let halves = if voxels * voxel > BLOCK_BYTES { tree.halves(node) } else { None };
+        let at = WeightGradPlan::local(&tree.elements(&node.chunks), origin, batch_dims);
+        let halves = if self.fits(&at) { None } else { tree.halves(node) };
         if let Some((a, b)) = halves {
-            self.cut(tree, &a, origin, batch_dims, voxel, program);
-            self.cut(tree, &b, origin, batch_dims, voxel, program);
+            self.cut(tree, &a, origin, batch_dims, program);
+            self.cut(tree, &b, origin, batch_dims, program);
             program.push(Combine::Add);
             return;
         }
-        let mut block = Block { leaves: vec![], program: vec![] };
+        let (mut leaves, mut order) = (vec![], vec![]);
         for event in tree.events(node) {
-            match event {
+            order.push(match event {
                 Event::Leaf(b) => {
-                    let local: Vec<Range<usize>> =
-                        b.iter().zip(origin).map(|(r, o)| r.start - o.start..r.end - o.start).collect();
-                    let mut leaf = [0..1, 0..1, 0..1, 0..1];
-                    // Batch dimensions flatten to runs of offsets only if at most one of them is cut into chunks; a
-                    // leaf is a box of them, listed by `batch_runs`.
-                    leaf[0] = batch_run(&local[..batch_dims], &origin[..batch_dims]);
-                    let k = local.len() - batch_dims;
-                    for d in 0..k {
-                        leaf[4 - k + d] = local[batch_dims + d].clone();
-                    }
-                    block.program.push(Combine::Leaf(block.leaves.len()));
-                    block.leaves.push(leaf);
+                    leaves.push(WeightGradPlan::local(&b, origin, batch_dims));
+                    Combine::Leaf(leaves.len() - 1)
                 }
-                Event::Combine => block.program.push(Combine::Add),
+                Event::Combine => Combine::Add,
+            });
+        }
+        let mut pieces = Vec::new();
+        match leaves.pop() {
+            Some(only) if leaves.is_empty() => self.pieces(only, &mut pieces),
+            last => {
+                leaves.extend(last);
+                pieces.push(Piece::new(leaves));
             }
         }
         program.push(Combine::Leaf(self.blocks.len()));
-        self.blocks.push(block);
+        self.blocks.push(Block { pieces, program: order });
     }
 
     fn weights(&self) -> usize {
@@ -234,22 +360,22 @@ impl WeightGradPlan {
         self.blocks.len() * self.weights() * 4
     }
 
-    /// Runs it: `out` is `[nodes, k.., cin, cout]`.
+    /// Runs it; the result is `[nodes, k.., cin, cout]`.
     ///
     /// # Safety
-    /// The pointers are buffers of the plan's parts and of the scratch asked for, which do not overlap.
-    pub unsafe fn run(&self, pool: &Pool, x: *const f32, dy: *const f32, out: *mut f32, scratch: *mut f32) {
-        let p = Pointers { x, dy, out, scratch };
+    /// The operands are buffers of the plan's parts and of the scratch asked for, which do not overlap.
+    pub unsafe fn run(&self, pool: &Pool, o: &Operands) {
+        let p = Pointers { x: o.inputs[0], dy: o.inputs[1], out: o.outputs[0].cast(), scratch: o.scratch.cast() };
         let taps: usize = self.axes.iter().map(|a| a.taps).product();
-        // Few blocks are shared out by tap as well.
-        let per_block = if self.blocks.len() >= pool.threads() * 3 || pool.threads() == 1 { 1 } else { taps };
-        pool.run(self.blocks.len() * per_block, &|t, _| {
+        // Few blocks are shared out by tap as well: pairs by the outermost one, so that tasks pack different ones of x.
+        let by_tap = if self.pairs { self.axes[0].taps } else { taps };
+        let per_block = if self.blocks.len() >= pool.threads() * 3 || pool.threads() == 1 { 1 } else { by_tap };
+        pool.run(self.blocks.len() * per_block, &|t, w| {
             let p = p;
             let (block, part) = (t / per_block, t % per_block);
-            for tap in taps * part / per_block..taps * (part + 1) / per_block {
-                // SAFETY: every block and tap has a part of the scratch of its own.
-                unsafe { self.tap(block, tap, p) };
-            }
+            let range = taps * part / per_block..taps * (part + 1) / per_block;
+            // SAFETY: every block and tap has a part of the scratch of its own.
+            unsafe { self.taps(block, range, p, w.floats()) };
         });
         let size = self.weights();
         let parts = (size / 4096).clamp(1, pool.threads() * 4);
@@ -286,9 +412,74 @@ impl WeightGradPlan {
         unsafe { std::ptr::copy_nonoverlapping(row(stack[0]).as_ptr(), p.out.add(out + range.start), range.len()) };
     }
 
-    unsafe fn tap(&self, block: usize, tap: usize, p: Pointers) {
+    /// Sums a block for a range of taps.
+    unsafe fn taps(&self, block: usize, range: Range<usize>, p: Pointers, work: &mut [f32]) {
+        let [_, t2, t3] = [self.axes[0].taps, self.axes[1].taps, self.axes[2].taps];
+        let outer = range.start / (t2 * t3)..range.end.div_ceil(t2 * t3);
+        for (i, piece) in self.blocks[block].pieces.iter().enumerate() {
+            let (packed, _) = self.packed(&piece.around, piece.pairs.len(), outer.clone());
+            let packed_dy = packed.dy([piece.around[0].end, packed.first[1], packed.first[2]]);
+            let (dy, x) = work.split_at_mut(if self.pairs { packed_dy } else { 0 });
+            let mut view = View { x: p.x.cast(), dy: p.dy.cast(), packed: None };
+            if self.pairs {
+                view = View { x: x.as_ptr(), dy: dy.as_ptr(), packed: Some(packed) };
+                // SAFETY: by the contract of `run`.
+                unsafe { self.pack_dy(piece, p.dy.cast(), dy) };
+            }
+            for j3 in 0..t3 {
+                if self.pairs {
+                    // SAFETY: as above.
+                    unsafe { self.pack_x(piece, &packed, j3, p.x.cast(), x) };
+                }
+                for tap in range.clone().filter(|tap| tap % t3 == j3) {
+                    // SAFETY: as above.
+                    unsafe { self.tap(block, piece, tap, view, i > 0, p) };
+                }
+            }
+        }
+    }
+
+    /// Packs a piece's pairs of dy.
+    unsafe fn pack_dy(&self, piece: &Piece, dy: *const u16, to: &mut [f32]) {
+        let [_, a2, a3] = &self.axes;
+        let (a1, channels) = (&self.axes[0], self.cout * self.groups);
+        let mut rows = to.chunks_exact_mut((piece.pairs.len() * channels).max(1));
+        let [b, r1, r2, _] = &piece.around;
+        for b in b.clone() {
+            for o1 in r1.clone() {
+                for (o2, row) in r2.clone().zip(&mut rows) {
+                    let at = self.batches[b][1] + self.dy_channel + o1 * a1.dy_stride + o2 * a2.dy_stride;
+                    let at = |o: usize| Some(o * a3.dy_stride + at);
+                    // SAFETY: by the contract of `run`.
+                    unsafe { pack_row(self.isa, dy, &piece.pairs, at, channels, row) };
+                }
+            }
+        }
+    }
+
+    /// Packs the pairs that a tap along the innermost dimension reads of x for a piece.
+    unsafe fn pack_x(&self, piece: &Piece, packed: &Packed, j3: usize, x: *const u16, to: &mut [f32]) {
+        let [a1, a2, a3] = &self.axes;
+        let channels = self.cin * self.groups;
+        let mut rows = to.chunks_exact_mut((piece.pairs.len() * channels).max(1));
+        for b in piece.around[0].clone() {
+            for i1 in 0..packed.x_rows[0] {
+                for (i2, row) in (0..packed.x_rows[1]).zip(&mut rows) {
+                    let (i1, i2) = (packed.x_first[0] + i1, packed.x_first[1] + i2);
+                    let at = self.batches[b][0] + self.x_channel + i1 * a1.x_stride + i2 * a2.x_stride;
+                    let at = |o: usize| Some(a3.x(o, j3)? * a3.x_stride + at);
+                    // SAFETY: by the contract of `run`.
+                    unsafe { pack_row(self.isa, x, &piece.pairs, at, channels, row) };
+                }
+            }
+        }
+    }
+
+    unsafe fn tap(&self, block: usize, piece: &Piece, tap: usize, view: View, goes_on: bool, p: Pointers) {
         let [_, t2, t3] = [self.axes[0].taps, self.axes[1].taps, self.axes[2].taps];
         let row = self.cout * self.groups;
+        // What is packed begins with the first channel.
+        let [x_channel, dy_channel] = if self.pairs { [0, 0] } else { [self.x_channel, self.dy_channel] };
         for group in 0..self.groups {
             let mut ci = 0;
             while ci < self.cin {
@@ -298,26 +489,74 @@ impl WeightGradPlan {
                 while co < self.cout {
                     let width = if self.isa == Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
                     let at = (tap * self.cin + ci) * row + group * self.cout + co;
-                    // SAFETY: indices inside the buffers, by the plan.
-                    let job = unsafe {
-                        Job {
-                            plan: self,
-                            block: &self.blocks[block],
-                            tap: [tap / (t2 * t3), tap / t3 % t2, tap % t3],
-                            x: p.x.add(self.x_channel + group * if self.groups > 1 { self.cin } else { 0 } + ci),
-                            dy: p.dy.add(self.dy_channel + group * self.cout + co),
-                            out: p.scratch.add(block * self.weights() + at),
-                            out_pitch: row,
-                            columns: width.min(self.cout - co),
-                        }
+                    let job = Job {
+                        plan: self,
+                        leaves: &piece.leaves,
+                        program: &self.blocks[block].program,
+                        tap: [tap / (t2 * t3), tap / t3 % t2, tap % t3],
+                        view,
+                        x: x_channel + group * if self.groups > 1 { self.cin } else { 0 } + ci,
+                        dy: dy_channel + group * self.cout + co,
+                        // SAFETY: inside the scratch, by the plan.
+                        out: unsafe { p.scratch.add(block * self.weights() + at) },
+                        out_pitch: row,
+                        columns: width.min(self.cout - co),
+                        goes_on,
                     };
-                    // SAFETY: as above; the instruction set is the machine's.
+                    // SAFETY: indices inside the buffers, by the plan; the instruction set is the machine's.
                     unsafe { run_tile(self.isa, mr, width, &job) };
                     co += width;
                 }
                 ci += mr;
             }
         }
+    }
+}
+
+impl Piece {
+    fn new(leaves: Vec<Box4>) -> Piece {
+        let around = std::array::from_fn(|d| {
+            let of = |f: fn(&Range<usize>) -> usize| leaves.iter().map(move |l| f(&l[d]));
+            of(|r| r.start).min().unwrap_or(0)..of(|r| r.end).max().unwrap_or(0)
+        });
+        let mut inner: Vec<Range<usize>> = leaves.iter().map(|l| l[3].clone()).collect();
+        inner.sort_by_key(|r| r.start);
+        inner.dedup();
+        let (of, pairs) = in_pairs(inner.iter().cloned());
+        let of = |l: &Box4| inner.iter().position(|r| *r == l[3]).map_or(0..0, |i| of[i].clone());
+        Piece { leaves: leaves.iter().map(|l| (l.clone(), of(l))).collect(), around, pairs }
+    }
+}
+
+/// Packs a row of pairs: `to[p * channels + c]` is channel `c` at both indices of pair `p`, which lie where `at` says, zeros
+/// where it says nothing.
+///
+/// # Safety
+/// So many channels lie at each place; there is room for all pairs.
+unsafe fn pack_row(
+    isa: Isa,
+    from: *const u16,
+    pairs: &[[usize; 2]],
+    at: impl Fn(usize) -> Option<usize>,
+    channels: usize,
+    to: &mut [f32],
+) {
+    for (pair, to) in pairs.iter().zip(to.chunks_exact_mut(channels.max(1))) {
+        let halves = pair.map(|o| if o == NOTHING { None } else { at(o) });
+        dispatch!(isa, fn(from: *const u16, halves: [Option<usize>; 2], to: &mut [f32]) {
+            // SAFETY: by the contract of this function.
+            let line = |at: usize| unsafe { std::slice::from_raw_parts(from.add(at), to.len()) };
+            match halves.map(|h| h.map(line)) {
+                [None, None] => to.fill(0.0),
+                [Some(a), None] => to.iter_mut().zip(a).for_each(|(t, a)| *t = f32::from_bits(u32::from(*a))),
+                [None, Some(b)] => to.iter_mut().zip(b).for_each(|(t, b)| *t = f32::from_bits(u32::from(*b) << 16)),
+                [Some(a), Some(b)] => to
+                    .iter_mut()
+                    .zip(a)
+                    .zip(b)
+                    .for_each(|((t, a), b)| *t = f32::from_bits(u32::from(*a) | u32::from(*b) << 16)),
+            }
+        });
     }
 }
 
@@ -345,28 +584,41 @@ fn tile_rows(isa: Isa, left: usize) -> usize {
 }
 
 #[inline(always)]
-unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: &[Range<usize>; 4]) -> [[V; NV]; MR] {
-    let plan = job.plan;
+unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
+    job: &Job,
+    (at, pairs): &(Box4, Range<usize>),
+    mut acc: [[V; NV]; MR],
+) -> [[V; NV]; MR] {
+    let (plan, view) = (job.plan, job.view);
     let [a1, a2, a3] = &plan.axes;
     let [j1, j2, j3] = job.tap;
+    // The first element of a row in x and dy, elements between its neighbours, and how many.
+    let (first, step, count) = match view.packed {
+        Some(p) => ([pairs.start * p.x_channels, pairs.start * p.channels], [p.x_channels, p.channels], pairs.len()),
+        None => {
+            let run = a3.valid(&at[3], j3);
+            let x3 = if run.is_empty() { None } else { a3.x(run.start, j3) };
+            let Some(x3) = x3 else { return acc };
+            ([x3 * a3.x_stride, run.start * a3.dy_stride], [a3.stride * a3.x_stride, a3.dy_stride], run.len())
+        }
+    };
     // SAFETY: by the plan every index lies inside the buffers; lanes beyond `columns` are loaded by `load_row`.
     unsafe {
-        let mut acc = [[V::zero(); NV]; MR];
-        let run = a3.valid(&leaf[3], j3);
-        if run.is_empty() {
-            return acc;
-        }
-        let Some(x3) = a3.x(run.start, j3) else { return acc };
-        let step = a3.stride * a3.x_stride;
-        for b in leaf[0].clone() {
-            let [bx, by] = plan.batches[b];
-            for o1 in leaf[1].clone() {
+        for b in at[0].clone() {
+            for o1 in at[1].clone() {
                 let Some(x1) = a1.x(o1, j1) else { continue };
-                for o2 in leaf[2].clone() {
+                for o2 in at[2].clone() {
                     let Some(x2) = a2.x(o2, j2) else { continue };
-                    let mut x = job.x.add(bx + x1 * a1.x_stride + x2 * a2.x_stride + x3 * a3.x_stride);
-                    let mut dy = job.dy.add(by + o1 * a1.dy_stride + o2 * a2.dy_stride + run.start * a3.dy_stride);
-                    for _ in 0..run.len() {
+                    let [bx, by] = match view.packed {
+                        Some(p) => [p.x([b, x1, x2]), p.dy([b, o1, o2])],
+                        None => {
+                            let [bx, by] = plan.batches[b];
+                            [bx + x1 * a1.x_stride + x2 * a2.x_stride, by + o1 * a1.dy_stride + o2 * a2.dy_stride]
+                        }
+                    };
+                    let mut x = view.x.add(job.x + bx + first[0]);
+                    let mut dy = view.dy.add(job.dy + by + first[1]);
+                    for _ in 0..count {
                         let row = load_row::<V, NV>(dy, job.columns);
                         for (m, acc) in acc.iter_mut().enumerate() {
                             let value = *x.add(m);
@@ -374,8 +626,8 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: &[Ra
                                 acc[v] = acc[v].fma(value, row[v]);
                             }
                         }
-                        x = x.add(step);
-                        dy = dy.add(a3.dy_stride);
+                        x = x.add(step[0]);
+                        dy = dy.add(step[1]);
                     }
                 }
             }
@@ -395,6 +647,8 @@ unsafe fn load_row<V: Lanes, const NV: usize>(p: *const f32, columns: usize) -> 
 
 /// A block's stack is no deeper: eight chunks in each of four dimensions or more.
 const DEPTH: usize = 24;
+/// Leaves along a dimension at most.
+const LEAVES: usize = 8;
 
 #[inline(always)]
 unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
@@ -402,10 +656,16 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
     unsafe {
         let mut stack = [[[std::mem::MaybeUninit::<V>::uninit(); NV]; MR]; DEPTH];
         let mut top = 0;
-        for c in &job.block.program {
+        for c in job.program {
             match *c {
                 Combine::Leaf(l) => {
-                    let acc = leaf::<V, MR, NV>(job, &job.block.leaves[l]);
+                    let mut acc = [[V::zero(); NV]; MR];
+                    if job.goes_on {
+                        for (m, row) in acc.iter_mut().enumerate() {
+                            *row = load_row::<V, NV>(job.out.add(m * job.out_pitch), job.columns);
+                        }
+                    }
+                    let acc = leaf::<V, MR, NV>(job, &job.leaves[l], acc);
                     for m in 0..MR {
                         for v in 0..NV {
                             stack[top][m][v].write(acc[m][v]);
@@ -431,18 +691,33 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
-unsafe fn tile_avx512<const MR: usize, const NV: usize>(job: &Job) {
-    // SAFETY: by the contract of `run_tile`.
-    unsafe { tile::<super::tile::x86::Avx512, MR, NV>(job) }
+macro_rules! tiles {
+    ($($(#[$attribute:meta])* $name:ident: $lanes:ty;)*) => {
+        $(
+            $(#[$attribute])*
+            unsafe fn $name<const MR: usize, const NV: usize>(job: &Job) {
+                // SAFETY: by the contract of `run_tile`.
+                unsafe { tile::<$lanes, MR, NV>(job) }
+            }
+        )*
+    };
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,bmi2")]
-unsafe fn tile_avx2<const MR: usize, const NV: usize>(job: &Job) {
-    // SAFETY: by the contract of `run_tile`.
-    unsafe { tile::<super::tile::x86::Avx2, MR, NV>(job) }
+tiles! {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+    tile_avx512: super::tile::x86::Avx512;
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,bmi2")]
+    tile_avx2: super::tile::x86::Avx2;
+    tile_portable: Portable;
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+    pairs_avx512: super::tile::x86::Avx512Pairs;
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,bmi2")]
+    pairs_avx2: PortablePairs;
+    pairs_portable: PortablePairs;
 }
 
 /// Runs a tile of `rows` input channels and up to `width` output channels.
@@ -450,37 +725,35 @@ unsafe fn tile_avx2<const MR: usize, const NV: usize>(job: &Job) {
 /// # Safety
 /// The job's pointers are right for its plan, and the instruction set is the machine's.
 unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
-    // SAFETY: by this function's contract.
-    unsafe {
-        match (isa, rows, width) {
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 12, 32) => tile_avx512::<12, 2>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 8, 32) => tile_avx512::<8, 2>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 4, 32) => tile_avx512::<4, 2>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 2, 32) => tile_avx512::<2, 2>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 1, 32) => tile_avx512::<1, 2>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 12, _) => tile_avx512::<12, 1>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 8, _) => tile_avx512::<8, 1>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 4, _) => tile_avx512::<4, 1>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, 2, _) => tile_avx512::<2, 1>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, _, _) => tile_avx512::<1, 1>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, 4, _) => tile_avx2::<4, 1>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, 2, _) => tile_avx2::<2, 1>(job),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, _, _) => tile_avx2::<1, 1>(job),
-            (_, 4, _) => tile::<Portable, 4, 1>(job),
-            _ => tile::<Portable, 1, 1>(job),
-        }
+    macro_rules! tile {
+        ($function:ident, $nv:literal, $($mr:literal),*) => {
+            // SAFETY: by this function's contract.
+            unsafe {
+                match rows {
+                    $($mr => $function::<$mr, $nv>(job),)*
+                    _ => unreachable!("a tile of {rows} rows"),
+                }
+            }
+        };
+    }
+    match (isa, job.plan.pairs, width) {
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, false, 32) => tile!(tile_avx512, 2, 12, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, false, _) => tile!(tile_avx512, 1, 12, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, false, _) => tile!(tile_avx2, 1, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (_, true, 32) if isa.pairs() => tile!(pairs_avx512, 2, 12, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (_, true, _) if isa.pairs() => tile!(pairs_avx512, 1, 12, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, true, 32) => tile!(pairs_avx2, 2, 12, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, true, _) => tile!(pairs_avx2, 1, 12, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, true, _) => tile!(pairs_avx2, 1, 4, 2, 1),
+        (_, true, _) => tile!(pairs_portable, 1, 4, 1),
+        _ => tile!(tile_portable, 1, 4, 1),
     }
 }
