@@ -8,7 +8,6 @@ use clap::Parser;
 use examples::bert::architecture::Architecture;
 use examples::bert::program::Pretraining;
 use mesh::array::Array;
-use mesh::dim::DType;
 use mesh::optim::Optimizer;
 use ndarray::{Array1, Array2};
 
@@ -23,9 +22,6 @@ struct Args {
     /// Sequences of a step; 0: 32, or 8 for layers wider than 512.
     #[arg(long, default_value_t = 0)]
     batch: usize,
-    /// What it computes in: `f32` or `bf16`.
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
-    dtype: String,
     #[command(flatten)]
     steps: Steps,
 }
@@ -42,10 +38,7 @@ fn main() {
     let vocab = architecture.vocab_size;
     let optimizer = Optimizer::adamw(1e-4, 0.01);
     let plain = Pretraining::plain(architecture, [batch, SEQ, PREDICTIONS], optimizer);
-    let dtype = match &*args.dtype {
-        "bf16" => DType::Bf16,
-        _ => DType::F32,
-    };
+    let dtype = args.steps.dtype();
     let program = Pretraining { next_sentence: false, dtype, ..plain }.program().unwrap_or_else(|e| panic!("{e}"));
     let flops = program.function("train").expect("it is there").product_flops();
     let mut session = args.steps.session(program);
@@ -62,6 +55,6 @@ fn main() {
     for (name, array) in &feeds {
         session.feed(f, name, array).unwrap_or_else(|e| panic!("{e}"));
     }
-    let case = serde_json::json!({"case": format!("bert-{}", args.size), "dtype": dtype.to_string(), "batch": batch});
+    let case = serde_json::json!({"case": format!("bert-{}", args.size), "batch": batch});
     args.steps.measure(&mut session, f, flops, case, |clock, _| clock);
 }

@@ -1,5 +1,5 @@
 //! A 3x3x3 convolution with bias, forward, or with the gradients of input, filter and bias. Prints one JSON line: seconds
-//! (median) and GFLOP/s.
+//! (median) and GFLOP/s; of bf16 without the casts of what is fed.
 //!
 //! `cargo bench -p benches --bench conv -- --channels 32 --size 64 --what both --threads 2`
 
@@ -34,7 +34,8 @@ fn main() {
     let mut p = ProgramBuilder::new();
     p.function("conv", |g| {
         let dims: Vec<Dim> = [dim("batch", 1)].into_iter().chain(SPACE.map(|d| dim(d, n))).collect();
-        let feed = |name: &str| g.input(name, DType::F32, &[&dims[..], &[dim("channel", c)]].concat());
+        let dtype = args.steps.dtype();
+        let feed = |name: &str| g.input(name, DType::F32, &[&dims[..], &[dim("channel", c)]].concat()).cast(dtype);
         let x = feed("x");
         let y = nn::conv(&x, "conv", &Kernel::new(&SPACE, 3), &dim("channel", c));
         g.output("y", &y);
@@ -42,7 +43,7 @@ fn main() {
             return;
         }
         // The sum of y times a feed has that feed for the gradient of y.
-        let loss = y.mul(&feed("dy")).sum_all();
+        let loss = y.mul(&feed("dy")).cast(DType::F32).sum_all();
         let mut of = vec![("dx".to_string(), x)];
         of.extend(g.trainable().into_iter().map(|(id, v)| (format!("d {}", g.variable_name(id)), v)));
         let tensors: Vec<_> = of.iter().map(|(_, t)| t).collect();
@@ -61,6 +62,9 @@ fn main() {
     for name in ["x", "dy"].into_iter().take(1 + usize::from(both)) {
         session.feed(f, name, &values).unwrap_or_else(|e| panic!("{e}"));
     }
-    let case = serde_json::json!({"case": "conv", "what": args.what, "channels": c, "size": n, "dtype": "f32"});
-    args.steps.measure(&mut session, f, flops, case, |clock, _| clock);
+    let case = serde_json::json!({"case": "conv", "what": args.what, "channels": c, "size": n});
+    args.steps.measure(&mut session, f, flops, case, |clock, session| match args.steps.dtype() {
+        DType::Bf16 => session.profile().iter().filter(|(n, _)| !n.starts_with("map")).map(|p| p.1).sum(),
+        _ => clock,
+    });
 }

@@ -18,9 +18,6 @@ struct Args {
     /// Where the contracted dimension lies in each factor: `nn`, as in a layer; `nt` or `tn`, as in its gradients.
     #[arg(long, default_value = "nn", value_parser = ["nn", "nt", "tn"])]
     order: String,
-    /// What the factors are: `f32` or `bf16`.
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
-    dtype: String,
     #[command(flatten)]
     steps: Steps,
 }
@@ -47,13 +44,9 @@ fn main() {
         of(if args.order.starts_with('t') { ["k", "m"] } else { ["m", "k"] }),
         of(if args.order.ends_with('t') { ["n", "k"] } else { ["k", "n"] }),
     ];
-    let dtype = match &*args.dtype {
-        "bf16" => DType::Bf16,
-        _ => DType::F32,
-    };
     let mut p = ProgramBuilder::new();
     p.function("product", |g| {
-        let [a, b] = [0, 1].map(|i| g.input(["a", "b"][i], DType::F32, &factors[i]).cast(dtype));
+        let [a, b] = [0, 1].map(|i| g.input(["a", "b"][i], DType::F32, &factors[i]).cast(args.steps.dtype()));
         g.output("c", &a.contract_wide(&b, &["k"]));
     })
     .unwrap_or_else(|e| panic!("{e}"));
@@ -66,7 +59,7 @@ fn main() {
         let array: Array = Array2::from_shape_fn((dims[0].size, dims[1].size), at).into();
         session.feed(f, name, &array).unwrap_or_else(|e| panic!("{e}"));
     }
-    let case = serde_json::json!({"case": "gemm", "size": args.size, "order": args.order, "dtype": args.dtype});
+    let case = serde_json::json!({"case": "gemm", "size": args.size, "order": args.order});
     args.steps.measure(&mut session, f, flops, case, |_, session| {
         session.profile().iter().filter(|(n, _)| n.starts_with("contract")).map(|p| p.1).sum()
     });

@@ -42,13 +42,13 @@ fn block(x: &Tensor, name: &str, channels: usize) -> Tensor {
     })
 }
 
-fn program(res: usize, base: usize) -> Program {
+fn program(res: usize, base: usize, dtype: DType) -> Program {
     let mut p = ProgramBuilder::new();
     p.function("train", |g| {
         g.grain("class", CLASSES);
         let space: Vec<Dim> = [dim("batch", 1)].into_iter().chain(SPACE.map(|d| dim(d, res))).collect();
         let labels = g.input("labels", DType::I32, &space);
-        let mut x = g.input("image", DType::F32, &[&space[..], &[dim("channel", 1)]].concat());
+        let mut x = g.input("image", DType::F32, &[&space[..], &[dim("channel", 1)]].concat()).cast(dtype);
         let mut skips = Vec::new();
         for level in 0..4 {
             if level > 0 {
@@ -64,7 +64,7 @@ fn program(res: usize, base: usize) -> Program {
             x = block(&Tensor::concat(&[&up, skip], "channel"), &format!("decoder.{level}"), base << level);
         }
         let head = Kernel::new(&SPACE, 1).from_channel("channel");
-        let logits = nn::conv(&x, "head", &head, &dim("class", CLASSES));
+        let logits = nn::conv(&x, "head", &head, &dim("class", CLASSES)).cast(DType::F32);
         let is_class = labels.equal(&g.iota(&dim("class", CLASSES))).cast(DType::F32);
         let loss = nn::soft_dice_loss(&nn::softmax(&logits, &["class"]), &is_class, &SPACE);
         Optimizer::adam(1e-3).apply(g, &loss);
@@ -76,7 +76,7 @@ fn program(res: usize, base: usize) -> Program {
 
 fn main() {
     let args = Args::parse();
-    let program = program(args.res, args.base);
+    let program = program(args.res, args.base, args.steps.dtype());
     let flops = program.function("train").expect("it is there").product_flops();
     let mut session = args.steps.session(program);
     let f = session.function("train").expect("it is there");
@@ -86,6 +86,6 @@ fn main() {
     let labels = Array4::from_shape_fn((1, n, n, n), |(_, x, y, z)| (image[[0, x, y, z, 0]] * 3.0) as i32);
     session.feed(f, "image", &Array::from(image)).expect("the image's type");
     session.feed(f, "labels", &Array::from(labels)).expect("the labels' type");
-    let case = serde_json::json!({"case": "unet", "res": n, "base": args.base, "dtype": "f32"});
+    let case = serde_json::json!({"case": "unet", "res": n, "base": args.base});
     args.steps.measure(&mut session, f, flops, case, |clock, _| clock);
 }

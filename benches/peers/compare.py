@@ -41,11 +41,14 @@ def cases():
             yield case(f"gemm {size} {dtype}, {threads} threads", "gemm", "gemm", options)
     for channels, size in ((16, 96), (32, 64), (64, 32)):
         for what in ("forward", "both"):
-            options = f"--channels {channels} --size {size} --what {what} --threads 2"
-            yield case(f"conv {channels} channels, {size}³, {what}, f32", "conv", "conv", options)
+            for dtype in ("f32", "bf16"):
+                options = f"--channels {channels} --size {size} --what {what} --dtype {dtype} --threads 2"
+                yield case(f"conv {channels} channels, {size}³, {what}, {dtype}", "conv", "conv", options)
     modes = ("--mode eager", "--mode compile")
     for res in (64, 128):
-        yield case(f"unet {res}³, 16 filters, f32", "unet", "unet", f"--res {res} --threads 2", modes)
+        for dtype in ("f32", "bf16"):
+            options = f"--res {res} --dtype {dtype} --threads 2"
+            yield case(f"unet {res}³, 16 filters, {dtype}", "unet", "unet", options, modes)
     for size in ("mini", "base"):
         for dtype in ("f32", "bf16"):
             yield case(f"bert-{size}, {dtype}", "bert", "bert", f"--size {size} --dtype {dtype} --threads 2", modes)

@@ -2,6 +2,7 @@
 
 use coordinator::session::FunctionId;
 use coordinator::{Options, Session};
+use mesh::dim::DType;
 use mesh::layout::Mesh;
 use mesh::program::Program;
 use serde_json::{Value, json};
@@ -17,6 +18,9 @@ pub struct Steps {
     /// Threads of each device; 0: the machine's cores shared out.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
+    /// What it computes in: `f32` or `bf16`.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    dtype: String,
     /// Steps measured, after one that is not.
     #[arg(long, default_value_t = 5)]
     pub steps: u32,
@@ -29,6 +33,11 @@ pub struct Steps {
 }
 
 impl Steps {
+    /// What it computes in.
+    pub fn dtype(&self) -> DType {
+        if self.dtype == "bf16" { DType::Bf16 } else { DType::F32 }
+    }
+
     /// A session of a program.
     ///
     /// # Panics
@@ -77,7 +86,7 @@ impl Steps {
         let peaks = session.peaks().unwrap_or_default();
         let peak: Vec<usize> = peaks.iter().map(|p| p.peak_bytes_measured >> 20).collect();
         let mut line = json!({
-            "impl": "mesh", "mesh": self.mesh.to_string(), "threads": session.options().threads(), "step_s": median,
+            "impl": "mesh", "dtype": self.dtype, "mesh": self.mesh.to_string(), "threads": session.options().threads(), "step_s": median,
             "min_s": times[0], "max_s": times[times.len() - 1], "gflops": flops as f64 / 1e9 / median, "peak_mib": peak,
         });
         let losses = first.map(|first| json!({"loss_first": first, "loss_last": loss(session)}));

@@ -1,10 +1,30 @@
 //! What a run is configured to: defaults, then a TOML file, then the command line, then `--set key=value`.
 
+use mesh::dim::DType;
 use mesh::error::nearest;
 use mesh::layout::Mesh;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+
+/// Element type of the computation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16; variables, sums, statistics, softmax and losses stay 32-bit floats.
+    Bf16,
+}
+
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> DType {
+        match dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::Bf16,
+        }
+    }
+}
 
 /// The keys that the configuration of every model has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

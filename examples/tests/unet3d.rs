@@ -53,10 +53,10 @@ fn assert_peaks_as_predicted(rows: &[Value], mesh: &str, devices: usize) {
 #[test]
 fn training_gives_the_same_bits_on_every_mesh_and_the_memory_that_the_plan_says() {
     let place = Place::new();
-    let train = |name: &str, mesh: &str, batch: usize, devices: usize| {
+    let train_in = |dtype: &str, name: &str, mesh: &str, batch: usize, devices: usize| {
         place.ok(&format!(
             "train --data phantom --crop 40x37x33 --base 4 --steps 20 --dropout 0.2 --augment --batch {batch} \
-             --mesh {mesh} --out {name}"
+             --mesh {mesh} --dtype {dtype} --out {name}"
         ));
         let rows = place.rows(name);
         assert_eq!(rows.len(), 20);
@@ -66,6 +66,7 @@ fn training_gives_the_same_bits_on_every_mesh_and_the_memory_that_the_plan_says(
         assert_peaks_as_predicted(&rows, mesh, devices);
         rows
     };
+    let train = |name: &str, mesh: &str, batch, devices| train_in("f32", name, mesh, batch, devices);
     let single = train("single", "1", 1, 1);
     let losses: BTreeSet<&str> = single.iter().map(|r| r["loss_bits"].as_str().unwrap()).collect();
     assert_eq!(losses.len(), 20, "every step is another one");
@@ -77,6 +78,13 @@ fn training_gives_the_same_bits_on_every_mesh_and_the_memory_that_the_plan_says(
     let (pair, split) = (train("pair", "1", 2, 1), train("split-pair", "data=2,x=2", 2, 4));
     assert_eq!(bits(&split), bits(&pair), "two views on the mesh data=2,x=2");
     assert_ne!(pair[19]["loss_bits"], single[19]["loss_bits"]);
+    let half = train_in("bf16", "half", "1", 1, 1);
+    for (i, (mesh, devices)) in [("z=3", 3), ("x=2,y=2,z=2", 8)].into_iter().enumerate() {
+        let rows = train_in("bf16", &format!("split-half{i}"), mesh, 1, devices);
+        assert_eq!(bits(&rows), bits(&half), "bf16 on the mesh {mesh}");
+    }
+    let [loss, wide] = [&half, &single].map(|rows| rows[19]["loss"].as_f64().unwrap());
+    assert!((loss / wide - 1.0).abs() < 0.05 && loss != wide, "bf16 {loss}, f32 {wide}");
 }
 
 const SMALL: &str = "--data phantom --crop 16x12x10 --base 4 --dropout 0.2 --augment";
@@ -152,7 +160,7 @@ fn mistakes_on_the_command_line_name_their_place_and_what_to_do() {
         &["error[L0007]: dimension `x` (size 2, 2 chunks)", "--> examples/src/unet3d/model.rs:", "x=2 or less"],
     );
     place.fails(&plan("--mesh data=2"), 2, &["error[L0007]: dimension `batch` (size 1", "do not split `batch`"]);
-    place.fails(&plan("--dtype bf16"), 2, &["bf16 is not supported yet", "f32"]);
+    place.fails(&plan("--dtype f8"), 2, &["f8", "f32, bf16"]);
     place.fails(&plan("--dropout 1"), 2, &["--dropout 1", "help:"]);
     place.fails(&plan("--rate nan"), 2, &["--rate NaN"]);
     place.fails("plan --data phantom --norm group --base 6", 2, &["4 groups", "--base 6"]);

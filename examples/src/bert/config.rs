@@ -4,8 +4,7 @@ use examples::bert::architecture::Architecture;
 use examples::bert::dropping::KeepBy;
 use examples::bert::hf;
 use examples::bert::sharing::Shared;
-use examples::settings::{Common, Mistake, Settings, mistake, range};
-use mesh::dim::DType;
+use examples::settings::{Common, Dtype, Mistake, Settings, mistake, range};
 use mesh::optim::{Adam, Optimizer, Rule, Schedule};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -18,16 +17,6 @@ pub enum OptimizerKind {
     Adamw,
     /// AdamW with each variable's update scaled to its own norm, for large batches.
     Lamb,
-}
-
-/// Element type of the computation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// 32-bit floats.
-    F32,
-    /// bfloat16; variables, statistics, softmax and losses stay 32-bit floats.
-    Bf16,
 }
 
 /// How weights are trained, whatever for.
@@ -303,15 +292,6 @@ impl Config {
         let all = groups.iter().copied().enumerate().map(|(i, g)| (begin(i), g)).chain([(end, layers)]);
         // What is never reached is not planned for.
         Ok(all.filter(|(first, _)| *first == 0 || *first < steps).collect())
-    }
-}
-
-impl From<Dtype> for DType {
-    fn from(dtype: Dtype) -> DType {
-        match dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::Bf16 => DType::Bf16,
-        }
     }
 }
 

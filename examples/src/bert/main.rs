@@ -9,11 +9,12 @@ mod train;
 
 use clap::{Args, Parser, Subcommand};
 use compare::CompareOptions;
-use config::{Config, Dtype, OptimizerKind};
+use config::{Config, OptimizerKind};
 use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
 use examples::run::Failed;
+use examples::settings::Dtype;
 use examples::text::labelled::LabelKind;
 use folders::{EmbedCommand, ExportOptions};
 use std::process::ExitCode;

@@ -1,6 +1,6 @@
 //! The configuration of a run.
 
-use examples::settings::{Common, Mistake, Settings, mistake, range};
+use examples::settings::{Common, Dtype, Mistake, Settings, mistake, range};
 use serde::{Deserialize, Serialize};
 
 /// Normalisation after each convolution.
@@ -25,16 +25,6 @@ pub enum OptimizerKind {
     Adam,
     /// Gradient descent with momentum 0.9.
     Sgd,
-}
-
-/// Element type of the computation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// 32-bit floats.
-    F32,
-    /// bfloat16; not yet.
-    Bf16,
 }
 
 /// A run's configuration. Every field is a key of the TOML file and of `--set`.
@@ -107,9 +97,6 @@ impl Settings for Config {
     }
 
     fn check_own(&self) -> Result<(), Mistake> {
-        if self.dtype == Dtype::Bf16 {
-            return mistake("--dtype bf16 is not supported yet", "train in f32");
-        }
         range("--base", self.base as u64, 1, 1024)?;
         range("--batch", self.batch as u64, 1, 4096)?;
         if self.norm == Norm::Group && !self.base.is_multiple_of(4) {

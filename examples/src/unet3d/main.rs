@@ -6,9 +6,10 @@ mod model;
 mod train;
 
 use clap::{Args, Parser, Subcommand};
-use config::{Config, Dtype, Norm, OptimizerKind};
+use config::{Config, Norm, OptimizerKind};
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
 use examples::run::Failed;
+use examples::settings::Dtype;
 use std::process::ExitCode;
 use train::Task;
 

@@ -41,9 +41,9 @@ fn norm(x: &Tensor, name: &str, config: &Config, mode: Mode) -> Tensor {
     }
 }
 
-/// Logits `[batch, x, y, z, class]` of an image `[batch, x, y, z, channel]`.
+/// Logits `[batch, x, y, z, class]` (f32) of an image `[batch, x, y, z, channel]`.
 pub fn unet(image: &Tensor, classes: usize, config: &Config, mode: Mode) -> Tensor {
-    let mut x = image.clone();
+    let mut x = image.cast(config.dtype.into());
     let mut skips = Vec::new();
     for level in 0..=POOLINGS {
         x = block(&x, &format!("encoder.{level}"), config.base << level, config, mode);
@@ -60,7 +60,8 @@ pub fn unet(image: &Tensor, classes: usize, config: &Config, mode: Mode) -> Tens
         x = Tensor::concat(&[&up, skip], "channel");
         x = block(&x, &format!("decoder.{level}"), config.base << level, config, mode);
     }
-    nn::conv(&x, "head", &Kernel::new(&SPACE, 1).unbiased().from_channel("channel"), &dim("class", classes))
+    let head = Kernel::new(&SPACE, 1).unbiased().from_channel("channel");
+    nn::conv(&x, "head", &head, &dim("class", classes)).cast(DType::F32)
 }
 
 /// Dice of each class on the most probable labels: `2 I / (S + 0.001)`, over all cases.

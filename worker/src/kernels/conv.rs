@@ -67,6 +67,15 @@ struct Phase {
     taps: Vec<(usize, usize)>,
 }
 
+/// The outputs that a task computes: some of the rows along the second dimension, and a part of each phase along the
+/// innermost one.
+struct Outputs {
+    batch: usize,
+    o1: usize,
+    rows: Range<usize>,
+    range: Range<usize>,
+}
+
 /// A convolution or transposed convolution, prepared.
 pub struct ConvPlan {
     isa: Isa,
@@ -212,7 +221,7 @@ impl ConvPlan {
         let budget = budget.saturating_sub(self.all_taps() * 2 + 64);
         let first = self.axes[0].taps.iter().map(Vec::len).max().unwrap_or(1).max(1);
         let rows_for = |rows: usize| self.axes[1].span(rows);
-        let outputs = self.phases.iter().map(|p| p.count).max().unwrap_or(0).max(1);
+        let outputs = self.longest().max(1);
         let length = |count: usize| {
             self.phases
                 .iter()
@@ -220,7 +229,7 @@ impl ConvPlan {
                 .max()
                 .unwrap_or(1)
         };
-        let result = if self.epilogue.is_some() { self.produced * self.groups } else { 0 };
+        let result = if self.epilogue.is_some() { self.produced * self.groups * self.phases.len() } else { 0 };
         let units = self.units().max(1);
         let size = |rows: usize, count: usize| first * rows_for(rows) * length(count) * units + rows * count * result;
         // Enough outputs that the weights of a panel, read once a task, are used often.
@@ -252,27 +261,27 @@ impl ConvPlan {
             unsafe { self.pack(t, p) }
         });
         let row_blocks = self.outputs[1].div_ceil(self.block.0);
-        let phase_blocks: usize = self.phases.iter().map(|p| p.count.div_ceil(self.block.1)).sum();
-        let tasks = self.batches.len() * self.outputs[0] * row_blocks * phase_blocks * self.groups;
+        let blocks = self.longest().div_ceil(self.block.1);
+        let tasks = self.batches.len() * self.outputs[0] * row_blocks * blocks * self.groups;
         pool.run(tasks, &|t, workspace| {
             let p = p;
             let (group, t) = (t % self.groups, t / self.groups);
-            let (mut part, t) = (t % phase_blocks, t / phase_blocks);
+            let (part, t) = (t % blocks * self.block.1, t / blocks);
             let (rows, t) = (t % row_blocks * self.block.0, t / row_blocks);
-            let (o1, batch) = (t % self.outputs[0], t / self.outputs[0]);
-            for phase in &self.phases {
-                let blocks = phase.count.div_ceil(self.block.1);
-                if part < blocks {
-                    let start = part * self.block.1;
-                    let range = start..(start + self.block.1).min(phase.count);
-                    let rows = rows..(rows + self.block.0).min(self.outputs[1]);
-                    // SAFETY: tasks write disjoint outputs.
-                    unsafe { self.task(batch, o1, rows, phase, range, group, p, workspace.floats()) };
-                    return;
-                }
-                part -= blocks;
-            }
+            let at = Outputs {
+                batch: t / self.outputs[0],
+                o1: t % self.outputs[0],
+                rows: rows..(rows + self.block.0).min(self.outputs[1]),
+                range: part..(part + self.block.1).min(self.longest()),
+            };
+            // SAFETY: tasks write disjoint outputs.
+            unsafe { self.task(&at, group, p, workspace.floats()) };
         });
+    }
+
+    /// Outputs of the longest phase.
+    fn longest(&self) -> usize {
+        self.phases.iter().map(|p| p.count).max().unwrap_or(0)
     }
 
     unsafe fn pack(&self, panel: usize, p: Pointers) {
@@ -313,30 +322,57 @@ impl ConvPlan {
         if self.w_strides[2] == 1 { self.produced } else { self.contracted }
     }
 
-    unsafe fn task(
+    /// Computes a block of outputs, phase by phase.
+    unsafe fn task(&self, at: &Outputs, group: usize, p: Pointers, workspace: &mut [f32]) {
+        let (tap_list, rest) = workspace.split_at_mut((self.all_taps() * 2).next_multiple_of(16));
+        let (registers, rest) = rest.split_at_mut(epilogue::registers(&self.epilogue));
+        let channels = self.produced * self.groups;
+        // Phases take turns along the innermost dimension.
+        let step = self.phases.len();
+        let along = at.range.start * step..(at.range.end * step).min(self.outputs[2]);
+        let row_result = if self.epilogue.is_some() { along.len() * channels } else { 0 };
+        let (result, stage) = rest.split_at_mut(at.rows.len() * row_result);
+        let output = |row: usize| ((at.batch * self.outputs[0] + at.o1) * self.outputs[1] + row) * self.outputs[2];
+        for phase in self.phases.iter().filter(|phase| phase.count > at.range.start) {
+            let range = at.range.start..at.range.end.min(phase.count);
+            let place = |r: usize, row: usize| match &self.epilogue {
+                Some(_) => result[r * row_result + phase.first * channels..].as_ptr().cast_mut(),
+                None => p.results[0].cast::<f32>().wrapping_add((output(row) + along.start + phase.first) * channels),
+            };
+            // SAFETY: by the contract of `run`; results have places of their own in the result or the workspace.
+            unsafe { self.phase(at, phase, range, group, p, tap_list, stage, place) };
+        }
+        let Some(epilogue) = &self.epilogue else { return };
+        // SAFETY: as above.
+        unsafe {
+            let mut evaluation = epilogue.begin(p.cx, p.operands, registers);
+            for (r, row) in at.rows.clone().enumerate() {
+                let (to, from) = ((output(row) + along.start) * channels, result[r * row_result..].as_ptr());
+                epilogue.take(&mut evaluation, to, from, row_result, p.results);
+            }
+        }
+    }
+
+    /// Computes the outputs of a block that belong to a phase; `place(r, row)` is where the first one of the `r`-th row goes.
+    unsafe fn phase(
         &self,
-        batch: usize,
-        o1: usize,
-        rows: Range<usize>,
+        at: &Outputs,
         phase: &Phase,
         range: Range<usize>,
         group: usize,
         p: Pointers,
-        workspace: &mut [f32],
+        tap_list: &mut [f32],
+        stage: &mut [f32],
+        place: impl Fn(usize, usize) -> *mut f32,
     ) {
         let units = self.units();
-        let taps1 = &self.axes[0].taps[o1];
-        let seconds = || rows.clone().flat_map(|o| self.axes[1].taps[o].iter().map(|t| t.1));
+        let taps1 = &self.axes[0].taps[at.o1];
+        let seconds = || at.rows.clone().flat_map(|o| self.axes[1].taps[o].iter().map(|t| t.1));
         let low = seconds().min().unwrap_or(0);
         let high = seconds().max().map_or(low, |h| h + 1);
         let reach = phase.taps.iter().map(|t| t.1).max().unwrap_or(0);
         let length = (range.len() - 1) * phase.in_step + reach + 1;
         let start = phase.base + (range.start * phase.in_step) as isize;
-        let (tap_list, rest) = workspace.split_at_mut((self.all_taps() * 2).next_multiple_of(16));
-        let (registers, rest) = rest.split_at_mut(epilogue::registers(&self.epilogue));
-        let out_channels = self.produced * self.groups;
-        let row_result = if self.epilogue.is_some() { range.len() * out_channels } else { 0 };
-        let (result, stage) = rest.split_at_mut(rows.len() * row_result);
         let row_size = length * units;
         let height = high - low;
         debug_assert!(taps1.len() * height * row_size <= stage.len());
@@ -344,7 +380,7 @@ impl ConvPlan {
         unsafe {
             for (s1, (_, i1)) in taps1.iter().enumerate() {
                 for i2 in low..high {
-                    let x = self.batches[batch]
+                    let x = self.batches[at.batch]
                         + i1 * self.axes[0].stride
                         + i2 * self.axes[1].stride
                         + self.x_channel
@@ -353,13 +389,12 @@ impl ConvPlan {
                     self.stage(p.x, x, start, length, row);
                 }
             }
+            let channels = self.produced * self.groups;
             let positions = self.batches.len() * self.outputs.iter().product::<usize>();
             // SAFETY of the cast: the list lies in its own part of the workspace; u32 and f32 are alike in size and alignment.
             let list = std::slice::from_raw_parts_mut(tap_list.as_mut_ptr().cast::<[u32; 2]>(), self.all_taps());
-            let o3 = phase.first + range.start * phase.out_step;
-            let at = |o2: usize| ((batch * self.outputs[0] + o1) * self.outputs[1] + o2) * self.outputs[2] + o3;
             for panel in 0..self.panels() {
-                for (r, o2) in rows.clone().enumerate() {
+                for (r, o2) in at.rows.clone().enumerate() {
                     let mut n = 0;
                     for (s1, (j1, _)) in taps1.iter().enumerate() {
                         for (j2, i2) in &self.axes[1].taps[o2] {
@@ -372,14 +407,6 @@ impl ConvPlan {
                         }
                     }
                     let first = panel * self.width;
-                    let channel = group * self.produced + first;
-                    let (out, out_pitch) = match &self.epilogue {
-                        None => {
-                            let out = p.results[0].cast::<f32>().add(at(o2) * out_channels);
-                            (out, phase.out_step * out_channels)
-                        }
-                        Some(_) => (result[r * row_result..].as_mut_ptr(), out_channels),
-                    };
                     let tile = Tile {
                         x: stage.as_ptr(),
                         pairs: self.pairs.is_some(),
@@ -390,23 +417,12 @@ impl ConvPlan {
                         w: p.scratch.add((group * self.panels() + panel) * self.all_taps() * units * self.width),
                         nodes: &self.leaves.nodes,
                         goes_on: false,
-                        out: out.add(channel),
-                        out_pitch,
-                        node_pitch: positions * out_channels,
+                        out: place(r, o2).add(group * self.produced + first),
+                        out_pitch: phase.out_step * channels,
+                        node_pitch: positions * channels,
                         columns: self.width.min(self.produced - first),
                     };
                     tile::run(self.isa, self.width, tile, range.len());
-                }
-            }
-            let Some(epilogue) = &self.epilogue else { return };
-            let mut evaluation = epilogue.begin(p.cx, p.operands, registers);
-            // Outputs that lie one behind the other are taken at once.
-            let (at_once, runs) = if phase.out_step == 1 { (range.len(), 1) } else { (1, range.len()) };
-            for (r, o2) in rows.enumerate() {
-                for i in 0..runs {
-                    let to = (at(o2) + i * phase.out_step) * out_channels;
-                    let from = result[r * row_result + i * out_channels..].as_ptr();
-                    epilogue.take(&mut evaluation, to, from, at_once * out_channels, p.results);
                 }
             }
         }

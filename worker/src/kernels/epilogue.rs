@@ -21,7 +21,7 @@ pub fn registers(epilogue: &Option<Epilogue>) -> usize {
 impl Epilogue {
     /// Prepares a loop whose last operand is given, for one instruction set.
     pub fn new(nest: &Loop, isa: Isa) -> Epilogue {
-        Epilogue { isa, machine: Machine::new(nest, isa, |_| true).0 }
+        Epilogue { isa, machine: Machine::new(nest, isa, true, |_| true).0 }
     }
 
     /// Begins with as many registers as [`registers`] says.

@@ -34,7 +34,7 @@ impl MapPlan {
 
     /// Prepares a loop for one instruction set.
     pub fn with_isa(nest: &Loop, isa: Isa) -> MapPlan {
-        let (machine, _) = Machine::new(nest, isa, |_| true);
+        let (machine, _) = Machine::new(nest, isa, false, |_| true);
         let d = machine.extents.len();
         let (m, n) = (machine.extents[d - 2], machine.extents[d - 1]);
         let rows = machine.rows_per_block().min(m.max(1));

@@ -91,7 +91,7 @@ impl ReducePlan {
 
     /// Prepares a reduction for one instruction set.
     pub fn with_isa(r: &Reduction, isa: Isa) -> ReducePlan {
-        let (machine, merged) = Machine::new(&r.nest, isa, |i| !r.reduced[i] && !r.reduced[i + 1]);
+        let (machine, merged) = Machine::new(&r.nest, isa, false, |i| !r.reduced[i] && !r.reduced[i + 1]);
         // A collapsed loop is reduced as its parts are; loops of one point that the machine added in front are kept.
         let mut reduced = Vec::new();
         let mut original = 0;

@@ -38,6 +38,8 @@ enum Mode {
     SameRow,
     /// Anything else.
     Strided,
+    /// Not in memory: each block is given its elements, one after the other.
+    Given,
 }
 
 struct Operand {
@@ -45,6 +47,17 @@ struct Operand {
     offset: usize,
     strides: Vec<usize>,
     mode: Mode,
+}
+
+/// What a value depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Depends {
+    /// Nothing: it is the same at every point.
+    Uniform,
+    /// The position along the innermost loop.
+    Fixed,
+    /// More than that.
+    Moving,
 }
 
 /// A body prepared for evaluation over a loop nest, whose last two loops make the rows and columns of blocks.
@@ -55,7 +68,8 @@ pub struct Machine {
     origin: Vec<usize>,
     operands: Vec<Operand>,
     instrs: Vec<(Instr, DType, usize)>,
-    /// Instructions whose values are the same in every block of the same columns, and the others.
+    /// Instructions by what their values depend on.
+    uniform: Vec<usize>,
     fixed: Vec<usize>,
     moving: Vec<usize>,
     registers: usize,
@@ -71,6 +85,8 @@ pub struct Evaluation<'a> {
     registers: &'a mut [f32],
     /// Where each value of the block lies.
     pointers: [*const u32; MAX_INSTRS],
+    /// Whether the uniform values are there.
+    uniform: bool,
     /// The first column, the columns and the rows for which the fixed values are there.
     fixed: (usize, usize, usize),
     /// The block's elements of an operand behind those in memory.
@@ -81,8 +97,9 @@ pub struct Evaluation<'a> {
 pub const MAX_INSTRS: usize = 192;
 
 impl Machine {
-    /// Prepares a body. Loops are collapsed where `may_collapse(i)` allows loops `i` and `i + 1` to become one.
-    pub fn new(nest: &Loop, isa: Isa, may_collapse: impl Fn(usize) -> bool) -> (Machine, Vec<usize>) {
+    /// Prepares a body whose operands lie in memory, but for the last one if it is `given`. Loops are collapsed where
+    /// `may_collapse(i)` allows loops `i` and `i + 1` to become one.
+    pub fn new(nest: &Loop, isa: Isa, given: bool, may_collapse: impl Fn(usize) -> bool) -> (Machine, Vec<usize>) {
         assert!(nest.body.instrs.len() <= MAX_INSTRS, "a fused body of {} instructions", nest.body.instrs.len());
         let mut extents = nest.extents.clone();
         let mut origin = nest.origin.clone();
@@ -141,12 +158,16 @@ impl Machine {
             }
         }
         let d = extents.len();
+        let in_memory = operands.len() - usize::from(given);
         let operands: Vec<Operand> = operands
             .into_iter()
-            .map(|(dtype, offset, strides)| {
+            .enumerate()
+            .map(|(i, (dtype, offset, mut strides))| {
+                strides.iter_mut().zip(&extents).filter(|(_, n)| **n <= 1).for_each(|(s, _)| *s = 0);
                 let (rows, columns) = (strides[d - 2], strides[d - 1]);
                 let n = extents[d - 1];
                 let mode = match (rows, columns) {
+                    _ if i >= in_memory => Mode::Given,
                     (0, 0) => Mode::Splat,
                     (r, 1) if r == n || extents[d - 2] == 1 => Mode::Contiguous,
                     (0, 1) => Mode::SameRow,
@@ -155,19 +176,22 @@ impl Machine {
                 Operand { dtype, offset, strides, mode }
             })
             .collect();
-        let fixed = invariants(&instrs, &operands, &extents);
-        let (instrs, registers) = allocate(instrs, &results, &fixed);
+        let depends = dependence(&instrs, &operands, extents.len() - 1);
+        let (instrs, registers) = allocate(instrs, &results, &depends);
         let results: Vec<(usize, DType)> =
             results.into_iter().zip(&nest.body.results).map(|(r, of)| (r, nest.body.instrs[*of].1)).collect();
         // A result that is merely loaded is copied to a register first: its memory may be another result's.
         let mut operands: Vec<Operand> = operands;
         for (r, _) in &results {
-            if let Instr::Load(o) = instrs[*r].0 {
+            if let Instr::Load(o) = instrs[*r].0
+                && operands[o].mode != Mode::Given
+            {
                 operands[o].mode = Mode::Strided;
             }
         }
-        let (fixed, moving) = (0..instrs.len()).partition(|i| fixed[*i]);
-        (Machine { isa, extents, origin, operands, instrs, fixed, moving, registers, results }, merged)
+        let of = |d: Depends| (0..instrs.len()).filter(|i| depends[*i] == d).collect();
+        let [uniform, fixed, moving] = [Depends::Uniform, Depends::Fixed, Depends::Moving].map(of);
+        (Machine { isa, extents, origin, operands, instrs, uniform, fixed, moving, registers, results }, merged)
     }
 
     /// Floats of workspace that evaluation needs.
@@ -193,7 +217,16 @@ impl Machine {
     ) -> Evaluation<'a> {
         assert!(registers.len() >= self.workspace());
         let pointers = [std::ptr::null(); MAX_INSTRS];
-        Evaluation { machine: self, cx, operands, registers, pointers, fixed: (0, 0, 0), given: std::ptr::null() }
+        Evaluation {
+            machine: self,
+            cx,
+            operands,
+            registers,
+            pointers,
+            uniform: false,
+            fixed: (0, 0, 0),
+            given: std::ptr::null(),
+        }
     }
 }
 
@@ -221,22 +254,25 @@ impl Evaluation<'_> {
     }
 }
 
-/// Which instructions depend on nothing but the position along the innermost loop.
-fn invariants(instrs: &[(Instr, DType)], operands: &[Operand], extents: &[usize]) -> Vec<bool> {
-    let outer = extents.len() - 1;
-    let mut fixed: Vec<bool> = Vec::with_capacity(instrs.len());
+/// What each instruction's value depends on.
+fn dependence(instrs: &[(Instr, DType)], operands: &[Operand], innermost: usize) -> Vec<Depends> {
+    let mut depends: Vec<Depends> = Vec::with_capacity(instrs.len());
     for (instr, _) in instrs {
-        fixed.push(match instr {
-            Instr::Constant(_) | Instr::Step => true,
-            Instr::Load(o) => operands[*o].strides[..outer].iter().zip(extents).all(|(s, n)| *s == 0 || *n <= 1),
-            Instr::Index { dim } => *dim == outer,
-            Instr::Random { .. } => false,
+        depends.push(match instr {
+            Instr::Constant(_) | Instr::Step => Depends::Uniform,
+            Instr::Load(o) if operands[*o].mode == Mode::Splat && operands[*o].strides.iter().all(|s| *s == 0) => {
+                Depends::Uniform
+            }
+            Instr::Load(o) if operands[*o].mode == Mode::Given => Depends::Moving,
+            Instr::Load(o) if operands[*o].strides[..innermost].iter().all(|s| *s == 0) => Depends::Fixed,
+            Instr::Index { dim } if *dim == innermost => Depends::Fixed,
+            Instr::Load(_) | Instr::Index { .. } | Instr::Random { .. } => Depends::Moving,
             Instr::Unary(..) | Instr::Binary(..) | Instr::Compare(..) | Instr::Select(..) | Instr::Cast(_) => {
-                arguments(instr).into_iter().all(|a| fixed[a])
+                arguments(instr).into_iter().map(|a| depends[a]).max().unwrap_or(Depends::Uniform)
             }
         });
     }
-    fixed
+    depends
 }
 
 /// A body without the casts that change no lane: a `bf16` is held as the `f32` that it is, and what stores a result rounds
@@ -287,9 +323,13 @@ fn simplified(body: &Body) -> (Vec<(Instr, DType)>, Vec<usize>) {
     (instrs, sources.into_iter().map(|s| place[s]).collect())
 }
 
-/// Gives every instruction a register such that values that are alive together have different ones; fixed ones keep
-/// theirs.
-fn allocate(instrs: Vec<(Instr, DType)>, results: &[usize], fixed: &[bool]) -> (Vec<(Instr, DType, usize)>, usize) {
+/// Gives every instruction a register such that values that are alive together have different ones; those that are not
+/// moving keep theirs.
+fn allocate(
+    instrs: Vec<(Instr, DType)>,
+    results: &[usize],
+    depends: &[Depends],
+) -> (Vec<(Instr, DType, usize)>, usize) {
     let mut last: Vec<usize> = (0..instrs.len()).collect();
     for (i, (instr, _)) in instrs.iter().enumerate() {
         for a in arguments(instr) {
@@ -297,14 +337,16 @@ fn allocate(instrs: Vec<(Instr, DType)>, results: &[usize], fixed: &[bool]) -> (
         }
     }
     results.iter().for_each(|&r| last[r] = instrs.len());
-    (0..instrs.len()).filter(|i| fixed[*i]).for_each(|i| last[i] = instrs.len());
+    let keeps = |i: &usize| depends[*i] != Depends::Moving;
+    (0..instrs.len()).filter(keeps).for_each(|i| last[i] = instrs.len());
     let mut free: Vec<usize> = Vec::new();
     let mut count = 0;
     let mut register = vec![0; instrs.len()];
     let mut out = Vec::with_capacity(instrs.len());
     for (i, (instr, dtype)) in instrs.into_iter().enumerate() {
-        // A fixed value is computed before all others, whatever its place.
-        register[i] = free.pop().filter(|_| !fixed[i]).unwrap_or_else(|| {
+        // A value that keeps its register is computed before all others, whatever its place.
+        let reused = if keeps(&i) { None } else { free.pop() };
+        register[i] = reused.unwrap_or_else(|| {
             count += 1;
             count - 1
         });
@@ -335,6 +377,10 @@ unsafe fn evaluate(e: &mut Evaluation, at: &[usize], rows: usize, columns: usize
     let column = at[at.len() - 1];
     // SAFETY: by the caller's contract.
     unsafe {
+        if !e.uniform {
+            e.uniform = true;
+            run(e, &e.machine.uniform, at, 1, BLOCK);
+        }
         if e.fixed.0 != column || e.fixed.1 != columns || e.fixed.2 < rows {
             e.fixed = (column, columns, rows);
             run(e, &e.machine.fixed, at, rows, columns);
@@ -356,7 +402,7 @@ unsafe fn run(e: &mut Evaluation, list: &[usize], at: &[usize], rows: usize, col
         // SAFETY: every argument is an earlier instruction, whose pointer is set to n valid lanes.
         let lanes = |a: usize| unsafe { std::slice::from_raw_parts(pointers[a], n) };
         match instr {
-            Instr::Load(o) if *o == operands.len() => pointers[i] = e.given,
+            Instr::Load(o) if m.operands[*o].mode == Mode::Given => pointers[i] = e.given,
             Instr::Load(o) => {
                 let operand = &m.operands[*o];
                 let start = operand.offset + at.iter().zip(&operand.strides).map(|(a, s)| a * s).sum::<usize>();
@@ -421,6 +467,7 @@ unsafe fn load(
             unsafe {
                 match operand.mode {
                     Mode::Contiguous => *pointer = from.add(start),
+                    Mode::Given => {}
                     Mode::Splat => out.fill(*from.add(start)),
                     Mode::SameRow => {
                         let first = std::slice::from_raw_parts(from.add(start), columns);
