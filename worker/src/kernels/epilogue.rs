@@ -3,14 +3,18 @@
 //! Roofline: a map over a product's result reads it again and writes its own results; as an epilogue it only writes them.
 
 use super::isa::Isa;
+use super::lanes::store;
 use super::map::store_block;
 use super::vm::{BLOCK, Evaluation, Machine, StepContext};
 use mesh::body::Loop;
+use mesh::dim::DType;
 
 /// An epilogue, prepared.
 pub struct Epilogue {
     isa: Isa,
     machine: Machine,
+    /// The dtypes of the results if all of them are just the product.
+    narrows: Option<Vec<DType>>,
 }
 
 /// Floats of workspace for an epilogue, if there is one.
@@ -21,7 +25,9 @@ pub fn registers(epilogue: &Option<Epilogue>) -> usize {
 impl Epilogue {
     /// Prepares a loop whose last operand is given, for one instruction set.
     pub fn new(nest: &Loop, isa: Isa) -> Epilogue {
-        Epilogue { isa, machine: Machine::new(nest, isa, true, |_| true).0 }
+        let machine = Machine::new(nest, isa, true, |_| true).0;
+        let narrows = machine.only_given().then(|| machine.results.iter().map(|r| r.1).collect());
+        Epilogue { isa, machine, narrows }
     }
 
     /// Begins with as many registers as [`registers`] says.
@@ -45,6 +51,13 @@ impl Epilogue {
         mut n: usize,
         to: &[*mut u8],
     ) {
+        if let Some(dtypes) = &self.narrows {
+            for (to, dtype) in to.iter().zip(dtypes) {
+                // SAFETY: by this function's contract.
+                unsafe { store(self.isa, *dtype, from.cast(), to.add(first * dtype.bytes()), n) };
+            }
+            return;
+        }
         let m = &self.machine;
         let d = m.extents.len();
         let columns = m.extents[d - 1];

@@ -62,18 +62,22 @@ impl Isa {
     }
 }
 
-/// Calls a generic, always-inlined function compiled for the instruction set: `dispatch!(isa, function(args..))`.
+/// Calls a function compiled for the instruction set: `dispatch!(isa, fn(arg: Type, ..) { .. })`. It is never inlined, so
+/// that what it keeps in registers is its own.
 #[macro_export]
 macro_rules! dispatch {
     ($isa:expr, $(#[$m:meta])* fn($($arg:ident : $ty:ty),* $(,)?) $body:block) => {{
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+        #[inline(never)]
         #[allow(clippy::too_many_arguments)]
         unsafe fn avx512($($arg: $ty),*) { $body }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,bmi2")]
+        #[inline(never)]
         #[allow(clippy::too_many_arguments)]
         unsafe fn avx2($($arg: $ty),*) { $body }
+        #[inline(never)]
         #[allow(clippy::too_many_arguments)]
         fn portable($($arg: $ty),*) { $body }
         match $isa {

@@ -1,11 +1,10 @@
 //! Fused elementwise loops.
 
 use super::isa::Isa;
-use super::vm::{BLOCK, Evaluation, Machine, StepContext, to_bf16};
-use crate::dispatch;
+use super::lanes::store;
+use super::vm::{BLOCK, Evaluation, Machine, StepContext};
 use crate::pool::Pool;
 use mesh::body::Loop;
-use mesh::dim::DType;
 
 /// A fused loop, prepared.
 pub struct MapPlan {
@@ -95,27 +94,4 @@ pub(super) unsafe fn store_block(isa: Isa, m: &Machine, e: &Evaluation, first: u
         // SAFETY: by this function's contract; the block has that many lanes.
         unsafe { store(isa, *dtype, e.pointer(*slot), to.add(first * dtype.bytes()), n) };
     }
-}
-
-/// Stores lanes as elements of a dtype.
-///
-/// # Safety
-/// So many lanes lie at `from`, and as many elements fit at `to`.
-unsafe fn store(isa: Isa, dtype: DType, from: *const u32, to: *mut u8, n: usize) {
-    dispatch!(isa, fn(dtype: DType, from: *const u32, to: *mut u8, n: usize) {
-        // SAFETY: by the contract of this function; only lanes of 32 bits may lie where they are stored.
-        unsafe {
-            if dtype.bytes() == 4 {
-                return std::ptr::copy(from, to.cast(), n);
-            }
-            let from = std::slice::from_raw_parts(from, n);
-            if dtype == DType::Bf16 {
-                let to = std::slice::from_raw_parts_mut(to.cast::<u16>(), n);
-                to.iter_mut().zip(from).for_each(|(t, f)| *t = to_bf16(*f));
-            } else {
-                let to = std::slice::from_raw_parts_mut(to, n);
-                to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as u8);
-            }
-        }
-    });
 }

@@ -8,6 +8,7 @@ mod epilogue;
 pub mod gather;
 pub mod isa;
 pub mod kernel;
+mod lanes;
 pub mod map;
 pub mod math;
 pub mod max_pool;

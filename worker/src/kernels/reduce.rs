@@ -7,6 +7,7 @@
 //! points along it, where it is reduced a row is 16 lanes (see [`mesh::body::Reduction`]).
 
 use super::isa::Isa;
+use super::lanes::to_bf16;
 use super::math;
 use super::vm::{BLOCK, Evaluation, Machine, StepContext};
 use crate::dispatch;
@@ -297,7 +298,7 @@ impl ReducePlan {
             DType::Bf16 => {
                 for (i, v) in sum.iter().enumerate() {
                     // SAFETY: as above.
-                    unsafe { *p.results[r].cast::<u16>().add(at + i) = super::vm::to_bf16(v.to_bits()) };
+                    unsafe { *p.results[r].cast::<u16>().add(at + i) = to_bf16(v.to_bits()) };
                 }
             }
             DType::F32 | DType::I32 => {

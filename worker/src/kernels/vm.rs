@@ -5,15 +5,10 @@
 //! operands and results; up to some twenty instructions the memory binds.
 
 use super::isa::Isa;
-use super::math;
-use crate::dispatch;
+use super::lanes::{Mode, Operand, binary, cast, compare, load, random, select, to_bf16, unary};
 use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
-use mesh::ops::binary::BinaryFn;
-use mesh::ops::compare::CompareFn;
-use mesh::ops::source::Distribution;
-use mesh::ops::unary::UnaryFn;
-use mesh::rng::{Stream, philox, unit};
+use mesh::rng::Stream;
 
 /// Points of a block.
 pub const BLOCK: usize = 512;
@@ -25,28 +20,6 @@ pub struct StepContext {
     pub seed: u64,
     /// Number of the step.
     pub step: u32,
-}
-
-/// How an operand's block of rows x columns lies in memory.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Mode {
-    /// Back to back.
-    Contiguous,
-    /// One element for the whole block.
-    Splat,
-    /// The same row again and again.
-    SameRow,
-    /// Anything else.
-    Strided,
-    /// Not in memory: each block is given its elements, one after the other.
-    Given,
-}
-
-struct Operand {
-    dtype: DType,
-    offset: usize,
-    strides: Vec<usize>,
-    mode: Mode,
 }
 
 /// What a value depends on.
@@ -194,6 +167,14 @@ impl Machine {
         (Machine { isa, extents, origin, operands, instrs, uniform, fixed, moving, registers, results }, merged)
     }
 
+    /// Whether every result is the operand that blocks are given, at most in fewer bits.
+    pub fn only_given(&self) -> bool {
+        self.results.iter().all(|(r, _)| match self.instrs[*r].0 {
+            Instr::Load(o) => self.operands[o].mode == Mode::Given,
+            _ => false,
+        })
+    }
+
     /// Floats of workspace that evaluation needs.
     pub fn workspace(&self) -> usize {
         self.registers * BLOCK
@@ -233,14 +214,75 @@ impl Machine {
 impl Evaluation<'_> {
     /// Evaluates `rows x columns` points (at most [`BLOCK`]) from the point `at` (local loop indices) on; more than one
     /// row only of whole rows.
-    #[inline]
     pub fn block(&mut self, at: &[usize], rows: usize, columns: usize) {
         assert!(rows * columns <= BLOCK);
-        let (isa, e) = (self.machine.isa, self);
-        dispatch!(isa, fn(e: &mut Evaluation, at: &[usize], rows: usize, columns: usize) {
-            // SAFETY: the buffers are as the contract of `Machine::evaluation` says, and the registers large enough.
-            unsafe { evaluate(e, at, rows, columns) }
-        });
+        let m = self.machine;
+        if !self.uniform {
+            self.uniform = true;
+            self.run(&m.uniform, at, 1, BLOCK);
+        }
+        let column = at[at.len() - 1];
+        if self.fixed.0 != column || self.fixed.1 != columns || self.fixed.2 < rows {
+            self.fixed = (column, columns, rows);
+            self.run(&m.fixed, at, rows, columns);
+        }
+        self.run(&m.moving, at, rows, columns);
+    }
+
+    /// Runs some of the instructions. What each does to its lanes is a function of its own: otherwise the constants of all
+    /// of them would be set up for every block.
+    fn run(&mut self, list: &[usize], at: &[usize], rows: usize, columns: usize) {
+        let n = rows * columns;
+        let (m, isa, cx) = (self.machine, self.machine.isa, self.cx);
+        let base = self.registers.as_mut_ptr().cast::<u32>();
+        let d = m.extents.len();
+        for &i in list {
+            let (instr, dtype, register) = &m.instrs[i];
+            // SAFETY: registers are BLOCK lanes each, and n <= BLOCK.
+            let out = unsafe { std::slice::from_raw_parts_mut(base.add(register * BLOCK), n) };
+            let pointers = &mut self.pointers;
+            pointers[i] = out.as_ptr();
+            // SAFETY: every argument is an earlier instruction, whose pointer is set to n valid lanes.
+            let lanes = |a: usize| unsafe { std::slice::from_raw_parts(pointers[a], n) };
+            match instr {
+                Instr::Load(o) if m.operands[*o].mode == Mode::Given => pointers[i] = self.given,
+                Instr::Load(o) => {
+                    let operand = &m.operands[*o];
+                    let start = operand.offset + at.iter().zip(&operand.strides).map(|(a, s)| a * s).sum::<usize>();
+                    // SAFETY: by the contract of `Machine::evaluation` the operand's buffer holds every element of the block.
+                    pointers[i] = unsafe { load(isa, operand, self.operands[*o], start, rows, columns, out) };
+                }
+                Instr::Constant(c) => out.fill(match dtype {
+                    DType::F32 => (*c as f32).to_bits(),
+                    DType::Bf16 => u32::from(to_bf16((*c as f32).to_bits())) << 16,
+                    DType::I32 => *c as i32 as u32,
+                    DType::Bool => u32::from(*c != 0.0),
+                }),
+                Instr::Step => out.fill(cx.step),
+                Instr::Index { dim } => {
+                    let first = (m.origin[*dim] + at[*dim]) as u32;
+                    for (r, row) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+                        match d - dim {
+                            1 => row.iter_mut().zip(first..).for_each(|(o, i)| *o = i),
+                            2 => row.fill(first + r as u32),
+                            _ => row.fill(first),
+                        }
+                    }
+                }
+                Instr::Random { distribution, key, strides } => {
+                    let stream = Stream { seed: cx.seed, step: cx.step, key: *key };
+                    let start: u64 = (0..d).map(|l| (m.origin[l] + at[l]) as u64 * strides[l]).sum();
+                    for (r, row) in out.chunks_mut(columns.max(1)).enumerate() {
+                        random(isa, stream, *distribution, start + r as u64 * strides[d - 2], strides[d - 1], row);
+                    }
+                }
+                Instr::Unary(f, a) => unary(isa, *f, *dtype, lanes(*a), out),
+                Instr::Binary(f, a, b) => binary(isa, *f, *dtype, lanes(*a), lanes(*b), out),
+                Instr::Compare(f, a, b) => compare(isa, *f, m.instrs[*a].1, lanes(*a), lanes(*b), out),
+                Instr::Select(c, a, b) => select(isa, lanes(*c), lanes(*a), lanes(*b), out),
+                Instr::Cast(a) => cast(isa, m.instrs[*a].1, *dtype, lanes(*a), out),
+            }
+        }
     }
 
     /// Where the next block's elements of the operand behind those in memory lie, one after the other, as lanes.
@@ -369,373 +411,5 @@ fn arguments(instr: &Instr) -> Vec<usize> {
         Instr::Unary(_, a) | Instr::Cast(a) => vec![*a],
         Instr::Binary(_, a, b) | Instr::Compare(_, a, b) => vec![*a, *b],
         Instr::Select(a, b, c) => vec![*a, *b, *c],
-    }
-}
-
-#[inline(always)]
-unsafe fn evaluate(e: &mut Evaluation, at: &[usize], rows: usize, columns: usize) {
-    let column = at[at.len() - 1];
-    // SAFETY: by the caller's contract.
-    unsafe {
-        if !e.uniform {
-            e.uniform = true;
-            run(e, &e.machine.uniform, at, 1, BLOCK);
-        }
-        if e.fixed.0 != column || e.fixed.1 != columns || e.fixed.2 < rows {
-            e.fixed = (column, columns, rows);
-            run(e, &e.machine.fixed, at, rows, columns);
-        }
-        run(e, &e.machine.moving, at, rows, columns);
-    }
-}
-
-#[inline(always)]
-unsafe fn run(e: &mut Evaluation, list: &[usize], at: &[usize], rows: usize, columns: usize) {
-    let n = rows * columns;
-    let (m, cx, operands, pointers) = (e.machine, e.cx, e.operands, &mut e.pointers);
-    let base = e.registers.as_mut_ptr().cast::<u32>();
-    for &i in list {
-        let (instr, dtype, register) = &m.instrs[i];
-        // SAFETY: registers are BLOCK lanes each, and n <= BLOCK.
-        let out = unsafe { std::slice::from_raw_parts_mut(base.add(register * BLOCK), n) };
-        pointers[i] = out.as_ptr();
-        // SAFETY: every argument is an earlier instruction, whose pointer is set to n valid lanes.
-        let lanes = |a: usize| unsafe { std::slice::from_raw_parts(pointers[a], n) };
-        match instr {
-            Instr::Load(o) if m.operands[*o].mode == Mode::Given => pointers[i] = e.given,
-            Instr::Load(o) => {
-                let operand = &m.operands[*o];
-                let start = operand.offset + at.iter().zip(&operand.strides).map(|(a, s)| a * s).sum::<usize>();
-                // SAFETY: by the caller's contract the operand's buffer holds every element of the block.
-                unsafe { load(operand, operands[*o], start, rows, columns, out, &mut pointers[i]) };
-            }
-            Instr::Constant(c) => out.fill(match dtype {
-                DType::F32 => (*c as f32).to_bits(),
-                DType::Bf16 => u32::from(to_bf16((*c as f32).to_bits())) << 16,
-                DType::I32 => *c as i32 as u32,
-                DType::Bool => u32::from(*c != 0.0),
-            }),
-            Instr::Step => out.fill(cx.step),
-            Instr::Index { dim } => {
-                let d = m.extents.len();
-                let first = (m.origin[*dim] + at[*dim]) as u32;
-                for (r, row) in out.chunks_exact_mut(columns.max(1)).enumerate() {
-                    match d - dim {
-                        1 => row.iter_mut().zip(first..).for_each(|(o, i)| *o = i),
-                        2 => row.fill(first + r as u32),
-                        _ => row.fill(first),
-                    }
-                }
-            }
-            Instr::Random { distribution, key, strides } => {
-                let stream = Stream { seed: cx.seed, step: cx.step, key: *key };
-                let d = m.extents.len();
-                let start: u64 = (0..d).map(|l| (m.origin[l] + at[l]) as u64 * strides[l]).sum();
-                for (r, row) in out.chunks_mut(columns.max(1)).enumerate() {
-                    random(stream, *distribution, start + r as u64 * strides[d - 2], strides[d - 1], row);
-                }
-            }
-            Instr::Unary(f, a) => unary(*f, *dtype, lanes(*a), out),
-            Instr::Binary(f, a, b) => binary(*f, *dtype, lanes(*a), lanes(*b), out),
-            Instr::Compare(f, a, b) => compare(*f, m.instrs[*a].1, lanes(*a), lanes(*b), out),
-            Instr::Select(c, a, b) => {
-                for (((o, c), a), b) in out.iter_mut().zip(lanes(*c)).zip(lanes(*a)).zip(lanes(*b)) {
-                    *o = if *c != 0 { *a } else { *b };
-                }
-            }
-            Instr::Cast(a) => cast(m.instrs[*a].1, *dtype, lanes(*a), out),
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn load(
-    operand: &Operand,
-    buffer: *const u8,
-    start: usize,
-    rows: usize,
-    columns: usize,
-    out: &mut [u32],
-    pointer: &mut *const u32,
-) {
-    let d = operand.strides.len();
-    let (row, column) = (operand.strides[d - 2], operand.strides[d - 1]);
-    match operand.dtype {
-        DType::F32 | DType::I32 => {
-            let from = buffer.cast::<u32>();
-            // SAFETY: the block's elements lie in the buffer by the caller's contract.
-            unsafe {
-                match operand.mode {
-                    Mode::Contiguous => *pointer = from.add(start),
-                    Mode::Given => {}
-                    Mode::Splat => out.fill(*from.add(start)),
-                    Mode::SameRow => {
-                        let first = std::slice::from_raw_parts(from.add(start), columns);
-                        out.chunks_exact_mut(columns.max(1)).for_each(|o| o.copy_from_slice(first));
-                    }
-                    Mode::Strided if column == 1 => {
-                        for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
-                            o.copy_from_slice(std::slice::from_raw_parts(from.add(start + r * row), columns));
-                        }
-                    }
-                    Mode::Strided if column == 0 && row == 1 && (2..=8).contains(&columns) => {
-                        let first = std::slice::from_raw_parts(from.add(start), rows);
-                        match columns {
-                            2 => repeat::<2>(first, out),
-                            3 => repeat::<3>(first, out),
-                            4 => repeat::<4>(first, out),
-                            5 => repeat::<5>(first, out),
-                            6 => repeat::<6>(first, out),
-                            7 => repeat::<7>(first, out),
-                            _ => repeat::<8>(first, out),
-                        }
-                    }
-                    Mode::Strided if column == 0 => {
-                        for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
-                            o.fill(*from.add(start + r * row));
-                        }
-                    }
-                    Mode::Strided => {
-                        for r in 0..rows {
-                            for c in 0..columns {
-                                out[r * columns + c] = *from.add(start + r * row + c * column);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        DType::Bf16 => {
-            let from = buffer.cast::<u16>();
-            for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
-                // SAFETY: as above.
-                unsafe {
-                    let from = from.add(start + r * row);
-                    if column == 1 {
-                        let from = std::slice::from_raw_parts(from, columns);
-                        o.iter_mut().zip(from).for_each(|(o, v)| *o = u32::from(*v) << 16);
-                    } else {
-                        o.iter_mut().enumerate().for_each(|(c, o)| *o = u32::from(*from.add(c * column)) << 16);
-                    }
-                }
-            }
-        }
-        DType::Bool => {
-            for r in 0..rows {
-                for c in 0..columns {
-                    // SAFETY: as above.
-                    out[r * columns + c] = u32::from(unsafe { *buffer.add(start + r * row + c * column) });
-                }
-            }
-        }
-    }
-}
-
-/// Each element N times.
-#[inline(always)]
-fn repeat<const N: usize>(from: &[u32], to: &mut [u32]) {
-    to.as_chunks_mut::<N>().0.iter_mut().zip(from).for_each(|(t, f)| *t = [*f; N]);
-}
-
-#[inline(always)]
-fn floats(a: &[u32], out: &mut [u32], f: impl Fn(f32) -> f32) {
-    for (o, a) in out.iter_mut().zip(a) {
-        *o = f(f32::from_bits(*a)).to_bits();
-    }
-}
-
-#[inline(always)]
-fn floats2(a: &[u32], b: &[u32], out: &mut [u32], f: impl Fn(f32, f32) -> f32) {
-    for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-        *o = f(f32::from_bits(*a), f32::from_bits(*b)).to_bits();
-    }
-}
-
-#[inline(always)]
-fn ints2(a: &[u32], b: &[u32], out: &mut [u32], f: impl Fn(i32, i32) -> i32) {
-    for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-        *o = f(*a as i32, *b as i32) as u32;
-    }
-}
-
-#[inline(always)]
-fn unary(f: UnaryFn, dtype: DType, a: &[u32], out: &mut [u32]) {
-    if dtype == DType::I32 {
-        let int = |x: i32| match f {
-            UnaryFn::Neg => x.wrapping_neg(),
-            UnaryFn::Abs => x.wrapping_abs(),
-            UnaryFn::Sign => x.signum(),
-            UnaryFn::Relu => x.max(0),
-            _ => x,
-        };
-        return out.iter_mut().zip(a).for_each(|(o, a)| *o = int(*a as i32) as u32);
-    }
-    match f {
-        UnaryFn::Identity => out.copy_from_slice(a),
-        UnaryFn::Neg => floats(a, out, |x| -x),
-        UnaryFn::Abs => floats(a, out, f32::abs),
-        UnaryFn::Sign => floats(a, out, |x| {
-            if x > 0.0 {
-                1.0
-            } else if x < 0.0 {
-                -1.0
-            } else {
-                x * 0.0
-            }
-        }),
-        UnaryFn::Exp => floats(a, out, math::exp),
-        UnaryFn::Log => floats(a, out, math::log),
-        UnaryFn::Sqrt => floats(a, out, f32::sqrt),
-        UnaryFn::Rsqrt => floats(a, out, |x| 1.0 / x.sqrt()),
-        UnaryFn::Recip => floats(a, out, |x| 1.0 / x),
-        UnaryFn::Tanh => floats(a, out, math::tanh),
-        UnaryFn::Sigmoid => floats(a, out, math::sigmoid),
-        UnaryFn::Erf => floats(a, out, math::erf),
-        UnaryFn::Relu => floats(a, out, |x| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
-        UnaryFn::Floor => floats(a, out, math::floor),
-        UnaryFn::Sin => floats(a, out, math::sin),
-        UnaryFn::Cos => floats(a, out, math::cos),
-        UnaryFn::Not => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(*a == 0)),
-    }
-}
-
-#[inline(always)]
-fn binary(f: BinaryFn, dtype: DType, a: &[u32], b: &[u32], out: &mut [u32]) {
-    if dtype == DType::I32 {
-        return match f {
-            BinaryFn::Add => ints2(a, b, out, i32::wrapping_add),
-            BinaryFn::Sub => ints2(a, b, out, i32::wrapping_sub),
-            BinaryFn::Mul => ints2(a, b, out, i32::wrapping_mul),
-            BinaryFn::Div => ints2(a, b, out, |x, y| x.checked_div(y).unwrap_or(0)),
-            BinaryFn::Max => ints2(a, b, out, i32::max),
-            BinaryFn::Min => ints2(a, b, out, i32::min),
-            BinaryFn::Rem => ints2(a, b, out, |x, y| {
-                let r = x.checked_rem(y).unwrap_or(0);
-                if r != 0 && (r < 0) != (y < 0) { r + y } else { r }
-            }),
-            BinaryFn::Pow | BinaryFn::And | BinaryFn::Or => out.copy_from_slice(a),
-        };
-    }
-    match f {
-        BinaryFn::Add => floats2(a, b, out, |x, y| x + y),
-        BinaryFn::Sub => floats2(a, b, out, |x, y| x - y),
-        BinaryFn::Mul => floats2(a, b, out, |x, y| x * y),
-        BinaryFn::Div => floats2(a, b, out, |x, y| x / y),
-        BinaryFn::Max => floats2(a, b, out, math::max),
-        BinaryFn::Min => floats2(a, b, out, math::min),
-        BinaryFn::Pow => floats2(a, b, out, math::pow),
-        BinaryFn::Rem => floats2(a, b, out, |x, y| x - y * math::floor(x / y)),
-        BinaryFn::And => out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a & b),
-        BinaryFn::Or => out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a | b),
-    }
-}
-
-#[inline(always)]
-fn compare(f: CompareFn, dtype: DType, a: &[u32], b: &[u32], out: &mut [u32]) {
-    macro_rules! each {
-        ($f:expr) => {
-            if dtype.is_float() {
-                let f: fn(f32, f32) -> bool = $f;
-                for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-                    *o = u32::from(f(f32::from_bits(*a), f32::from_bits(*b)));
-                }
-            } else {
-                for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-                    *o = u32::from(f.eval(*a as i32, *b as i32));
-                }
-            }
-        };
-    }
-    match f {
-        CompareFn::Eq => each!(|x, y| x == y),
-        CompareFn::Ne => each!(|x, y| x != y),
-        CompareFn::Lt => each!(|x, y| x < y),
-        CompareFn::Le => each!(|x, y| x <= y),
-        CompareFn::Gt => each!(|x, y| x > y),
-        CompareFn::Ge => each!(|x, y| x >= y),
-    }
-}
-
-#[inline(always)]
-fn cast(from: DType, to: DType, a: &[u32], out: &mut [u32]) {
-    use DType::{Bf16, Bool, F32, I32};
-    match (from, to) {
-        (F32 | Bf16, F32) | (I32, I32) | (Bool, Bool) | (Bool, I32) | (Bf16, Bf16) => out.copy_from_slice(a),
-        (F32, Bf16) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(to_bf16(*a)) << 16),
-        (F32 | Bf16, I32) => out.iter_mut().zip(a).for_each(|(o, a)| *o = f32::from_bits(*a) as i32 as u32),
-        (F32 | Bf16, Bool) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(f32::from_bits(*a) != 0.0)),
-        (I32, F32) => out.iter_mut().zip(a).for_each(|(o, a)| *o = (*a as i32 as f32).to_bits()),
-        (I32, Bf16) => {
-            out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(to_bf16((*a as i32 as f32).to_bits())) << 16)
-        }
-        (I32, Bool) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(*a != 0)),
-        (Bool, F32 | Bf16) => out.iter_mut().zip(a).for_each(|(o, a)| *o = if *a != 0 { 1.0f32.to_bits() } else { 0 }),
-    }
-}
-
-/// The bits of the nearest bf16, ties to even.
-#[inline(always)]
-pub fn to_bf16(bits: u32) -> u16 {
-    let nan = bits & 0x7fff_ffff > 0x7f80_0000;
-    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
-    if nan { (bits >> 16) as u16 | 0x40 } else { rounded }
-}
-
-/// Random numbers of elements `start`, `start + stride`, ..
-#[inline(always)]
-fn random(stream: Stream, distribution: Distribution, start: u64, stride: u64, out: &mut [u32]) {
-    match distribution {
-        Distribution::Normal | Distribution::TruncatedNormal => {
-            for (i, o) in out.iter_mut().enumerate() {
-                *o = (stream.draw(distribution, start + i as u64 * stride) as f32).to_bits();
-            }
-        }
-        Distribution::Uniform | Distribution::Bernoulli(_) => {
-            if stride == 1 {
-                bits(stream, start, out);
-            } else {
-                for (i, o) in out.iter_mut().enumerate() {
-                    *o = stream.bits(start + i as u64 * stride);
-                }
-            }
-            match distribution {
-                Distribution::Bernoulli(p) => {
-                    out.iter_mut().for_each(|o| *o = if unit(*o) < p { 1.0f32.to_bits() } else { 0 });
-                }
-                _ => out.iter_mut().for_each(|o| *o = unit(*o).to_bits()),
-            }
-        }
-    }
-}
-
-/// The random bits of consecutive elements, sixteen Philox blocks at a time.
-#[inline(always)]
-fn bits(stream: Stream, start: u64, out: &mut [u32]) {
-    const LANES: usize = 16;
-    let mut done = 0;
-    while done < out.len() {
-        let index = start + done as u64;
-        let first = index / 4;
-        let skip = (index % 4) as usize;
-        let mut words = [[0u32; LANES]; 4];
-        for l in 0..LANES {
-            let b = first + l as u64;
-            let w = philox(
-                [b as u32, (b >> 32) as u32, stream.step, stream.key],
-                [stream.seed as u32, (stream.seed >> 32) as u32],
-            );
-            for k in 0..4 {
-                words[k][l] = w[k];
-            }
-        }
-        let mut flat = [0u32; 4 * LANES];
-        for l in 0..LANES {
-            for k in 0..4 {
-                flat[4 * l + k] = words[k][l];
-            }
-        }
-        let n = (4 * LANES - skip).min(out.len() - done);
-        out[done..done + n].copy_from_slice(&flat[skip..skip + n]);
-        done += n;
     }
 }
