@@ -81,6 +81,8 @@ unsafe impl Send for Pointers<'_> {}
 
 /// Kept points that a leaf's partial sums may have, so that leaves are done in parallel.
 const FEW: usize = 8192;
+/// Values of a row at most for rows to go sixteen at a time.
+const SHORT: usize = 8;
 /// Rows to sum that are shared out to threads as they are, several to a block.
 const MANY: usize = 64;
 
@@ -497,6 +499,10 @@ impl ReducePlan {
         dispatch!(self.isa, fn(plan: &ReducePlan, program: &[Combine], v: &[f32], n: usize, sums: &mut [f32]) {
             let identity = plan.identity();
             with_function!(plan.combine(), |f| {
+                let whole = |c: &Combine| matches!(c, Combine::Leaf(l) if plan.leaves[*l][0] == (0..n));
+                if n <= SHORT && program.iter().all(whole) {
+                    return short_rows(v, n, sums, identity, f);
+                }
                 for (sum, v) in sums.iter_mut().zip(v.chunks_exact(n.max(1))) {
                     let (mut stack, mut top) = ([0.0f32; 64], 0);
                     for c in program {
@@ -641,6 +647,27 @@ fn into_lanes(lanes: &mut [f32; LANES], v: &[f32], f: impl Fn(f32, f32) -> f32) 
     }
     local.iter_mut().zip(rest).for_each(|(l, v)| *l = f(*l, *v));
     *lanes = local;
+}
+
+/// The sums of rows of `n` values each, at most [`SHORT`] and one leaf, sixteen rows at a time: of each the same tree of
+/// lanes as for longer ones.
+#[inline(always)]
+fn short_rows(v: &[f32], n: usize, sums: &mut [f32], identity: f32, f: impl Fn(f32, f32) -> f32) {
+    for (sums, v) in sums.chunks_mut(LANES).zip(v.chunks((LANES * n).max(1))) {
+        // By lane, the rows.
+        let mut lanes = [[identity; LANES]; LANES];
+        for (l, rows) in lanes.iter_mut().enumerate().take(n) {
+            let values = v[l..].iter().step_by(n);
+            rows.iter_mut().zip(values).for_each(|(r, v)| *r = f(identity, *v));
+        }
+        for half in [8, 4, 2, 1] {
+            for l in 0..half {
+                let other = lanes[l + half];
+                lanes[l].iter_mut().zip(other).for_each(|(a, b)| *a = f(*a, b));
+            }
+        }
+        sums.copy_from_slice(&lanes[0][..sums.len()]);
+    }
 }
 
 /// The lanes, added as a binary tree.

@@ -42,9 +42,11 @@ struct Block {
 struct Piece {
     /// The leaves, and the pairs of each along the innermost dimension.
     leaves: Vec<(Box4, Range<usize>)>,
-    /// The box around them, and its pairs.
+    /// The box around them.
     around: Box4,
-    pairs: Vec<[usize; 2]>,
+    /// Of `bf16`: where the halves of each pair lie along a row of dy, and of x by tap; [`NOTHING`] for zeros.
+    dy: Vec<[usize; 2]>,
+    x: Vec<Vec<[usize; 2]>>,
 }
 
 /// One spatial dimension.
@@ -73,8 +75,10 @@ impl Axis {
     #[inline(always)]
     fn valid(&self, r: &Range<usize>, j: usize) -> Range<usize> {
         let shift = j * self.dilation;
-        let low = self.lo.saturating_sub(shift).div_ceil(self.stride).saturating_sub(self.first);
-        let high = (self.whole + self.lo).saturating_sub(shift).div_ceil(self.stride).saturating_sub(self.first);
+        // Leaves may be single voxels, so that a division counts.
+        let steps = |n: usize| if self.stride == 1 { n } else { n.div_ceil(self.stride) };
+        let low = steps(self.lo.saturating_sub(shift)).saturating_sub(self.first);
+        let high = steps((self.whole + self.lo).saturating_sub(shift)).saturating_sub(self.first);
         let start = r.start.max(low);
         start..r.end.min(high).max(start)
     }
@@ -301,7 +305,7 @@ impl WeightGradPlan {
         let Some(d) = along.filter(|_| self.pairs && !self.fits(&at)) else {
             let room = !self.pairs || self.has_room(&at, at[3].len().div_ceil(2));
             assert!(room, "what a pair's gradient is made of does not fit into the workspace");
-            pieces.push(Piece::new(vec![at]));
+            pieces.push(self.piece(vec![at]));
             return;
         };
         // Between pairs, along the innermost one.
@@ -311,6 +315,31 @@ impl WeightGradPlan {
         second[d].start = middle;
         self.pieces(first, pieces);
         self.pieces(second, pieces);
+    }
+
+    /// Leaves that are worked on together.
+    fn piece(&self, leaves: Vec<Box4>) -> Piece {
+        let around = std::array::from_fn(|d| {
+            let of = |f: fn(&Range<usize>) -> usize| leaves.iter().map(move |l| f(&l[d]));
+            of(|r| r.start).min().unwrap_or(0)..of(|r| r.end).max().unwrap_or(0)
+        });
+        let mut inner: Vec<Range<usize>> = leaves.iter().map(|l| l[3].clone()).collect();
+        inner.sort_by_key(|r| r.start);
+        inner.dedup();
+        let (of, pairs) = in_pairs(inner.iter().cloned());
+        let pairs = if self.pairs { pairs } else { vec![] };
+        let of = |l: &Box4| inner.iter().position(|r| *r == l[3]).map_or(0..0, |i| of[i].clone());
+        let axis = &self.axes[2];
+        let places = |at: &dyn Fn(usize) -> Option<usize>| -> Vec<[usize; 2]> {
+            let place = |o: usize| if o == NOTHING { NOTHING } else { at(o).unwrap_or(NOTHING) };
+            pairs.iter().map(|pair| pair.map(place)).collect()
+        };
+        Piece {
+            leaves: leaves.iter().map(|l| (l.clone(), of(l))).collect(),
+            around,
+            dy: places(&|o| Some(o * axis.dy_stride)),
+            x: (0..axis.taps).map(|j| places(&|o| Some(axis.x(o, j)? * axis.x_stride))).collect(),
+        }
     }
 
     fn cut(
@@ -344,7 +373,7 @@ impl WeightGradPlan {
             Some(only) if leaves.is_empty() => self.pieces(only, &mut pieces),
             last => {
                 leaves.extend(last);
-                pieces.push(Piece::new(leaves));
+                pieces.push(self.piece(leaves));
             }
         }
         program.push(Combine::Leaf(self.blocks.len()));
@@ -417,7 +446,7 @@ impl WeightGradPlan {
         let [_, t2, t3] = [self.axes[0].taps, self.axes[1].taps, self.axes[2].taps];
         let outer = range.start / (t2 * t3)..range.end.div_ceil(t2 * t3);
         for (i, piece) in self.blocks[block].pieces.iter().enumerate() {
-            let (packed, _) = self.packed(&piece.around, piece.pairs.len(), outer.clone());
+            let (packed, _) = self.packed(&piece.around, piece.dy.len(), outer.clone());
             let packed_dy = packed.dy([piece.around[0].end, packed.first[1], packed.first[2]]);
             let (dy, x) = work.split_at_mut(if self.pairs { packed_dy } else { 0 });
             let mut view = View { x: p.x.cast(), dy: p.dy.cast(), packed: None };
@@ -441,17 +470,16 @@ impl WeightGradPlan {
 
     /// Packs a piece's pairs of dy.
     unsafe fn pack_dy(&self, piece: &Piece, dy: *const u16, to: &mut [f32]) {
-        let [_, a2, a3] = &self.axes;
-        let (a1, channels) = (&self.axes[0], self.cout * self.groups);
-        let mut rows = to.chunks_exact_mut((piece.pairs.len() * channels).max(1));
+        let [a1, a2, _] = &self.axes;
+        let channels = self.cout * self.groups;
+        let mut rows = to.chunks_exact_mut((piece.dy.len() * channels).max(1));
         let [b, r1, r2, _] = &piece.around;
         for b in b.clone() {
             for o1 in r1.clone() {
                 for (o2, row) in r2.clone().zip(&mut rows) {
                     let at = self.batches[b][1] + self.dy_channel + o1 * a1.dy_stride + o2 * a2.dy_stride;
-                    let at = |o: usize| Some(o * a3.dy_stride + at);
                     // SAFETY: by the contract of `run`.
-                    unsafe { pack_row(self.isa, dy, &piece.pairs, at, channels, row) };
+                    unsafe { pack_row(self.isa, dy.add(at), &piece.dy, channels, row) };
                 }
             }
         }
@@ -459,17 +487,16 @@ impl WeightGradPlan {
 
     /// Packs the pairs that a tap along the innermost dimension reads of x for a piece.
     unsafe fn pack_x(&self, piece: &Piece, packed: &Packed, j3: usize, x: *const u16, to: &mut [f32]) {
-        let [a1, a2, a3] = &self.axes;
+        let [a1, a2, _] = &self.axes;
         let channels = self.cin * self.groups;
-        let mut rows = to.chunks_exact_mut((piece.pairs.len() * channels).max(1));
+        let mut rows = to.chunks_exact_mut((piece.dy.len() * channels).max(1));
         for b in piece.around[0].clone() {
             for i1 in 0..packed.x_rows[0] {
                 for (i2, row) in (0..packed.x_rows[1]).zip(&mut rows) {
                     let (i1, i2) = (packed.x_first[0] + i1, packed.x_first[1] + i2);
                     let at = self.batches[b][0] + self.x_channel + i1 * a1.x_stride + i2 * a2.x_stride;
-                    let at = |o: usize| Some(a3.x(o, j3)? * a3.x_stride + at);
                     // SAFETY: by the contract of `run`.
-                    unsafe { pack_row(self.isa, x, &piece.pairs, at, channels, row) };
+                    unsafe { pack_row(self.isa, x.add(at), &piece.x[j3], channels, row) };
                 }
             }
         }
@@ -481,13 +508,12 @@ impl WeightGradPlan {
         // What is packed begins with the first channel.
         let [x_channel, dy_channel] = if self.pairs { [0, 0] } else { [self.x_channel, self.dy_channel] };
         for group in 0..self.groups {
-            let mut ci = 0;
-            while ci < self.cin {
-                let left = self.cin - ci;
-                let mut co = 0;
-                let mr = tile_rows(self.isa, left);
-                while co < self.cout {
-                    let width = if self.isa == Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
+            let mut co = 0;
+            while co < self.cout {
+                let width = if self.isa == Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
+                let mut ci = 0;
+                while ci < self.cin {
+                    let mr = tile_rows(self.isa, self.cin - ci, width);
                     let at = (tap * self.cin + ci) * row + group * self.cout + co;
                     let job = Job {
                         plan: self,
@@ -505,59 +531,36 @@ impl WeightGradPlan {
                     };
                     // SAFETY: indices inside the buffers, by the plan; the instruction set is the machine's.
                     unsafe { run_tile(self.isa, mr, width, &job) };
-                    co += width;
+                    ci += mr;
                 }
-                ci += mr;
+                co += width;
             }
         }
     }
 }
 
-impl Piece {
-    fn new(leaves: Vec<Box4>) -> Piece {
-        let around = std::array::from_fn(|d| {
-            let of = |f: fn(&Range<usize>) -> usize| leaves.iter().map(move |l| f(&l[d]));
-            of(|r| r.start).min().unwrap_or(0)..of(|r| r.end).max().unwrap_or(0)
-        });
-        let mut inner: Vec<Range<usize>> = leaves.iter().map(|l| l[3].clone()).collect();
-        inner.sort_by_key(|r| r.start);
-        inner.dedup();
-        let (of, pairs) = in_pairs(inner.iter().cloned());
-        let of = |l: &Box4| inner.iter().position(|r| *r == l[3]).map_or(0..0, |i| of[i].clone());
-        Piece { leaves: leaves.iter().map(|l| (l.clone(), of(l))).collect(), around, pairs }
-    }
-}
-
-/// Packs a row of pairs: `to[p * channels + c]` is channel `c` at both indices of pair `p`, which lie where `at` says, zeros
-/// where it says nothing.
+/// Packs a row of pairs: `to[p * channels + c]` is channel `c` at both places of pair `p`, zeros where there is none.
 ///
 /// # Safety
-/// So many channels lie at each place; there is room for all pairs.
-unsafe fn pack_row(
-    isa: Isa,
-    from: *const u16,
-    pairs: &[[usize; 2]],
-    at: impl Fn(usize) -> Option<usize>,
-    channels: usize,
-    to: &mut [f32],
-) {
-    for (pair, to) in pairs.iter().zip(to.chunks_exact_mut(channels.max(1))) {
-        let halves = pair.map(|o| if o == NOTHING { None } else { at(o) });
-        dispatch!(isa, fn(from: *const u16, halves: [Option<usize>; 2], to: &mut [f32]) {
-            // SAFETY: by the contract of this function.
-            let line = |at: usize| unsafe { std::slice::from_raw_parts(from.add(at), to.len()) };
-            match halves.map(|h| h.map(line)) {
-                [None, None] => to.fill(0.0),
-                [Some(a), None] => to.iter_mut().zip(a).for_each(|(t, a)| *t = f32::from_bits(u32::from(*a))),
-                [None, Some(b)] => to.iter_mut().zip(b).for_each(|(t, b)| *t = f32::from_bits(u32::from(*b) << 16)),
-                [Some(a), Some(b)] => to
-                    .iter_mut()
-                    .zip(a)
-                    .zip(b)
-                    .for_each(|((t, a), b)| *t = f32::from_bits(u32::from(*a) | u32::from(*b) << 16)),
+/// So many channels lie at each place behind `from`; there is room for all pairs.
+unsafe fn pack_row(isa: Isa, from: *const u16, pairs: &[[usize; 2]], channels: usize, to: &mut [f32]) {
+    dispatch!(isa, fn(from: *const u16, pairs: &[[usize; 2]], channels: usize, to: &mut [f32]) {
+        // SAFETY: by the contract of this function.
+        let line = |at: usize| unsafe { std::slice::from_raw_parts(from.add(at), channels) };
+        let low = |a: u16| u32::from(a);
+        let high = |b: u16| u32::from(b) << 16;
+        for (pair, to) in pairs.iter().zip(to.chunks_exact_mut(channels.max(1))) {
+            match *pair {
+                [NOTHING, NOTHING] => to.fill(0.0),
+                [a, NOTHING] => to.iter_mut().zip(line(a)).for_each(|(t, a)| *t = f32::from_bits(low(*a))),
+                [NOTHING, b] => to.iter_mut().zip(line(b)).for_each(|(t, b)| *t = f32::from_bits(high(*b))),
+                [a, b] => {
+                    let both = line(a).iter().zip(line(b));
+                    to.iter_mut().zip(both).for_each(|(t, (a, b))| *t = f32::from_bits(low(*a) | high(*b)));
+                }
             }
-        });
-    }
+        }
+    });
 }
 
 /// The run of flattened batch indices of a box over the batch dimensions.
@@ -569,15 +572,17 @@ fn batch_run(local: &[Range<usize>], origin: &[Range<usize>]) -> Range<usize> {
     run
 }
 
-/// Rows of the next tile when so many input channels are left.
-fn tile_rows(isa: Isa, left: usize) -> usize {
+/// Rows of the next tile of so many columns when so many input channels are left: as many sums at a time as the latency of
+/// a multiply-add wants.
+fn tile_rows(isa: Isa, left: usize, width: usize) -> usize {
     let sizes: &[usize] = match isa {
+        Isa::Avx512 if width == 16 => &[16, 12, 8, 4, 2, 1],
         Isa::Avx512 => &[12, 8, 4, 2, 1],
         Isa::Avx2 => &[4, 2, 1],
         Isa::Portable => &[4, 1],
     };
     // Sixteen channels go as 8 + 8, not as 12 + 4.
-    if isa == Isa::Avx512 && !left.is_multiple_of(12) && left.is_multiple_of(8) && left < 24 {
+    if isa == Isa::Avx512 && width > 16 && !left.is_multiple_of(12) && left.is_multiple_of(8) && left < 24 {
         return 8;
     }
     sizes.iter().copied().find(|s| *s <= left).unwrap_or(1)
@@ -602,22 +607,30 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
             ([x3 * a3.x_stride, run.start * a3.dy_stride], [a3.stride * a3.x_stride, a3.dy_stride], run.len())
         }
     };
+    // Rows whose tap lies inside x, and the elements from one to the next along s2.
+    let (rows1, rows2) = (a1.valid(&at[1], j1), a2.valid(&at[2], j2));
+    let next = match view.packed {
+        Some(p) => [a2.stride * p.pairs * p.x_channels, p.pairs * p.channels],
+        None => [a2.stride * a2.x_stride, a2.dy_stride],
+    };
+    let Some(x2) = a2.x(rows2.start, j2).filter(|_| !rows2.is_empty()) else { return acc };
     // SAFETY: by the plan every index lies inside the buffers; lanes beyond `columns` are loaded by `load_row`.
     unsafe {
         for b in at[0].clone() {
-            for o1 in at[1].clone() {
+            for o1 in rows1.clone() {
                 let Some(x1) = a1.x(o1, j1) else { continue };
-                for o2 in at[2].clone() {
-                    let Some(x2) = a2.x(o2, j2) else { continue };
-                    let [bx, by] = match view.packed {
-                        Some(p) => [p.x([b, x1, x2]), p.dy([b, o1, o2])],
-                        None => {
-                            let [bx, by] = plan.batches[b];
-                            [bx + x1 * a1.x_stride + x2 * a2.x_stride, by + o1 * a1.dy_stride + o2 * a2.dy_stride]
-                        }
-                    };
-                    let mut x = view.x.add(job.x + bx + first[0]);
-                    let mut dy = view.dy.add(job.dy + by + first[1]);
+                let [bx, by] = match view.packed {
+                    Some(p) => [p.x([b, x1, x2]), p.dy([b, o1, rows2.start])],
+                    None => {
+                        let [bx, by] = plan.batches[b];
+                        let (x, dy) = (x1 * a1.x_stride + x2 * a2.x_stride, o1 * a1.dy_stride);
+                        [bx + x, by + dy + rows2.start * a2.dy_stride]
+                    }
+                };
+                let mut x_row = view.x.add(job.x + bx + first[0]);
+                let mut dy_row = view.dy.add(job.dy + by + first[1]);
+                for _ in 0..rows2.len() {
+                    let (mut x, mut dy) = (x_row, dy_row);
                     for _ in 0..count {
                         let row = load_row::<V, NV>(dy, job.columns);
                         for (m, acc) in acc.iter_mut().enumerate() {
@@ -626,9 +639,11 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
                                 acc[v] = acc[v].fma(value, row[v]);
                             }
                         }
-                        x = x.add(step[0]);
-                        dy = dy.add(step[1]);
+                        x = x.wrapping_add(step[0]);
+                        dy = dy.wrapping_add(step[1]);
                     }
+                    x_row = x_row.wrapping_add(next[0]);
+                    dy_row = dy_row.wrapping_add(next[1]);
                 }
             }
         }
@@ -740,17 +755,17 @@ unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, false, 32) => tile!(tile_avx512, 2, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, false, _) => tile!(tile_avx512, 1, 12, 8, 4, 2, 1),
+        (Isa::Avx512, false, _) => tile!(tile_avx512, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, false, _) => tile!(tile_avx2, 1, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (_, true, 32) if isa.pairs() => tile!(pairs_avx512, 2, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (_, true, _) if isa.pairs() => tile!(pairs_avx512, 1, 12, 8, 4, 2, 1),
+        (_, true, _) if isa.pairs() => tile!(pairs_avx512, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, true, 32) => tile!(pairs_avx2, 2, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, true, _) => tile!(pairs_avx2, 1, 12, 8, 4, 2, 1),
+        (Isa::Avx512, true, _) => tile!(pairs_avx2, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, true, _) => tile!(pairs_avx2, 1, 4, 2, 1),
         (_, true, _) => tile!(pairs_portable, 1, 4, 1),
