@@ -485,13 +485,13 @@ pub unsafe fn run(isa: Isa, width: usize, mut t: Tile, mut count: usize) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, false, 32) => steps!(tile_avx512, 2, 14, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, false, _) => steps!(tile_avx512, 1, 14, 8, 4, 2, 1),
+        (Isa::Avx512, false, _) => steps!(tile_avx512, 1, 16, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, false, _) => steps!(tile_avx2, 1, 6, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (_, true, 32) if isa.pairs() => steps!(pairs_avx512, 2, 14, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (_, true, _) if isa.pairs() => steps!(pairs_avx512, 1, 14, 8, 4, 2, 1),
+        (_, true, _) if isa.pairs() => steps!(pairs_avx512, 1, 16, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, true, 32) => steps!(pairs_avx2, 2, 2, 1),
         #[cfg(target_arch = "x86_64")]

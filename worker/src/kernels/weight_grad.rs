@@ -670,37 +670,39 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
     // SAFETY: by the contract of `WeightGradPlan::run`.
     unsafe {
         let mut stack = [[[std::mem::MaybeUninit::<V>::uninit(); NV]; MR]; DEPTH];
-        let mut top = 0;
-        for c in job.program {
+        // The sum on top of the stack stays in registers.
+        let mut below = 0;
+        let mut sum = [[V::zero(); NV]; MR];
+        if job.goes_on {
+            for (m, row) in sum.iter_mut().enumerate() {
+                *row = load_row::<V, NV>(job.out.add(m * job.out_pitch), job.columns);
+            }
+        }
+        for (i, c) in job.program.iter().enumerate() {
             match *c {
                 Combine::Leaf(l) => {
-                    let mut acc = [[V::zero(); NV]; MR];
-                    if job.goes_on {
-                        for (m, row) in acc.iter_mut().enumerate() {
-                            *row = load_row::<V, NV>(job.out.add(m * job.out_pitch), job.columns);
+                    if i > 0 {
+                        for m in 0..MR {
+                            for v in 0..NV {
+                                stack[below][m][v].write(sum[m][v]);
+                            }
                         }
+                        below += 1;
+                        sum = [[V::zero(); NV]; MR];
                     }
-                    let acc = leaf::<V, MR, NV>(job, &job.leaves[l], acc);
-                    for m in 0..MR {
-                        for v in 0..NV {
-                            stack[top][m][v].write(acc[m][v]);
-                        }
-                    }
-                    top += 1;
+                    sum = leaf::<V, MR, NV>(job, &job.leaves[l], sum);
                 }
                 Combine::Add => {
+                    below -= 1;
                     for m in 0..MR {
                         for v in 0..NV {
-                            let sum = stack[top - 2][m][v].assume_init().add(stack[top - 1][m][v].assume_init());
-                            stack[top - 2][m][v].write(sum);
+                            sum[m][v] = stack[below][m][v].assume_init().add(sum[m][v]);
                         }
                     }
-                    top -= 1;
                 }
             }
         }
-        for m in 0..MR {
-            let row: [V; NV] = std::array::from_fn(|v| stack[0][m][v].assume_init());
+        for (m, row) in sum.into_iter().enumerate() {
             store_row(row, job.out.add(m * job.out_pitch), job.columns);
         }
     }
