@@ -71,7 +71,9 @@ impl Op for Contract {
             if missing.is_empty() { product.sum_to(&ty) } else { product.broadcast(&ty.dims) }
         };
         let (a, b) = (&cx.inputs[0], &cx.inputs[1]);
-        vec![Some(side(a, b)), Some(side(b, a))]
+        // Weights come second as a rule: then the other factor is needed no longer when its gradient, as large, is made.
+        let second = side(b, a);
+        vec![Some(side(a, b)), Some(second)]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         union(x).into_iter().filter(|d| self.over.contains(&d.name)).collect()

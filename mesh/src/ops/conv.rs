@@ -200,10 +200,10 @@ impl Op for Conv {
         let (x, f) = (&cx.inputs[0], &cx.inputs[1]);
         let dy = cx.dy.cast(x.ty().dtype);
         let sizes = self.windows.iter().map(|w| x.dim(&w.dim).size).collect();
-        vec![
-            Some(dy.conv_transpose(f, &ConvTranspose { conv: self.clone(), sizes }).sum_to(&x.ty())),
-            Some(x.conv_weight_grad(&dy, self)),
-        ]
+        // The filter's first: then x is needed no longer when its gradient, as large, is made.
+        let df = x.conv_weight_grad(&dy, self);
+        let dx = dy.conv_transpose(f, &ConvTranspose { conv: self.clone(), sizes }).sum_to(&x.ty());
+        vec![Some(dx), Some(df)]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         // With groups every output has its own channels to sum over, so there is no common dimension to split.
@@ -262,7 +262,8 @@ impl Op for ConvTranspose {
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
         let (y, f) = (&cx.inputs[0], &cx.inputs[1]);
         let dy = cx.dy.cast(y.ty().dtype);
-        vec![Some(dy.conv(f, &self.conv).sum_to(&y.ty())), Some(dy.conv_weight_grad(y, &self.conv))]
+        let df = dy.conv_weight_grad(y, &self.conv);
+        vec![Some(dy.conv(f, &self.conv).sum_to(&y.ty())), Some(df)]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         let c = &self.conv;

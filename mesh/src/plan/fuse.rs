@@ -104,13 +104,15 @@ impl<'a> Fused<'a> {
         let spmd = self.spmd;
         // Length of the chain below each value, and the places where chains are cut for their length.
         let mut length = vec![0usize; spmd.values.len()];
+        let narrowed = self.narrowed();
         for instr in &spmd.instrs {
             if let Some(prim) = self.elementwise(instr.output) {
                 let below: usize = instr.inputs.iter().map(|i| length[i.index()]).sum();
                 // What is rounded takes another instruction for that.
                 let own = if self.ty(instr.output).dtype == DType::Bf16 { 2 } else { 1 };
                 let n = below + if is_free(prim) { 0 } else { own };
-                let cut = n > LONGEST;
+                // What is rounded next is cut behind that, where it takes half of the memory.
+                let cut = n > LONGEST && !narrowed.contains(&instr.output);
                 length[instr.output.index()] = if cut { 0 } else { n };
                 if cut {
                     self.stored.insert(instr.output);
@@ -164,6 +166,16 @@ impl<'a> Fused<'a> {
         spmd.reads.iter().for_each(|(_, v)| {
             self.stored.insert(*v);
         });
+    }
+
+    /// Values that are used once, to be rounded.
+    fn narrowed(&self) -> HashSet<ValueId> {
+        let mut uses: HashMap<ValueId, usize> = HashMap::new();
+        let results = self.spmd.outputs.iter().map(|(_, v)| v).chain(self.spmd.assigns.iter().map(|(_, v)| v));
+        self.spmd.instrs.iter().flat_map(|i| &i.inputs).chain(results).for_each(|v| *uses.entry(*v).or_default() += 1);
+        let rounds = |v: ValueId| matches!(self.elementwise(v), Some(Prim::Cast(_))) && self.ty(v).dtype == DType::Bf16;
+        let rounded = self.spmd.instrs.iter().filter(|i| rounds(i.output)).flat_map(|i| &i.inputs);
+        rounded.filter(|v| uses[*v] == 1 && self.ty(**v).dtype == DType::F32).copied().collect()
     }
 
     /// Whether two values are the same bytes on every device.
