@@ -7,9 +7,10 @@ use crate::dim::{DType, Dim, Name, Type};
 use crate::error::{Cause, Error, Place};
 use crate::op::GradContext;
 use crate::ops::{self, Prim};
-use crate::program::{Init, VarId, Variables};
+use crate::program::{Block, Init, VarId, Variables};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::rc::Rc;
 
 /// Index of a node in its graph; inputs come before their users.
@@ -54,11 +55,24 @@ pub(crate) struct State {
     renamings: Vec<Renaming>,
     pub error: Option<Error>,
     custom: HashMap<NodeId, (Vec<NodeId>, CustomGrad)>,
-    recompute: Option<u32>,
-    regions: HashMap<NodeId, u32>,
+    /// The region that is open.
+    region: Option<usize>,
+    regions: Vec<Region>,
     randoms: HashMap<Name, u32>,
     place: Option<Place>,
     backward: Option<Backward>,
+}
+
+/// A part of the forward pass that the backward pass may make again.
+struct Region {
+    /// The block that it is; None where the model asks for it itself.
+    block: Option<Name>,
+    /// Whether it is made again.
+    again: bool,
+    /// What it consists of.
+    nodes: Range<usize>,
+    /// Of that, what would go if it were made again; known once there is a backward pass.
+    inside: Vec<NodeId>,
 }
 
 /// State while a backward pass is built: forward values that are cheap to make again are made again instead of kept.
@@ -91,8 +105,8 @@ impl Graph {
             renamings: vec![],
             error: None,
             custom: HashMap::new(),
-            recompute: None,
-            regions: HashMap::new(),
+            region: None,
+            regions: vec![],
             randoms: HashMap::new(),
             place: None,
             backward: None,
@@ -147,18 +161,43 @@ impl Graph {
         out
     }
 
-    /// Runs `build`, whose values are made again in the backward pass instead of kept for it. What goes into the
-    /// region is kept. Regions do not nest: the outermost one counts.
+    /// Runs `build`, whose values are made again in the backward pass instead of kept for it. Kept is what goes into the
+    /// region, what leaves it (or what that is cheaply made from), and sums that are small beside what they are made
+    /// from. Regions do not nest: the outermost one counts.
     pub fn recompute<T>(&self, build: impl FnOnce() -> T) -> T {
-        let outer = {
+        self.region(None, true, build)
+    }
+
+    /// Runs `build`, a part of the network that [`Graph::recompute`] may be chosen for: it is where the program is built
+    /// with the block's name among those to recompute ([`ProgramBuilder::recomputing`]). A name goes below the open
+    /// scopes, as `encoder/layer.0`; it opens none itself.
+    ///
+    /// [`ProgramBuilder::recomputing`]: crate::program::ProgramBuilder::recomputing
+    pub fn block<T>(&self, name: &str, build: impl FnOnce() -> T) -> T {
+        let scope = self.scope();
+        let name: Name = if scope.is_empty() { name.into() } else { format!("{scope}/{name}").into() };
+        let again = self.0.borrow().variables.borrow().recompute.contains(&name);
+        self.region(Some(name), again, build)
+    }
+
+    fn region<T>(&self, block: Option<Name>, again: bool, build: impl FnOnce() -> T) -> T {
+        {
             let mut s = self.0.borrow_mut();
-            let id = s.nodes.len() as u32;
-            let outer = s.recompute;
-            s.recompute = outer.or(Some(id));
-            outer
-        };
+            if s.region.is_some() {
+                drop(s);
+                return build();
+            }
+            let (at, begin) = (s.regions.len(), s.nodes.len());
+            s.region = Some(at);
+            s.regions.push(Region { block, again, nodes: begin..begin, inside: vec![] });
+        }
         let out = build();
-        self.0.borrow_mut().recompute = outer;
+        let mut s = self.0.borrow_mut();
+        let end = s.nodes.len();
+        if let Some(region) = s.region.take() {
+            s.regions[region].nodes.end = end;
+        }
+        drop(s);
         out
     }
 
@@ -202,9 +241,6 @@ impl Graph {
             }
         };
         let id = NodeId(s.nodes.len() as u32);
-        if let (Some(r), None) = (s.recompute, &s.backward) {
-            s.regions.insert(id, r);
-        }
         s.nodes.push(Node { op, inputs, ty, place, scope, layout: None });
         drop(s);
         Tensor { graph: self.clone(), id }
@@ -430,6 +466,7 @@ impl Graph {
             let from = custom.as_deref().unwrap_or(&s.nodes[i].inputs);
             wanted[i] |= s.nodes[i].ty.dtype.is_float() && from.iter().any(|n| wanted[n.index()]);
         }
+        self.0.borrow_mut().close_regions();
         self.0.borrow_mut().backward = Some(Backward { boundary: NodeId(len as u32), clones: HashMap::new() });
         let one = self.scalar(1.0);
         let mut sums: HashMap<NodeId, Tensor> = HashMap::from([(loss.id, one)]);
@@ -491,17 +528,64 @@ impl Graph {
 }
 
 impl State {
-    /// Whether the backward pass makes this forward value again instead of keeping it: what a recompute region holds,
-    /// and elementwise chains (and copies) from at most one large kept value. Keeping both ends of a
-    /// normalisation or activation would double the memory of a network for nothing.
+    /// What goes of each region if it is made again: all but what nodes outside take, or what that is cheaply made from,
+    /// and small sums. A norm's statistics are such: they take no room, and on a mesh they would be communicated again.
+    fn close_regions(&mut self) {
+        let mut leaves = vec![false; self.nodes.len()];
+        let region = self.region_of();
+        for (i, node) in self.nodes.iter().enumerate().rev() {
+            let passes = leaves[i] && self.is_cheap(NodeId(i as u32));
+            for input in node.inputs.iter().map(|n| n.index()) {
+                leaves[input] |= region[input] != region[i] || passes;
+            }
+        }
+        let given = |node: &Node| matches!(node.op, Prim::Input(_) | Prim::Read(_));
+        let stays = |i: usize| leaves[i] || given(&self.nodes[i]) || self.is_small_sum(&self.nodes[i]);
+        let inside = |r: &Region| r.nodes.clone().filter(|i| !stays(*i)).map(|i| NodeId(i as u32)).collect();
+        let inside: Vec<Vec<NodeId>> = self.regions.iter().map(inside).collect();
+        self.regions.iter_mut().zip(inside).for_each(|(r, inside)| r.inside = inside);
+    }
+
+    /// By node: the region that it is in.
+    fn region_of(&self) -> Vec<Option<usize>> {
+        let mut of = vec![None; self.nodes.len()];
+        for (i, r) in self.regions.iter().enumerate() {
+            of[r.nodes.clone()].fill(Some(i));
+        }
+        of
+    }
+
+    /// Whether a node sums something of at least 16 times its own size.
+    fn is_small_sum(&self, node: &Node) -> bool {
+        let size = |n: &NodeId| self.nodes[n.index()].ty.elements();
+        matches!(node.op, Prim::Reduce(_)) && node.inputs.iter().all(|i| size(i) >= 16 * node.ty.elements())
+    }
+
+    /// The blocks that a backward pass goes through, each with what goes if it is made again.
+    pub(crate) fn blocks(&self) -> Vec<Block> {
+        let mut blocks: Vec<Block> = vec![];
+        for r in self.regions.iter().filter(|r| !r.inside.is_empty()) {
+            let Some(name) = &r.block else { continue };
+            match blocks.iter_mut().find(|b| b.name == *name) {
+                Some(b) => b.inside.extend(&r.inside),
+                None => blocks.push(Block { name: name.clone(), inside: r.inside.clone() }),
+            }
+        }
+        blocks
+    }
+
+    /// Whether the backward pass makes this forward value again instead of keeping it.
     fn is_remade(&self, id: NodeId) -> bool {
+        self.is_cheap(id) || self.regions.iter().any(|r| r.again && r.inside.binary_search(&id).is_ok())
+    }
+
+    /// Whether a value is made again wherever it is: elementwise chains (and copies) from at most one large kept value.
+    /// Keeping both ends of a normalisation or activation would double the memory of a network for nothing.
+    fn is_cheap(&self, id: NodeId) -> bool {
         const SMALL: usize = 4096;
         let node = &self.nodes[id.index()];
         if node.inputs.is_empty() {
             return matches!(node.op, Prim::Random(_) | Prim::Iota(_) | Prim::Constant(_));
-        }
-        if self.regions.contains_key(&id) {
-            return true;
         }
         if node.ty.elements() < SMALL || self.narrows_product(node) {
             return false;
@@ -518,7 +602,7 @@ impl State {
             .iter()
             .map(|&i| {
                 let input = &self.nodes[i.index()];
-                if seen.contains(&i) || input.ty.elements() <= large || input.inputs.is_empty() && self.is_remade(i) {
+                if seen.contains(&i) || input.ty.elements() <= large || input.inputs.is_empty() && self.is_cheap(i) {
                     return 0;
                 }
                 seen.push(i);

@@ -70,6 +70,8 @@ pub struct Variables {
     pub list: Vec<Variable>,
     /// The program's chunks.
     pub chunking: Chunking,
+    /// Blocks that backward passes make again.
+    pub recompute: BTreeSet<Name>,
 }
 
 impl Variables {
@@ -129,6 +131,15 @@ impl Chunking {
     }
 }
 
+/// A part of a function's forward pass that its backward pass may make again: [`Graph::block`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Block {
+    /// Its name.
+    pub name: Name,
+    /// Values of the forward pass that need not be kept for the backward pass where it does.
+    pub inside: Vec<NodeId>,
+}
+
 /// One function of a program.
 #[derive(Clone, Debug)]
 pub struct Function {
@@ -142,6 +153,8 @@ pub struct Function {
     pub outputs: Vec<(Name, NodeId)>,
     /// Variables it sets; the node is an `assign`.
     pub assigns: Vec<(VarId, NodeId)>,
+    /// Blocks of its forward pass, made again or not; none where it has no backward pass, or was sent from elsewhere.
+    pub blocks: Vec<Block>,
 }
 
 impl Function {
@@ -193,7 +206,7 @@ impl Function {
     /// The part of it that sets those variables, and gives no results.
     fn setting(&self, variables: &BTreeSet<VarId>) -> Function {
         let assigns = self.assigns.iter().filter(|(v, _)| variables.contains(v)).copied().collect();
-        pruned(self.name.clone(), &self.nodes, vec![], vec![], assigns)
+        pruned(self.name.clone(), &self.nodes, [vec![], vec![]], assigns, vec![])
     }
     /// The variables that it reads or sets, in order of declaration.
     pub fn variables(&self) -> Vec<VarId> {
@@ -310,6 +323,19 @@ impl Program {
         }
         Ok(self)
     }
+    /// The blocks that may be recomputed, in the order of the program.
+    pub fn blocks(&self) -> Vec<Name> {
+        let mut names: Vec<Name> = vec![];
+        // Of several functions, the one with most of them has their order.
+        let mut functions: Vec<&Function> = self.functions.values().collect();
+        functions.sort_by_key(|f| std::cmp::Reverse(f.blocks.len()));
+        for b in functions.iter().flat_map(|f| &f.blocks) {
+            if !names.contains(&b.name) {
+                names.push(b.name.clone());
+            }
+        }
+        names
+    }
     /// Number of trained parameters.
     pub fn parameters(&self) -> usize {
         self.variables.iter().filter(|v| v.trainable).map(|v| v.ty.elements()).sum()
@@ -328,6 +354,14 @@ impl ProgramBuilder {
     /// An empty program.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty program whose backward passes make these blocks again ([`Graph::block`]). That costs time, saves memory
+    /// and changes no bit.
+    pub fn recomputing(blocks: &[Name]) -> Self {
+        let p = Self::default();
+        p.variables.borrow_mut().recompute.extend(blocks.iter().cloned());
+        p
     }
 
     /// Adds a function. `build` makes its graph and names its outputs; what it returns is handed back.
@@ -434,16 +468,16 @@ fn finish(name: Name, graph: &Graph) -> Result<Function, Error> {
     if let Some(e) = &s.error {
         return Err(e.clone());
     }
-    Ok(pruned(name, &s.nodes, s.inputs.clone(), s.outputs.clone(), s.assigns.clone()))
+    Ok(pruned(name, &s.nodes, [s.inputs.clone(), s.outputs.clone()], s.assigns.clone(), s.blocks()))
 }
 
 /// A function of those nodes that its feeds, results and assignments need.
 fn pruned(
     name: Name,
     all: &[Node],
-    inputs: Vec<(Name, NodeId)>,
-    outputs: Vec<(Name, NodeId)>,
+    [inputs, outputs]: [Vec<(Name, NodeId)>; 2],
     assigns: Vec<(VarId, NodeId)>,
+    mut blocks: Vec<Block>,
 ) -> Function {
     let mut live = vec![false; all.len()];
     let kept = inputs.iter().chain(&outputs).map(|(_, n)| n).chain(assigns.iter().map(|(_, n)| n));
@@ -459,6 +493,10 @@ fn pruned(
         new[i] = NodeId(nodes.len() as u32);
         nodes.push(Node { inputs: node.inputs.iter().map(|n| new[n.index()]).collect(), ..node.clone() });
     }
+    for b in &mut blocks {
+        b.inside.retain(|n| live[n.index()]);
+        b.inside.iter_mut().for_each(|n| *n = new[n.index()]);
+    }
     let renumber = |list: Vec<(Name, NodeId)>| list.into_iter().map(|(n, id)| (n, new[id.index()])).collect();
     Function {
         name,
@@ -466,5 +504,6 @@ fn pruned(
         inputs: renumber(inputs),
         outputs: renumber(outputs),
         assigns: assigns.into_iter().map(|(v, id)| (v, new[id.index()])).collect(),
+        blocks,
     }
 }

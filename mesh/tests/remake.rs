@@ -110,11 +110,21 @@ fn gradients_with_recompute_regions_are_those_without() {
 }
 
 #[test]
-fn a_recompute_region_keeps_what_goes_in_and_nothing_of_its_inside() {
+fn a_recompute_region_keeps_what_goes_in_and_what_leaves_it_and_nothing_of_its_inside() {
+    let two = |x: &Tensor, name: &str| block(&block(x, &format!("{name}.0")), &format!("{name}.1"));
     let (p, _) = program(&image(32), |g, x| {
-        let a = block(x, "a");
-        let b = g.recompute(|| norm(&block(&a, "b"), "last"));
-        head(&b)
+        let a = g.recompute(|| two(x, "a"));
+        let b = g.recompute(|| two(&a, "b"));
+        head(&Tensor::concat(&[&b, &a], "channel"))
     });
-    assert_eq!(kept(&p), [("conv", "a.conv")]);
+    // What leaves is cheaply made from the result of its convolution, whose statistics are small.
+    assert_eq!(kept(&p), [("conv", "a.1.conv"), ("conv", "b.1.conv")]);
+    let count = |op: &str| p.function("f").unwrap().nodes.iter().filter(|n| n.op.op().name() == op).count();
+    assert_eq!(count("conv"), 5 + 2, "the first one of each region runs twice");
+    let (plain, _) = program(&image(32), |_, x| {
+        let a = two(x, "a");
+        head(&Tensor::concat(&[&two(&a, "b"), &a], "channel"))
+    });
+    let sums = |p: &Program| p.function("f").unwrap().nodes.iter().filter(|n| n.op.op().name() == "reduce_sum").count();
+    assert_eq!(sums(&p), sums(&plain), "statistics are not made again");
 }

@@ -237,6 +237,7 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
             inputs: edges(f.inputs)?,
             outputs: edges(f.outputs)?,
             assigns: f.assigns.into_iter().map(|a| (VarId(a.variable), NodeId(a.node))).collect(),
+            blocks: vec![],
         };
         if functions.insert(function.name.clone(), function).is_some() {
             return Err(invalid("two functions of one name"));

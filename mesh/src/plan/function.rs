@@ -5,10 +5,11 @@ use super::copies::copies;
 use super::exchange::{Sources, Together, all_reduce, exchange};
 use super::fuse::{Fused, Group, Kind};
 use super::memory::{self, Tenant};
-use super::step::{Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Label, OpWork, Part, Step, Work};
+use super::step::{ALIGN, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Label, OpWork, Part, Step, Work};
 use crate::body::{Loop, Reduction};
 use crate::dim::{Dim, Name};
 use crate::error::Place;
+use crate::graph::NodeId;
 use crate::ops::Prim;
 use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
@@ -30,6 +31,8 @@ struct Life {
     from: usize,
     to: usize,
     value: ValueId,
+    /// Values that lay there before, each with the step from which on another one did.
+    before: Vec<(usize, ValueId)>,
 }
 
 /// A device's memory over a function's steps.
@@ -41,6 +44,8 @@ pub struct Timeline {
     pub fullest: usize,
     /// What is alive there, largest first.
     pub largest: Vec<Alive>,
+    /// By block of the function: bytes of it at each step that would not be there if it were made again.
+    pub inside: Vec<Vec<usize>>,
 }
 
 /// Something that is alive at a step.
@@ -197,7 +202,7 @@ impl Planner<'_> {
             if set && spmd.outputs.iter().any(|(_, out)| self.fused.root(*out) == *v) {
                 let bytes = (0..self.devices()).map(|d| spmd.values[v.index()].bytes(d)).collect();
                 self.kept.push((*v, self.lives.len()));
-                self.lives.push(Life { bytes, from: end, to: end, value: *v });
+                self.lives.push(Life { bytes, from: end, to: end, value: *v, before: vec![] });
             }
         }
         for g in 0..self.end() {
@@ -212,8 +217,10 @@ impl Planner<'_> {
                 });
                 match reused {
                     Some(life) => {
-                        self.lives[life].to = self.last[&v];
-                        self.lives[life].value = v;
+                        let reused = &mut self.lives[life];
+                        reused.to = self.last[&v];
+                        reused.before.push((g, reused.value));
+                        reused.value = v;
                         self.homes.insert(v, Home::Own(life));
                     }
                     None => self.own(v, g),
@@ -227,7 +234,7 @@ impl Planner<'_> {
         let bytes = (0..self.devices()).map(|d| value.bytes(d)).collect();
         let to = self.last.get(&v).copied().unwrap_or(from);
         self.homes.insert(v, Home::Own(self.lives.len()));
-        self.lives.push(Life { bytes, from, to, value: v });
+        self.lives.push(Life { bytes, from, to, value: v, before: vec![] });
     }
 
     /// Whether a group is a loop that reads `old` only at the very points that it writes of `new`, on every device, so
@@ -416,7 +423,7 @@ impl Planner<'_> {
             };
             (format!("{scope}{what}"), node.place)
         };
-        let timeline = self.timeline(device, &tenants, alive, name);
+        let timeline = Timeline { inside: self.inside(device), ..self.timeline(device, &tenants, alive, name) };
         let mut steps: Vec<Step> = Vec::with_capacity(works.len());
         for (g, (work, inputs, name, _)) in works.into_iter().enumerate() {
             let group = &self.groups()[g];
@@ -462,6 +469,33 @@ impl Planner<'_> {
         let plan =
             DevicePlan { steps, arena_bytes, inputs: edge(&self.cx.spmd.inputs), outputs: edge(&self.cx.spmd.outputs) };
         (plan, timeline)
+    }
+
+    /// The node that made a value, wherever it was moved for.
+    fn origin(&self, v: ValueId) -> NodeId {
+        match self.fused.producer[v.index()].map(|i| &self.cx.spmd.instrs[i]) {
+            Some(Instr { op: SpmdOp::Move, inputs, .. }) => self.origin(inputs[0]),
+            _ => self.cx.spmd.values[v.index()].node,
+        }
+    }
+
+    /// By block: bytes of its inside that are there at each step.
+    fn inside(&self, device: usize) -> Vec<Vec<usize>> {
+        let mut sums = vec![vec![0; self.end() + 1]; self.cx.function.blocks.len()];
+        for life in &self.lives {
+            let bytes = life.bytes[device].next_multiple_of(ALIGN);
+            let mut from = life.from;
+            for (to, value) in life.before.iter().copied().chain([(life.to + 1, life.value)]) {
+                let node = self.origin(value);
+                for (sum, block) in sums.iter_mut().zip(&self.cx.function.blocks) {
+                    if block.inside.binary_search(&node).is_ok() {
+                        sum[from..to].iter_mut().for_each(|b| *b += bytes);
+                    }
+                }
+                from = to;
+            }
+        }
+        sums
     }
 
     /// Walks through the steps and holds that each finds in memory what it reads.
@@ -511,7 +545,7 @@ impl Planner<'_> {
             largest.push(Alive { name, bytes: buffer.bytes, place: v.place, variable: true });
         }
         largest.sort_by_key(|a| std::cmp::Reverse(a.bytes));
-        Timeline { alive, fullest, largest }
+        Timeline { alive, fullest, largest, inside: vec![] }
     }
 }
 

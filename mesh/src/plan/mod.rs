@@ -2,7 +2,7 @@
 //!
 //! [`fuse`] decides what is stored and what is computed inside the loops that use it; `body` makes the loops,
 //! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
-//! puts them together into [`step`]s. The peak that a plan predicts is what execution uses, byte for byte, because
+//! puts them together into [`step`]s; [`recompute`] chooses what a backward pass makes again. The peak that a plan predicts is what execution uses, byte for byte, because
 //! execution has no other memory than the plan's.
 
 mod body;
@@ -12,6 +12,7 @@ mod exchange;
 mod function;
 pub mod fuse;
 pub mod memory;
+pub mod recompute;
 pub mod step;
 
 use crate::dim::{DType, Name};
