@@ -68,6 +68,10 @@ fn main() {
     }
     let case = serde_json::json!({"case": "gemm", "size": args.size, "order": args.order, "dtype": args.dtype});
     args.steps.measure(&mut session, f, flops, case, |_, session| {
-        session.profile().iter().filter(|(n, _)| n.starts_with("contract")).map(|p| p.1).sum()
+        let parts = session.events().unwrap_or_default();
+        let events = || parts.iter().flat_map(|p| p.events.iter().map(|e| (e, &p.labels[e.label as usize])));
+        let last = events().map(|(e, _)| e.run).max();
+        let products = events().filter(|(e, label)| Some(e.run) == last && label.starts_with("contract"));
+        products.map(|(e, _)| (e.end_ns - e.begin_ns) as f64 / 1e9).sum()
     });
 }
