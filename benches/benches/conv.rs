@@ -3,7 +3,7 @@
 //!
 //! `cargo bench -p benches --bench conv -- --channels 32 --size 64 --what both --threads 2`
 
-use benches::Steps;
+use benches::{Steps, last_run};
 use clap::Parser;
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, dim};
@@ -64,7 +64,7 @@ fn main() {
     }
     let case = serde_json::json!({"case": "conv", "what": args.what, "channels": c, "size": n});
     args.steps.measure(&mut session, f, flops, case, |clock, session| match args.steps.dtype() {
-        DType::Bf16 => session.profile().iter().filter(|(n, _)| !n.starts_with("map")).map(|p| p.1).sum(),
+        DType::Bf16 => last_run(session, |step| !step.starts_with("map")),
         _ => clock,
     });
 }

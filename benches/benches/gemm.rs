@@ -3,7 +3,7 @@
 //!
 //! `cargo bench -p benches --bench gemm -- --size 4096x1024x256 --threads 1`
 
-use benches::Steps;
+use benches::{Steps, last_run};
 use clap::Parser;
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, dim};
@@ -60,7 +60,6 @@ fn main() {
         session.feed(f, name, &array).unwrap_or_else(|e| panic!("{e}"));
     }
     let case = serde_json::json!({"case": "gemm", "size": args.size, "order": args.order});
-    args.steps.measure(&mut session, f, flops, case, |_, session| {
-        session.profile().iter().filter(|(n, _)| n.starts_with("contract")).map(|p| p.1).sum()
-    });
+    args.steps
+        .measure(&mut session, f, flops, case, |_, session| last_run(session, |step| step.starts_with("contract")));
 }

@@ -1,6 +1,6 @@
 //! A training step of the 3-D UNet that medical frameworks use by default: 4 levels, two 3x3x3 convolutions with bias,
 //! instance norm and ReLU a block, transposed convolutions up, soft dice, Adam. Prints one JSON line: seconds a step
-//! (median), GFLOP/s, memory, and with `--profile` the seconds by kind of step.
+//! (median), GFLOP/s, memory, and with `--profile` where a step's time goes.
 //!
 //! `cargo bench -p benches --bench unet -- --res 64 --base 16 --threads 2`
 

@@ -6,7 +6,6 @@ use mesh::dim::DType;
 use mesh::layout::Mesh;
 use mesh::program::Program;
 use serde_json::{Value, json};
-use std::fmt::Display;
 use std::time::Instant;
 
 /// What every measurement of steps takes.
@@ -24,7 +23,7 @@ pub struct Steps {
     /// Steps measured, after one that is not.
     #[arg(long, default_value_t = 5)]
     pub steps: u32,
-    /// Seconds by kind of step as well.
+    /// Where the time of a step goes as well.
     #[arg(long)]
     pub profile: bool,
     /// Given by cargo.
@@ -54,8 +53,8 @@ impl Steps {
     }
 
     /// Times the steps of a function that was fed, and prints a JSON line: what `case` has, seconds a step (median, least,
-    /// most), GFLOP/s, memory, and the first and the last `loss` where there is one; with `--profile` the seconds by kind
-    /// of step as well. `seconds` is what a step took, given what its clock and its session say.
+    /// most), GFLOP/s, memory, and the first and the last `loss` where there is one; with `--profile` where a step's
+    /// time goes as well. `seconds` is what a step took, given what its clock and its session say.
     ///
     /// # Panics
     /// A step that fails.
@@ -70,9 +69,6 @@ impl Steps {
         let loss = |s: &Session| s.fetch(f, "loss").ok().and_then(|a| a.to_f32());
         let (mut first, mut times) = (None, Vec::new());
         for step in 0..=self.steps {
-            if step == 1 && self.profile {
-                session.profile();
-            }
             let begun = Instant::now();
             session.step(f, step).unwrap_or_else(|e| panic!("{e}"));
             let time = seconds(begun.elapsed().as_secs_f64(), session);
@@ -97,27 +93,16 @@ impl Steps {
         }
         println!("{line}");
         if self.profile {
-            print_profile(&session.profile(), self.steps);
+            eprint!("{}", session.profile().unwrap_or_else(|e| panic!("{e}")).text());
         }
     }
 }
 
-/// Prints the seconds of a profile for each of `steps` steps: by op, then by step of the plan, the longest first.
-pub fn print_profile<N: Display>(profile: &[(N, f64)], steps: u32) {
-    let named: Vec<(String, f64)> = profile.iter().map(|(n, s)| (n.to_string(), *s)).collect();
-    let mut ops: Vec<(String, f64)> = Vec::new();
-    for (name, s) in &named {
-        let op = name.split(' ').next().unwrap_or_default();
-        match ops.iter_mut().find(|(o, _)| o == op) {
-            Some((_, t)) => *t += s,
-            None => ops.push((op.into(), *s)),
-        }
-    }
-    for mut list in [ops, named] {
-        list.sort_by(|a, b| b.1.total_cmp(&a.1));
-        for (name, s) in list.iter().take(40) {
-            eprintln!("{:>9.2} ms  {name}", s / f64::from(steps) * 1e3);
-        }
-        eprintln!();
-    }
+/// Seconds that the last run spent in the steps whose label (op and scope) is asked for.
+pub fn last_run(session: &Session, asked: impl Fn(&str) -> bool) -> f64 {
+    let parts = session.events().unwrap_or_default();
+    let events = || parts.iter().flat_map(|p| p.events.iter().map(|e| (e, &p.labels[e.label as usize])));
+    let last = events().map(|(e, _)| e.run).max();
+    let chosen = events().filter(|(e, label)| Some(e.run) == last && asked(label));
+    chosen.map(|(e, _)| (e.end_ns - e.begin_ns) as f64 / 1e9).sum()
 }

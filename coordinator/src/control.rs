@@ -202,6 +202,25 @@ impl control_server::Control for Coordinator {
         Ok(Response::new(Box::pin(iter(parts.into_iter().map(Ok)))))
     }
 
+    type ProfileStream = Sent<control::DeviceProfile>;
+
+    async fn profile(&self, request: Request<SessionName>) -> Reply<Sent<control::DeviceProfile>> {
+        let r = request.into_inner();
+        let session = self.session(r.epoch)?;
+        // All at once: devices share what they have while they are measured, as they do in a step.
+        let profiles = self.everywhere(&session, |mut client, place| {
+            let own = session.crew[place].1.clone();
+            async move {
+                let stream = client.profile(r).await?.into_inner();
+                // A message each, whatever a worker sends.
+                let mut devices: Vec<_> = stream.take(own.len()).collect::<Result<_, Status>>().await?;
+                devices.retain(|d: &control::DeviceProfile| own.contains(&d.device));
+                Ok(devices)
+            }
+        });
+        Ok(Response::new(Box::pin(iter(profiles.await?.into_iter().flatten().map(Ok)))))
+    }
+
     async fn status(&self, _: Request<control::StatusRequest>) -> Reply<StatusReply> {
         Ok(Response::new(self.snapshot()))
     }

@@ -10,6 +10,7 @@
 //! | [`server`] | the coordinator: knows which workers there are |
 //! | `crew` | the coordinator's side of a session: its workers, and what they are asked to do together |
 //! | [`recorder`] | who kept whom waiting, and traces: made of what the devices did last |
+//! | [`profile`] | where the time of steps went: made of what the devices measured and what the plan says |
 //! | `control` | what model programs and operators call |
 //! | [`journal`] | what a coordinator remembers when it is started again |
 //! | [`certs`] | a cluster's certificates: an authority of its own, a role each |
@@ -29,6 +30,7 @@ pub mod interrupt;
 pub mod journal;
 mod keeper;
 pub mod launch;
+pub mod profile;
 pub mod recorder;
 mod remote;
 pub mod server;

@@ -11,8 +11,8 @@ use mesh::plan::ProgramPlan;
 use mesh::program::Program;
 use mesh::region::Region;
 use proto::control::{
-    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, EventsRequest, ForeseeHead, Noted, OpenPart, Opened,
-    RestoreNewest, SessionName, Settings, StepRequest, control_client::ControlClient, open_part,
+    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, DeviceProfile, EventsRequest, ForeseeHead, Noted, OpenPart,
+    Opened, RestoreNewest, SessionName, Settings, StepRequest, control_client::ControlClient, open_part,
 };
 use std::cell::RefCell;
 use std::future::Future;
@@ -284,6 +284,14 @@ impl Remote {
         })?;
         events.sort_by_key(|e| e.device);
         Ok(events)
+    }
+
+    /// How long the devices' steps took.
+    pub fn profile(&self, devices: usize) -> Result<Vec<DeviceProfile>, Failure> {
+        let (request, mut client) = (SessionName { epoch: self.epoch }, self.client.clone());
+        self.call(async {
+            client.profile(request).await?.into_inner().take(devices).collect::<Result<_, Status>>().await
+        })
     }
 
     /// What a program with that layout would take of each device, beside what the one there takes.

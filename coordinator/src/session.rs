@@ -4,6 +4,7 @@ use crate::checkpoint::{Checkpoints, Newest, Position, Restored};
 use crate::error::{Failure, feed};
 use crate::interrupt;
 use crate::keeper::Keeper;
+use crate::profile::{Clock, Profile};
 use crate::remote::Remote;
 use mesh::array::Array;
 use mesh::dim::Name;
@@ -113,6 +114,8 @@ pub struct Session {
     options: Options,
     /// What came up first that is not finite, if that is watched for.
     watched: Option<Vec<NonFinite>>,
+    /// By function of the plan.
+    clocks: Vec<Clock>,
 }
 
 impl Session {
@@ -149,7 +152,8 @@ impl Session {
         engine: Engine,
         options: &Options,
     ) -> Result<Session, Failure> {
-        let mut session = Session { whole, stage, program, plan, engine, options: options.clone(), watched: None };
+        let (options, clocks) = (options.clone(), vec![Clock::default(); plan.functions.len()]);
+        let mut session = Session { whole, stage, program, plan, engine, options, watched: None, clocks };
         session.init()?;
         Ok(session)
     }
@@ -239,6 +243,7 @@ impl Session {
             }
         }
         self.program = program;
+        self.clocks = vec![Clock::default(); self.plan.functions.len()];
         Ok(())
     }
 
@@ -310,6 +315,7 @@ impl Session {
             }
         }
         (self.stage, self.program) = (stage, program);
+        self.clocks = vec![Clock::default(); self.plan.functions.len()];
         self.init()
     }
 
@@ -457,23 +463,25 @@ impl Session {
 
     /// Runs a function as step `step`, with what was fed. Allocates nothing.
     pub fn step(&mut self, f: FunctionId, step: u32) -> Result<(), Failure> {
-        let watch = self.watched.is_some();
+        let (begun, watch) = (Instant::now(), self.watched.is_some());
         let seen = match &mut self.engine {
-            Engine::Embedded(mesh, _) if watch => {
-                mesh.watch(Some(&self.program));
-                mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()))?;
-                let seen = mesh.non_finite();
-                mesh.watch(None);
-                seen
-            }
             Engine::Embedded(mesh, _) => {
-                return mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()));
+                if watch {
+                    mesh.watch(Some(&self.program));
+                }
+                mesh.run(f.0, step).map_err(|e| Failure::Mesh(e.to_string()))?;
+                let seen = if watch { mesh.non_finite() } else { vec![] };
+                if watch {
+                    mesh.watch(None);
+                }
+                seen
             }
             Engine::Remote(r) => {
                 let name = self.plan.functions.keys().nth(f.0).expect("made by `function`");
                 r.step(name, step, watch)?
             }
         };
+        self.clocks[f.0].add(begun.elapsed());
         if let Some(first) = self.watched.as_mut().filter(|first| first.is_empty()) {
             *first = seen;
         }
@@ -619,13 +627,17 @@ impl Session {
         })
     }
 
-    /// Seconds spent by device 0 in each op and scope (`conv encoder.0/conv.0`) since the last call, or since the start.
-    /// Nothing for devices in worker processes.
-    pub fn profile(&self) -> Vec<(Name, f64)> {
-        match &self.engine {
-            Engine::Embedded(mesh, _) => mesh.recorders().first().map(|(_, r)| r.profile()).unwrap_or_default(),
-            Engine::Remote(_) => vec![],
-        }
+    /// Where the time of functions went since the program of this stage was put on these devices: what each step took, and
+    /// what the devices could do at the most, which is measured now, in about a tenth of a second.
+    ///
+    /// # Errors
+    /// A session that is lost.
+    pub fn profile(&mut self) -> Result<Profile, Failure> {
+        let devices = match &mut self.engine {
+            Engine::Embedded(mesh, _) => mesh.profile(),
+            Engine::Remote(r) => r.profile(self.plan.mesh.size())?,
+        };
+        Profile::new(&self.plan, &self.clocks, devices)
     }
 }
 

@@ -71,6 +71,10 @@ pub struct RunOptions {
     /// Write a trace of the last steps of all devices, for ui.perfetto.dev or chrome://tracing
     #[arg(long, help_heading = "Run", value_name = "FILE.json")]
     trace: Option<PathBuf>,
+    /// Say at the end where the time of a step went, by op and by step, and write that to the run folder as profile.txt and
+    /// profile.json
+    #[arg(long, help_heading = "Run")]
+    profile: bool,
     /// Go on from the newest good checkpoint of the run, on any mesh
     #[arg(long, help_heading = "Run")]
     resume: bool,
@@ -119,6 +123,7 @@ pub fn task<C: Settings>(
         checkpoints: run.checkpoints.clone(),
         shrink: devices.shrink,
         trace: run.trace.clone(),
+        profile: run.profile,
         tls,
     })
 }

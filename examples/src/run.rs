@@ -33,6 +33,8 @@ pub const METRICS_FILE: &str = "metrics.jsonl";
 pub const LOSS_FILE: &str = "loss.png";
 /// The folder of event files for TensorBoard in a run folder.
 pub const TENSORBOARD: &str = "tensorboard";
+/// Where the time of a step went, in a run folder: for people, and for programs.
+pub const PROFILE_FILES: [&str; 2] = ["profile.txt", "profile.json"];
 /// Points of that picture's line at most; those of a longer run are means.
 const LOSS_POINTS: usize = 200;
 const CHECKPOINTS: &str = "checkpoints";
@@ -74,6 +76,8 @@ pub struct Task<C> {
     pub shrink: bool,
     /// Where to write a trace of the last steps, if anywhere.
     pub trace: Option<PathBuf>,
+    /// Whether to say where the time of a step went.
+    pub profile: bool,
     /// TLS to a coordinator.
     pub tls: Option<Tls>,
 }
@@ -448,6 +452,15 @@ impl<C: Settings> Task<C> {
         if let Some(path) = &self.trace {
             let trace = recorder::trace(&session.events()?);
             written(path, fs::write(path, trace.to_string()))?;
+        }
+        if self.profile {
+            let profile = session.profile()?;
+            let json = serde_json::to_string_pretty(&profile).expect("a profile has no maps");
+            for (name, text) in PROFILE_FILES.iter().zip([profile.text(), json]) {
+                let path = self.out.join(name);
+                written(&path, fs::write(&path, text))?;
+            }
+            say(profile.text());
         }
         if end == End::Interrupted {
             return Err(Failed::Interrupted { step: at.step });

@@ -121,6 +121,103 @@ fn a_trace_has_the_last_steps_of_every_device_on_one_clock() {
     }
 }
 
+/// The profile of `train` in a run folder, after that of the whole.
+fn profile(place: &Place, run: &str) -> [Value; 2] {
+    let all: Value = serde_json::from_slice(&fs::read(place.path(run).join("profile.json")).unwrap()).unwrap();
+    let train = all["functions"].as_array().unwrap().iter().find(|f| f["function"] == "train").unwrap().clone();
+    [all, train]
+}
+
+fn keys(v: &Value) -> Vec<&str> {
+    v.as_object().unwrap().keys().map(String::as_str).collect()
+}
+
+/// The sum of a number of each element of a list.
+fn sum(list: &Value, key: &str) -> f64 {
+    list.as_array().unwrap().iter().map(|v| v[key].as_f64().unwrap()).sum()
+}
+
+#[test]
+fn a_profile_says_where_the_time_of_a_step_went_on_devices_here_and_in_workers() {
+    let place = Place::new();
+    for (name, devices) in [("here", ""), ("workers", "--workers 2")] {
+        let said = place.ok(&format!("{RUN} --steps 4 {devices} --out {name} --profile"));
+        let text = fs::read_to_string(place.path(name).join("profile.txt")).unwrap();
+        assert!(said.out.contains(&text), "{name}: {}", said.out);
+        for heading in
+            ["profile of the function `train`: ", "of roofline", "steps that take longest", "communication: "]
+        {
+            assert!(text.contains(heading), "{name}: {text}");
+        }
+        let row = |op: &str| text.lines().any(|l| l.split_whitespace().next() == Some(op));
+        let ops = ["conv", "conv_transpose", "conv_weight_grad", "map", "reduce", "max_pool", "halo", "all-reduce"];
+        assert!(ops.into_iter().chain(["outside", "least", "mean", "most"]).all(row), "{name}: {text}");
+        assert!(text.contains("examples/src/unet3d/model.rs:"), "{name}: {text}");
+
+        let [all, train] = profile(&place, name);
+        assert_eq!((&all["devices"], &all["mesh"]), (&2.into(), &"x=2".into()));
+        for speed in ["f32_gflops_per_second", "bf16_gflops_per_second", "memory_gb_per_second"] {
+            assert!(all[speed].as_f64().unwrap() > 0.1, "{speed} of {all}");
+        }
+        let spent = "bytes,calls,flops,gb_per_second,gflops_per_second,ms,op,percent,roofline";
+        let expected = [
+            (&train, "by_device,communication,function,ms,ops,outside_ms,runs,steps"),
+            (&train["ops"][0], spent),
+            (
+                &train["steps"][0],
+                "bytes,calls,flops,gb_per_second,gflops_per_second,ms,op,percent,place,roofline,scope",
+            ),
+            (&train["communication"], "exposed_ms,moving_ms,ms,waiting_ms"),
+            (&train["by_device"][1], "computing_ms,device,moving_ms,ms,waiting_ms"),
+        ];
+        for (part, expected) in expected {
+            let mut keys = keys(part);
+            keys.sort();
+            assert_eq!(keys.join(","), expected, "{name}");
+        }
+
+        let number = |v: &Value, key: &str| v[key].as_f64().unwrap();
+        assert_eq!(train["runs"], 3, "the first is left out");
+        let near = |a: f64, b: f64| assert!((a - b).abs() <= 1e-6 * a.abs().max(b.abs()), "{name}: {a} and {b}");
+        near(sum(&train["ops"], "ms"), sum(&train["steps"], "ms"));
+        near(sum(&train["ops"], "ms"), sum(&train["by_device"], "ms") / 2.0);
+        near(sum(&train["ops"], "ms") + number(&train, "outside_ms"), number(&train, "ms"));
+        let halo = train["ops"].as_array().unwrap().iter().find(|o| o["op"] == "halo").unwrap();
+        assert!(number(halo, "calls") > 1.0 && number(halo, "bytes") > 1.0 && number(halo, "flops") == 0.0, "{halo}");
+        let c = &train["communication"];
+        near(number(c, "moving_ms") + number(c, "waiting_ms"), number(c, "ms"));
+        near(number(c, "exposed_ms"), number(c, "ms"));
+        near(number(c, "waiting_ms"), sum(&train["by_device"], "waiting_ms") / 2.0);
+        assert!(number(c, "moving_ms") > 0.0 && number(c, "waiting_ms") > 0.0, "{name}: {c}");
+        for d in train["by_device"].as_array().unwrap() {
+            near(number(d, "computing_ms") + number(d, "moving_ms") + number(d, "waiting_ms"), number(d, "ms"));
+        }
+    }
+}
+
+#[test]
+fn the_times_of_a_profile_add_up_to_that_of_the_steps() {
+    let place = Place::new();
+    let run = RUN.replace("x=2", "1").replace("--base 4", "--base 8");
+    place.ok(&format!("{run} --steps 5 --out run --profile"));
+    let rows = place.rows("run");
+    let run = |row: &Value| row["phases"]["run"].as_f64().unwrap() * 1e3;
+    let measured = rows[1..].iter().map(run).sum::<f64>() / (rows.len() - 1) as f64;
+    let [_, train] = profile(&place, "run");
+    let share = sum(&train["ops"], "ms") / measured;
+    assert!((0.90..=1.01).contains(&share), "{share} of {measured} ms");
+    assert!(sum(&train["ops"], "percent") <= 100.0 && train["communication"]["ms"] == 0.0, "{train}");
+}
+
+#[test]
+fn a_run_that_is_not_profiled_writes_no_profile_and_one_of_a_single_step_says_why_it_is_empty() {
+    let place = Place::new();
+    place.ok(&format!("{RUN} --steps 1 --out plain"));
+    assert!(!place.path("plain/profile.json").exists() && !place.path("plain/profile.txt").exists());
+    let said = place.ok(&format!("{RUN} --steps 1 --out one --profile")).out;
+    assert!(said.contains("nothing ran more than once"), "{said}");
+}
+
 #[test]
 fn a_session_that_stops_says_who_kept_the_others_waiting() {
     let place = Place::new();

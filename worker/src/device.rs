@@ -155,7 +155,7 @@ impl Device {
         if self.watched.is_some() {
             self.watch_variables();
         }
-        let mut recording = self.recorder.run(function, step);
+        let mut recording = self.recorder.run(function, step, self.transport.waited_ns());
         for (index, s) in self.functions[function].1.steps.iter().enumerate() {
             let operands =
                 Operands { inputs: &s.inputs, outputs: &s.outputs, output_bytes: s.output_bytes, scratch: s.scratch };
@@ -168,7 +168,7 @@ impl Device {
                 self.transport.abort(&format!("{}: {e}", s.label));
                 return Err(e.into());
             }
-            recording.end(index);
+            recording.end(index, self.transport.waited_ns());
             if let (Some(Watched { found, .. }), Some(finite)) = (&mut self.watched, finite) {
                 watch_step(found, index, s, self.number, &finite);
             }

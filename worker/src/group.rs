@@ -2,12 +2,14 @@
 
 use crate::arena::Arena;
 use crate::device::{Device, DeviceError};
+use crate::kernels::roofline::Roofline;
 use crate::pool::Cores;
 use crate::recorder::Recorder;
 use crate::transport::{InProcess, Transport};
 use crate::watch::NonFinite;
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
+use proto::control::DeviceProfile;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -44,6 +46,8 @@ pub struct DeviceGroup {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     recorders: Vec<(usize, Arc<Recorder>)>,
+    /// Threads of each device.
+    each: usize,
     /// Kept until every thread has stopped: a device may read a peer's memory while it receives.
     _arenas: Vec<Arc<Arena>>,
 }
@@ -122,8 +126,8 @@ impl DeviceGroup {
                 drive(&shared, i)
             })
         };
-        let threads = cores.into_iter().enumerate().map(drive).collect();
-        DeviceGroup { shared, threads, recorders, _arenas: arenas }
+        let (each, threads) = (threads, cores.into_iter().enumerate().map(drive).collect());
+        DeviceGroup { shared, threads, recorders, each, _arenas: arenas }
     }
 
     /// Runs a function, by its index ([`Device::function`]), on every device, and waits for all of them.
@@ -178,6 +182,17 @@ impl DeviceGroup {
     /// Nanoseconds of the last run in which the device that communicated longest did so.
     pub fn communicated_ns(&self) -> u64 {
         self.recorders.iter().map(|(_, r)| r.communicated_ns()).max().unwrap_or(0)
+    }
+
+    /// How long each device's steps took, and what the device can do at the most, which is measured now.
+    pub fn profile(&mut self) -> Vec<DeviceProfile> {
+        let Roofline { product_flops: [f32_flops, bf16_flops], memory_bytes } =
+            Roofline::measure(self.size(), self.each);
+        let of = |(device, recorder): &(usize, Arc<Recorder>)| {
+            let (device, functions) = (*device as u32, recorder.times());
+            DeviceProfile { device, f32_flops, bf16_flops, memory_bytes, functions }
+        };
+        self.recorders.iter().map(of).collect()
     }
 
     /// Number of devices.

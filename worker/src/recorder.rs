@@ -5,7 +5,7 @@
 //! on while it copies leaves out what may have been overwritten meanwhile, as with a sequence lock.
 
 use mesh::dim::Name;
-use proto::control::{DeviceEvents, Event};
+use proto::control::{DeviceEvents, Event, FunctionTimes};
 use std::sync::LazyLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU64, fence};
@@ -31,8 +31,18 @@ pub fn now_ns() -> u64 {
 struct Op {
     label: Name,
     communicates: bool,
-    /// Nanoseconds spent in it since [`Recorder::profile`] was asked last.
+    /// Nanoseconds spent in it in the runs that [`Recorder::times`] tells of.
     spent: AtomicU64,
+    /// Of these, waiting for other devices.
+    waited: AtomicU64,
+}
+
+/// A function, as the recorder knows it.
+struct Function {
+    name: Name,
+    ops: Vec<Op>,
+    /// Runs that have begun.
+    runs: AtomicU64,
 }
 
 /// An op that has begun. Words rather than fields of their own size: they are written and read one by one.
@@ -57,7 +67,7 @@ fn halves(pair: u64) -> (u32, u32) {
 
 /// What a device did last.
 pub struct Recorder {
-    functions: Vec<(Name, Vec<Op>)>,
+    functions: Vec<Function>,
     ring: Vec<Slot>,
     /// Events that have begun.
     count: AtomicU64,
@@ -70,10 +80,12 @@ pub struct Recorder {
 impl Recorder {
     /// That of a device with these functions: the label of every op, and whether it waits for other devices.
     pub fn new(functions: impl IntoIterator<Item = (Name, Vec<(Name, bool)>)>) -> Recorder {
-        let op = |(label, communicates)| Op { label, communicates, spent: AtomicU64::new(0) };
-        let functions: Vec<(Name, Vec<Op>)> =
-            functions.into_iter().map(|(name, ops)| (name, ops.into_iter().map(op).collect())).collect();
-        let longest = functions.iter().map(|(_, ops)| ops.len()).max().unwrap_or(0);
+        let zero = || AtomicU64::new(0);
+        let op = |(label, communicates)| Op { label, communicates, spent: zero(), waited: zero() };
+        let function =
+            |(name, ops): (Name, Vec<_>)| Function { name, ops: ops.into_iter().map(op).collect(), runs: zero() };
+        let functions: Vec<Function> = functions.into_iter().map(function).collect();
+        let longest = functions.iter().map(|f| f.ops.len()).max().unwrap_or(0);
         // One more than are kept: it may be half written.
         let slots = EVENTS.max(STEPS * longest) + 1;
         Recorder {
@@ -85,13 +97,17 @@ impl Recorder {
         }
     }
 
-    /// Begins a run of a function. Only the device's thread calls this, and what comes of it.
-    pub fn run(&self, function: usize, step: u32) -> Recording<'_> {
+    /// Begins a run of a function, when the device has waited so long for others in all. Only the device's thread calls
+    /// this, and what comes of it.
+    pub fn run(&self, function: usize, step: u32, waited_ns: u64) -> Recording<'_> {
         let run = self.runs.load(Relaxed) + 1;
         self.runs.store(run, Relaxed);
         self.communicated.store(0, Relaxed);
+        let runs = &self.functions[function].runs;
+        let warm = runs.load(Relaxed) > 0;
+        runs.store(runs.load(Relaxed) + 1, Relaxed);
         let when = pair(run as u32, step);
-        Recording { recorder: self, function, when, count: self.count.load(Relaxed), now: now_ns() }
+        Recording { recorder: self, function, when, count: self.count.load(Relaxed), now: now_ns(), waited_ns, warm }
     }
 
     /// Nanoseconds that the run which is now, or was last, has spent in ops that communicate.
@@ -99,18 +115,16 @@ impl Recorder {
         self.communicated.load(Relaxed)
     }
 
-    /// Seconds spent in each op and scope (`conv encoder.0/conv.0`) since this was asked last.
-    pub fn profile(&self) -> Vec<(Name, f64)> {
-        let mut sums: Vec<(Name, f64)> = Vec::new();
-        for op in self.functions.iter().flat_map(|(_, ops)| ops) {
-            let seconds = op.spent.swap(0, Relaxed) as f64 / 1e9;
-            match sums.iter_mut().find(|(label, _)| *label == op.label) {
-                Some((_, sum)) => *sum += seconds,
-                None => sums.push((op.label.clone(), seconds)),
-            }
-        }
-        sums.retain(|(_, seconds)| *seconds > 0.0);
-        sums
+    /// How long the ops of each function took in all of its runs but the first, which is slower than those to come. To be
+    /// asked between runs.
+    pub fn times(&self) -> Vec<FunctionTimes> {
+        let times = |f: &Function| FunctionTimes {
+            function: f.name.to_string(),
+            runs: f.runs.load(Relaxed).saturating_sub(1),
+            spent_ns: f.ops.iter().map(|op| op.spent.load(Relaxed)).collect(),
+            waited_ns: f.ops.iter().map(|op| op.waited.load(Relaxed)).collect(),
+        };
+        self.functions.iter().map(times).filter(|t| t.runs > 0).collect()
     }
 
     /// The events that are kept, oldest first, as messages about device `device`; at least one, and mostly one.
@@ -122,7 +136,7 @@ impl Recorder {
             // Where an op's label is in `labels`.
             let mut places = std::collections::BTreeMap::new();
             let event = |e: &Kept| {
-                let (name, ops) = &self.functions[e.function];
+                let Function { name, ops, .. } = &self.functions[e.function];
                 let op = &ops[e.index];
                 let label = *places.entry(&op.label).or_insert_with(|| {
                     labels.push(op.label.to_string());
@@ -182,6 +196,9 @@ pub struct Recording<'a> {
     when: u64,
     count: u64,
     now: u64,
+    waited_ns: u64,
+    /// The function ran before.
+    warm: bool,
 }
 
 impl Recording<'_> {
@@ -199,18 +216,21 @@ impl Recording<'_> {
         r.count.store(self.count, Release);
     }
 
-    /// That op has ended. One that fails never does.
-    pub fn end(&mut self, index: usize) {
-        let (r, begun) = (self.recorder, self.now);
-        self.now = now_ns();
+    /// That op has ended, and the device has waited so long for others in all. One that fails never does.
+    pub fn end(&mut self, index: usize, waited_ns: u64) {
+        let (r, begun, waited) = (self.recorder, self.now, waited_ns - self.waited_ns);
+        (self.now, self.waited_ns) = (now_ns(), waited_ns);
         let slot = &r.ring[((self.count - 1) % r.ring.len() as u64) as usize];
         slot.end.store(self.now, Relaxed);
-        let op = &r.functions[self.function].1[index];
-        // Nobody else writes but a reader of the profile between runs.
-        let add = |sum: &AtomicU64| sum.store(sum.load(Relaxed) + (self.now - begun), Relaxed);
-        add(&op.spent);
+        let op = &r.functions[self.function].ops[index];
+        // Nobody else writes.
+        let add = |sum: &AtomicU64, ns| sum.store(sum.load(Relaxed) + ns, Relaxed);
+        if self.warm {
+            add(&op.spent, self.now - begun);
+            add(&op.waited, waited);
+        }
         if op.communicates {
-            add(&r.communicated);
+            add(&r.communicated, self.now - begun);
         }
     }
 }
@@ -226,10 +246,10 @@ mod tests {
     }
 
     fn run(r: &Recorder, step: u32, ops: std::ops::Range<usize>) {
-        let mut recording = r.run(1, step);
+        let mut recording = r.run(1, step, 0);
         for i in ops {
             recording.begin(i);
-            recording.end(i);
+            recording.end(i, 0);
         }
     }
 
@@ -268,31 +288,40 @@ mod tests {
     #[test]
     fn an_op_that_has_not_ended_is_there_and_says_so() {
         let r = recorder(3);
-        let mut recording = r.run(1, 9);
+        let mut recording = r.run(1, 9, 0);
         recording.begin(0);
-        recording.end(0);
+        recording.end(0, 0);
         recording.begin(1);
         let events = r.events(0).remove(0).events;
         assert!(events[0].end_ns > 0 && events[1].end_ns == 0 && events[1].begin_ns == events[0].end_ns);
     }
 
     #[test]
-    fn communication_is_that_of_the_last_run_and_the_profile_that_since_it_was_asked() {
+    fn communication_is_that_of_the_last_run_and_times_are_those_of_all_but_the_first() {
         let r = recorder(6);
         let pause = || std::thread::sleep(std::time::Duration::from_millis(2));
-        let mut recording = r.run(1, 0);
-        recording.begin(2);
-        pause();
-        recording.end(2);
-        assert!((2_000_000..1_000_000_000).contains(&r.communicated_ns()));
-        recording.begin(3);
-        pause();
-        recording.end(3);
-        let profile = r.profile();
-        assert_eq!(profile.iter().map(|(n, _)| &**n).collect::<Vec<_>>(), ["op2", "op3"]);
-        assert!(profile.iter().all(|(_, s)| (0.002..1.0).contains(s)), "{profile:?}");
-        assert!(r.profile().is_empty());
-        r.run(1, 1);
+        let mut waited = 7_000_000;
+        let mut run = |step| {
+            let mut recording = r.run(1, step, waited);
+            for op in [2, 3] {
+                recording.begin(op);
+                pause();
+                waited += [1_500_000, 0][op - 2];
+                recording.end(op, waited);
+            }
+            assert!((2_000_000..1_000_000_000).contains(&r.communicated_ns()));
+        };
+        run(0);
+        assert!(r.times().is_empty());
+        (1..3).for_each(&mut run);
+        let [times] = &r.times()[..] else { panic!("one function ran") };
+        assert_eq!((&*times.function, times.runs, times.spent_ns.len()), ("train", 2, 6));
+        assert_eq!(times.waited_ns, [0, 0, 3_000_000, 0, 0, 0]);
+        for (op, spent) in times.spent_ns.iter().enumerate() {
+            let expected = if [2, 3].contains(&op) { 4_000_000..1_000_000_000 } else { 0..1 };
+            assert!(expected.contains(spent), "{times:?}");
+        }
+        r.run(1, 3, waited);
         assert_eq!(r.communicated_ns(), 0);
     }
 

@@ -119,6 +119,7 @@ fn refused(e: CheckpointError) -> Status {
 
 type PartStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::ShardPart, Status>> + Send>>;
 type EventStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::DeviceEvents, Status>> + Send>>;
+type ProfileStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::DeviceProfile, Status>> + Send>>;
 type ArrayStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<control::ArrayPart, Status>> + Send>>;
 
 impl WorkerService {
@@ -513,6 +514,13 @@ impl worker_server::Worker for WorkerService {
         };
         let parts = recorders.into_iter().flat_map(|(device, recorder)| recorder.events(device));
         Ok(Response::new(Box::pin(iter(parts.map(Ok)))))
+    }
+
+    type ProfileStream = ProfileStream;
+
+    async fn profile(&self, request: Request<control::SessionName>) -> Result<Response<ProfileStream>, Status> {
+        let devices = self.with(request.into_inner().epoch, |l| Ok(l.group.profile())).await?;
+        Ok(Response::new(Box::pin(iter(devices.into_iter().map(Ok)))))
     }
 
     async fn abort(&self, request: Request<control::AbortRequest>) -> Result<Response<control::Done>, Status> {

@@ -89,6 +89,10 @@ impl Transport for FromArena {
         self.end.finish()
     }
 
+    fn waited_ns(&self) -> u64 {
+        self.end.waited_ns()
+    }
+
     fn abort(&mut self, reason: &str) {
         self.end.abort(reason);
     }

@@ -47,7 +47,7 @@ Exit codes:
 
 const KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace and --resume is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
   groups            numbers of groups of layers that share weights, one after the other, as `1,2,4` [default: 1]
   shared            what of a layer is shared: layer, attention or feed-forward [default: layer]
   reset_slots       optimizer slots start anew when layers are unshared, instead of being copied [default: false]
@@ -67,6 +67,7 @@ A run folder holds
                     times the loss and accuracy on what is held out; the last row has a hash of all variables, and each
                     device's predicted and measured peak of memory
   loss.png          the loss over all steps
+  profile.txt       with --profile: where the time of a step went; profile.json for programs
   tensorboard/      the same for `tensorboard --logdir`
   checkpoints/      safetensors with a manifest each, for --resume
 
@@ -74,7 +75,7 @@ The exit codes are in `bert --help`.";
 
 const TUNE_KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace and --resume is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
   held_out          share of the sentences that are held out, by a hash of their text [default: 0.1]
   warmup            steps until the learning rate is highest; 0: a tenth of all [default: 0]
   decay, clip       weight decay; what the gradients' norm is cut to [default: 0.01, 1]

@@ -33,8 +33,8 @@ Exit codes:
   75  try again: stopped as asked, or workers or the coordinator are gone; --resume goes on";
 
 const KEYS: &str = "\
-Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints
-and --resume is also a key of the configuration, for --config and --set; further keys are
+Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
+--trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
   organ_weight      weight of an organ's voxel in the cross-entropy; the background's is 1 [default: 8]
   checkpoint_every  steps between checkpoints; one is always written at the end [default: 50]
   keep              checkpoints to keep [default: 2]
@@ -46,6 +46,7 @@ A run folder holds
                       hash of all variables, and each device's predicted and measured peak of memory
   tensorboard/        loss, gradient norm and dice for TensorBoard: `tensorboard --logdir RUN/tensorboard`
   loss.png            a chart of the loss
+  profile.txt         with --profile: where the time of a step went; profile.json for programs
   checkpoints/        safetensors with a manifest each, for --resume
   prediction.nii.gz   the predicted labels, on the grid of the input
   prediction.png      slices: labels on the left, prediction on the right

@@ -62,14 +62,16 @@ fn stage(scope: &str) -> String {
 
 /// Rows in columns; numbers (and what follows them, a unit) to the right.
 #[derive(Default)]
-struct Table(Vec<Vec<String>>);
+pub struct Table(Vec<Vec<String>>);
 
 impl Table {
-    fn row<const N: usize>(&mut self, cells: [&dyn Display; N]) {
+    /// Adds a row; the first one is the headings.
+    pub fn row<const N: usize>(&mut self, cells: [&dyn Display; N]) {
         self.0.push(cells.map(|c| c.to_string()).into());
     }
 
-    fn write(&self, out: &mut String) {
+    /// Writes it, two spaces in.
+    pub fn write(&self, out: &mut String) {
         let columns = self.0.iter().map(Vec::len).max().unwrap_or(0);
         let number = |c: &str| c.starts_with(|c: char| c.is_ascii_digit());
         let width = |i: usize| self.0.iter().filter_map(|r| r.get(i)).map(|c| c.chars().count()).max().unwrap_or(0);

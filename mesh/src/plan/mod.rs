@@ -2,11 +2,13 @@
 //!
 //! [`fuse`] decides what is stored and what is computed inside the loops that use it; `body` makes the loops,
 //! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
-//! puts them together into [`step`]s; [`recompute`] chooses what a backward pass makes again. The peak that a plan predicts is what execution uses, byte for byte, because
-//! execution has no other memory than the plan's.
+//! puts them together into [`step`]s, and [`cost`] says what each takes; [`recompute`] chooses what a backward pass makes
+//! again. The peak that a plan predicts is what execution uses, byte for byte, because execution has no other memory than
+//! the plan's.
 
 mod body;
 mod copies;
+pub mod cost;
 pub mod describe;
 mod exchange;
 mod function;

@@ -11,14 +11,62 @@ const SIZES: [usize; 2] = [56, 64];
 const TRIES: usize = 5;
 const TIME: Duration = Duration::from_millis(2);
 
+/// Bytes that are copied to measure the memory, by all threads together: more than most caches hold. Each piece is timed by
+/// itself, so that a thread that has to wait for its core meanwhile spoils one of them only.
+const COPIED: usize = 64 << 20;
+const PIECE: usize = 2 << 20;
+
+/// What a device can do at the most.
+#[derive(Clone, Copy, Debug)]
+pub struct Roofline {
+    /// Floating-point operations a second in products of `f32`, and of `bf16`.
+    pub product_flops: [f64; 2],
+    /// Bytes a second to and from memory.
+    pub memory_bytes: f64,
+}
+
+impl Roofline {
+    /// That of each of `devices` devices with `threads` threads, all at work at once: measured, in a tenth of a second.
+    pub fn measure(devices: usize, threads: usize) -> Roofline {
+        let (all, each) = (devices * threads, 1.0 / devices.max(1) as f64);
+        Roofline {
+            product_flops: [DType::F32, DType::Bf16].map(|dtype| product_flops(dtype, all) * each),
+            memory_bytes: memory_bytes(all) * each,
+        }
+    }
+}
+
+/// What `one` measures on each of `threads` threads, as far as there are cores for them, added up.
+fn on_all(threads: usize, one: impl Fn(usize) -> f64 + Sync) -> f64 {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = threads.clamp(1, cores);
+    std::thread::scope(|s| {
+        let all: Vec<_> = (0..threads).map(|_| s.spawn(|| one(threads))).collect();
+        all.into_iter().map(|t| t.join().unwrap_or(0.0)).sum()
+    })
+}
+
+/// Bytes a second that `threads` threads read from memory and write to it at the most: those of copying more than the
+/// caches hold, measured. What stays in a cache is faster.
+pub fn memory_bytes(threads: usize) -> f64 {
+    on_all(threads, |threads| {
+        let from = vec![1u8; (COPIED / threads).max(PIECE)];
+        let (mut to, mut best) = (vec![0u8; from.len()], 0.0f64);
+        for _ in 0..TRIES {
+            for (to, from) in to.chunks_exact_mut(PIECE).zip(from.chunks_exact(PIECE)) {
+                let begun = Instant::now();
+                std::hint::black_box(to).copy_from_slice(std::hint::black_box(from));
+                best = best.max(2.0 * PIECE as f64 / begun.elapsed().as_secs_f64());
+            }
+        }
+        best
+    })
+}
+
 /// Floating-point operations a second that `threads` threads do at the most in products of a dtype, as far as there are
 /// cores for them: that of the register tile on what lies in the nearest cache, measured.
 pub fn product_flops(dtype: DType, threads: usize) -> f64 {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    std::thread::scope(|s| {
-        let all: Vec<_> = (0..threads.clamp(1, cores)).map(|_| s.spawn(|| one(dtype))).collect();
-        all.into_iter().map(|t| t.join().unwrap_or(0.0)).sum()
-    })
+    on_all(threads, |_| one(dtype))
 }
 
 fn one(dtype: DType) -> f64 {
@@ -76,5 +124,21 @@ mod tests {
         // Without an instruction for pairs, bf16 is imitated.
         let most = product_flops(DType::Bf16, 1);
         assert!(most > naive || !Isa::detect().pairs() && most > 0.0, "bf16: {most}, {naive}");
+    }
+
+    #[test]
+    fn memory_is_slower_than_a_cache() {
+        let (mut a, mut b) = (vec![1u8; 16 << 10], vec![0u8; 16 << 10]);
+        let mut cached = 0.0f64;
+        for _ in 0..100 {
+            let begun = Instant::now();
+            for _ in 0..100 {
+                std::hint::black_box(&mut b).copy_from_slice(std::hint::black_box(&a));
+                std::mem::swap(&mut a, &mut b);
+            }
+            cached = cached.max((100 * 2 * a.len()) as f64 / begun.elapsed().as_secs_f64());
+        }
+        let memory = memory_bytes(1);
+        assert!(memory > 1e8 && memory < cached, "{memory} and {cached} bytes a second");
     }
 }

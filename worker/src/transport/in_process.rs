@@ -3,6 +3,7 @@
 use super::{Transport, TransportError};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// A posted message.
 struct Posted {
@@ -31,6 +32,14 @@ impl Door {
     fn open(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Waits for the bell, and adds the time that this takes.
+    fn wait<'a>(&self, inbox: MutexGuard<'a, Inbox>, waited_ns: &mut u64) -> MutexGuard<'a, Inbox> {
+        let begun = Instant::now();
+        let inbox = self.bell.wait(inbox).unwrap_or_else(PoisonError::into_inner);
+        *waited_ns += begun.elapsed().as_nanos() as u64;
+        inbox
+    }
 }
 
 /// Transport between devices of one process: receivers copy straight out of the senders' memory.
@@ -44,6 +53,7 @@ pub struct InProcess {
     borrowed: Vec<*const u8>,
     /// Who lent what is there.
     lenders: Vec<usize>,
+    waited_ns: u64,
 }
 
 /// A posted receive.
@@ -81,6 +91,7 @@ impl InProcess {
                 receives: Vec::with_capacity(messages * devices),
                 borrowed: Vec::with_capacity(messages * devices),
                 lenders: Vec::with_capacity(messages * devices),
+                waited_ns: 0,
             })
             .collect()
     }
@@ -99,7 +110,7 @@ impl InProcess {
                 });
                 match ready {
                     Some(found) => break found,
-                    None => inbox = door.bell.wait(inbox).unwrap_or_else(PoisonError::into_inner),
+                    None => inbox = door.wait(inbox, &mut self.waited_ns),
                 }
             };
             drop(inbox);
@@ -172,9 +183,13 @@ impl Transport for InProcess {
         let mut inbox = door.open();
         while inbox.outstanding > 0 {
             InProcess::check(&inbox)?;
-            inbox = door.bell.wait(inbox).unwrap_or_else(PoisonError::into_inner);
+            inbox = door.wait(inbox, &mut self.waited_ns);
         }
         Ok(())
+    }
+
+    fn waited_ns(&self) -> u64 {
+        self.waited_ns
     }
 
     fn abort(&mut self, reason: &str) {

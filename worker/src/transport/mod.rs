@@ -160,6 +160,10 @@ pub trait Transport: Send {
     /// Gives back what was borrowed, and waits until all that was posted is done.
     fn finish(&mut self) -> Result<(), TransportError>;
 
+    /// Nanoseconds so far in which there was nothing to move: others were late, took their time to read what they were
+    /// sent, or had bytes on their way.
+    fn waited_ns(&self) -> u64;
+
     /// Tells everyone that this device cannot go on; whoever waits is woken with [`TransportError::Aborted`].
     fn abort(&mut self, reason: &str);
 }

@@ -39,6 +39,7 @@ pub struct Switchboard {
     borrowed: Places,
     /// Why nothing can be moved any more.
     broken: Option<TransportError>,
+    waited_ns: u64,
 }
 
 /// `device 0: ring to 1, 2; gRPC to 3`.
@@ -264,7 +265,7 @@ impl Switchboard {
         };
         let ports: Vec<_> = links.into_iter().enumerate().map(port).collect();
         let borrowed = Places(Vec::with_capacity(QUEUE * ports.len()));
-        Switchboard { me, bell, doom, spin, ports, borrowed, broken: None }
+        Switchboard { me, bell, doom, spin, ports, borrowed, broken: None, waited_ns: 0 }
     }
 
     /// The device.
@@ -339,6 +340,7 @@ impl Switchboard {
             }
             watched.get_or_insert(now);
             self.bell.wait(seen, self.spin, WATCH);
+            self.waited_ns += now.elapsed().as_nanos() as u64;
         }
     }
 
@@ -404,6 +406,10 @@ impl Transport for Switchboard {
         self.ports.iter_mut().flatten().for_each(Port::give_back);
         let moved = moved.and_then(|()| self.move_all(Until::Done));
         self.kept(moved)
+    }
+
+    fn waited_ns(&self) -> u64 {
+        self.waited_ns
     }
 
     fn abort(&mut self, reason: &str) {

@@ -1,0 +1,135 @@
+//! What a step of a plan takes at the least: operations, and bytes that pass between memory and cores.
+//!
+//! Both are of one device and count nothing twice: an element that is used again is read once. A profile divides them by
+//! the time that the step took.
+
+use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Step, Work};
+use crate::body::{Access, Instr, Loop};
+use crate::dim::{DType, Type};
+use crate::ops::Prim;
+
+/// What a step takes at the least.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Floating-point operations; a multiply-add counts two.
+    pub flops: f64,
+    /// Bytes read and bytes written.
+    pub bytes: f64,
+}
+
+impl Step {
+    /// What kind of work it is: the op's name, the collective's, or what it was fused into (`map`, `reduce`, `copy`).
+    pub fn class(&self) -> &str {
+        match &self.work {
+            Work::Map(_) => "map",
+            Work::Reduce(_) => "reduce",
+            Work::Copy(_) => "copy",
+            Work::Op(_) | Work::Exchange(_) | Work::AllReduce(_) => &self.label.op,
+        }
+    }
+
+    /// The dtype that it multiplies in.
+    pub fn dtype(&self) -> DType {
+        match &self.work {
+            Work::Op(op) if op.inputs.iter().all(|p| p.ty.dtype == DType::Bf16) => DType::Bf16,
+            Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) => DType::F32,
+            Work::Exchange(_) | Work::AllReduce(_) => DType::F32,
+        }
+    }
+
+    /// What it takes at the least.
+    pub fn cost(&self) -> Cost {
+        let outputs: usize = self.outputs.iter().map(|b| b.bytes).sum();
+        let (flops, bytes) = match &self.work {
+            Work::Map(nest) => (arithmetic(nest) * points(nest), loads(nest) + stores(nest)),
+            Work::Reduce(r) => {
+                let each = arithmetic(&r.nest) + r.nest.body.results.len();
+                (each * points(&r.nest), loads(&r.nest) + outputs)
+            }
+            Work::Op(op) => {
+                let (mut flops, mut read) = (op_flops(op), op_reads(op));
+                if let Some(nest) = &op.epilogue {
+                    // The op's result, its last operand, does not come from memory.
+                    flops += (arithmetic(nest) * points(nest)) as f64;
+                    read += loads(nest) - points(nest) * op.output.ty.dtype.bytes();
+                }
+                return Cost { flops, bytes: (read + outputs) as f64 };
+            }
+            Work::Copy(c) => {
+                let copied: usize = c.boxes.iter().map(|(_, b)| elements(b) * c.element).sum();
+                (0, copied + if c.fill.is_some() { outputs } else { copied })
+            }
+            Work::Exchange(e) => (0, moved(e)),
+            Work::AllReduce(a) => all_reduce(a),
+        };
+        Cost { flops: flops as f64, bytes: bytes as f64 }
+    }
+}
+
+fn points(nest: &Loop) -> usize {
+    nest.extents.iter().product()
+}
+
+/// Operations at each point, counted as the ops do that were fused.
+fn arithmetic(nest: &Loop) -> usize {
+    let operation = |i: &Instr| match i {
+        Instr::Unary(..) | Instr::Binary(..) | Instr::Compare(..) | Instr::Select(..) => 1,
+        Instr::Load(_) | Instr::Constant(_) | Instr::Step | Instr::Index { .. } | Instr::Random { .. } => 0,
+        Instr::Cast(_) => 0,
+    };
+    nest.body.instrs.iter().map(|(i, _)| operation(i)).sum()
+}
+
+/// Bytes of what the operands are read at: along a loop that does not move it, an operand is read once.
+fn loads(nest: &Loop) -> usize {
+    let one = |a: &Access| {
+        let moving = nest.extents.iter().zip(&a.strides).filter(|(_, s)| **s > 0);
+        // A loop of no points reads nothing.
+        moving.map(|(n, _)| *n).product::<usize>() * a.dtype.bytes() * usize::from(points(nest) > 0)
+    };
+    nest.operands.iter().map(one).sum()
+}
+
+fn stores(nest: &Loop) -> usize {
+    let result = |slot: &usize| nest.body.instrs[*slot].1.bytes();
+    points(nest) * nest.body.results.iter().map(result).sum::<usize>()
+}
+
+/// The op's own count on whole tensors, and of that the share which is computed here.
+fn op_flops(op: &OpWork) -> f64 {
+    let types: Vec<&Type> = op.inputs.iter().map(|p| &p.ty).collect();
+    let whole = op.op.op().flops(&types, &op.output.ty) as f64;
+    let mut share = op.output.region.elements() as f64 / op.output.ty.elements().max(1) as f64;
+    if let Some((tree, owned)) = &op.sum {
+        let own = tree.elements(owned);
+        share *= own.iter().zip(&tree.dims).map(|(own, d)| own.len() as f64 / d.size.max(1) as f64).product::<f64>();
+    }
+    whole * share
+}
+
+fn op_reads(op: &OpWork) -> usize {
+    let bytes = |p: &Part| p.region.elements() * p.ty.dtype.bytes();
+    match &op.op {
+        // Of its table it reads the rows that come out.
+        Prim::Gather(_) => bytes(&op.output) + op.inputs.iter().skip(1).map(bytes).sum::<usize>(),
+        _ => op.inputs.iter().map(bytes).sum(),
+    }
+}
+
+fn elements(b: &BoxCopy) -> usize {
+    b.extents.iter().product()
+}
+
+/// What is kept is read and written, as is what comes from others; that what is sent is read is the receiver's.
+fn moved(e: &Exchange) -> usize {
+    let kept: usize = e.local.iter().map(|b| elements(b) * e.element).sum();
+    let received: usize = e.recvs.iter().map(|m| m.bytes).sum();
+    2 * (kept + received)
+}
+
+/// It combines its segment of all parts, and copies the others' segments.
+fn all_reduce(a: &AllReduce) -> (usize, usize) {
+    let (parts, own) = (a.nodes.iter().sum::<usize>(), a.segment(a.me).len());
+    let copied = a.elements - own;
+    (parts.saturating_sub(1) * own, ((parts + 1) * own + 2 * copied) * a.dtype.bytes())
+}

@@ -1,0 +1,87 @@
+//! What the steps of a plan take: the operations and bytes that a profile divides by time.
+
+use mesh::dim::{DType, Name, dim};
+use mesh::graph::{Graph, Tensor};
+use mesh::nn::{self, Dense, Kernel};
+use mesh::plan::{Backend, DevicePlan, PlanOptions, ProgramPlan, Step, Work, plan_program};
+use mesh::program::{Program, ProgramBuilder};
+
+/// A backend without scratch.
+struct Plain;
+
+impl Backend for Plain {
+    fn scratch_bytes(&self, _: &Work) -> usize {
+        0
+    }
+    fn workspace_bytes(&self) -> usize {
+        0
+    }
+}
+
+fn program(build: impl Fn(&Graph, &Tensor)) -> Program {
+    let mut p = ProgramBuilder::new();
+    let dims = [dim("batch", 4), dim("x", 16), dim("y", 12), dim("channel", 3)];
+    p.function("f", |g| build(g, &g.input("image", DType::F32, &dims))).unwrap();
+    p.finish().unwrap()
+}
+
+fn planned(program: &Program, mesh: &str, layout: &str) -> ProgramPlan {
+    let (mesh, layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
+    plan_program(program, &mesh, &layout, &PlanOptions::default(), &Plain).unwrap()
+}
+
+/// The steps of `f` that are of a class, by device.
+fn steps<'a>(plan: &'a ProgramPlan, class: &'a str) -> Vec<Vec<&'a Step>> {
+    let of = |d: &'a DevicePlan| d.steps.iter().filter(|s| s.class() == class).collect();
+    plan.functions[&Name::from("f")].iter().map(of).collect()
+}
+
+#[test]
+fn the_products_of_all_devices_are_those_of_the_function() {
+    let program = program(|g, x| {
+        let kernel = Kernel::new(&["x", "y"], 3);
+        let y = nn::conv(x, "first", &kernel, &dim("channel", 8)).relu();
+        let y = nn::conv(&y, "second", &kernel.stride(2), &dim("channel", 8)).relu();
+        let loss = nn::dense(&y, "out", &["channel"], &[dim("class", 5)], &Dense::default()).mean_all();
+        g.gradients(&loss, &[x]).iter().for_each(|d| g.output("dx", d));
+    });
+    let products = ["conv", "conv_transpose", "conv_weight_grad", "contract"];
+    let expected = program.functions[&Name::from("f")].product_flops() as f64;
+    for (mesh, layout) in [("1", ""), ("x=2", "x:x"), ("x=3", "x:x"), ("data=2,y=2", "batch:data,y:y")] {
+        let plan = planned(&program, mesh, layout);
+        let all: f64 = products.iter().flat_map(|c| steps(&plan, c).concat()).map(|s| s.cost().flops).sum();
+        assert!((all - expected).abs() < 1e-9 * expected, "{mesh}: {all} and {expected}");
+    }
+}
+
+#[test]
+fn a_map_reads_each_operand_once_and_writes_its_results() {
+    let program = program(|g, x| {
+        let shift = g.input("shift", DType::F32, &[dim("channel", 3)]);
+        g.output("y", &x.add(&shift).tanh());
+    });
+    let plan = planned(&program, "1", "");
+    let [map] = steps(&plan, "map")[0][..] else { panic!("one map") };
+    let n = 4 * 16 * 12 * 3;
+    assert_eq!((map.cost().flops, map.cost().bytes), (2.0 * n as f64, f64::from(4 * (n + 3 + n))));
+}
+
+#[test]
+fn exchanges_and_all_reduces_compute_little_and_move_what_they_receive() {
+    let program = program(|g, x| {
+        let y = nn::conv(x, "c", &Kernel::new(&["x"], 3), &dim("channel", 4));
+        g.output("y", &y);
+        g.output("sum", &y.sum(&["batch", "x", "y"]));
+    });
+    let plan = planned(&program, "x=2", "x:x");
+    for (device, halos) in steps(&plan, "halo").iter().enumerate() {
+        // Half of x and one line more.
+        let [halo] = halos[..] else { panic!("device {device} has one halo") };
+        assert_eq!((halo.cost().flops, halo.cost().bytes), (0.0, f64::from(2 * 4 * 4 * 9 * 12 * 3)));
+    }
+    for sums in steps(&plan, "all-reduce") {
+        let [sum] = sums[..] else { panic!("one all-reduce") };
+        // Of 4 channels. The tree halves the batch first, so that each device holds 4 of its nodes.
+        assert_eq!((sum.cost().flops, sum.cost().bytes), (f64::from(7 * 4), f64::from(9 * 4 * 4)));
+    }
+}
