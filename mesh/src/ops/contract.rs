@@ -71,7 +71,9 @@ impl Op for Contract {
             if missing.is_empty() { product.sum_to(&ty) } else { product.broadcast(&ty.dims) }
         };
         let (a, b) = (&cx.inputs[0], &cx.inputs[1]);
-        vec![Some(side(a, b)), Some(side(b, a))]
+        // A product's weights come second: the other factor need not be there any more while its own gradient is made.
+        let second = side(b, a);
+        vec![Some(side(a, b)), Some(second)]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         union(x).into_iter().filter(|d| self.over.contains(&d.name)).collect()
