@@ -78,7 +78,11 @@ struct Region {
 /// State while a backward pass is built: forward values that are cheap to make again are made again instead of kept.
 struct Backward {
     boundary: NodeId,
-    clones: HashMap<NodeId, NodeId>,
+    /// The region whose gradients are built.
+    region: Option<usize>,
+    /// By value and by the region that it is made again for. What a region takes is made again for each by itself: it
+    /// would be kept from the first one of them to the last.
+    clones: HashMap<(NodeId, Option<usize>), NodeId>,
 }
 
 /// A graph under construction. Cheap to clone: all clones are the same graph.
@@ -254,7 +258,7 @@ impl Graph {
             if id >= b.boundary {
                 return id;
             }
-            if let Some(&c) = b.clones.get(&id) {
+            if let Some(&c) = b.clones.get(&(id, b.region)) {
                 return c;
             }
             if !s.is_remade(id) {
@@ -267,7 +271,7 @@ impl Graph {
         let clone = NodeId(s.nodes.len() as u32);
         s.nodes.push(Node { inputs, ..node });
         if let Some(b) = &mut s.backward {
-            b.clones.insert(id, clone);
+            b.clones.insert((id, b.region), clone);
         }
         clone
     }
@@ -466,8 +470,13 @@ impl Graph {
             let from = custom.as_deref().unwrap_or(&s.nodes[i].inputs);
             wanted[i] |= s.nodes[i].ty.dtype.is_float() && from.iter().any(|n| wanted[n.index()]);
         }
-        self.0.borrow_mut().close_regions();
-        self.0.borrow_mut().backward = Some(Backward { boundary: NodeId(len as u32), clones: HashMap::new() });
+        let region = {
+            let mut s = self.0.borrow_mut();
+            s.close_regions();
+            s.region_of()
+        };
+        self.0.borrow_mut().backward =
+            Some(Backward { boundary: NodeId(len as u32), region: None, clones: HashMap::new() });
         let one = self.scalar(1.0);
         let mut sums: HashMap<NodeId, Tensor> = HashMap::from([(loss.id, one)]);
         for i in (0..=loss.id.index()).rev() {
@@ -476,6 +485,9 @@ impl Graph {
                 continue;
             }
             let Some(dy) = sums.get(&id).cloned() else { continue };
+            if let Some(b) = &mut self.0.borrow_mut().backward {
+                b.region = region[i];
+            }
             let (inputs, grads) = self.one_gradient(id, &dy);
             for (input, grad) in inputs.into_iter().zip(grads) {
                 if let (true, Some(grad)) = (wanted[input.index()], grad) {

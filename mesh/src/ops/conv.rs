@@ -199,10 +199,10 @@ impl Op for Conv {
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
         let (x, f) = (&cx.inputs[0], &cx.inputs[1]);
         let sizes = self.windows.iter().map(|w| x.dim(&w.dim).size).collect();
-        vec![
-            Some(cx.dy.conv_transpose(f, &ConvTranspose { conv: self.clone(), sizes }).sum_to(&x.ty())),
-            Some(x.conv_weight_grad(&cx.dy, self)),
-        ]
+        // The filter's first: the input need not be there any more while its own gradient is made.
+        let filter = x.conv_weight_grad(&cx.dy, self);
+        let input = cx.dy.conv_transpose(f, &ConvTranspose { conv: self.clone(), sizes }).sum_to(&x.ty());
+        vec![Some(input), Some(filter)]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         // With groups every output has its own channels to sum over, so there is no common dimension to split.
@@ -260,7 +260,8 @@ impl Op for ConvTranspose {
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
         let (y, f) = (&cx.inputs[0], &cx.inputs[1]);
-        vec![Some(cx.dy.conv(f, &self.conv).sum_to(&y.ty())), Some(cx.dy.conv_weight_grad(y, &self.conv))]
+        let filter = cx.dy.conv_weight_grad(y, &self.conv);
+        vec![Some(cx.dy.conv(f, &self.conv).sum_to(&y.ty())), Some(filter)]
     }
     fn reduced(&self, x: &[&Type]) -> Vec<Dim> {
         let c = &self.conv;
