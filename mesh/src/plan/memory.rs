@@ -1,9 +1,10 @@
 //! Static memory: every buffer gets its place in the arena from when it is alive.
 
 use super::step::{ALIGN, Buffer};
+use std::cmp::Reverse;
 
 /// Something that needs a place in the arena while it is alive.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tenant {
     /// Bytes.
     pub bytes: usize,
@@ -13,15 +14,19 @@ pub struct Tenant {
     pub to: usize,
 }
 
-/// Places tenants above `base`, so that no two that are alive together overlap; tries the largest first and the
-/// earliest first, and takes the better. Returns their buffers and the end of the arena.
+/// Places tenants above `base`, so that no two that are alive together overlap; tries the largest first, the
+/// earliest first and the longest first, and takes the best. Returns their buffers and the end of the arena.
 pub fn place(tenants: &[Tenant], base: usize) -> (Vec<Buffer>, usize) {
     let mut by_size: Vec<usize> = (0..tenants.len()).collect();
-    by_size.sort_by_key(|&i| (std::cmp::Reverse(tenants[i].bytes), tenants[i].from, i));
+    by_size.sort_by_key(|&i| (Reverse(tenants[i].bytes), tenants[i].from, i));
     let mut by_time: Vec<usize> = (0..tenants.len()).collect();
-    by_time.sort_by_key(|&i| (tenants[i].from, std::cmp::Reverse(tenants[i].to), i));
-    let (a, b) = (place_in_order(tenants, base, &by_size), place_in_order(tenants, base, &by_time));
-    if a.1 <= b.1 { a } else { b }
+    by_time.sort_by_key(|&i| (tenants[i].from, Reverse(tenants[i].to), i));
+    let mut by_life: Vec<usize> = (0..tenants.len()).collect();
+    by_life.sort_by_key(|&i| (Reverse(tenants[i].to - tenants[i].from), Reverse(tenants[i].bytes), i));
+    let (size, time) = (place_in_order(tenants, base, &by_size), place_in_order(tenants, base, &by_time));
+    [time, place_in_order(tenants, base, &by_life)]
+        .into_iter()
+        .fold(size, |best, p| if p.1 < best.1 { p } else { best })
 }
 
 fn place_in_order(tenants: &[Tenant], base: usize, order: &[usize]) -> (Vec<Buffer>, usize) {
