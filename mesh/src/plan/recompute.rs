@@ -14,8 +14,9 @@ use std::collections::BTreeMap;
 
 /// Candidates at the most: of more blocks, neighbours are chosen together.
 pub const CANDIDATES: usize = 14;
-/// Choices that are planned at the most before the search is cut off.
-pub const PLANS: usize = 256;
+/// Choices that are planned at the most before the search is cut off; where none of them fits, as many again for the least
+/// peak.
+pub const PLANS: usize = 128;
 
 /// A choice of blocks, and what it takes.
 #[derive(Clone, Debug)]
@@ -216,9 +217,10 @@ impl<'a> Search<'a> {
     /// The choice with the least peak, or one that fits. Those with the most blocks are the likeliest.
     fn least(&mut self, budget: usize) -> Result<Mask, Error> {
         let least = |tried: &[Tried]| tried.iter().map(|t| (t.peak, t.mask)).min().unwrap_or((usize::MAX, 0));
+        let most = self.tried.len() + PLANS;
         for i in (0..self.all.len()).rev() {
             let (mask, (peak, _)) = (self.all[i], least(&self.tried));
-            if peak > budget && self.floor(mask) < peak && self.tried.len() < 2 * PLANS {
+            if peak > budget && self.floor(mask) < peak && self.tried.len() < most {
                 self.peak(mask)?;
             }
         }
@@ -256,9 +258,13 @@ impl<'a> Search<'a> {
         } else {
             format!("this is with {}", names.join(", "))
         };
-        let of = match self.tried.len() {
-            n if n < 2 * PLANS => "no choice of blocks to recompute needs less".into(),
-            n => format!("of the {n} choices of blocks to recompute that were planned, none needs less"),
+        let peak = self.peak(least)?;
+        let open = |mask: &&Mask| self.floor(**mask) < peak && self.tried.iter().all(|t| t.mask != **mask);
+        let of = match self.all.iter().find(open) {
+            None => "no choice of blocks to recompute needs less".into(),
+            Some(_) => {
+                format!("of {} choices of blocks to recompute that were planned, none needs less", self.tried.len())
+            }
         };
         Ok(e.note(format!("{of}; {how}; with none it is {}", bytes(self.peak(0)?))))
     }
