@@ -32,6 +32,10 @@ pub struct DeviceOptions {
     /// Memory that each device may use, such as `2GiB` [default: no limit]
     #[arg(long, help_heading = "Devices", value_name = "BYTES")]
     memory: Option<String>,
+    /// Blocks whose values are made again in the backward pass instead of kept for it, which saves memory, costs time and
+    /// changes no bit: `auto` (what --memory takes, for the fewest FLOPs), `none`, or their names [default: auto]
+    #[arg(long, help_heading = "Devices", value_name = "auto|none|BLOCK,..")]
+    recompute: Option<String>,
     /// Run on the workers of this coordinator instead of in this process
     #[arg(long, help_heading = "Devices", value_name = "URL", conflicts_with = "workers")]
     coordinator: Option<String>,
@@ -154,7 +158,7 @@ fn config<C: Settings>(
     macro_rules! take {
         ($from:ident: $($field:ident),*) => { $(if let Some(v) = &$from.$field { common.$field = v.clone(); })* };
     }
-    take!(devices: layout, threads, memory);
+    take!(devices: layout, threads, memory, recompute);
     take!(run: seed);
     own(&mut c);
     let c = c.with_settings(&run.settings)?;

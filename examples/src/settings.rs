@@ -1,5 +1,6 @@
 //! What a run is configured to: defaults, then a TOML file, then the command line, then `--set key=value`.
 
+use crate::memory::Recompute;
 use mesh::error::nearest;
 use mesh::layout::Mesh;
 use serde::de::DeserializeOwned;
@@ -21,6 +22,8 @@ pub struct Common {
     pub threads: usize,
     /// Memory that each device may use, `2GiB`; empty: no limit.
     pub memory: String,
+    /// Blocks that the backward pass makes again: `auto`, `none`, or their names, `encoder.0,decoder.0`.
+    pub recompute: String,
     /// Steps between checkpoints; one is always written at the end.
     pub checkpoint_every: u32,
     /// Checkpoints to keep.
@@ -36,6 +39,7 @@ impl Default for Common {
             seed: 1,
             threads: 0,
             memory: String::new(),
+            recompute: "auto".into(),
             checkpoint_every: 50,
             keep: 2,
         }
@@ -147,6 +151,7 @@ pub trait Settings: Clone + Default + Serialize + DeserializeOwned {
         // What TOML can hold.
         range("--seed", c.seed, 0, i64::MAX as u64)?;
         range("--threads", c.threads as u64, 0, 1024)?;
+        c.recompute.parse::<Recompute>()?;
         memory_bytes(&c.memory).map(|_| ())
     }
 
@@ -223,7 +228,7 @@ pub trait Settings: Clone + Default + Serialize + DeserializeOwned {
     /// What is unlike an earlier configuration, given as JSON, and changes what is computed: `rate 0.1 -> 0.2`.
     fn changes(&self, earlier: &serde_json::Value) -> Vec<String> {
         let own = serde_json::to_value(self).unwrap_or_default();
-        let computed = |key: &str| !["threads", "memory", "checkpoint_every", "keep"].contains(&key);
+        let computed = |key: &str| !["threads", "memory", "recompute", "checkpoint_every", "keep"].contains(&key);
         let keys = own.as_object().into_iter().flatten().filter(|(key, _)| computed(key));
         keys.filter_map(|(key, new)| {
             let old = earlier.get(key)?;

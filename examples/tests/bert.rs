@@ -216,6 +216,23 @@ fn every_layout_trains_to_the_same_bits_by_every_method() {
 }
 
 #[test]
+fn every_choice_of_layers_to_recompute_trains_to_the_same_bits_in_the_memory_that_the_plan_says() {
+    let dropping = Pretraining { dropping: dropping(8), ..plain() };
+    for (mesh, layout) in [("1", ""), ("data=2,model=2", "batch:data,heads:model,d_ff:model,vocab:model")] {
+        let kept = train(&mut session(dropping.program().unwrap(), mesh, layout), 0..2);
+        for choice in 1..16 {
+            let recompute = (0..4).filter(|i| choice >> i & 1 == 1).map(|i| format!("encoder/layer.{i}").into());
+            let method = Pretraining { recompute: recompute.collect(), ..dropping.clone() };
+            let mut session = session(method.program().unwrap(), mesh, layout);
+            assert_eq!(train(&mut session, 0..2), kept, "{:?} on {mesh}", method.recompute);
+            for peak in session.peaks().unwrap() {
+                assert_eq!(peak.peak_bytes_predicted, peak.peak_bytes_measured, "{:?} on {mesh}", method.recompute);
+            }
+        }
+    }
+}
+
+#[test]
 fn keeping_every_token_is_plain_bert_bit_for_bit() {
     let mut kept = session(Pretraining { dropping: dropping(SEQ), ..plain() }.program().unwrap(), "1", "");
     let mut other = session(plain().program().unwrap(), "1", "");

@@ -176,10 +176,11 @@ fn mistakes_on_the_command_line_name_their_place_and_what_to_do() {
 #[test]
 fn a_plan_over_the_memory_allowed_names_the_largest_tensors() {
     let place = Place::new();
-    let r = place.run("train --data phantom --crop 32 --base 8 --mesh x=2 --memory 12MiB --out run");
+    let budget = "--memory 8MiB --recompute none";
+    let r = place.run(&format!("train --data phantom --crop 32 --base 8 --mesh x=2 {budget} --out run"));
     assert_eq!(r.code, 2, "{}", r.err);
     assert!(
-        r.err.contains("error[M0001]: device ") && r.err.contains("but may use 12.0 MiB (12,582,912 bytes)"),
+        r.err.contains("error[M0001]: device ") && r.err.contains("but may use 8.0 MiB (8,388,608 bytes)"),
         "{}",
         r.err
     );
@@ -189,6 +190,63 @@ fn a_plan_over_the_memory_allowed_names_the_largest_tensors() {
     assert!(r.err.contains("in function `train`") && r.err.contains("help: split more dimensions"), "{}", r.err);
     assert!(!place.path("run").exists(), "nothing is written for a run that cannot be");
     place.ok("plan --data phantom --crop 32 --base 8 --mesh x=2 --memory 1GiB");
+}
+
+#[test]
+fn recomputing_changes_no_bit_and_takes_the_memory_that_the_plan_says() {
+    let place = Place::new();
+    let train = |name: &str, mesh: &str, devices: usize, blocks: &str| {
+        place.ok(&format!(
+            "train --data phantom --crop 20x18x16 --base 4 --steps 3 --dropout 0.2 --mesh {mesh} --recompute {blocks} \
+             --out {name}"
+        ));
+        let rows = place.rows(name);
+        assert_peaks_as_predicted(&rows, mesh, devices);
+        rows
+    };
+    let all = "encoder.0,encoder.1,encoder.2,encoder.3,decoder.2,decoder.1,decoder.0";
+    let kept = train("kept", "1", 1, "none");
+    let peak = |rows: &[Value]| rows[2]["devices"][0]["peak_bytes_predicted"].as_u64().unwrap();
+    assert!(peak(&train("all", "1", 1, all)) < peak(&kept));
+    for (i, blocks) in all.split(',').chain([all, "encoder.0,decoder.1,decoder.0"]).enumerate() {
+        let rows = train(&format!("split{i}"), "x=2,y=2", 4, blocks);
+        assert_eq!(bits(&rows), bits(&kept), "{blocks} recomputed");
+    }
+}
+
+#[test]
+fn a_budget_that_only_fits_with_recomputation_trains_and_says_so() {
+    let place = Place::new();
+    let run = "--data phantom --crop 32 --base 8 --mesh x=2 --steps 2";
+    place.ok(&format!("train {run} --out kept"));
+    let kept = place.rows("kept");
+    let peak = |rows: &[Value]| rows[1]["devices"][0]["peak_bytes_measured"].as_u64().unwrap();
+    let budget = peak(&kept) * 97 / 100;
+
+    let r = place.ok(&format!("train {run} --memory {budget} --out fits"));
+    let says = r.err.lines().find(|l| l.starts_with("memory   recomputes ")).unwrap_or_else(|| panic!("{}", r.err));
+    assert!(says.contains(" % more FLOPs a step, at most ") && says.contains(" on a device instead of "), "{says}");
+    let fits = place.rows("fits");
+    assert_eq!(bits(&fits), bits(&kept));
+    assert!(peak(&fits) <= budget, "{} of {budget}", peak(&fits));
+    assert_peaks_as_predicted(&fits, "x=2", 2);
+
+    // A plan says the same, and what is decided by hand holds.
+    let plan = place.ok(&format!("plan {run} --memory {budget}")).out;
+    assert!(plan.contains(says), "{plan}");
+    place.fails(&format!("plan {run} --memory {budget} --recompute none"), 2, &["error[M0001]"]);
+    place.fails(&format!("plan {run} --recompute encoder.9"), 2, &["no", "`encoder.9`", "did you mean `encoder."]);
+    place.ok(&format!("plan {run} --memory {}", peak(&kept)));
+
+    // A run goes on with another choice.
+    let resumed = place.ok("train --resume --steps 4 --recompute decoder.0 --memory 1GiB --out fits");
+    assert!(resumed.err.contains("memory   recomputes decoder.0: ") && !resumed.err.contains("recompute \""));
+    place.ok(&format!("train {run} --steps 4 --out whole").replacen("--steps 2 ", "", 1));
+    assert_eq!(bits(&place.rows("fits"))[2..], bits(&place.rows("whole"))[2..]);
+
+    let texts = ["error[M0001]: device ", "no choice of blocks to recompute needs less; this is with "];
+    place.fails(&format!("train {run} --memory 4MiB --out never"), 2, &texts);
+    assert!(!place.path("never").exists(), "nothing is written for a run that cannot be");
 }
 
 #[test]
@@ -383,7 +441,7 @@ fn help_tells_options_examples_and_exit_codes() {
     for command in ["train", "eval", "plan"] {
         let help = place.ok(&format!("{command} --help")).out;
         for option in
-            "mesh layout devices threads memory base norm dropout dtype steps optimizer rate batch augment seed \
+            "mesh layout devices threads memory recompute base norm dropout dtype steps optimizer rate batch augment seed \
                        data labels size crop config set out resume"
                 .split_whitespace()
         {

@@ -4,10 +4,11 @@ use crate::config::{self, Training};
 use crate::data::{fits, vocabulary};
 use coordinator::drive::again;
 use coordinator::session::FunctionId;
-use coordinator::{Position, Session};
+use coordinator::{Options, Position, Session};
 use examples::bert::architecture::Architecture;
 use examples::bert::hf::{self, Fit};
 use examples::bert::program::{FineTuning, Task as Judging};
+use examples::memory::Fitted;
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran};
 use examples::settings::{Common, Mistake, Settings, cache_dir, mistake, range};
@@ -16,6 +17,7 @@ use examples::text::labelled::{LabelKind, Labelled, Sentences};
 use examples::text::packages;
 use examples::text::wordpiece::Vocabulary;
 use mesh::array::Array;
+use mesh::dim::Name;
 use mesh::rng::{Stream, key_of};
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
@@ -143,9 +145,13 @@ impl Start {
     }
 }
 
-/// The program of a configuration.
-pub fn program(c: &Config, architecture: &Architecture, classes: usize) -> FineTuning {
-    FineTuning {
+/// The program of a run for so many classes, so that it fits into the memory allowed.
+///
+/// # Errors
+/// As [`run::Task::program`].
+pub fn program(task: &Task, options: &Options, architecture: &Architecture, classes: usize) -> Result<Fitted, Failed> {
+    let c = &task.config;
+    let tuning = |recompute: &[Name]| FineTuning {
         architecture: architecture.clone(),
         batch: c.batch,
         seq: c.seq,
@@ -155,7 +161,9 @@ pub fn program(c: &Config, architecture: &Architecture, classes: usize) -> FineT
             LabelKind::Regression => Judging::Regression,
         },
         optimizer: c.training.optimizer(c.common.steps),
-    }
+        recompute: recompute.to_vec(),
+    };
+    task.program(options, |recompute| tuning(recompute).program())
 }
 
 /// A sentence as the model reads it, and its label.
@@ -185,14 +193,14 @@ pub fn finetune(task: &Task) -> Result<(), Failed> {
     let sentences = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |text| eprintln!("{text}"))?;
     let (train, cut) = encode(&sentences.train, &start.vocabulary, c.seq)?;
     let (held_out, _) = encode(&sentences.held_out, &start.vocabulary, c.seq)?;
-    let program = program(c, &start.architecture, sentences.classes.len()).program()?;
+    let Fitted { program, text } = program(task, &options, &start.architecture, sentences.classes.len())?;
     // What does not fit is said before anything is loaded.
     let fit = start.weights.as_ref().map(|model| model.check(&program, true)).transpose()?;
     let mut running = task.session(program, &options)?;
     let session = &mut running.session;
     eprint!("{}", introduction(c, &start, &sentences, cut, session.program().parameters()));
     fit.iter().flat_map(|fit| &fit.notes).for_each(|note| eprintln!("note     {note}"));
-    eprint!("{}", run::devices(&options));
+    eprint!("{}{text}", run::devices(&options));
     let mut tuning = Tuning::new(c, &start, &train, &held_out);
     tuning.start = start.weights.as_ref().zip(fit.as_ref());
     task.train(session, &mut tuning)?;
@@ -207,7 +215,7 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     let start = Start::open(c, Some(&task.out))?;
     let sentences = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |text| eprintln!("{text}"))?;
     let (held_out, _) = encode(&sentences.held_out, &start.vocabulary, c.seq)?;
-    let program = program(c, &start.architecture, sentences.classes.len()).program()?;
+    let Fitted { program, .. } = program(task, &options, &start.architecture, sentences.classes.len())?;
     let mut running = task.session(program, &options)?;
     task.restored(&mut running.session)?;
     say(Tuning::new(c, &start, &[], &held_out).judge(&mut running.session)?.text(&held_out));

@@ -54,8 +54,8 @@ pub fn export(o: &ExportOptions) -> Result<(), Failed> {
         let (c, options) = (&task.config, task.begun()?);
         let start = Start::open(c, Some(&task.out))?;
         let classes = Sentences::open(&c.data, c.task, c.held_out, &cache_dir(), |_| ())?.classes;
-        let program = finetune::program(c, &start.architecture, classes.len()).program()?;
-        let mut running = task.session(program, &options)?;
+        let fitted = finetune::program(&task, &options, &start.architecture, classes.len())?;
+        let mut running = task.session(fitted.program, &options)?;
         task.restored(&mut running.session)?;
         return write(&running.session, start.architecture, start.vocabulary.path, &classes, &|path| path.into());
     }
@@ -64,7 +64,7 @@ pub fn export(o: &ExportOptions) -> Result<(), Failed> {
     let vocabulary = vocabulary(&c.vocab)?;
     kept::check(&task.out, &vocabulary)?;
     let setup = Setup::new(c, vocabulary.specials)?;
-    let mut running = task.session(setup.pretraining.program()?, &options)?;
+    let mut running = task.session(setup.program(&task, &options)?.program, &options)?;
     task.restored(&mut running.session)?;
     let groups = setup.pretraining.groups(setup.current(&running.session));
     let architecture = setup.pretraining.architecture.clone();

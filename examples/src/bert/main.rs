@@ -27,6 +27,7 @@ Examples:
   bert pretrain --method share-unshare --unshare-at 0.1
   bert pretrain --data corpus.txt --vocab vocab.txt --size base --seq 512
   bert pretrain --resume --steps 2000 --mesh seq=2    goes on, on another mesh, with the same bits
+  bert pretrain --size base --memory 2GiB             recomputes layers to fit into that, with the same bits
   bert pretrain --workers 4 --mesh data=4             each device in a process of its own, with the same bits
   bert eval --out runs/drop                           also of a run of finetune
   bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing

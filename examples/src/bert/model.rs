@@ -82,7 +82,7 @@ impl Model<'_> {
         })
     }
 
-    /// One layer: `x` looks at `memory`, position by position; both `[batch, seq, d_model]`, each with its own `seq`.
+    /// One layer, which may be recomputed: `x` looks at `memory`, position by position; both `[batch, seq, d_model]`, each with its own `seq`.
     fn layer(&self, x: &Tensor, memory: &Tensor, mask: &Tensor, name: &str) -> Tensor {
         let a = self.architecture;
         let options = Attention {
@@ -91,13 +91,15 @@ impl Model<'_> {
             init: self.start(),
             keep: 1.0 - a.attention_probs_dropout_prob,
         };
-        x.graph().scoped(name, || {
+        let g = x.graph();
+        let layer = || {
             let seen = nn::attention(x, memory, mask, "attention", ["seq", "d_model"], &options, self.mode);
             let x = self.norm(&x.add(&self.drop(&seen)), "attention_norm");
             let wide = nn::dense(&x, "up", &["d_model"], &[dim("d_ff", a.intermediate_size)], &self.dense());
             let y = nn::dense(&a.hidden_act.apply(&wide), "down", &["d_ff"], &[self.d_model()], &self.dense());
             self.norm(&x.add(&self.drop(&y)), "norm")
-        })
+        };
+        g.block(name, || g.scoped(name, layer))
     }
 
     /// Sequence output `[batch, seq, d_model]`.

@@ -4,7 +4,7 @@ use super::architecture::Architecture;
 use super::dropping::Dropping;
 use super::model::{Model, Text};
 use super::sharing::{Groups, Shared, is_slot};
-use mesh::dim::{DType, Dim, dim};
+use mesh::dim::{DType, Dim, Name, dim};
 use mesh::error::Error;
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, Mode};
@@ -38,6 +38,8 @@ pub struct Pretraining {
     pub shared: Shared,
     /// Whether optimizer slots start anew when layers are unshared, instead of being copied.
     pub reset_slots: bool,
+    /// Blocks that are recomputed in the backward pass: `encoder/layer.0` and so on.
+    pub recompute: Vec<Name>,
 }
 
 impl Pretraining {
@@ -57,6 +59,7 @@ impl Pretraining {
             stages,
             shared: Shared::Layer,
             reset_slots: false,
+            recompute: vec![],
         }
     }
 
@@ -89,7 +92,7 @@ impl Pretraining {
     /// # Errors
     /// What is wrong with the sizes, with its place.
     pub fn program(&self) -> Result<Program, Error> {
-        let mut p = ProgramBuilder::new();
+        let mut p = ProgramBuilder::recomputing(&self.recompute);
         for stage in 0..self.stages.len() {
             let groups = self.groups(stage);
             let mut functions = self.training(&mut p, stage, &groups)?;
@@ -227,6 +230,8 @@ pub struct FineTuning {
     pub task: Task,
     /// The optimizer.
     pub optimizer: Optimizer,
+    /// Blocks that are recomputed in the backward pass.
+    pub recompute: Vec<Name>,
 }
 
 impl FineTuning {
@@ -237,7 +242,7 @@ impl FineTuning {
     /// # Errors
     /// What is wrong with the sizes, with its place.
     pub fn program(&self) -> Result<Program, Error> {
-        let mut p = ProgramBuilder::new();
+        let mut p = ProgramBuilder::recomputing(&self.recompute);
         let batch = dim("batch", self.batch);
         p.function("train", |g| {
             let output = self.output(g, &batch, Mode::Train);

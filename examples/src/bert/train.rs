@@ -7,10 +7,12 @@ use coordinator::session::FunctionId;
 use coordinator::{Options, Position, Session};
 use examples::bert::dropping::{Dropping, Specials};
 use examples::bert::program::Pretraining;
+use examples::memory::Fitted;
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use examples::text::kept;
 use examples::text::sampler::Batch;
+use mesh::dim::Name;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -49,6 +51,16 @@ impl Setup {
             )
         };
         Ok(Setup { pretraining, first: stages.iter().map(|(first, _)| *first).collect() })
+    }
+
+    /// The program of a run, so that it fits into the memory allowed.
+    ///
+    /// # Errors
+    /// As [`run::Task::program`].
+    pub fn program(&self, task: &Task, options: &Options) -> Result<Fitted, Failed> {
+        let build =
+            |recompute: &[Name]| Pretraining { recompute: recompute.to_vec(), ..self.pretraining.clone() }.program();
+        task.program(options, build)
     }
 
     /// The stage of a step.
@@ -140,10 +152,11 @@ pub fn pretrain(task: &Task) -> Result<(), Failed> {
     let options = task.begin()?;
     let c = &task.config;
     let (data, setup) = prepared(c, task.resume.then_some(task.out.as_path()))?;
-    let mut running = task.session(setup.pretraining.program()?, &options)?;
+    let fitted = setup.program(task, &options)?;
+    let mut running = task.session(fitted.program, &options)?;
     let session = &mut running.session;
     let parameters = session.program().parameters();
-    eprint!("{}", introduction(c, &setup, &data.description, &options, parameters));
+    eprint!("{}{}", introduction(c, &setup, &data.description, &options, parameters), fitted.text);
     let entropy = data.train.unigram_entropy(&data.held_out)?;
     eprintln!("unigrams {entropy:.3} nats: what a model that knows only how often words are would lose");
     task.train(session, &mut Training { config: c, setup: &setup, data: &data })?;
@@ -298,7 +311,7 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     let options = task.begun()?;
     let c = &task.config;
     let (data, setup) = prepared(c, Some(&task.out))?;
-    let mut running = task.session(setup.pretraining.program()?, &options)?;
+    let mut running = task.session(setup.program(task, &options)?.program, &options)?;
     let session = &mut running.session;
     task.restored(session)?;
     let entropy = data.train.unigram_entropy(&data.held_out)?;
@@ -311,8 +324,8 @@ pub fn plan(task: &Task) -> Result<(), Failed> {
     let options = task.options()?;
     let c = &task.config;
     let setup = Setup::new(c, Specials::default())?;
-    let program = setup.pretraining.program()?;
-    let mut text = introduction(c, &setup, &c.data, &options, program.parameters());
+    let Fitted { program, text: recomputed } = setup.program(task, &options)?;
+    let mut text = introduction(c, &setup, &c.data, &options, program.parameters()) + &recomputed;
     for stage in 0..setup.first.len() {
         let p = &setup.pretraining;
         let of_stage = program.stage(&p.stage_name(stage))?;

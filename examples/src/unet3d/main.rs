@@ -18,6 +18,7 @@ Examples:
   unet3d train --mesh x=2,y=2,z=2 --base 16 --out runs/big
   unet3d train --data scan.nii.gz --labels organs.nii.gz --size 128
   unet3d train --resume --steps 300 --mesh x=2        goes on, on another mesh, with the same bits
+  unet3d train --memory 500MiB                        recomputes blocks to fit into that, with the same bits
   unet3d train --workers 4                            each device in a process of its own, with the same bits
   unet3d train --coordinator head:7070 --tls DIR      on the workers of a cluster
   unet3d eval --out runs/big

@@ -2,7 +2,7 @@
 //! with named dimensions, and nothing in it about devices.
 
 use crate::config::{Config, Norm, OptimizerKind};
-use mesh::dim::{DType, Dim, dim};
+use mesh::dim::{DType, Dim, Name, dim};
 use mesh::error::Error;
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, Kernel, Mode};
@@ -45,20 +45,28 @@ fn norm(x: &Tensor, name: &str, config: &Config, mode: Mode) -> Tensor {
 pub fn unet(image: &Tensor, classes: usize, config: &Config, mode: Mode) -> Tensor {
     let mut x = image.clone();
     let mut skips = Vec::new();
+    let g = image.graph();
     for level in 0..=POOLINGS {
-        x = block(&x, &format!("encoder.{level}"), config.base << level, config, mode);
+        let name = format!("encoder.{level}");
+        x = g.block(&name, || {
+            if level > 0 {
+                x = x.max_pool(&SPACE.map(|d| Window::same(d, x.dim(d).size, 2, 2, 1)));
+            }
+            block(&x, &name, config.base << level, config, mode)
+        });
         if level < POOLINGS {
             skips.push(x.clone());
-            x = x.max_pool(&SPACE.map(|d| Window::same(d, x.dim(d).size, 2, 2, 1)));
         }
     }
     for (level, skip) in skips.iter().enumerate().rev() {
-        let channels = dim("channel", config.base << level);
-        let double = Kernel::new(&SPACE, 2).stride(2).unbiased().to(&SPACE.map(|d| skip.dim(d).size));
-        let up = nn::conv_transpose(&x, &format!("up.{level}"), &double, &channels);
-        let up = nn::dropout(&up, 1.0 - config.dropout, mode);
-        x = Tensor::concat(&[&up, skip], "channel");
-        x = block(&x, &format!("decoder.{level}"), config.base << level, config, mode);
+        let name = format!("decoder.{level}");
+        x = g.block(&name, || {
+            let channels = dim("channel", config.base << level);
+            let double = Kernel::new(&SPACE, 2).stride(2).unbiased().to(&SPACE.map(|d| skip.dim(d).size));
+            let up = nn::conv_transpose(&x, &format!("up.{level}"), &double, &channels);
+            let up = nn::dropout(&up, 1.0 - config.dropout, mode);
+            block(&Tensor::concat(&[&up, skip], "channel"), &name, config.base << level, config, mode)
+        });
     }
     nn::conv(&x, "head", &Kernel::new(&SPACE, 1).unbiased().from_channel("channel"), &dim("class", classes))
 }
@@ -133,9 +141,10 @@ fn evaluation(p: &mut ProgramBuilder, shape: &Shape, config: &Config) -> Result<
 }
 
 /// The program: `train` (feeds `image` and `labels`; gives `loss`, `grad_norm`, `dice`) and `eval` (the same feeds for
-/// one case; gives `prediction`, `loss`, `dice` by class).
-pub fn program(shape: &Shape, config: &Config) -> Result<Program, Error> {
-    let mut p = ProgramBuilder::new();
+/// one case; gives `prediction`, `loss`, `dice` by class). `train` recomputes those of its blocks, `encoder.0` to
+/// `decoder.0`.
+pub fn program(shape: &Shape, config: &Config, recompute: &[Name]) -> Result<Program, Error> {
+    let mut p = ProgramBuilder::recomputing(recompute);
     training(&mut p, shape, config)?;
     evaluation(&mut p, shape, config)?;
     p.finish()
@@ -181,7 +190,7 @@ mod tests {
     #[test]
     fn it_has_the_parameters_and_the_flops_of_the_published_network() {
         let config = Config { base: 32, norm: Norm::Batch, ..Config::default() };
-        let p = program(&Shape { volume: [64; 3], classes: 3 }, &config).unwrap();
+        let p = program(&Shape { volume: [64; 3], classes: 3 }, &config, &[]).unwrap();
         assert_eq!(p.parameters(), 5_600_960);
         let flops = |name: &str| -> u64 {
             let f = p.function(name).unwrap();
@@ -198,7 +207,7 @@ mod tests {
     #[test]
     fn its_activations_take_less_than_two_kilobytes_a_voxel() {
         let config = Config { base: 32, norm: Norm::Batch, ..Config::default() };
-        let p = program(&Shape { volume: [64; 3], classes: 3 }, &config).unwrap();
+        let p = program(&Shape { volume: [64; 3], classes: 3 }, &config, &[]).unwrap();
         let plan = coordinator::Options { threads: Some(1), ..Default::default() }.plan(&p).unwrap();
         let variables: usize = p.variables.iter().map(|v| v.ty.bytes()).sum();
         let voxel = (plan.peak_bytes(0) - variables) as f64 / f64::from(64 * 64 * 64);

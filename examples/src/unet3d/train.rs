@@ -5,6 +5,7 @@ use crate::data::{Outline, Scan};
 use crate::model::{self, Shape};
 use coordinator::drive::again;
 use coordinator::{Options, Position, Session};
+use examples::memory::Fitted;
 use examples::report::{Figures, Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
@@ -20,6 +21,12 @@ fn scan(task: &Task) -> Result<Scan, Failed> {
 
 fn shape(outline: &Outline) -> Shape {
     Shape { volume: outline.shape, classes: outline.classes.len() }
+}
+
+/// The program of a run, so that it fits into the memory allowed.
+fn program(task: &Task, outline: &Outline, options: &Options) -> Result<Fitted, Failed> {
+    let shape = shape(outline);
+    task.program(options, |recompute| model::program(&shape, &task.config, recompute))
 }
 
 /// What is about to be done with what, in a few lines.
@@ -73,9 +80,11 @@ pub fn train(task: &Task) -> Result<(), Failed> {
     let options = task.begin()?;
     let scan = scan(task)?;
     let outline = scan.outline();
-    let mut running = task.session(model::program(&shape(&outline), &task.config)?, &options)?;
+    let fitted = program(task, &outline, &options)?;
+    let mut running = task.session(fitted.program, &options)?;
     let session = &mut running.session;
-    eprint!("{}", introduction(&task.config, &outline, &options, session.program().parameters()));
+    let introduction = introduction(&task.config, &outline, &options, session.program().parameters());
+    eprint!("{introduction}{}", fitted.text);
     task.train(session, &mut Training { config: &task.config, scan: &scan })?;
     judge(task, &scan, session)
 }
@@ -159,8 +168,8 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
 pub fn plan(task: &Task) -> Result<(), Failed> {
     let options = task.options()?;
     let outline = Outline::of(&task.config)?;
-    let program = model::program(&shape(&outline), &task.config)?;
+    let Fitted { program, text } = program(task, &outline, &options)?;
     let plan = options.plan(&program)?;
     let introduction = introduction(&task.config, &outline, &options, program.parameters());
-    run::print(&(introduction + "\n" + &plan.describe(&program, "train")))
+    run::print(&(introduction + &text + "\n" + &plan.describe(&program, "train")))
 }
