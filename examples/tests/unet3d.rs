@@ -184,11 +184,11 @@ fn mistakes_on_the_command_line_name_their_place_and_what_to_do() {
 #[test]
 fn a_plan_over_the_memory_allowed_names_the_largest_tensors() {
     let place = Place::new();
-    let budget = "--memory 12MiB --recompute none";
+    let budget = "--memory 8MiB --recompute none";
     let r = place.run(&format!("train --data phantom --crop 32 --base 8 --mesh x=2 {budget} --out run"));
     assert_eq!(r.code, 2, "{}", r.err);
     assert!(
-        r.err.contains("error[M0001]: device ") && r.err.contains("but may use 12.0 MiB (12,582,912 bytes)"),
+        r.err.contains("error[M0001]: device ") && r.err.contains("but may use 8.0 MiB (8,388,608 bytes)"),
         "{}",
         r.err
     );

@@ -108,7 +108,16 @@ pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
     };
     p.uses();
     p.homes();
-    (0..cx.variables.len()).map(|d| p.device(d)).collect()
+    let mut placed = vec![];
+    (0..cx.variables.len()).map(|d| p.device(d, &mut placed)).collect()
+}
+
+/// Tenants with their places.
+struct Placed {
+    tenants: Vec<Tenant>,
+    base: usize,
+    buffers: Vec<Buffer>,
+    end: usize,
 }
 
 struct Planner<'a> {
@@ -383,7 +392,8 @@ impl Planner<'_> {
         }
     }
 
-    fn device(&self, device: usize) -> (DevicePlan, Timeline) {
+    /// The plan of a device; one like another one has its places, of those in `placed`.
+    fn device(&self, device: usize, placed: &mut Vec<Placed>) -> (DevicePlan, Timeline) {
         let works: Vec<_> = self.groups().iter().map(|g| self.work(g, device)).collect();
         let mut tenants: Vec<Tenant> =
             self.lives.iter().map(|l| Tenant { bytes: l.bytes[device], from: l.from, to: l.to }).collect();
@@ -396,7 +406,12 @@ impl Planner<'_> {
         let first_scratch = tenants.len();
         tenants.extend(works.iter().enumerate().map(|(g, w)| Tenant { bytes: w.3, from: g, to: g }));
         let base = self.cx.base[device];
-        let (buffers, arena_bytes) = memory::place(&tenants, base);
+        let alike = placed.iter().position(|p| p.base == base && p.tenants == tenants).unwrap_or_else(|| {
+            let (buffers, end) = memory::place(&tenants, base);
+            placed.push(Placed { tenants: tenants.clone(), base, buffers, end });
+            placed.len() - 1
+        });
+        let (buffers, arena_bytes) = (placed[alike].buffers.clone(), placed[alike].end);
         let alive = memory::timeline(&tenants, base, end + 1);
         let name = |i: usize| {
             let node = if i < staged {

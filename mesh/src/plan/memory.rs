@@ -4,7 +4,7 @@ use super::step::{ALIGN, Buffer};
 use std::cmp::Reverse;
 
 /// Something that needs a place in the arena while it is alive.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tenant {
     /// Bytes.
     pub bytes: usize,

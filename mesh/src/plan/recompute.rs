@@ -14,8 +14,8 @@ use std::collections::BTreeMap;
 
 /// Candidates at the most: of more blocks, neighbours are chosen together.
 pub const CANDIDATES: usize = 14;
-/// Choices that are planned at the most before the search is cut off; where none of them fits, a quarter as many again for
-/// the least peak.
+/// Choices that are planned at the most before the search is cut off; where none of them fits, as many again for the least
+/// peak.
 pub const PLANS: usize = 128;
 
 /// A choice of blocks, and what it takes.
@@ -217,7 +217,7 @@ impl<'a> Search<'a> {
     /// The choice with the least peak, or one that fits. Those with the most blocks are the likeliest.
     fn least(&mut self, budget: usize) -> Result<Mask, Error> {
         let least = |tried: &[Tried]| tried.iter().map(|t| (t.peak, t.mask)).min().unwrap_or((usize::MAX, 0));
-        let most = self.tried.len() + PLANS / 4;
+        let most = self.tried.len() + PLANS;
         for i in (0..self.all.len()).rev() {
             let (mask, (peak, _)) = (self.all[i], least(&self.tried));
             if peak > budget && self.floor(mask) < peak && self.tried.len() < most {
