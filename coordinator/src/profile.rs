@@ -18,7 +18,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 /// Steps that the text lists.
-const LISTED: usize = 15;
+const LISTED: usize = 150;
 
 /// The time of a function's runs, as the session sees it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -104,6 +104,8 @@ pub struct StepSpent {
     /// What it took.
     #[serde(flatten)]
     pub spent: Spent,
+    /// What it goes over.
+    pub extent: String,
     /// Scope in the program.
     pub scope: String,
     /// Place in the user's source.
@@ -284,6 +286,7 @@ impl FunctionProfile {
         let mut ops: Vec<Spent> = ops.iter().map(|(op, sum)| sum.spent(op, devices, ms)).collect();
         let step = |((_, op), (sum, step)): (&(NodeId, &str), &(Sum, &Step))| StepSpent {
             spent: sum.spent(op, devices, ms),
+            extent: step.extent(),
             scope: step.label.scope.to_string(),
             place: step.label.place.to_string(),
         };
@@ -329,10 +332,10 @@ impl FunctionProfile {
 
         let _ = writeln!(out, "\nsteps that take longest");
         let mut table = Table::default();
-        table.row([&"op", &"scope", &"ms", &"%", &"GFLOP/s", &"GB/s", &"of roofline", &"place"]);
-        for StepSpent { spent: s, scope, place } in self.steps.iter().take(LISTED) {
+        table.row([&"op", &"scope", &"ms", &"%", &"GFLOP/s", &"GB/s", &"of roofline", &"place", &"extent"]);
+        for StepSpent { spent: s, extent, scope, place } in self.steps.iter().take(LISTED) {
             let [flops, bytes, share] = speeds(s);
-            table.row([&s.op, scope, &per_run(s.ms), &percent(s.ms), &flops, &bytes, &share, place]);
+            table.row([&s.op, scope, &per_run(s.ms), &percent(s.ms), &flops, &bytes, &share, place, extent]);
         }
         table.write(out);
 

@@ -28,6 +28,25 @@ impl Step {
         }
     }
 
+    /// What it goes over: the result by dimension name and how many elements are summed for it, the points of a loop and
+    /// the instructions at each, or the bytes of what it copies.
+    pub fn extent(&self) -> String {
+        let nest = |l: &Loop| format!("{} points x {}", points(l), l.body.instrs.len());
+        match &self.work {
+            Work::Map(l) => nest(l),
+            Work::Reduce(r) => nest(&r.nest),
+            Work::Op(op) => {
+                let dims: Vec<_> = op.output.region.0.iter().map(|(n, r)| format!("{n}:{}", r.len())).collect();
+                let sum = op.sum.iter().map(|(tree, owned)| tree.elements(owned).iter().map(|r| r.len()).product());
+                let sum: Option<usize> = sum.last();
+                dims.join(" ") + &sum.map_or(String::new(), |n| format!(", sums of {n}"))
+            }
+            Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => {
+                format!("{} bytes", self.outputs.iter().map(|b| b.bytes).sum::<usize>())
+            }
+        }
+    }
+
     /// The dtype that it multiplies in.
     pub fn dtype(&self) -> DType {
         match &self.work {

@@ -4,8 +4,7 @@
 
 use super::isa::Isa;
 use super::lanes::store;
-use super::map::store_block;
-use super::vm::{BLOCK, Evaluation, Machine, StepContext};
+use super::vm::{BLOCK, Evaluation, Machine, StepContext, Use};
 use mesh::body::Loop;
 use mesh::dim::DType;
 
@@ -25,7 +24,7 @@ pub fn registers(epilogue: &Option<Epilogue>) -> usize {
 impl Epilogue {
     /// Prepares a loop whose last operand is given, for one instruction set.
     pub fn new(nest: &Loop, isa: Isa) -> Epilogue {
-        let machine = Machine::new(nest, isa, true, |_| true).0;
+        let machine = Machine::new(nest, isa, Use::Epilogue, |_| true).0;
         let narrows = machine.only_given().then(|| machine.results.iter().map(|r| r.1).collect());
         Epilogue { isa, machine, narrows }
     }
@@ -74,11 +73,10 @@ impl Epilogue {
                 (1, n.min(columns - at[d - 1]).min(BLOCK))
             };
             e.give(from.cast());
-            e.block(&at[..d], rows, columns);
             // SAFETY: by this function's contract; an operand that shares memory with a result is read just where that
             // is written, before it is.
             unsafe {
-                store_block(self.isa, m, e, first, rows * columns, to);
+                e.store(&at[..d], rows, columns, first, to);
                 from = from.add(rows * columns);
             }
             (first, n) = (first + rows * columns, n - rows * columns);

@@ -39,6 +39,19 @@ pub struct Operand {
     pub mode: Mode,
 }
 
+impl Operand {
+    /// Elements between the points of the two innermost loops: rows and columns.
+    pub fn along(&self) -> [usize; 2] {
+        let d = self.strides.len();
+        [self.strides[d - 2], self.strides[d - 1]]
+    }
+
+    /// The element that is read at a point.
+    pub fn at(&self, point: &[usize]) -> usize {
+        self.offset + point.iter().zip(&self.strides).map(|(a, s)| a * s).sum::<usize>()
+    }
+}
+
 /// Loads a block of an operand; gives where it lies: in `out`, or where it lay already.
 ///
 /// # Safety
@@ -191,33 +204,15 @@ pub fn unary(isa: Isa, f: UnaryFn, dtype: DType, a: &[u32], out: &mut [u32]) {
             };
             return out.iter_mut().zip(a).for_each(|(o, a)| *o = int(*a as i32) as u32);
         }
-        match f {
-            UnaryFn::Identity => out.copy_from_slice(a),
-            UnaryFn::Neg => floats(a, out, |x| -x),
-            UnaryFn::Abs => floats(a, out, f32::abs),
-            UnaryFn::Sign => floats(a, out, |x| {
-                if x > 0.0 {
-                    1.0
-                } else if x < 0.0 {
-                    -1.0
-                } else {
-                    x * 0.0
+        macro_rules! each {
+            ($($f:ident)*) => {
+                match f {
+                    UnaryFn::Not => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(*a == 0)),
+                    $(UnaryFn::$f => floats(a, out, |x| math::unary(UnaryFn::$f, x)),)*
                 }
-            }),
-            UnaryFn::Exp => floats(a, out, math::exp),
-            UnaryFn::Log => floats(a, out, math::log),
-            UnaryFn::Sqrt => floats(a, out, f32::sqrt),
-            UnaryFn::Rsqrt => floats(a, out, |x| 1.0 / x.sqrt()),
-            UnaryFn::Recip => floats(a, out, |x| 1.0 / x),
-            UnaryFn::Tanh => floats(a, out, math::tanh),
-            UnaryFn::Sigmoid => floats(a, out, math::sigmoid),
-            UnaryFn::Erf => floats(a, out, math::erf),
-            UnaryFn::Relu => floats(a, out, |x| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
-            UnaryFn::Floor => floats(a, out, math::floor),
-            UnaryFn::Sin => floats(a, out, math::sin),
-            UnaryFn::Cos => floats(a, out, math::cos),
-            UnaryFn::Not => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(*a == 0)),
+            };
         }
+        each!(Identity Neg Abs Sign Exp Log Sqrt Rsqrt Recip Tanh Sigmoid Erf Relu Floor Sin Cos);
     });
 }
 
@@ -239,18 +234,14 @@ pub fn binary(isa: Isa, f: BinaryFn, dtype: DType, a: &[u32], b: &[u32], out: &m
                 BinaryFn::Pow | BinaryFn::And | BinaryFn::Or => out.copy_from_slice(a),
             };
         }
-        match f {
-            BinaryFn::Add => floats2(a, b, out, |x, y| x + y),
-            BinaryFn::Sub => floats2(a, b, out, |x, y| x - y),
-            BinaryFn::Mul => floats2(a, b, out, |x, y| x * y),
-            BinaryFn::Div => floats2(a, b, out, |x, y| x / y),
-            BinaryFn::Max => floats2(a, b, out, math::max),
-            BinaryFn::Min => floats2(a, b, out, math::min),
-            BinaryFn::Pow => floats2(a, b, out, math::pow),
-            BinaryFn::Rem => floats2(a, b, out, |x, y| x - y * math::floor(x / y)),
-            BinaryFn::And => out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a & b),
-            BinaryFn::Or => out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a | b),
+        macro_rules! each {
+            ($($f:ident)*) => {
+                match f {
+                    $(BinaryFn::$f => floats2(a, b, out, |x, y| math::binary(BinaryFn::$f, x, y)),)*
+                }
+            };
         }
+        each!(Add Sub Mul Div Max Min Pow Rem And Or);
     });
 }
 
@@ -304,9 +295,17 @@ pub fn cast(isa: Isa, from: DType, to: DType, a: &[u32], out: &mut [u32]) {
 /// The bits of the nearest bf16, ties to even.
 #[inline(always)]
 pub fn to_bf16(bits: u32) -> u16 {
-    let nan = bits & 0x7fff_ffff > 0x7f80_0000;
-    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
-    if nan { (bits >> 16) as u16 | 0x40 } else { rounded }
+    (math::to_bf16(f32::from_bits(bits)).to_bits() >> 16) as u16
+}
+
+/// A constant's bits in a lane.
+pub fn constant(c: f64, dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => (c as f32).to_bits(),
+        DType::Bf16 => u32::from(to_bf16((c as f32).to_bits())) << 16,
+        DType::I32 => c as i32 as u32,
+        DType::Bool => u32::from(c != 0.0),
+    }
 }
 
 /// Random numbers of elements `start`, `start + stride`, ..

@@ -1,14 +1,12 @@
 //! Fused elementwise loops.
 
 use super::isa::Isa;
-use super::lanes::store;
-use super::vm::{BLOCK, Evaluation, Machine, StepContext};
+use super::vm::{BLOCK, Evaluation, Machine, StepContext, Use};
 use crate::pool::Pool;
 use mesh::body::Loop;
 
 /// A fused loop, prepared.
 pub struct MapPlan {
-    isa: Isa,
     machine: Machine,
     /// Blocks: along the rows' loop and along the columns' loop.
     rows: usize,
@@ -33,13 +31,13 @@ impl MapPlan {
 
     /// Prepares a loop for one instruction set.
     pub fn with_isa(nest: &Loop, isa: Isa) -> MapPlan {
-        let (machine, _) = Machine::new(nest, isa, false, |_| true);
+        let (machine, _) = Machine::new(nest, isa, Use::Map, |_| true);
         let d = machine.extents.len();
         let (m, n) = (machine.extents[d - 2], machine.extents[d - 1]);
         let rows = machine.rows_per_block().min(m.max(1));
         let (row_blocks, column_blocks) = (m.div_ceil(rows), n.div_ceil(BLOCK));
         let outer: usize = machine.extents[..d - 2].iter().product();
-        MapPlan { isa, machine, rows, row_blocks, column_blocks, blocks: outer * row_blocks * column_blocks }
+        MapPlan { machine, rows, row_blocks, column_blocks, blocks: outer * row_blocks * column_blocks }
     }
 
     /// Runs the loop: result `r` is stored contiguously in loop order at `results[r]`.
@@ -77,21 +75,7 @@ impl MapPlan {
         let rows = self.rows.min(m.extents[d - 2] - rows_at);
         let columns = BLOCK.min(m.extents[d - 1] - columns_at);
         let first = at[..d].iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);
-        let n = rows * columns;
-        evaluation.block(&at[..d], rows, columns);
-        // SAFETY: by the contract of `run`. All operands of a block are read before its results are stored, and
-        // what is loaded in place is only read by instructions, which end before.
-        unsafe { store_block(self.isa, m, evaluation, first, n, to) };
-    }
-}
-
-/// Stores the results of a block of `n` points, the elements from `first` on.
-///
-/// # Safety
-/// The results have room for them, and no operand's memory that is still to be read lies there.
-pub(super) unsafe fn store_block(isa: Isa, m: &Machine, e: &Evaluation, first: usize, n: usize, to: &[*mut u8]) {
-    for (to, (slot, dtype)) in to.iter().zip(&m.results) {
-        // SAFETY: by this function's contract; the block has that many lanes.
-        unsafe { store(isa, *dtype, e.pointer(*slot), to.add(first * dtype.bytes()), n) };
+        // SAFETY: by the contract of `run`.
+        unsafe { evaluation.store(&at[..d], rows, columns, first, to) };
     }
 }

@@ -1,178 +1,355 @@
 //! Elementary functions in single precision, of plain IEEE operations alone: the same bits in scalar code, in AVX2 and
 //! in AVX-512, and at any place of a vector. Inlined into loops they vectorise.
 //!
+//! They are written once, over whatever is a [`Real`]: a float, or what records the operations so that they can be compiled
+//! ([`super::native`]).
+//!
 //! Polynomials after Moshier's Cephes library.
+
+use mesh::ops::binary::BinaryFn;
+use mesh::ops::unary::UnaryFn;
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+/// A float, or what stands for one. Its bits may also be taken for an integer.
+pub trait Real:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Neg<Output = Self>
+{
+    /// Whether something holds.
+    type Truth: Copy;
+    /// A constant's bits, beside this value.
+    fn of_bits(self, bits: u32) -> Self;
+    /// Square root.
+    fn sqrt(self) -> Self;
+    /// self < other
+    fn less(self, other: Self) -> Self::Truth;
+    /// self <= other
+    fn at_most(self, other: Self) -> Self::Truth;
+    /// self = other
+    fn equals(self, other: Self) -> Self::Truth;
+    /// Whether it is no number.
+    fn is_nan(self) -> Self::Truth;
+    /// `a` where it holds, `b` elsewhere.
+    fn choose(truth: Self::Truth, a: Self, b: Self) -> Self;
+    /// The bits that both have.
+    fn and(self, other: Self) -> Self;
+    /// The bits that any has.
+    fn or(self, other: Self) -> Self;
+    /// The sum of the integers, wrapping.
+    fn plus(self, other: Self) -> Self;
+    /// The bits shifted up.
+    fn up(self, bits: u8) -> Self;
+    /// The bits shifted down, zeros behind them.
+    fn down(self, bits: u8) -> Self;
+    /// The float nearest to the integer.
+    fn from_integer(self) -> Self;
+    /// The integer that lies next towards zero, if there is one.
+    fn to_integer(self) -> Self;
+    /// A constant, beside this value.
+    #[inline(always)]
+    fn of(self, constant: f32) -> Self {
+        self.of_bits(constant.to_bits())
+    }
+    /// |self|
+    #[inline(always)]
+    fn abs(self) -> Self {
+        self.and(self.of_bits(0x7fff_ffff))
+    }
+}
+
+impl Real for f32 {
+    type Truth = bool;
+    #[inline(always)]
+    fn of_bits(self, bits: u32) -> f32 {
+        f32::from_bits(bits)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> f32 {
+        f32::sqrt(self)
+    }
+    #[inline(always)]
+    fn less(self, other: f32) -> bool {
+        self < other
+    }
+    #[inline(always)]
+    fn at_most(self, other: f32) -> bool {
+        self <= other
+    }
+    #[inline(always)]
+    fn equals(self, other: f32) -> bool {
+        self == other
+    }
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        f32::is_nan(self)
+    }
+    #[inline(always)]
+    fn choose(truth: bool, a: f32, b: f32) -> f32 {
+        if truth { a } else { b }
+    }
+    #[inline(always)]
+    fn and(self, other: f32) -> f32 {
+        f32::from_bits(self.to_bits() & other.to_bits())
+    }
+    #[inline(always)]
+    fn or(self, other: f32) -> f32 {
+        f32::from_bits(self.to_bits() | other.to_bits())
+    }
+    #[inline(always)]
+    fn plus(self, other: f32) -> f32 {
+        f32::from_bits(self.to_bits().wrapping_add(other.to_bits()))
+    }
+    #[inline(always)]
+    fn up(self, bits: u8) -> f32 {
+        f32::from_bits(self.to_bits() << bits)
+    }
+    #[inline(always)]
+    fn down(self, bits: u8) -> f32 {
+        f32::from_bits(self.to_bits() >> bits)
+    }
+    #[inline(always)]
+    fn from_integer(self) -> f32 {
+        self.to_bits() as i32 as f32
+    }
+    #[inline(always)]
+    fn to_integer(self) -> f32 {
+        f32::from_bits(self as i32 as u32)
+    }
+}
+
+/// The polynomial with these coefficients, that of the highest power first.
+#[inline(always)]
+fn horner<R: Real, const N: usize>(x: R, coefficients: [f32; N]) -> R {
+    coefficients[1..].iter().fold(x.of(coefficients[0]), |p, c| p * x + x.of(*c))
+}
+
+/// Not below `low` and not above `high`, but NaN where it is that.
+#[inline(always)]
+fn clamp<R: Real>(x: R, low: f32, high: f32) -> R {
+    let c = R::choose(x.of(high).less(x), x.of(high), x);
+    R::choose(c.less(x.of(low)), x.of(low), c)
+}
 
 /// Nearest integer, ties to even, for |x| < 2^22.
 #[inline(always)]
-fn round(x: f32) -> f32 {
-    (x + SHIFT) - SHIFT
+fn round<R: Real>(x: R) -> R {
+    (x + x.of(SHIFT)) - x.of(SHIFT)
 }
 
 /// 1.5 * 2^23: added to an integer below 2^22 in magnitude, it leaves the integer in the lowest bits.
 const SHIFT: f32 = 12_582_912.0;
 
-/// The integer in an integral n below 2^22 in magnitude; a cast would be done lane by lane, as it minds NaN.
+/// The integer in an integral n below 2^22 in magnitude, and `offset`; a cast would be done lane by lane, as it minds NaN.
 #[inline(always)]
-fn integer(n: f32) -> i32 {
-    (n + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32
+fn integer<R: Real>(n: R, offset: u32) -> R {
+    (n + n.of(SHIFT)).plus(n.of_bits(offset.wrapping_sub(SHIFT.to_bits())))
 }
 
 /// 2^n for an integral n in -126 ..= 127.
 #[inline(always)]
-fn exp2i(n: f32) -> f32 {
-    f32::from_bits((integer(n).wrapping_add(127) << 23) as u32)
+fn exp2i<R: Real>(n: R) -> R {
+    integer(n, 127).up(23)
 }
 
 /// e^x, to 2 ulp.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
-    // `clamp` and comparisons are written so that NaN stays NaN.
-    let c = if x > 89.0 { 89.0 } else { x };
-    let c = if c < -104.0 { -104.0 } else { c };
-    let n = round(c * std::f32::consts::LOG2_E);
-    let r = (c - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let p = ((((1.987_569_1e-4 * r + 1.398_199_9e-3) * r + 8.333_452e-3) * r + 4.166_579_6e-2) * r + 0.166_666_66) * r
-        + 0.5;
-    let y = p * r * r + r + 1.0;
+pub fn exp<R: Real>(x: R) -> R {
+    let c = clamp(x, -104.0, 89.0);
+    let n = round(c * x.of(std::f32::consts::LOG2_E));
+    let r = (c - n * x.of(0.693_359_4)) - n * x.of(-2.121_944_4e-4);
+    let p = horner(r, [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_66, 0.5]);
+    let y = p * r * r + r + x.of(1.0);
     // In two factors, since n may lie outside the exponents of normal numbers.
-    let half = round(n * 0.5);
+    let half = round(n * x.of(0.5));
     let y = y * exp2i(half) * exp2i(n - half);
-    let y = if x > 88.722_84 { f32::INFINITY } else { y };
-    if x.is_nan() { x } else { y }
+    let y = R::choose(x.of(88.722_84).less(x), x.of(f32::INFINITY), y);
+    R::choose(x.is_nan(), x, y)
 }
 
 /// Natural logarithm, to 2 ulp.
 #[inline(always)]
-pub fn log(x: f32) -> f32 {
-    let small = x < f32::MIN_POSITIVE;
-    let s = if small { x * 8_388_608.0 } else { x };
-    let bits = s.to_bits();
-    let mut e = ((bits >> 23) & 0xff) as i32 as f32 - if small { 149.0 } else { 126.0 };
-    let mut m = f32::from_bits((bits & 0x007f_ffff) | 0x3f00_0000);
-    let low = m < std::f32::consts::FRAC_1_SQRT_2;
-    e -= if low { 1.0 } else { 0.0 };
-    m = if low { m + m } else { m } - 1.0;
+pub fn log<R: Real>(x: R) -> R {
+    let (zero, one) = (x.of(0.0), x.of(1.0));
+    let small = x.less(x.of(f32::MIN_POSITIVE));
+    let s = R::choose(small, x * x.of(8_388_608.0), x);
+    let exponent = s.down(23).and(x.of_bits(0xff)).from_integer();
+    let e = exponent - R::choose(small, x.of(149.0), x.of(126.0));
+    let m = s.and(x.of_bits(0x007f_ffff)).or(x.of_bits(0x3f00_0000));
+    let low = m.less(x.of(std::f32::consts::FRAC_1_SQRT_2));
+    let e = e - R::choose(low, one, zero);
+    let m = R::choose(low, m + m, m) - one;
     let z = m * m;
-    let p = ((((((((7.037_683_6e-2 * m - 1.151_461e-1) * m + 1.167_699_9e-1) * m - 1.242_014_1e-1) * m
-        + 1.424_932_3e-1)
-        * m
-        - 1.666_805_7e-1)
-        * m
-        + 2.000_071_5e-1)
-        * m
-        - 2.499_999_4e-1)
-        * m
-        + 3.333_333_1e-1)
-        * m
-        * z;
-    let y = p + e * -2.121_944_4e-4 - 0.5 * z;
-    let y = m + y + e * 0.693_359_4;
-    let y = if x == f32::INFINITY { x } else { y };
-    let y = if x == 0.0 { f32::NEG_INFINITY } else { y };
-    if x < 0.0 || x.is_nan() { f32::NAN } else { y }
+    let coefficients = [
+        7.037_683_6e-2,
+        -1.151_461e-1,
+        1.167_699_9e-1,
+        -1.242_014_1e-1,
+        1.424_932_3e-1,
+        -1.666_805_7e-1,
+        2.000_071_5e-1,
+        -2.499_999_4e-1,
+        3.333_333_1e-1,
+    ];
+    let p = horner(m, coefficients) * m * z;
+    let y = p + e * x.of(-2.121_944_4e-4) - x.of(0.5) * z;
+    let y = m + y + e * x.of(0.693_359_4);
+    let y = R::choose(x.equals(x.of(f32::INFINITY)), x, y);
+    let y = R::choose(x.equals(zero), x.of(f32::NEG_INFINITY), y);
+    // Neither for negative ones nor for NaN.
+    R::choose(zero.at_most(x), y, x.of(f32::NAN))
 }
 
 /// Hyperbolic tangent.
 #[inline(always)]
-pub fn tanh(x: f32) -> f32 {
+pub fn tanh<R: Real>(x: R) -> R {
     let a = x.abs();
     let z = x * x;
-    let small = ((((-5.704_988_7e-3 * z + 2.063_908_9e-2) * z - 5.373_971_6e-2) * z + 1.333_144_2e-1) * z
-        - 3.333_328e-1)
-        * z
-        * x
-        + x;
-    let large = 1.0 - 2.0 / (exp(a + a) + 1.0);
-    let large = if x < 0.0 { -large } else { large };
-    let y = if a < 0.625 { small } else { large };
-    if x.is_nan() { x } else { y }
+    let p = horner(z, [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1]);
+    let small = p * z * x + x;
+    let large = x.of(1.0) - x.of(2.0) / (exp(a + a) + x.of(1.0));
+    let large = R::choose(x.less(x.of(0.0)), -large, large);
+    let y = R::choose(a.less(x.of(0.625)), small, large);
+    R::choose(x.is_nan(), x, y)
 }
 
 /// 1 / (1 + e^-x)
 #[inline(always)]
-pub fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+pub fn sigmoid<R: Real>(x: R) -> R {
+    x.of(1.0) / (x.of(1.0) + exp(-x))
 }
 
 /// Error function, to 4e-7: x P(x²) / Q(x²), fitted to the least largest relative error up to 3.92, where it is 1.
 #[inline(always)]
-pub fn erf(x: f32) -> f32 {
-    let c = if x > 3.92 { 3.92 } else { x };
-    let c = if c < -3.92 { -3.92 } else { c };
+pub fn erf<R: Real>(x: R) -> R {
+    let c = clamp(x, -3.92, 3.92);
     let z = c * c;
-    let p = ((((2.050_1e-6 * z + 2.848_808_1e-4) * z + 3.765_538_8e-3) * z + 5.274_848_6e-2) * z + 1.904_046_7e-1) * z
-        + 1.128_379_107;
-    let q = ((((3.809_174_4e-5 * z + 1.162_516_2e-3) * z + 1.496_906_2e-2) * z + 1.141_083_7e-1) * z + 5.020_744_8e-1)
-        * z
-        + 1.0;
-    let y = c * p / q;
-    let y = if y > 1.0 { 1.0 } else { y };
-    if y < -1.0 { -1.0 } else { y }
+    let p = horner(z, [2.050_1e-6, 2.848_808_1e-4, 3.765_538_8e-3, 5.274_848_6e-2, 1.904_046_7e-1, 1.128_379_107]);
+    let q = horner(z, [3.809_174_4e-5, 1.162_516_2e-3, 1.496_906_2e-2, 1.141_083_7e-1, 5.020_744_8e-1, 1.0]);
+    clamp(c * p / q, -1.0, 1.0)
 }
 
 /// Sine and cosine, for |x| < 1e4 to 2e-7.
 #[inline(always)]
-fn sin_cos(x: f32) -> (f32, f32) {
-    let n = round(x * std::f32::consts::FRAC_2_PI);
-    let r = ((x - n * 1.570_312_5) - n * 4.837_513e-4) - n * 7.549_79e-8;
+fn sin_cos<R: Real>(x: R) -> (R, R) {
+    let n = round(x * x.of(std::f32::consts::FRAC_2_PI));
+    let r = ((x - n * x.of(1.570_312_5)) - n * x.of(4.837_513e-4)) - n * x.of(7.549_79e-8);
     let z = r * r;
-    let s = ((-1.951_529_6e-4 * z + 8.332_161e-3) * z - 1.666_665_5e-1) * z * r + r;
-    let c = ((2.443_315_7e-5 * z - 1.388_731_6e-3) * z + 4.166_664_6e-2) * z * z - 0.5 * z + 1.0;
-    let q = integer(n);
-    let (s, c) = if q & 1 != 0 { (c, s) } else { (s, c) };
-    let s = if q & 2 != 0 { -s } else { s };
-    let c = if q.wrapping_add(1) & 2 != 0 { -c } else { c };
-    (s, c)
+    let s = horner(z, [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]) * z * r + r;
+    let c = horner(z, [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2]) * z * z - x.of(0.5) * z + x.of(1.0);
+    // The quadrant: odd ones exchange the two, and the second bit, of the quadrant and of the next one, is the sign.
+    let odd = integer(n, 0).up(31).from_integer().less(x.of(0.0));
+    let sign = |offset: u32, y: R| {
+        let negative = integer(n, offset).down(1).up(31).from_integer().less(x.of(0.0));
+        R::choose(negative, -y, y)
+    };
+    (sign(0, R::choose(odd, c, s)), sign(1, R::choose(odd, s, c)))
 }
 
 /// Sine.
 #[inline(always)]
-pub fn sin(x: f32) -> f32 {
+pub fn sin<R: Real>(x: R) -> R {
     sin_cos(x).0
 }
 
 /// Cosine.
 #[inline(always)]
-pub fn cos(x: f32) -> f32 {
+pub fn cos<R: Real>(x: R) -> R {
     sin_cos(x).1
 }
 
 /// The largest integer not above x.
 #[inline(always)]
-pub fn floor(x: f32) -> f32 {
-    let t = x as i32 as f32;
-    let t = if t > x { t - 1.0 } else { t };
-    let y = if x.abs() < 8_388_608.0 { t } else { x };
+pub fn floor<R: Real>(x: R) -> R {
+    let t = x.to_integer().from_integer();
+    let t = R::choose(x.less(t), t - x.of(1.0), t);
+    let y = R::choose(x.abs().less(x.of(8_388_608.0)), t, x);
     // -0.0 stays -0.0.
-    if x == 0.0 { x } else { y }
+    R::choose(x.equals(x.of(0.0)), x, y)
 }
 
 /// a^b as e^(b log |a|), with the sign that an integral b gives to a negative a.
 #[inline(always)]
-pub fn pow(a: f32, b: f32) -> f32 {
+pub fn pow<R: Real>(a: R, b: R) -> R {
     let magnitude = exp(b * log(a.abs()));
-    let whole = floor(b) == b;
-    let odd = whole && floor(b * 0.5) * 2.0 != b;
-    let y = if odd { -magnitude } else { magnitude };
-    let y = if a < 0.0 { if whole { y } else { f32::NAN } } else { magnitude };
-    if b == 0.0 || a == 1.0 { 1.0 } else { y }
+    let even = (floor(b * b.of(0.5)) * b.of(2.0)).equals(b);
+    let signed = R::choose(even, magnitude, -magnitude);
+    let signed = R::choose(floor(b).equals(b), signed, a.of(f32::NAN));
+    let y = R::choose(a.less(a.of(0.0)), signed, magnitude);
+    let y = R::choose(a.equals(a.of(1.0)), a.of(1.0), y);
+    R::choose(b.equals(b.of(0.0)), a.of(1.0), y)
 }
 
 /// The larger of two, whatever their order: +0 above -0, NaN if any is NaN.
 #[inline(always)]
-pub fn max(a: f32, b: f32) -> f32 {
-    let y = if a > b { a } else { b };
-    let y = if a == b { f32::from_bits(a.to_bits() & b.to_bits()) } else { y };
-    if a.is_nan() || b.is_nan() { f32::NAN } else { y }
+pub fn max<R: Real>(a: R, b: R) -> R {
+    let y = R::choose(b.less(a), a, b);
+    let y = R::choose(a.equals(b), a.and(b), y);
+    either_nan(a, b, y)
 }
 
 /// The smaller of two, whatever their order: -0 below +0, NaN if any is NaN.
 #[inline(always)]
-pub fn min(a: f32, b: f32) -> f32 {
-    let y = if a < b { a } else { b };
-    let y = if a == b { f32::from_bits(a.to_bits() | b.to_bits()) } else { y };
-    if a.is_nan() || b.is_nan() { f32::NAN } else { y }
+pub fn min<R: Real>(a: R, b: R) -> R {
+    let y = R::choose(a.less(b), a, b);
+    let y = R::choose(a.equals(b), a.or(b), y);
+    either_nan(a, b, y)
+}
+
+#[inline(always)]
+fn either_nan<R: Real>(a: R, b: R, otherwise: R) -> R {
+    let nan = a.of(f32::NAN);
+    R::choose(a.is_nan(), nan, R::choose(b.is_nan(), nan, otherwise))
+}
+
+/// The nearest bf16, ties to even.
+#[inline(always)]
+pub fn to_bf16<R: Real>(x: R) -> R {
+    let upper = x.of_bits(0xffff_0000);
+    let odd = x.down(16).and(x.of_bits(1));
+    let rounded = x.plus(odd).plus(x.of_bits(0x7fff)).and(upper);
+    R::choose(x.is_nan(), x.and(upper).or(x.of_bits(0x40_0000)), rounded)
+}
+
+/// A function of one float.
+#[inline(always)]
+pub fn unary<R: Real>(f: UnaryFn, x: R) -> R {
+    let (zero, one) = (x.of(0.0), x.of(1.0));
+    match f {
+        UnaryFn::Identity => x,
+        UnaryFn::Neg => -x,
+        UnaryFn::Abs => x.abs(),
+        UnaryFn::Sign => R::choose(zero.less(x), one, R::choose(x.less(zero), -one, x * zero)),
+        UnaryFn::Exp => exp(x),
+        UnaryFn::Log => log(x),
+        UnaryFn::Sqrt => x.sqrt(),
+        UnaryFn::Rsqrt => one / x.sqrt(),
+        UnaryFn::Recip => one / x,
+        UnaryFn::Tanh => tanh(x),
+        UnaryFn::Sigmoid => sigmoid(x),
+        UnaryFn::Erf => erf(x),
+        UnaryFn::Relu => R::choose(x.at_most(zero), zero, x),
+        UnaryFn::Floor => floor(x),
+        UnaryFn::Sin => sin(x),
+        UnaryFn::Cos => cos(x),
+        // Of truths alone, which are integers.
+        UnaryFn::Not => x,
+    }
+}
+
+/// A function of two floats.
+#[inline(always)]
+pub fn binary<R: Real>(f: BinaryFn, a: R, b: R) -> R {
+    match f {
+        BinaryFn::Add => a + b,
+        BinaryFn::Sub => a - b,
+        BinaryFn::Mul => a * b,
+        BinaryFn::Div => a / b,
+        BinaryFn::Max => max(a, b),
+        BinaryFn::Min => min(a, b),
+        BinaryFn::Pow => pow(a, b),
+        BinaryFn::Rem => a - b * floor(a / b),
+        BinaryFn::And => a.and(b),
+        BinaryFn::Or => a.or(b),
+    }
 }
 
 #[cfg(test)]

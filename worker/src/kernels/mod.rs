@@ -12,6 +12,7 @@ mod lanes;
 pub mod map;
 pub mod math;
 pub mod max_pool;
+mod native;
 pub mod nest;
 mod pack;
 pub mod reduce;

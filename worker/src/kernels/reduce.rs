@@ -9,7 +9,7 @@
 use super::isa::Isa;
 use super::lanes::to_bf16;
 use super::math;
-use super::vm::{BLOCK, Evaluation, Machine, StepContext};
+use super::vm::{BLOCK, Evaluation, Machine, StepContext, Use};
 use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use mesh::body::Reduction;
@@ -94,7 +94,7 @@ impl ReducePlan {
 
     /// Prepares a reduction for one instruction set.
     pub fn with_isa(r: &Reduction, isa: Isa) -> ReducePlan {
-        let (machine, merged) = Machine::new(&r.nest, isa, false, |i| !r.reduced[i] && !r.reduced[i + 1]);
+        let (machine, merged) = Machine::new(&r.nest, isa, Use::Reduce, |i| !r.reduced[i] && !r.reduced[i + 1]);
         // A collapsed loop is reduced as its parts are; loops of one point that the machine added in front are kept.
         let mut reduced = Vec::new();
         let mut original = 0;

@@ -1,11 +1,13 @@
 //! The machine that evaluates fused bodies: block after block of points through registers of 32-bit lanes that stay in
-//! the first-level cache. One instruction is one tight loop over the block.
+//! the first-level cache. One instruction is one tight loop over the block; with AVX-512 most of a body is one loop, compiled
+//! when the machine is prepared ([`super::native`]).
 //!
 //! Roofline: a chain of `n` instructions over `p` points costs about `n * p / 16` vector operations and the bytes of its
-//! operands and results; up to some twenty instructions the memory binds.
+//! operands and results.
 
 use super::isa::Isa;
-use super::lanes::{Mode, Operand, binary, cast, compare, load, random, select, to_bf16, unary};
+use super::lanes::{Mode, Operand, binary, cast, compare, constant, load, random, select, store, unary};
+use super::native::{From, Moving, Native, TABLE};
 use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
 use mesh::rng::Stream;
@@ -33,9 +35,21 @@ enum Depends {
     Moving,
 }
 
+/// What becomes of a body's results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// They are stored.
+    Map,
+    /// They are stored, and the last operand does not lie in memory: each block is given its elements.
+    Epilogue,
+    /// They are summed up by the caller.
+    Reduce,
+}
+
 /// A body prepared for evaluation over a loop nest, whose last two loops make the rows and columns of blocks.
 pub struct Machine {
     isa: Isa,
+    of: Use,
     /// Extents of the loops, at least two.
     pub extents: Vec<usize>,
     origin: Vec<usize>,
@@ -45,6 +59,8 @@ pub struct Machine {
     uniform: Vec<usize>,
     fixed: Vec<usize>,
     moving: Vec<usize>,
+    /// What comes after those, if it could be compiled.
+    native: Option<Native>,
     registers: usize,
     /// Values that are the results.
     pub results: Vec<(usize, DType)>,
@@ -70,9 +86,9 @@ pub struct Evaluation<'a> {
 pub const MAX_INSTRS: usize = 192;
 
 impl Machine {
-    /// Prepares a body whose operands lie in memory, but for the last one if it is `given`. Loops are collapsed where
-    /// `may_collapse(i)` allows loops `i` and `i + 1` to become one.
-    pub fn new(nest: &Loop, isa: Isa, given: bool, may_collapse: impl Fn(usize) -> bool) -> (Machine, Vec<usize>) {
+    /// Prepares a body. Loops are collapsed where `may_collapse(i)` allows loops `i` and `i + 1` to become one; how many
+    /// each of those that remain stands for is given as well.
+    pub fn new(nest: &Loop, isa: Isa, of: Use, may_collapse: impl Fn(usize) -> bool) -> (Machine, Vec<usize>) {
         assert!(nest.body.instrs.len() <= MAX_INSTRS, "a fused body of {} instructions", nest.body.instrs.len());
         let mut extents = nest.extents.clone();
         let mut origin = nest.origin.clone();
@@ -131,7 +147,7 @@ impl Machine {
             }
         }
         let d = extents.len();
-        let in_memory = operands.len() - usize::from(given);
+        let in_memory = operands.len() - usize::from(of == Use::Epilogue);
         let operands: Vec<Operand> = operands
             .into_iter()
             .enumerate()
@@ -142,29 +158,57 @@ impl Machine {
                 let mode = match (rows, columns) {
                     _ if i >= in_memory => Mode::Given,
                     (0, 0) => Mode::Splat,
-                    (r, 1) if r == n || extents[d - 2] == 1 => Mode::Contiguous,
+                    // Of longer rows a block has one at a time.
+                    (r, 1) if r == n || extents[d - 2] == 1 || n > BLOCK => Mode::Contiguous,
+                    (_, 0) if n > BLOCK => Mode::Splat,
                     (0, 1) => Mode::SameRow,
                     _ => Mode::Strided,
                 };
                 Operand { dtype, offset, strides, mode }
             })
             .collect();
-        let depends = dependence(&instrs, &operands, extents.len() - 1);
-        let (instrs, registers) = allocate(instrs, &results, &depends);
+        let mut depends = dependence(&instrs, &operands, extents.len() - 1);
+        if extents[d - 1] > BLOCK {
+            // Every block has other columns.
+            depends.iter_mut().filter(|d| **d == Depends::Fixed).for_each(|d| *d = Depends::Moving);
+        }
         let results: Vec<(usize, DType)> =
             results.into_iter().zip(&nest.body.results).map(|(r, of)| (r, nest.body.instrs[*of].1)).collect();
+        let [uniform, moving] =
+            [Depends::Uniform, Depends::Moving].map(|d| depends.iter().map(|of| *of == d).collect::<Vec<_>>());
+        let source = Moving {
+            instrs: &instrs,
+            operands: &operands,
+            moving: &moving,
+            uniform: &uniform,
+            results: &results,
+            stores: of != Use::Reduce,
+            columns: extents[d - 1],
+        };
+        let compiled = if isa == Isa::Avx512 { source.compile() } else { None };
+        let (native, before) = compiled.map_or((None, vec![true; instrs.len()]), |(n, before)| (Some(n), before));
         // A result that is merely loaded is copied to a register first: its memory may be another result's.
-        let mut operands: Vec<Operand> = operands;
-        for (r, _) in &results {
+        let mut operands = operands;
+        for (r, _) in results.iter().filter(|_| native.is_none() && of != Use::Reduce) {
             if let Instr::Load(o) = instrs[*r].0
                 && operands[o].mode != Mode::Given
             {
                 operands[o].mode = Mode::Strided;
             }
         }
-        let of = |d: Depends| (0..instrs.len()).filter(|i| depends[*i] == d).collect();
-        let [uniform, fixed, moving] = [Depends::Uniform, Depends::Fixed, Depends::Moving].map(of);
-        (Machine { isa, extents, origin, operands, instrs, uniform, fixed, moving, registers, results }, merged)
+        let place = |i: usize| match (&native, before[i]) {
+            (None, _) if depends[i] == Depends::Moving => Place::Shared,
+            (_, true) => Place::Own,
+            _ if of == Use::Reduce && results.iter().any(|r| r.0 == i) => Place::Own,
+            _ => Place::None,
+        };
+        let places: Vec<Place> = (0..instrs.len()).map(place).collect();
+        let (instrs, registers) = allocate(instrs, &results, &places);
+        let by = |d: Depends| (0..instrs.len()).filter(|i| depends[*i] == d && before[*i]).collect();
+        let [uniform, fixed, moving] = [Depends::Uniform, Depends::Fixed, Depends::Moving].map(by);
+        let machine =
+            Machine { isa, of, extents, origin, operands, instrs, uniform, fixed, moving, native, registers, results };
+        (machine, merged)
     }
 
     /// Whether every result is the operand that blocks are given, at most in fewer bits.
@@ -189,7 +233,7 @@ impl Machine {
     ///
     /// # Safety
     /// Until the evaluation ends, `operands` are buffers that hold what the loop nest's accesses reach, not written
-    /// except as [`super::map::MapPlan::run`] allows. The last operand may lack; then each block is given its elements.
+    /// except as [`super::map::MapPlan::run`] allows. An epilogue's last operand lacks.
     pub unsafe fn evaluation<'a>(
         &'a self,
         cx: StepContext,
@@ -212,9 +256,52 @@ impl Machine {
 }
 
 impl Evaluation<'_> {
-    /// Evaluates `rows x columns` points (at most [`BLOCK`]) from the point `at` (local loop indices) on; more than one
-    /// row only of whole rows.
+    /// Evaluates `rows x columns` points (at most [`BLOCK`]) of what is to be summed up, from the point `at` (local loop
+    /// indices) on; more than one row only of whole rows.
     pub fn block(&mut self, at: &[usize], rows: usize, columns: usize) {
+        let m = self.machine;
+        assert!(m.of == Use::Reduce, "the results are stored");
+        self.begin(at, rows, columns);
+        if let Some(native) = &m.native {
+            let base = self.registers.as_mut_ptr().cast::<u32>();
+            let mut results = [std::ptr::null_mut(); TABLE];
+            for ((r, _), to) in m.results.iter().zip(&mut results) {
+                // SAFETY: a result has a register of its own.
+                let register = unsafe { base.add(m.instrs[*r].2 * BLOCK) };
+                self.pointers[*r] = register;
+                *to = register.cast();
+            }
+            // SAFETY: registers have room for a block.
+            unsafe { self.compiled(native, at, [rows, columns], &results[..m.results.len()]) };
+        }
+    }
+
+    /// Evaluates points as [`Evaluation::block`] does, and stores the results: the elements from `first` on.
+    ///
+    /// # Safety
+    /// The results have room for them, and no operand's memory that is still to be read lies there.
+    pub unsafe fn store(&mut self, at: &[usize], rows: usize, columns: usize, first: usize, to: &[*mut u8]) {
+        let (m, n) = (self.machine, rows * columns);
+        assert!(m.of != Use::Reduce, "the results are summed up");
+        self.begin(at, rows, columns);
+        let mut results = [std::ptr::null_mut(); TABLE];
+        for ((result, to), (slot, dtype)) in results.iter_mut().zip(to).zip(&m.results) {
+            // SAFETY: by this function's contract.
+            *result = unsafe { to.add(first * dtype.bytes()) };
+            if m.native.is_none() {
+                // SAFETY: as above. All operands of a block are read before its results are stored, and what is loaded in
+                // place is only read by instructions, which end before.
+                unsafe { store(m.isa, *dtype, self.pointers[*slot], *result, n) };
+            }
+        }
+        if let Some(native) = &m.native {
+            // SAFETY: as above.
+            unsafe { self.compiled(native, at, [rows, columns], &results[..m.results.len()]) };
+        }
+    }
+
+    /// Evaluates what the machine computes of a block.
+    fn begin(&mut self, at: &[usize], rows: usize, columns: usize) {
         assert!(rows * columns <= BLOCK);
         let m = self.machine;
         if !self.uniform {
@@ -227,6 +314,41 @@ impl Evaluation<'_> {
             self.run(&m.fixed, at, rows, columns);
         }
         self.run(&m.moving, at, rows, columns);
+    }
+
+    /// Runs the compiled part over a block.
+    ///
+    /// # Safety
+    /// The results have room for the block.
+    unsafe fn compiled(&self, native: &Native, at: &[usize], [rows, columns]: [usize; 2], results: &[*mut u8]) {
+        let m = self.machine;
+        let mut table = [0usize; 2 * TABLE];
+        let entries = native.bytes.len();
+        let (pointers, further) = table[..2 * entries].split_at_mut(entries);
+        for (((pointer, further), input), bytes) in
+            pointers.iter_mut().zip(&mut *further).zip(&native.inputs).zip(&native.bytes)
+        {
+            (*pointer, *further) = match *input {
+                From::Register(i) => (self.pointers[i].expose_provenance(), columns * 4),
+                From::Uniform(i) => (self.pointers[i].expose_provenance(), 0),
+                From::Operand(o) if m.operands[o].mode == Mode::Given => (self.given.expose_provenance(), columns * 4),
+                From::Operand(o) => {
+                    let operand = &m.operands[o];
+                    // SAFETY: by the contract of `Machine::evaluation` the operand's buffer holds every element of the block.
+                    let first = unsafe { self.operands[o].add(operand.at(at) * bytes) };
+                    (first.expose_provenance(), operand.along()[0] * bytes)
+                }
+            };
+        }
+        let inputs = native.inputs.len();
+        let stored =
+            pointers[inputs..].iter_mut().zip(&mut further[inputs..]).zip(results).zip(&native.bytes[inputs..]);
+        stored.for_each(|(((pointer, further), r), bytes)| {
+            (*pointer, *further) = (r.expose_provenance(), columns * bytes);
+        });
+        let shape = if native.by_rows { [rows, columns] } else { [1, rows * columns] };
+        // SAFETY: inputs and results have as many elements; the machine has the instruction set it was prepared for.
+        unsafe { native.run(&mut table[..2 * entries], shape) };
     }
 
     /// Runs some of the instructions. What each does to its lanes is a function of its own: otherwise the constants of all
@@ -248,16 +370,10 @@ impl Evaluation<'_> {
                 Instr::Load(o) if m.operands[*o].mode == Mode::Given => pointers[i] = self.given,
                 Instr::Load(o) => {
                     let operand = &m.operands[*o];
-                    let start = operand.offset + at.iter().zip(&operand.strides).map(|(a, s)| a * s).sum::<usize>();
                     // SAFETY: by the contract of `Machine::evaluation` the operand's buffer holds every element of the block.
-                    pointers[i] = unsafe { load(isa, operand, self.operands[*o], start, rows, columns, out) };
+                    pointers[i] = unsafe { load(isa, operand, self.operands[*o], operand.at(at), rows, columns, out) };
                 }
-                Instr::Constant(c) => out.fill(match dtype {
-                    DType::F32 => (*c as f32).to_bits(),
-                    DType::Bf16 => u32::from(to_bf16((*c as f32).to_bits())) << 16,
-                    DType::I32 => *c as i32 as u32,
-                    DType::Bool => u32::from(*c != 0.0),
-                }),
+                Instr::Constant(c) => out.fill(constant(*c, *dtype)),
                 Instr::Step => out.fill(cx.step),
                 Instr::Index { dim } => {
                     let first = (m.origin[*dim] + at[*dim]) as u32;
@@ -290,7 +406,7 @@ impl Evaluation<'_> {
         self.given = elements;
     }
 
-    /// The lanes of a value of the last block, as many as it had points.
+    /// The lanes of a result of the last block, as many as it had points.
     pub fn pointer(&self, slot: usize) -> *const u32 {
         self.pointers[slot]
     }
@@ -365,12 +481,22 @@ fn simplified(body: &Body) -> (Vec<(Instr, DType)>, Vec<usize>) {
     (instrs, sources.into_iter().map(|s| place[s]).collect())
 }
 
-/// Gives every instruction a register such that values that are alive together have different ones; those that are not
-/// moving keep theirs.
+/// Where an instruction's value is kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In a register that is another value's before and after.
+    Shared,
+    /// In a register of its own.
+    Own,
+    /// In none: compiled code has it.
+    None,
+}
+
+/// Gives instructions registers such that values that are alive together have different ones.
 fn allocate(
     instrs: Vec<(Instr, DType)>,
-    results: &[usize],
-    depends: &[Depends],
+    results: &[(usize, DType)],
+    places: &[Place],
 ) -> (Vec<(Instr, DType, usize)>, usize) {
     let mut last: Vec<usize> = (0..instrs.len()).collect();
     for (i, (instr, _)) in instrs.iter().enumerate() {
@@ -378,20 +504,23 @@ fn allocate(
             last[a] = i;
         }
     }
-    results.iter().for_each(|&r| last[r] = instrs.len());
-    let keeps = |i: &usize| depends[*i] != Depends::Moving;
-    (0..instrs.len()).filter(keeps).for_each(|i| last[i] = instrs.len());
+    results.iter().for_each(|(r, _)| last[*r] = instrs.len());
+    (0..instrs.len()).filter(|i| places[*i] != Place::Shared).for_each(|i| last[i] = instrs.len());
     let mut free: Vec<usize> = Vec::new();
     let mut count = 0;
     let mut register = vec![0; instrs.len()];
     let mut out = Vec::with_capacity(instrs.len());
     for (i, (instr, dtype)) in instrs.into_iter().enumerate() {
-        // A value that keeps its register is computed before all others, whatever its place.
-        let reused = if keeps(&i) { None } else { free.pop() };
-        register[i] = reused.unwrap_or_else(|| {
-            count += 1;
-            count - 1
-        });
+        // A register of its own has its value before others are computed, whatever its place.
+        let reused = if places[i] == Place::Shared { free.pop() } else { None };
+        register[i] = match (places[i], reused) {
+            (Place::None, _) => 0,
+            (_, Some(register)) => register,
+            (_, None) => {
+                count += 1;
+                count - 1
+            }
+        };
         // An argument's register is free for the instructions after the one that uses it last.
         let mut ended: Vec<usize> = arguments(&instr).into_iter().filter(|&a| last[a] == i).collect();
         ended.sort_unstable();
@@ -405,7 +534,8 @@ fn allocate(
     (out, count)
 }
 
-fn arguments(instr: &Instr) -> Vec<usize> {
+/// The instructions whose values one reads.
+pub(super) fn arguments(instr: &Instr) -> Vec<usize> {
     match instr {
         Instr::Load(_) | Instr::Constant(_) | Instr::Step | Instr::Index { .. } | Instr::Random { .. } => vec![],
         Instr::Unary(_, a) | Instr::Cast(a) => vec![*a],
