@@ -49,6 +49,11 @@ pub trait Real:
     fn of(self, constant: f32) -> Self {
         self.of_bits(constant.to_bits())
     }
+    /// The nearest `bf16`, ties to even; a zero of its sign for a subnormal number.
+    #[inline(always)]
+    fn to_bf16(self) -> Self {
+        to_bf16(self)
+    }
     /// |self|
     #[inline(always)]
     fn abs(self) -> Self {
@@ -300,12 +305,13 @@ fn either_nan<R: Real>(a: R, b: R, otherwise: R) -> R {
     R::choose(a.is_nan(), nan, R::choose(b.is_nan(), nan, otherwise))
 }
 
-/// The nearest bf16, ties to even.
+/// The nearest `bf16`, ties to even; of subnormal numbers, as the instruction for it has it, a zero.
 #[inline(always)]
 pub fn to_bf16<R: Real>(x: R) -> R {
     let upper = x.of_bits(0xffff_0000);
     let odd = x.down(16).and(x.of_bits(1));
     let rounded = x.plus(odd).plus(x.of_bits(0x7fff)).and(upper);
+    let rounded = R::choose(x.abs().less(x.of(f32::MIN_POSITIVE)), x.and(x.of_bits(1 << 31)), rounded);
     R::choose(x.is_nan(), x.and(upper).or(x.of_bits(0x40_0000)), rounded)
 }
 
@@ -395,5 +401,8 @@ mod tests {
         assert_eq!(max(0.0, -0.0).to_bits(), 0.0f32.to_bits());
         assert_eq!(min(0.0, -0.0).to_bits(), (-0.0f32).to_bits());
         assert!(max(1.0, f32::NAN).is_nan() && min(f32::NAN, 1.0).is_nan());
+        let rounded = [1.003_906_3, 1.011_718_8, f32::MAX, -1e-40, f32::MIN_POSITIVE].map(to_bf16);
+        assert_eq!(rounded, [1.0, 1.015_625, f32::INFINITY, 0.0, f32::MIN_POSITIVE]);
+        assert!(rounded[3].is_sign_negative() && to_bf16(f32::NAN).is_nan());
     }
 }

@@ -153,44 +153,63 @@ pub unsafe fn transpose(
 pub unsafe fn copy_pairs(
     isa: Isa,
     from: *const u16,
-    [lines, points]: [&Side; 2],
-    [pairs, columns]: [std::ops::Range<usize>; 2],
+    sides: [&Side; 2],
+    ranges: [std::ops::Range<usize>; 2],
     to: *mut u32,
     pitch: usize,
 ) {
-    for (l, i) in pairs.enumerate() {
-        let halves = [lines.offsets[2 * i], lines.offsets[2 * i + 1]];
-        let mut j = columns.start;
-        while j < columns.end {
-            let n = (points.ends[j] as usize).min(columns.end) - j;
-            // SAFETY: by this function's contract.
-            unsafe {
-                let start = from.add(points.offsets[j]);
-                let to = std::slice::from_raw_parts_mut(to.add(l * pitch + j - columns.start), n);
-                interleave(isa, start, halves, to);
+    dispatch!(isa, fn(
+        from: *const u16,
+        sides: [&Side; 2],
+        ranges: [std::ops::Range<usize>; 2],
+        to: *mut u32,
+        pitch: usize,
+    ) {
+        let ([lines, points], [pairs, columns]) = (sides, ranges);
+        for (l, i) in pairs.enumerate() {
+            let halves = [lines.offsets[2 * i], lines.offsets[2 * i + 1]];
+            let mut j = columns.start;
+            while j < columns.end {
+                let n = (points.ends[j] as usize).min(columns.end) - j;
+                // SAFETY: by this function's contract.
+                unsafe {
+                    let (mut start, mut to) = (from.add(points.offsets[j]), to.add(l * pitch + j - columns.start));
+                    let mut left = n;
+                    while left > 0 {
+                        // A panel's row, without a loop.
+                        let done = match left {
+                            32.. => interleave::<32>(start, halves, to),
+                            16.. => interleave::<16>(start, halves, to),
+                            _ => interleave::<1>(start, halves, to),
+                        };
+                        (start, to, left) = (start.add(done), to.add(done), left - done);
+                    }
+                }
+                j += n;
             }
-            j += n;
         }
-    }
+    });
 }
 
-/// Neighbouring elements of two lines at these offsets, pair by pair.
+/// `N` neighbouring elements of two lines at these offsets, pair by pair; gives their number.
 ///
 /// # Safety
-/// As many elements as there are pairs lie in each line that is there.
-unsafe fn interleave(isa: Isa, from: *const u16, halves: [usize; 2], to: &mut [u32]) {
-    dispatch!(isa, fn(from: *const u16, halves: [usize; 2], to: &mut [u32]) {
-        let n = to.len();
-        // SAFETY: by the contract of this function.
-        let line = |at: usize| unsafe { std::slice::from_raw_parts(from.add(at), n) };
-        let first = line(halves[0]);
-        if halves[1] == NOTHING {
-            to.iter_mut().zip(first).for_each(|(t, f)| *t = u32::from(*f));
-            return;
-        }
-        let second = line(halves[1]);
-        to.iter_mut().zip(first).zip(second).for_each(|((t, f), s)| *t = u32::from(*f) | u32::from(*s) << 16);
-    });
+/// As many elements lie in each line that is there, and as many pairs fit behind `to`.
+#[inline(always)]
+unsafe fn interleave<const N: usize>(from: *const u16, halves: [usize; 2], to: *mut u32) -> usize {
+    // SAFETY: by the contract of this function.
+    unsafe {
+        let first = from.add(halves[0]).cast::<[u16; N]>().read_unaligned();
+        let pairs: [u32; N] = match halves[1] {
+            NOTHING => first.map(u32::from),
+            at => {
+                let second = from.add(at).cast::<[u16; N]>().read_unaligned();
+                std::array::from_fn(|j| u32::from(first[j]) | u32::from(second[j]) << 16)
+            }
+        };
+        to.cast::<[u32; N]>().write_unaligned(pairs);
+    }
+    N
 }
 
 /// Copies a block of a matrix of pairs that lie along its lines: `to[(i - lines.start) * pitch + l]` is the pair of points

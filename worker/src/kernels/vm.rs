@@ -177,6 +177,7 @@ impl Machine {
         let [uniform, moving] =
             [Depends::Uniform, Depends::Moving].map(|d| depends.iter().map(|of| *of == d).collect::<Vec<_>>());
         let source = Moving {
+            isa,
             instrs: &instrs,
             operands: &operands,
             moving: &moving,

@@ -18,6 +18,8 @@ pub enum Format {
     Lanes,
     /// The upper 16 bits.
     Bf16,
+    /// As that, rounded when it is stored.
+    ToBf16,
     /// A byte.
     Byte,
     /// One element of 32 bits for a row.
@@ -59,7 +61,7 @@ impl Code {
     /// Runs it over rows.
     ///
     /// # Safety
-    /// The machine has AVX-512 F, BW, DQ and VL. The table has a pointer for every input to its elements and for every
+    /// The machine has AVX-512 F, BW, DQ and VL, and BF16 if the tape rounds by its instruction. The table has a pointer for every input to its elements and for every
     /// result to room for them, as their formats say, and as many distances of rows; a result overlaps an input only where both
     /// have elements of one size that lie at the same places. It is changed.
     pub unsafe fn run(&self, table: &mut [usize], [rows, columns]: [usize; 2]) {
@@ -135,6 +137,9 @@ const VECTOR: usize = 64;
 /// The last register is for values on their way to a store.
 const REGISTERS: usize = 31;
 const LAST: Register = Register::ZMM31;
+const LAST_HALF: Register = Register::YMM31;
+/// Rounds floats to half a vector of `bf16`.
+const ROUND: Opcode = Opcode::EVEX_Vcvtneps2bf16_ymm_k1z_zmmm512b32;
 
 struct Emitter<'a> {
     source: &'a Source,
@@ -310,17 +315,24 @@ impl<'a> Emitter<'a> {
                     let a = self.fetch(a, i, &[])?;
                     let to = self.result(i, i)?;
                     let one = |code| Instruction::with2(code, to, a);
-                    self.push(match f {
+                    let instruction = match f {
                         One::Sqrt => one(Opcode::EVEX_Vsqrtps_zmm_k1z_zmmm512b32_er)?,
                         One::FromInteger => one(Opcode::EVEX_Vcvtdq2ps_zmm_k1z_zmmm512b32_er)?,
                         One::ToInteger => one(Opcode::EVEX_Vcvttps2dq_zmm_k1z_zmmm512b32_sae)?,
+                        One::ToBf16 => {
+                            let halves = Register::YMM0 + (to as u32 - Register::ZMM0 as u32);
+                            self.push(Instruction::with2(ROUND, halves, a)?);
+                            self.push(Instruction::with2(Opcode::EVEX_Vpmovzxwd_zmm_k1z_ymmm256, to, halves)?);
+                            Instruction::with3(Opcode::EVEX_Vpslld_zmm_k1z_zmmm512b32_imm8, to, to, 16u32)?
+                        }
                         One::Up(n) => {
                             Instruction::with3(Opcode::EVEX_Vpslld_zmm_k1z_zmmm512b32_imm8, to, a, u32::from(n))?
                         }
                         One::Down(n) => {
                             Instruction::with3(Opcode::EVEX_Vpsrld_zmm_k1z_zmmm512b32_imm8, to, a, u32::from(n))?
                         }
-                    });
+                    };
+                    self.push(instruction);
                 }
                 Op::Two(f, a, b) => {
                     let swap = commutes(f) && self.in_memory(a) && !self.in_memory(b);
@@ -384,6 +396,10 @@ impl<'a> Emitter<'a> {
                     self.push(Instruction::with3(code, LAST, from, 16u32)?);
                     Instruction::with2(Opcode::EVEX_Vpmovdw_ymmm256_k1z_zmm, to, LAST)?
                 }
+                Format::ToBf16 => {
+                    self.push(Instruction::with2(ROUND, LAST_HALF, from)?);
+                    Instruction::with2(Opcode::EVEX_Vmovdqu16_ymmm256_k1z_ymm, to, LAST_HALF)?
+                }
                 Format::Byte => Instruction::with2(Opcode::EVEX_Vpmovdb_xmmm128_k1z_zmm, to, from)?,
             };
             self.body.push((instruction, true));
@@ -412,7 +428,7 @@ impl<'a> Emitter<'a> {
                 Format::Splat => true,
                 // Loaded once if it is used more than once.
                 Format::Lanes => self.uses[v].len() == 1,
-                Format::Bf16 | Format::Byte | Format::SplatBf16 => false,
+                Format::Bf16 | Format::ToBf16 | Format::Byte | Format::SplatBf16 => false,
             },
             _ => self.spilled[v].is_some(),
         };
@@ -464,7 +480,7 @@ impl<'a> Emitter<'a> {
     fn lanes_at(&mut self, entry: usize, format: Format) -> Result<MemoryOperand, IcedError> {
         let scale = match format {
             Format::Lanes | Format::Splat => 4,
-            Format::Bf16 | Format::SplatBf16 => 2,
+            Format::Bf16 | Format::ToBf16 | Format::SplatBf16 => 2,
             Format::Byte => 1,
         };
         Ok(MemoryOperand::new(self.pointer(entry)?, LANE, scale, 0, 0, false, Register::None))
@@ -483,7 +499,7 @@ impl<'a> Emitter<'a> {
             Op::Input(i) if self.source.inputs[i] != Format::Splat => {
                 let format = self.source.inputs[i];
                 let code = match format {
-                    Format::Bf16 => Opcode::EVEX_Vpmovzxwd_zmm_k1z_ymmm256,
+                    Format::Bf16 | Format::ToBf16 => Opcode::EVEX_Vpmovzxwd_zmm_k1z_ymmm256,
                     Format::Byte => Opcode::EVEX_Vpmovzxbd_zmm_k1z_xmmm128,
                     Format::SplatBf16 => Opcode::EVEX_Vpbroadcastw_zmm_k1z_xmmm16,
                     Format::Lanes | Format::Splat => Opcode::EVEX_Vmovups_zmm_k1z_zmmm512,

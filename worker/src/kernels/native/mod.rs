@@ -12,6 +12,7 @@
 mod emit;
 mod tape;
 
+use super::isa::Isa;
 use super::lanes::{Mode, Operand};
 use super::math::{self, Real};
 use emit::{Code, Format, Source};
@@ -22,7 +23,7 @@ use mesh::ops::compare::CompareFn;
 use mesh::ops::unary::UnaryFn;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use tape::{Op, Recorded, Tape, Test, Two, Value};
+use tape::{One, Op, Recorded, Tape, Test, Two, Value};
 
 /// Where an input of compiled code lies.
 #[derive(Clone, Copy, Debug)]
@@ -62,6 +63,8 @@ static COMPILED: Mutex<Option<HashMap<Source, Arc<Code>>>> = Mutex::new(None);
 
 /// What to compile a body's moving instructions from.
 pub struct Moving<'a> {
+    /// The machine's instruction set.
+    pub isa: Isa,
     /// All instructions.
     pub instrs: &'a [(Instr, DType)],
     /// The operands.
@@ -86,7 +89,8 @@ impl Moving<'_> {
     pub fn compile(&self) -> Option<(Native, Vec<bool>)> {
         let by_rows = self.columns >= LONG && (0..self.instrs.len()).any(|i| self.moving[i] && self.needs_rows(i));
         let before = self.before(by_rows);
-        let lowering = Lowering { of: self, before: &before, tape: Tape::default(), formats: vec![], inputs: vec![] };
+        let tape = Tape::new(self.isa.pairs());
+        let lowering = Lowering { of: self, before: &before, tape, formats: vec![], inputs: vec![] };
         let (source, inputs) = lowering.source();
         let entries = inputs.len() + source.results.len();
         if entries > TABLE || !source.ops.iter().any(|op| !emit::arguments(op).is_empty()) {
@@ -154,7 +158,7 @@ impl Moving<'_> {
 }
 
 /// The most inputs and results of compiled code.
-pub const TABLE: usize = 64;
+pub const TABLE: usize = 40;
 
 struct Lowering<'a> {
     of: &'a Moving<'a>,
@@ -266,11 +270,11 @@ impl Lowering<'_> {
                 let x = at(a);
                 let truth = |test| Op::Choose(test, [x.value, zero(x), one(x), zero(x)]);
                 match (of(a), *dtype) {
-                    (DType::F32, DType::Bf16) => math::to_bf16(x).value,
+                    (DType::F32, DType::Bf16) => x.to_bf16().value,
                     (DType::F32 | DType::Bf16, DType::Bool) => tape.record(truth(Test::Differs)),
                     (DType::I32, DType::Bool) => tape.record(truth(Test::Other)),
                     (DType::I32, DType::F32) => x.from_integer().value,
-                    (DType::I32, DType::Bf16) => math::to_bf16(x.from_integer()).value,
+                    (DType::I32, DType::Bf16) => x.from_integer().to_bf16().value,
                     (DType::Bool, DType::F32 | DType::Bf16) => {
                         tape.record(Op::Choose(Test::Other, [x.value, zero(x), x.of(1.0).value, zero(x)]))
                     }
@@ -291,9 +295,14 @@ impl Lowering<'_> {
         match dtype {
             DType::F32 | DType::I32 => (value, Format::Lanes),
             DType::Bool => (value, Format::Byte),
+            // What was rounded before is not rounded by itself: if nothing else needs that, it is not computed.
+            DType::Bf16 if self.tape.rounds => match self.tape.op(value) {
+                Op::One(One::ToBf16, wide) => (wide, Format::ToBf16),
+                _ => (value, Format::ToBf16),
+            },
             DType::Bf16 => {
                 let rounded = matches!(self.of.instrs[r], (Instr::Cast(_) | Instr::Load(_), DType::Bf16));
-                let value = if rounded { value } else { math::to_bf16(self.tape.real(value)).value };
+                let value = if rounded { value } else { self.tape.real(value).to_bf16().value };
                 (value, Format::Bf16)
             }
         }

@@ -1,6 +1,6 @@
 //! A record of what is done to a lane: operations in order, each on values of earlier ones.
 
-use crate::kernels::math::Real;
+use crate::kernels::math::{self, Real};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::{Add, Div, Mul, Neg, Sub};
@@ -36,6 +36,8 @@ pub enum One {
     FromInteger,
     /// The integer that lies next towards zero.
     ToInteger,
+    /// The nearest `bf16`, by the instruction for it.
+    ToBf16,
 }
 
 /// An operation on two values.
@@ -91,13 +93,19 @@ pub enum Test {
 }
 
 /// A tape. What was recorded before is not recorded again.
-#[derive(Default)]
 pub struct Tape {
     ops: RefCell<Vec<Op>>,
     seen: RefCell<HashMap<Op, Value>>,
+    /// Whether the machine has an instruction that rounds to `bf16`.
+    pub rounds: bool,
 }
 
 impl Tape {
+    /// An empty one.
+    pub fn new(rounds: bool) -> Tape {
+        Tape { ops: RefCell::default(), seen: RefCell::default(), rounds }
+    }
+
     /// Records an operation.
     pub fn record(&self, op: Op) -> Value {
         *self.seen.borrow_mut().entry(op).or_insert_with(|| {
@@ -204,5 +212,8 @@ impl<'a> Real for Recorded<'a> {
     }
     fn to_integer(self) -> Self {
         self.one(One::ToInteger)
+    }
+    fn to_bf16(self) -> Self {
+        if self.tape.rounds { self.one(One::ToBf16) } else { math::to_bf16(self) }
     }
 }
