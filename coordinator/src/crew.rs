@@ -326,7 +326,7 @@ impl Coordinator {
         };
         let mut settings = settings;
         settings.mesh = got.to_string();
-        let (session, peers) = {
+        let (session, peers, amx) = {
             let mut state = self.state();
             match &state.session {
                 Some(s) if settings.carry && s.epoch == settings.after && state.failed.is_none() => {}
@@ -334,10 +334,11 @@ impl Coordinator {
                 None => return Err(gone(settings.after)),
                 Some(_) => return Err(busy()),
             }
-            let mut peers = Vec::new();
+            let (mut peers, mut amx) = (Vec::new(), true);
             for (id, devices) in &crew {
                 let member =
                     state.members.get(id).ok_or_else(|| Status::unavailable(format!("worker {id} is lost")))?;
+                amx &= member.hello.amx;
                 peers.extend(devices.iter().map(|d| Peer {
                     device: *d,
                     address: member.hello.data_address.clone(),
@@ -363,7 +364,7 @@ impl Coordinator {
                 writing: tokio::sync::Mutex::default(),
             });
             (state.session, state.failed) = (Some(session.clone()), None);
-            (session, peers)
+            (session, peers, amx)
         };
         self.changed();
         self.release();
@@ -375,6 +376,7 @@ impl Coordinator {
                     settings: Some(session.settings.clone()),
                     peers: peers.clone(),
                     own: session.crew[place].1.clone(),
+                    amx,
                 };
                 let parts: Vec<LoadPart> = std::iter::once(load_part::Kind::Head(head))
                     .chain(wire::slices(&bytes).map(load_part::Kind::Program))

@@ -33,21 +33,39 @@ unsafe impl Send for Arena {}
 // SAFETY: as above.
 unsafe impl Sync for Arena {}
 
+/// Bytes of a large page of memory.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Asks the system for large pages before memory is touched: kernels walk many rows at a time, each on a page of its own.
+fn ask_for_huge_pages(memory: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    if bytes >= HUGE_PAGE {
+        let advice = rustix::mm::Advice::LinuxHugepage;
+        // SAFETY: the range was just allocated and begins a page; the advice changes nothing that it holds. Where the system
+        // does not follow it, it goes on with small ones.
+        let _ = unsafe { rustix::mm::madvise(memory.cast(), bytes / HUGE_PAGE * HUGE_PAGE, advice) };
+    }
+}
+
 const GUARD_BYTES: usize = 4096;
 const GUARD: u8 = 0xa5;
 
 impl Arena {
     fn layout(bytes: usize) -> Option<Layout> {
-        Layout::from_size_align(bytes.checked_add(GUARD_BYTES)?, ALIGN).ok()
+        let align = if bytes < HUGE_PAGE { ALIGN } else { HUGE_PAGE };
+        Layout::from_size_align(bytes.checked_add(GUARD_BYTES)?, align).ok()
     }
 
     /// `bytes` zeros; None if the machine does not have them.
     pub fn private(bytes: usize) -> Option<Arena> {
         // SAFETY: the layout is not empty, for the guard is not.
-        let memory = unsafe { std::alloc::alloc_zeroed(Arena::layout(bytes)?) };
+        let memory = unsafe { std::alloc::alloc(Arena::layout(bytes)?) };
         if memory.is_null() {
             return None;
         }
+        ask_for_huge_pages(memory, bytes);
+        // SAFETY: the block has so many bytes.
+        unsafe { std::ptr::write_bytes(memory, 0, bytes) };
         Some(Arena { memory, bytes, block: Block::Private }.with_guard())
     }
 
@@ -59,6 +77,7 @@ impl Arena {
         #[cfg(target_os = "linux")]
         if let Ok((memory, fd)) = LentMemory::create("mesh-arena", bytes.checked_add(GUARD_BYTES)?) {
             let memory = Arc::new(memory);
+            ask_for_huge_pages(memory.start(), bytes);
             return Some(Arena { memory: memory.start(), bytes, block: Block::Shared(memory, fd) }.with_guard());
         }
         Some(private)

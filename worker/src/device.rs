@@ -4,6 +4,7 @@
 //! list: nothing is allocated, planned or looked up by name in it.
 
 use crate::arena::Arena;
+use crate::kernels::isa::Isa;
 use crate::kernels::kernel::{Kernel, Operands};
 use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
@@ -38,6 +39,20 @@ struct Function {
     steps: Vec<Step>,
     inputs: Vec<(Name, Part, Buffer)>,
     outputs: Vec<(Name, Part, Buffer)>,
+}
+
+/// What a device is made from.
+pub struct Seat {
+    /// Its number in the mesh.
+    pub device: usize,
+    /// Its memory, as large as its plan says.
+    pub arena: Arc<Arena>,
+    /// Its end of the transport.
+    pub end: Box<dyn Transport>,
+    /// Where its threads are pinned to.
+    pub cores: Option<Cores>,
+    /// What its kernels are compiled for.
+    pub isa: Isa,
 }
 
 /// A device.
@@ -110,15 +125,12 @@ impl Device {
     /// Loads device `index` of a plan into `arena`, which is as large as the plan says.
     pub fn new(
         plan: &ProgramPlan,
-        index: usize,
-        arena: Arc<Arena>,
-        transport: Box<dyn Transport>,
+        Seat { device: index, arena, end: transport, cores, isa }: Seat,
         threads: usize,
-        cores: Option<Cores>,
         seed: u64,
     ) -> Device {
         let functions: Vec<(Name, Function)> =
-            plan.functions.iter().map(|(n, f)| (n.clone(), prepare(&arena, &f[index]))).collect();
+            plan.functions.iter().map(|(n, f)| (n.clone(), prepare(&arena, &f[index], isa))).collect();
         let op = |s: &Step| (s.label.clone(), s.kernel.communicates());
         let ops = |f: &Function| f.steps.iter().map(op).collect();
         let recorder = Arc::new(Recorder::new(functions.iter().map(|(n, f)| (n.clone(), ops(f)))));
@@ -360,11 +372,11 @@ unsafe fn held<'a, T>(part: &Part, memory: *mut u8) -> ArrayViewMutD<'a, T> {
     unsafe { ArrayViewMutD::from_shape_ptr(IxDyn(&part.region.shape()), memory.cast()) }
 }
 
-fn prepare(arena: &Arena, plan: &DevicePlan) -> Function {
+fn prepare(arena: &Arena, plan: &DevicePlan, isa: Isa) -> Function {
     let steps = plan.steps.iter().map(|s| {
         let buffers = s.inputs.iter().chain(&s.outputs).chain([&s.scratch]);
         Step {
-            kernel: Kernel::new(&s.work),
+            kernel: Kernel::with_isa(&s.work, isa),
             inputs: s.inputs.iter().map(|b| arena.at(*b).cast_const()).collect(),
             outputs: s.outputs.iter().map(|b| arena.at(*b)).collect(),
             output_bytes: s.outputs.first().map_or(0, |b| b.bytes),

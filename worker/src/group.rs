@@ -1,11 +1,12 @@
 //! The devices of one process, each with a thread that drives it.
 
 use crate::arena::Arena;
-use crate::device::{Device, DeviceError};
+use crate::device::{Device, DeviceError, Seat};
+use crate::kernels::isa::Isa;
 use crate::kernels::roofline::Roofline;
 use crate::pool::Cores;
 use crate::recorder::Recorder;
-use crate::transport::{InProcess, Transport};
+use crate::transport::InProcess;
 use crate::watch::NonFinite;
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
@@ -52,18 +53,6 @@ pub struct DeviceGroup {
     _arenas: Vec<Arc<Arena>>,
 }
 
-/// What a device of a group is made from.
-pub struct Seat {
-    /// Its number in the mesh.
-    pub device: usize,
-    /// Its memory, as large as its plan says.
-    pub arena: Arc<Arena>,
-    /// Its end of the transport.
-    pub end: Box<dyn Transport>,
-    /// Where its threads are pinned to.
-    pub cores: Option<Cores>,
-}
-
 /// The variables that two plans have, as pairs of indices (`new`, `old`), for [`DeviceGroup::succeed`].
 ///
 /// # Errors
@@ -100,7 +89,7 @@ impl DeviceGroup {
         let size = plan.mesh.size();
         let seat = |(device, end): (usize, InProcess)| {
             let arena = Device::arena(plan, device, Arena::private)?;
-            Ok(Seat { device, arena, end: Box::new(end), cores: Cores::of(device, size, threads) })
+            Ok(Seat { device, arena, end: Box::new(end), cores: Cores::of(device, size, threads), isa: Isa::detect() })
         };
         let seats = InProcess::mesh(size, messages).into_iter().enumerate().map(seat);
         Ok(DeviceGroup::new(plan, seats.collect::<Result<_, DeviceError>>()?, threads, seed))
@@ -110,7 +99,7 @@ impl DeviceGroup {
     pub fn new(plan: &ProgramPlan, seats: Vec<Seat>, threads: usize, seed: u64) -> DeviceGroup {
         let arenas = seats.iter().map(|s| s.arena.clone()).collect();
         let cores: Vec<_> = seats.iter().map(|s| s.cores).collect();
-        let device = |s: Seat| (s.device, Device::new(plan, s.device, s.arena, s.end, threads, s.cores, seed));
+        let device = |s: Seat| (s.device, Device::new(plan, s, threads, seed));
         let devices: Vec<(usize, Device)> = seats.into_iter().map(device).collect();
         let recorders = devices.iter().map(|(number, d)| (*number, d.recorder())).collect();
         let shared = Arc::new(Shared {

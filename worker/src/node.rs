@@ -1,6 +1,7 @@
 //! A worker's life: it offers its devices to a coordinator and stays for as long as that wants it.
 
 use crate::access;
+use crate::kernels::isa::Isa;
 use crate::service::{Offer, WorkerService};
 use crate::store::Store;
 use crate::tls::{self, Role, Tls, TlsError};
@@ -194,6 +195,7 @@ pub fn run_telling(options: &NodeOptions, bound: impl FnOnce(&WorkerHello)) -> R
             threads: options.offer.threads as u32,
             memory: options.offer.memory.unwrap_or(0) as u64,
             epoch: 0,
+            amx: Isa::detect() == Isa::Amx,
         };
         bound(&hello);
         let asked = asked_to_end().map_err(|e| system(&e))?;

@@ -6,8 +6,9 @@
 
 use crate::arena::Arena;
 use crate::checkpoint::{self, CheckpointError, Manifest, Snapshot};
-use crate::device::Device;
-use crate::group::{self, DeviceGroup, Seat};
+use crate::device::{Device, Seat};
+use crate::group::{self, DeviceGroup};
+use crate::kernels::isa::Isa;
 use crate::kernels::kernel::CpuBackend;
 use crate::pool::Cores;
 use crate::recorder::Recorder;
@@ -235,7 +236,9 @@ impl WorkerService {
         let seat = |(end, arena): (Switchboard, Arc<Arena>)| {
             let device = end.device();
             let (place, devices) = roster.on_host(device);
-            Seat { device, arena, end: Box::new(end), cores: Cores::of(place, devices, threads) }
+            // Products of bf16 have one order of summation on the whole mesh.
+            let isa = if head.amx { Isa::detect() } else { Isa::detect().min(Isa::Avx512) };
+            Seat { device, arena, end: Box::new(end), cores: Cores::of(place, devices, threads), isa }
         };
         let mut group =
             DeviceGroup::new(&plan, ends.into_iter().zip(arenas).map(seat).collect(), threads, settings.seed);

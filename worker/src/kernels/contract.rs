@@ -29,16 +29,16 @@ use std::ops::Range;
 
 /// Contracted units of a piece at most: a tile's rows of them stay in the first-level cache.
 const PIECE: usize = 512;
-/// Rows of a tile.
-const ROWS: usize = 14;
-/// Rows of a block at most.
-const BLOCK_ROWS: usize = 8 * ROWS;
+/// Rows of a block at most: of eight register tiles, or of seven matrix tiles.
+const BLOCK_ROWS: usize = 112;
 /// Columns of a block at most, and of one that an epilogue takes from the cache.
 const BLOCK_COLUMNS: [usize; 2] = [1024, 512];
 /// Blocks that a product is cut into at least, so that threads end at about the same time.
 const BLOCKS: usize = 16;
 /// Units between the rows of a packed piece that lie in neighbouring sets of the cache.
 const PITCH: usize = PIECE + 16;
+/// Contracted units that matrix tiles sum at a time.
+const STEP: usize = 16;
 /// Contracted units and panels that a task packs of b.
 const PACKED: [usize; 2] = [128, 8];
 
@@ -135,11 +135,15 @@ impl Subtree {
             Subtree::Small { program, leaves } => (program, leaves),
         };
         let depth = leaves[0].start..leaves[leaves.len() - 1].end;
-        let pieces = depth.len().div_ceil(PIECE).max(1);
+        let pieces = if depth.len() <= PIECE { 1 } else { depth.len().div_ceil(PIECE - STEP) };
         let mut steps = Vec::new();
         for i in 0..pieces {
-            let cut = |i: usize| depth.start + i * depth.len() / pieces;
-            let piece = if pieces == 1 { depth.clone() } else { cut(i)..cut(i + 1) };
+            // Between the steps of whatever sums them.
+            let cut = |i: usize| match i == pieces {
+                true => depth.end,
+                false => depth.start + (i * depth.len() / pieces).next_multiple_of(STEP),
+            };
+            let piece = cut(i)..cut(i + 1);
             let inside = |l: &Range<usize>| l.start.max(piece.start) - piece.start..l.end.min(piece.end) - piece.start;
             let channels = leaves.iter().map(inside).collect();
             steps.push(Step::Sum { depth: piece, channels, program: [program.clone()], goes_on: i > 0 });
@@ -249,8 +253,9 @@ impl ContractPlan {
         let direct = at_once && row_stride.is_some() && epilogue.is_none();
         let width = panel_width(isa, b_columns.len());
         let batches = offsets(&batch);
+        let tile = if pairs && isa == Isa::Amx { 16 } else { 14 };
         let (rows, panels) = (a_rows.len().max(1), b_columns.len().div_ceil(width).max(1));
-        let block_rows = rows.div_ceil(rows.div_ceil(BLOCK_ROWS)).next_multiple_of(ROWS).min(rows);
+        let block_rows = rows.div_ceil(rows.div_ceil(BLOCK_ROWS)).next_multiple_of(tile).min(rows);
         let room = WORKSPACE_BYTES / 4 - BLOCK_ROWS * PITCH - epilogue::registers(&epilogue);
         let most = BLOCK_COLUMNS[usize::from(epilogue.is_some())];
         let most = if direct { most } else { most.min(room / (slots * block_rows)) } / width;
@@ -358,6 +363,8 @@ impl ContractPlan {
         let pitch = panels.len() * self.width;
         let slot = rows.len() * pitch;
         let by_rows = self.a_depth.run() >= self.a_rows.run();
+        // Matrix tiles want a row's units behind each other.
+        let turned = !by_rows && self.pairs && self.isa == Isa::Amx;
         let columns = panels.start * self.width..(panels.end * self.width).min(self.b_columns.len());
         debug_assert!(self.direct || self.slots * slot <= slots.len());
         for (n, steps) in self.nodes.iter().enumerate() {
@@ -385,10 +392,15 @@ impl ContractPlan {
                         (true, true) => pack::copy_paired(halves.add(at), [m, k], ranges.into(), x.cast(), PITCH),
                         (true, false) => {
                             let ranges = [ranges.1, ranges.0];
-                            pack::copy_pairs(self.isa, halves.add(at), [k, m], ranges, x.cast(), BLOCK_ROWS);
+                            match turned {
+                                true => pack::turn_pairs(self.isa, halves.add(at), [k, m], ranges, x.cast(), PITCH),
+                                false => {
+                                    pack::copy_pairs(self.isa, halves.add(at), [k, m], ranges, x.cast(), BLOCK_ROWS)
+                                }
+                            }
                         }
                     }
-                    let (x_pitch, x_step) = if by_rows { (PITCH, 1) } else { (1, BLOCK_ROWS) };
+                    let (x_pitch, x_step) = if by_rows || turned { (PITCH, 1) } else { (1, BLOCK_ROWS) };
                     if !goes_on {
                         top += 1;
                     }

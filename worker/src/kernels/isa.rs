@@ -11,10 +11,12 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// That, and matrix tiles for products of `bf16`, which add in an order of their own ([`super::amx`]).
+    Amx,
 }
 
 impl Isa {
-    /// The best one this machine has, or what `MESH_ISA` (`portable`, `avx2`, `avx512`) says if the machine has it.
+    /// The best one this machine has, or what `MESH_ISA` (`portable`, `avx2`, `avx512`, `amx`) says if the machine has it.
     pub fn detect() -> Isa {
         static CHOSEN: OnceLock<Isa> = OnceLock::new();
         *CHOSEN.get_or_init(|| {
@@ -22,6 +24,7 @@ impl Isa {
             match std::env::var("MESH_ISA").as_deref() {
                 Ok("portable") => Isa::Portable,
                 Ok("avx2") => Isa::Avx2.min(best),
+                Ok("avx512") => Isa::Avx512.min(best),
                 _ => best,
             }
         })
@@ -35,7 +38,8 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
             if has512 {
-                return Isa::Avx512;
+                let tiles = is_x86_feature_detected!("avx512bf16") && super::amx::available();
+                return if tiles { Isa::Amx } else { Isa::Avx512 };
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 return Isa::Avx2;
@@ -48,7 +52,7 @@ impl Isa {
     pub fn pairs(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
-            self == Isa::Avx512 && is_x86_feature_detected!("avx512bf16")
+            self >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16")
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
@@ -58,7 +62,7 @@ impl Isa {
 
     /// Every instruction set that this machine has.
     pub fn available() -> Vec<Isa> {
-        [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| *i <= Isa::best()).collect()
+        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx].into_iter().filter(|i| *i <= Isa::best()).collect()
     }
 }
 
@@ -83,7 +87,7 @@ macro_rules! dispatch {
         match $isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: an `Isa` is only made after the machine was seen to have it.
-            $crate::kernels::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+            $crate::kernels::isa::Isa::Avx512 | $crate::kernels::isa::Isa::Amx => unsafe { avx512($($arg),*) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             $crate::kernels::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },

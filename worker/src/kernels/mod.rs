@@ -1,6 +1,8 @@
 //! Kernels of the CPU backend. All of them keep to exact mode: an element's bits depend on the program alone, never on
 //! the shard, the number of threads, the tile or the instruction set.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod contract;
 pub mod conv;
 pub mod copy;

@@ -191,6 +191,37 @@ pub unsafe fn copy_pairs(
     });
 }
 
+/// Copies a block of a matrix of pairs as [`copy_pairs`] does, but turned: `to[(j - points.start) * pitch + l]` is the pair of
+/// lines at point `j`. Up to fifteen elements behind each row are written as well.
+///
+/// # Safety
+/// As for [`copy_pairs`], with room for as many lines as there are points, and fifteen more.
+pub unsafe fn turn_pairs(
+    isa: Isa,
+    from: *const u16,
+    sides: [&Side; 2],
+    [pairs, columns]: [std::ops::Range<usize>; 2],
+    to: *mut u32,
+    pitch: usize,
+) {
+    const WIDTH: usize = 8 * BLOCK;
+    let mut some = [[0u32; WIDTH]; BLOCK];
+    for (l, first) in pairs.clone().step_by(BLOCK).enumerate() {
+        for j in columns.clone().step_by(WIDTH) {
+            let ranges = [first..(first + BLOCK).min(pairs.end), j..(j + WIDTH).min(columns.end)];
+            let width = ranges[1].len();
+            // SAFETY: by this function's contract.
+            unsafe {
+                copy_pairs(isa, from, sides, ranges, some.as_mut_ptr().cast(), WIDTH);
+                for b in (0..width).step_by(BLOCK) {
+                    let starts = std::array::from_fn(|i| some[i][b..].as_ptr().cast());
+                    transpose_block(isa, starts, to.add((j + b - columns.start) * pitch + l * BLOCK).cast(), pitch);
+                }
+            }
+        }
+    }
+}
+
 /// `N` neighbouring elements of two lines at these offsets, pair by pair; gives their number.
 ///
 /// # Safety

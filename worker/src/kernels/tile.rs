@@ -93,7 +93,7 @@ pub struct Tile<'a> {
 }
 
 /// Deepest stack of a channel tree: chunks of one dimension, by halves.
-const DEPTH: usize = 16;
+pub(super) const DEPTH: usize = 16;
 
 /// Sixteen lanes.
 pub(super) trait Lanes: Copy {
@@ -163,7 +163,7 @@ pub(super) struct PortablePairs(Portable);
 
 /// A float as the instruction for pairs takes and gives it: a zero of its sign in place of a subnormal one.
 #[inline(always)]
-fn normal(x: f32) -> f32 {
+pub(super) fn normal(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE { f32::from_bits(x.to_bits() & 1 << 31) } else { x }
 }
 
@@ -459,7 +459,7 @@ tiles! {
 
 /// Columns of a panel for so many output channels.
 pub fn panel_width(isa: Isa, columns: usize) -> usize {
-    if isa == Isa::Avx512 && columns > 16 { 32 } else { 16 }
+    if isa >= Isa::Avx512 && columns > 16 { 32 } else { 16 }
 }
 
 /// Computes `count` outputs of a panel of `width` columns, tile after tile.
@@ -483,9 +483,14 @@ pub unsafe fn run(isa: Isa, width: usize, mut t: Tile, mut count: usize) {
     }
     match (isa, t.pairs, width) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, false, 32) => steps!(tile_avx512, 2, 14, 8, 4, 2, 1),
+        (Isa::Amx, true, _) => {
+            // SAFETY: by this function's contract.
+            unsafe { super::amx::run(width, t, count) }
+        }
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, false, _) => steps!(tile_avx512, 1, 16, 8, 4, 2, 1),
+        (Isa::Avx512 | Isa::Amx, false, 32) => steps!(tile_avx512, 2, 14, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Amx, false, _) => steps!(tile_avx512, 1, 16, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, false, _) => steps!(tile_avx2, 1, 6, 2, 1),
         #[cfg(target_arch = "x86_64")]

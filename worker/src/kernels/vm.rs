@@ -186,7 +186,7 @@ impl Machine {
             stores: of != Use::Reduce,
             columns: extents[d - 1],
         };
-        let compiled = if isa == Isa::Avx512 { source.compile() } else { None };
+        let compiled = if isa >= Isa::Avx512 { source.compile() } else { None };
         let (native, before) = compiled.map_or((None, vec![true; instrs.len()]), |(n, before)| (Some(n), before));
         // A result that is merely loaded is copied to a register first: its memory may be another result's.
         let mut operands = operands;

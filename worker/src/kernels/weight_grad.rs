@@ -463,7 +463,7 @@ impl WeightGradPlan {
         for group in 0..self.groups {
             let mut co = 0;
             while co < self.cout {
-                let width = if self.isa == Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
+                let width = if self.isa >= Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
                 let mut ci = 0;
                 while ci < self.cin {
                     let mr = tile_rows(self.isa, self.cin - ci, width);

@@ -79,13 +79,13 @@ pub struct Job<'a> {
 /// a multiply-add wants.
 pub fn tile_rows(isa: Isa, left: usize, width: usize) -> usize {
     let sizes: &[usize] = match isa {
-        Isa::Avx512 if width == 16 => &[16, 12, 8, 4, 2, 1],
-        Isa::Avx512 => &[12, 8, 4, 2, 1],
+        Isa::Avx512 | Isa::Amx if width == 16 => &[16, 12, 8, 4, 2, 1],
+        Isa::Avx512 | Isa::Amx => &[12, 8, 4, 2, 1],
         Isa::Avx2 => &[4, 2, 1],
         Isa::Portable => &[4, 1],
     };
     // Sixteen channels go as 8 + 8, not as 12 + 4.
-    if isa == Isa::Avx512 && width > 16 && !left.is_multiple_of(12) && left.is_multiple_of(8) && left < 24 {
+    if isa >= Isa::Avx512 && width > 16 && !left.is_multiple_of(12) && left.is_multiple_of(8) && left < 24 {
         return 8;
     }
     sizes.iter().copied().find(|s| *s <= left).unwrap_or(1)
@@ -256,9 +256,9 @@ pub unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
     }
     match (isa, job.plan.pairs, width) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, false, 32) => tile!(tile_avx512, 2, 12, 8, 4, 2, 1),
+        (Isa::Avx512 | Isa::Amx, false, 32) => tile!(tile_avx512, 2, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, false, _) => tile!(tile_avx512, 1, 16, 12, 8, 4, 2, 1),
+        (Isa::Avx512 | Isa::Amx, false, _) => tile!(tile_avx512, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, false, _) => tile!(tile_avx2, 1, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
@@ -266,9 +266,9 @@ pub unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
         #[cfg(target_arch = "x86_64")]
         (_, true, _) if isa.pairs() => tile!(pairs_avx512, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, true, 32) => tile!(pairs_avx2, 2, 12, 8, 4, 2, 1),
+        (Isa::Avx512 | Isa::Amx, true, 32) => tile!(pairs_avx2, 2, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, true, _) => tile!(pairs_avx2, 1, 16, 12, 8, 4, 2, 1),
+        (Isa::Avx512 | Isa::Amx, true, _) => tile!(pairs_avx2, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, true, _) => tile!(pairs_avx2, 1, 4, 2, 1),
         (_, true, _) => tile!(pairs_portable, 1, 4, 1),
