@@ -3,7 +3,7 @@
 use coordinator::session::FunctionId;
 use coordinator::{Options, Session};
 use mesh::dim::DType;
-use mesh::layout::Mesh;
+use mesh::layout::{Layout, Mesh};
 use mesh::program::Program;
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -11,9 +11,12 @@ use std::time::Instant;
 /// What every measurement of steps takes.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Steps {
-    /// Mesh; axes are called as the dimensions they split.
+    /// Mesh.
     #[arg(long, default_value = "1")]
     pub mesh: Mesh,
+    /// Layout; without one, axes are called as the dimensions they split.
+    #[arg(long)]
+    layout: Option<Layout>,
     /// Threads of each device; 0: the machine's cores shared out.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
@@ -42,9 +45,12 @@ impl Steps {
     /// # Panics
     /// A mesh that the program cannot be split over.
     pub fn session(&self, program: Program) -> Session {
-        let rules: Vec<String> = self.mesh.axes().iter().map(|(n, _)| format!("{n}:{n}")).collect();
+        let by_name = || {
+            let rules: Vec<String> = self.mesh.axes().iter().map(|(n, _)| format!("{n}:{n}")).collect();
+            rules.join(",").parse().expect("rules of the axes' names")
+        };
         let options = Options {
-            layout: rules.join(",").parse().expect("rules of the axes' names"),
+            layout: self.layout.clone().unwrap_or_else(by_name),
             threads: (self.threads > 0).then_some(self.threads),
             mesh: self.mesh.clone(),
             ..Options::default()

@@ -2,8 +2,8 @@
 
 #[cfg(target_os = "linux")]
 use crate::transport::memory::LentMemory;
+use memmap2::MmapMut;
 use mesh::plan::{ALIGN, Buffer};
-use std::alloc::Layout;
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,7 +22,9 @@ pub struct Arena {
 /// What the memory is taken from.
 #[derive(Debug)]
 enum Block {
-    Private,
+    Private {
+        _map: MmapMut,
+    },
     #[cfg(target_os = "linux")]
     Shared(Arc<LentMemory>, OwnedFd),
 }
@@ -51,22 +53,15 @@ const GUARD_BYTES: usize = 4096;
 const GUARD: u8 = 0xa5;
 
 impl Arena {
-    fn layout(bytes: usize) -> Option<Layout> {
-        let align = if bytes < HUGE_PAGE { ALIGN } else { HUGE_PAGE };
-        Layout::from_size_align(bytes.checked_add(GUARD_BYTES)?, align).ok()
-    }
-
     /// `bytes` zeros; None if the machine does not have them.
     pub fn private(bytes: usize) -> Option<Arena> {
-        // SAFETY: the layout is not empty, for the guard is not.
-        let memory = unsafe { std::alloc::alloc(Arena::layout(bytes)?) };
-        if memory.is_null() {
-            return None;
-        }
+        let align = if bytes < HUGE_PAGE { ALIGN } else { HUGE_PAGE };
+        // Pages of zeros, which the system hands out when they are touched.
+        let mut map = MmapMut::map_anon(bytes.checked_add(GUARD_BYTES + align)?).ok()?;
+        let start = map.as_mut_ptr();
+        let memory = start.wrapping_add(start.align_offset(align));
         ask_for_huge_pages(memory, bytes);
-        // SAFETY: the block has so many bytes.
-        unsafe { std::ptr::write_bytes(memory, 0, bytes) };
-        Some(Arena { memory, bytes, block: Block::Private }.with_guard())
+        Some(Arena { memory, bytes, block: Block::Private { _map: map } }.with_guard())
     }
 
     /// `bytes` zeros that peers on this host can look at; private ones where the system cannot keep peers from writing.
@@ -93,7 +88,7 @@ impl Arena {
     #[cfg(target_os = "linux")]
     pub(crate) fn lent(&self) -> Option<(&Arc<LentMemory>, &OwnedFd)> {
         match &self.block {
-            Block::Private => None,
+            Block::Private { .. } => None,
             Block::Shared(memory, fd) => Some((memory, fd)),
         }
     }
@@ -118,22 +113,6 @@ impl Arena {
         // SAFETY: the guard lies at the end of the block and is written by `with_guard` only.
         let guard = unsafe { std::slice::from_raw_parts(self.memory.add(self.bytes), GUARD_BYTES) };
         guard.iter().all(|b| *b == GUARD)
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        match &self.block {
-            Block::Private => {
-                if let Some(layout) = Arena::layout(self.bytes) {
-                    // SAFETY: allocated by `private` with this layout.
-                    unsafe { std::alloc::dealloc(self.memory, layout) };
-                }
-            }
-            // Unmapped with its last owner.
-            #[cfg(target_os = "linux")]
-            Block::Shared(..) => {}
-        }
     }
 }
 
