@@ -23,6 +23,9 @@ pub struct Steps {
     /// What it computes in: `f32` or `bf16`.
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
     dtype: String,
+    /// Chunks of a dimension at most; 1 takes exact mode away, so that the difference is its price.
+    #[arg(long)]
+    chunks: Option<usize>,
     /// Steps measured, after one that is not.
     #[arg(long, default_value_t = 5)]
     pub steps: u32,
@@ -44,7 +47,8 @@ impl Steps {
     ///
     /// # Panics
     /// A mesh that the program cannot be split over.
-    pub fn session(&self, program: Program) -> Session {
+    pub fn session(&self, mut program: Program) -> Session {
+        program.chunking.chunks = self.chunks.unwrap_or(program.chunking.chunks);
         let by_name = || {
             let rules: Vec<String> = self.mesh.axes().iter().map(|(n, _)| format!("{n}:{n}")).collect();
             rules.join(",").parse().expect("rules of the axes' names")

@@ -1,0 +1,173 @@
+//! Fused loops of any shape give the same bits on every instruction set: those that are compiled, those of which a part is,
+//! and those that are evaluated instruction by instruction.
+
+use mesh::body::{Access, Body, Instr, Loop};
+use mesh::dim::DType;
+use mesh::ops::binary::BinaryFn;
+use mesh::ops::compare::CompareFn;
+use mesh::ops::source::Distribution;
+use mesh::ops::unary::UnaryFn;
+use proptest::prelude::*;
+use worker::kernels::isa::Isa;
+use worker::kernels::map::MapPlan;
+use worker::kernels::vm::StepContext;
+use worker::pool::Pool;
+
+/// Choices, one after the other, from a seed.
+struct Choices(u64);
+
+impl Choices {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize) % n
+    }
+    fn of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+}
+
+const DTYPES: [DType; 4] = [DType::F32, DType::Bf16, DType::I32, DType::Bool];
+
+const COMPARISONS: [CompareFn; 6] =
+    [CompareFn::Eq, CompareFn::Ne, CompareFn::Lt, CompareFn::Le, CompareFn::Gt, CompareFn::Ge];
+
+/// An operand that is read along some of the loops, densely, with gaps between rows, or with columns apart.
+fn access(c: &mut Choices, extents: &[usize]) -> Access {
+    let (mut strides, mut step) = (vec![0; extents.len()], c.of(&[1, 1, 1, 1, 3]));
+    for (s, n) in strides.iter_mut().zip(extents).rev() {
+        if c.below(3) > 0 {
+            *s = step;
+            step = step * n + c.of(&[0, 0, 5]);
+        }
+    }
+    Access { dtype: c.of(&[DType::F32, DType::F32, DType::Bf16, DType::I32, DType::Bool]), offset: c.below(4), strides }
+}
+
+/// A body over some operands; values of every dtype, used more than once and late.
+fn body(c: &mut Choices, operands: &[Access], loops: usize, length: usize) -> Body {
+    let mut instrs: Vec<(Instr, DType)> = Vec::new();
+    for i in 0..operands.len().max(length) {
+        let of = |c: &mut Choices, instrs: &[(Instr, DType)], wanted: fn(DType) -> bool| {
+            let fits: Vec<usize> = (0..instrs.len()).filter(|i| wanted(instrs[*i].1)).collect();
+            (!fits.is_empty()).then(|| c.of(&fits))
+        };
+        let any = |c: &mut Choices, instrs: &[(Instr, DType)]| of(c, instrs, |_| true);
+        let same = |c: &mut Choices, instrs: &[(Instr, DType)], d: DType| {
+            let fits: Vec<usize> = (0..instrs.len()).filter(|i| instrs[*i].1 == d).collect();
+            c.of(&fits)
+        };
+        let made = if i < operands.len() {
+            Some((Instr::Load(i), operands[i].dtype))
+        } else {
+            match c.below(12) {
+                0 => Some((Instr::Constant(c.of(&[0.0, 1.0, -2.5, 3.0])), c.of(&DTYPES))),
+                1 => Some((Instr::Index { dim: c.below(loops) }, DType::I32)),
+                2 => {
+                    let distribution = c.of(&[Distribution::Uniform, Distribution::Bernoulli(0.5)]);
+                    let strides = (0..loops as u64).map(|l| 1000 * (loops as u64 - 1 - l) + 1).collect();
+                    Some((Instr::Random { distribution, key: 7, strides }, DType::F32))
+                }
+                3 | 4 => of(c, &instrs, |d| d.is_float()).map(|a| {
+                    let all: Vec<UnaryFn> = UnaryFn::ALL.into_iter().filter(|f| *f != UnaryFn::Not).collect();
+                    (Instr::Unary(c.of(&all), a), DType::F32)
+                }),
+                5 => of(c, &instrs, |d| d == DType::Bool).map(|a| (Instr::Unary(UnaryFn::Not, a), DType::Bool)),
+                6 => any(c, &instrs).map(|a| (Instr::Cast(a), c.of(&DTYPES))),
+                7 => any(c, &instrs).map(|a| {
+                    let b = same(c, &instrs, instrs[a].1);
+                    (Instr::Compare(c.of(&COMPARISONS), a, b), DType::Bool)
+                }),
+                8 => of(c, &instrs, |d| d == DType::Bool).map(|t| {
+                    let a = c.below(instrs.len());
+                    (Instr::Select(t, a, same(c, &instrs, instrs[a].1)), instrs[a].1)
+                }),
+                _ => any(c, &instrs).map(|a| {
+                    use BinaryFn::{Add, And, Div, Max, Min, Mul, Or, Pow, Rem, Sub};
+                    let b = same(c, &instrs, instrs[a].1);
+                    let (f, dtype) = match instrs[a].1 {
+                        DType::Bool => (c.of(&[And, Or]), DType::Bool),
+                        DType::I32 => (c.of(&[Add, Sub, Mul, Div, Max, Min, Rem]), DType::I32),
+                        _ => (c.of(&[Add, Sub, Mul, Mul, Div, Max, Min, Pow, Rem]), DType::F32),
+                    };
+                    (Instr::Binary(f, a, b), dtype)
+                }),
+            }
+        };
+        instrs.extend(made);
+    }
+    let results = (0..1 + c.below(4)).map(|_| instrs.len() - 1 - c.below(instrs.len().min(6))).collect();
+    Body { instrs, results }
+}
+
+/// A buffer of small numbers, some of them zero, large, subnormal or none.
+fn numbers(c: &mut Choices, dtype: DType, n: usize) -> Vec<u8> {
+    let float = |c: &mut Choices| match c.below(40) {
+        0 => 0.0,
+        1 => -1e-41,
+        2 => f32::NAN,
+        3 => f32::NEG_INFINITY,
+        4 => 1e30,
+        _ => (c.below(2001) as f32 - 1000.0) / 250.0,
+    };
+    let element = |c: &mut Choices| match dtype {
+        DType::F32 => float(c).to_le_bytes().to_vec(),
+        DType::Bf16 => ((float(c).to_bits() >> 16) as u16).to_le_bytes().to_vec(),
+        DType::I32 => (c.below(9) as i32 - 3).to_le_bytes().to_vec(),
+        DType::Bool => vec![c.below(2) as u8],
+    };
+    (0..n).flat_map(|_| element(c)).collect()
+}
+
+/// The results' elements, one no number like another.
+fn elements(dtype: DType, bytes: &[u8]) -> Vec<u32> {
+    match dtype {
+        DType::F32 => {
+            let of = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            bytes.chunks(4).map(of).map(|v| if v.is_nan() { 1 << 31 | 1 } else { v.to_bits() }).collect()
+        }
+        DType::Bf16 => {
+            let of = |b: &[u8]| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+            bytes.chunks(2).map(of).map(|v| if v.is_nan() { 1 << 31 | 1 } else { v.to_bits() }).collect()
+        }
+        DType::I32 | DType::Bool => bytes.iter().map(|b| u32::from(*b)).collect(),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #[test]
+    fn a_fused_loop_has_the_same_bits_on_every_instruction_set(
+        seed in any::<u64>(),
+        operands in 1usize..14,
+        length in 1usize..70,
+        extents in prop::sample::select(vec![
+            vec![1], vec![40], vec![1100], vec![5, 3], vec![7, 16], vec![3, 33], vec![9, 48], vec![2, 515], vec![3, 4, 17], vec![2, 5, 100],
+            vec![2, 3, 700],
+        ]),
+    ) {
+        let mut c = Choices(seed);
+        let operands: Vec<Access> = (0..operands).map(|_| access(&mut c, &extents)).collect();
+        let body = body(&mut c, &operands, extents.len(), length);
+        let reach = |a: &Access| 1 + a.offset + a.strides.iter().zip(&extents).map(|(s, n)| s * (n - 1)).sum::<usize>();
+        let buffers: Vec<Vec<u8>> = operands.iter().map(|a| numbers(&mut c, a.dtype, reach(a))).collect();
+        let nest = Loop { origin: vec![3; extents.len()], extents: extents.clone(), operands, body };
+        let points: usize = extents.iter().product();
+        let pool = Pool::new(1, None);
+        let mut first: Option<Vec<Vec<u32>>> = None;
+        for isa in Isa::available() {
+            let dtypes: Vec<DType> = nest.body.results.iter().map(|r| nest.body.instrs[*r].1).collect();
+            // A guard behind each result.
+            let mut results: Vec<Vec<u8>> = dtypes.iter().map(|d| vec![0xa5; points * d.bytes() + 64]).collect();
+            let from: Vec<*const u8> = buffers.iter().map(|b| b.as_ptr()).collect();
+            let to: Vec<*mut u8> = results.iter_mut().map(|r| r.as_mut_ptr()).collect();
+            let cx = StepContext { seed: 5, step: 3 };
+            // SAFETY: operands hold what the loop reaches, and results have room for its points.
+            unsafe { MapPlan::with_isa(&nest, isa).run(&pool, &from, &to, cx) };
+            prop_assert!(results.iter().all(|r| r[r.len() - 64..].iter().all(|b| *b == 0xa5)), "wrote behind; {isa:?}");
+            let bits: Vec<Vec<u32>> =
+                results.iter().zip(&dtypes).map(|(r, d)| elements(*d, &r[..r.len() - 64])).collect();
+            let wanted = first.get_or_insert_with(|| bits.clone());
+            prop_assert_eq!(&*wanted, &bits, "{:?}", isa);
+        }
+    }
+}
