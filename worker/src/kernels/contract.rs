@@ -37,6 +37,8 @@ const BLOCK_COLUMNS: [usize; 2] = [1024, 512];
 const BLOCKS: usize = 16;
 /// Units between the rows of a packed piece that lie in neighbouring sets of the cache.
 const PITCH: usize = PIECE + 16;
+/// Bytes after which memory falls on the same places of the nearest cache.
+const CACHE_WAY: usize = 4096;
 /// Contracted units that matrix tiles sum at a time.
 const STEP: usize = 16;
 /// Contracted units and panels that a task packs of b.
@@ -68,6 +70,8 @@ pub struct ContractPlan {
     nodes: Vec<Vec<Step>>,
     /// Most sums on a stack at a time.
     slots: usize,
+    /// Units between a's rows, if tiles may read them where they lie.
+    a_pitch: Option<usize>,
     /// Elements between the result's rows, where that is the same everywhere.
     row_stride: Option<usize>,
     /// Whether tiles may store there themselves.
@@ -264,6 +268,12 @@ impl ContractPlan {
         let column_blocks = panels.div_ceil(most).max(wanted.min(panels.div_ceil(2)));
         let block = [block_rows, panels.div_ceil(column_blocks)];
         let elements = out.region.elements();
+        // A row's units lie side by side, and rows not where the nearest cache can hold few of them.
+        let whole = |at: usize| at.is_multiple_of(unit);
+        let side_by_side = a_depth.run() == a_depth.len() && a_depth.len() > 0 && whole(a_depth.at(0));
+        let apart = a_rows.stride().filter(|n| whole(*n) && !(n * a.ty.dtype.bytes()).is_multiple_of(CACHE_WAY));
+        let whole = whole(a_rows.at(0)) && batches.iter().all(|b| whole(b[0]));
+        let a_pitch = apart.filter(|_| side_by_side && whole).map(|n| n / unit);
         Some(ContractPlan {
             isa,
             pairs,
@@ -276,6 +286,7 @@ impl ContractPlan {
             out_columns,
             nodes,
             slots,
+            a_pitch,
             row_stride,
             direct,
             epilogue,
@@ -356,23 +367,56 @@ impl ContractPlan {
         }
     }
 
+    /// A piece of rows of a, packed unless tiles may read it where it lies: its first unit, and units from one row and from one
+    /// unit to the next.
+    unsafe fn rows(
+        &self,
+        packed: &mut [f32],
+        a: *const u8,
+        batch: usize,
+        rows: Range<usize>,
+        depth: Range<usize>,
+    ) -> (*const f32, [usize; 2]) {
+        let (floats, halves, at) = (a.cast::<f32>(), a.cast::<u16>(), self.batches[batch][0]);
+        if let Some(pitch) = self.a_pitch {
+            let unit = 1 + usize::from(self.pairs);
+            let first = (at + self.a_rows.at(rows.start) + self.a_depth.at(0)) / unit + depth.start;
+            // SAFETY: as below.
+            return (unsafe { floats.add(first) }, [pitch, 1]);
+        }
+        let (x, m, k) = (packed.as_mut_ptr(), &self.a_rows, &self.a_depth);
+        let by_rows = k.run() >= m.run();
+        // Matrix tiles want a row's units behind each other.
+        let turned = self.pairs && self.isa == Isa::Amx;
+        // SAFETY: by the callers' contract the offsets lie inside a, and `packed` has room for a piece of a block's rows.
+        unsafe {
+            match (self.pairs, by_rows) {
+                (false, true) => pack::copy(floats.add(at), [m, k], [rows, depth], x, PITCH),
+                (false, false) => pack::copy(floats.add(at), [k, m], [depth, rows], x, BLOCK_ROWS),
+                (true, true) => pack::copy_paired(halves.add(at), [m, k], [rows, depth], x.cast(), PITCH),
+                (true, false) if turned => {
+                    pack::turn_pairs(self.isa, halves.add(at), [k, m], [depth, rows], x.cast(), PITCH)
+                }
+                (true, false) => {
+                    pack::copy_pairs(self.isa, halves.add(at), [k, m], [depth, rows], x.cast(), BLOCK_ROWS)
+                }
+            }
+        }
+        (x, if by_rows || turned { [PITCH, 1] } else { [1, BLOCK_ROWS] })
+    }
+
     /// Computes a block of the result.
     unsafe fn block(&self, p: Pointers, batch: usize, rows: Range<usize>, panels: Range<usize>, work: &mut [f32]) {
         let (packed, rest) = work.split_at_mut(BLOCK_ROWS * PITCH);
         let (registers, slots) = rest.split_at_mut(epilogue::registers(&self.epilogue));
         let pitch = panels.len() * self.width;
         let slot = rows.len() * pitch;
-        let by_rows = self.a_depth.run() >= self.a_rows.run();
-        // Matrix tiles want a row's units behind each other.
-        let turned = !by_rows && self.pairs && self.isa == Isa::Amx;
         let columns = panels.start * self.width..(panels.end * self.width).min(self.b_columns.len());
         debug_assert!(self.direct || self.slots * slot <= slots.len());
         for (n, steps) in self.nodes.iter().enumerate() {
             // SAFETY: offsets lie inside a and the result, whose blocks are disjoint; the workspace has room for a
             // piece's rows and for the stack.
             unsafe {
-                let at = self.batches[batch][0];
-                let (floats, halves) = (p.a.cast::<f32>(), p.a.cast::<u16>());
                 let start = n * self.elements + self.batches[batch][2];
                 let mut top = 0;
                 for step in steps {
@@ -382,25 +426,7 @@ impl ContractPlan {
                         add(self.isa, left, right);
                         continue;
                     };
-                    let x = packed.as_mut_ptr();
-                    let ((m, k), ranges) = ((&self.a_rows, &self.a_depth), (rows.clone(), depth.clone()));
-                    match (self.pairs, by_rows) {
-                        (false, true) => pack::copy(floats.add(at), [m, k], ranges.into(), x, PITCH),
-                        (false, false) => {
-                            pack::copy(floats.add(at), [k, m], [ranges.1, ranges.0], x, BLOCK_ROWS);
-                        }
-                        (true, true) => pack::copy_paired(halves.add(at), [m, k], ranges.into(), x.cast(), PITCH),
-                        (true, false) => {
-                            let ranges = [ranges.1, ranges.0];
-                            match turned {
-                                true => pack::turn_pairs(self.isa, halves.add(at), [k, m], ranges, x.cast(), PITCH),
-                                false => {
-                                    pack::copy_pairs(self.isa, halves.add(at), [k, m], ranges, x.cast(), BLOCK_ROWS)
-                                }
-                            }
-                        }
-                    }
-                    let (x_pitch, x_step) = if by_rows || turned { (PITCH, 1) } else { (1, BLOCK_ROWS) };
+                    let (x, [x_pitch, x_step]) = self.rows(packed, p.a, batch, rows.clone(), depth.clone());
                     if !goes_on {
                         top += 1;
                     }
