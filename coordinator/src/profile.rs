@@ -18,7 +18,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 /// Steps that the text lists.
-const LISTED: usize = 150;
+const LISTED: usize = 15;
 
 /// The time of a function's runs, as the session sees it.
 #[derive(Clone, Copy, Debug, Default)]

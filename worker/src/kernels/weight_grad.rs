@@ -28,10 +28,12 @@ use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::plan::OpWork;
 use std::ops::Range;
-use tile::{Job, Packed, View, run_tile, tile_rows};
+use tile::{Job, Packed, SPAN, Span, View, run_tile, tile_rows};
 
 /// Leaves along a dimension at most.
 const LEAVES: usize = 8;
+/// Leaves of a block at most.
+const BLOCK_LEAVES: usize = 4096;
 /// A block's voxels fill at most so many bytes of both inputs together.
 const BLOCK_BYTES: usize = 384 << 10;
 
@@ -249,7 +251,7 @@ impl WeightGradPlan {
     }
 
     fn has_room(&self, at: &Box4, pairs: usize) -> bool {
-        self.packed(at, pairs, 0..self.axes[0].taps).1 <= WORKSPACE_BYTES / 4
+        self.packed(at, pairs, 0..self.axes[0].taps).1 + BLOCK_LEAVES * SPAN <= WORKSPACE_BYTES / 4
     }
 
     /// A leaf as pieces, in the order in which it is summed.
@@ -304,7 +306,8 @@ impl WeightGradPlan {
         program: &mut Vec<Combine>,
     ) {
         let at = WeightGradPlan::local(&tree.elements(&node.chunks), origin, batch_dims);
-        let halves = if self.fits(&at) { None } else { tree.halves(node) };
+        let few = node.chunks.iter().map(Range::len).product::<usize>() <= BLOCK_LEAVES;
+        let halves = if few && self.fits(&at) { None } else { tree.halves(node) };
         if let Some((a, b)) = halves {
             self.cut(tree, &a, origin, batch_dims, program);
             self.cut(tree, &b, origin, batch_dims, program);
@@ -399,12 +402,22 @@ impl WeightGradPlan {
         let [_, t2, t3] = [self.axes[0].taps, self.axes[1].taps, self.axes[2].taps];
         let outer = range.start / (t2 * t3)..range.end.div_ceil(t2 * t3);
         for (i, piece) in self.blocks[block].pieces.iter().enumerate() {
+            let (spans, work) = work.split_at_mut((piece.leaves.len() * SPAN).next_multiple_of(16));
+            // SAFETY: a span is so many words, of which any bits are fine, aligned as floats are.
+            let spans =
+                unsafe { std::slice::from_raw_parts_mut(spans.as_mut_ptr().cast::<Span>(), piece.leaves.len()) };
             let (packed, _) = self.packed(&piece.around, piece.dy.len(), outer.clone());
             let packed_dy = packed.dy([piece.around[0].end, packed.first[1], packed.first[2]]);
             let (dy, x) = work.split_at_mut(if self.pairs { packed_dy } else { 0 });
-            let mut view = View { x: p.x.cast(), dy: p.dy.cast(), packed: None };
+            let [a1, a2, a3] = &self.axes;
+            let next = [a1, a2, a3].map(|a| [a.stride * a.x_stride, a.dy_stride]);
+            let mut view = View { x: p.x.cast(), dy: p.dy.cast(), packed: None, next };
             if self.pairs {
-                view = View { x: x.as_ptr(), dy: dy.as_ptr(), packed: Some(packed) };
+                let pair = [packed.x_channels, packed.channels];
+                let row = pair.map(|channels| packed.pairs * channels);
+                let rows = [a1.stride * packed.x_rows[1] * row[0], packed.rows[1] * row[1]];
+                let next = [rows, [a2.stride * row[0], row[1]], pair];
+                view = View { x: x.as_ptr(), dy: dy.as_ptr(), packed: Some(packed), next };
                 // SAFETY: by the contract of `run`.
                 unsafe { self.pack_dy(piece, p.dy.cast(), dy) };
             }
@@ -414,8 +427,10 @@ impl WeightGradPlan {
                     unsafe { self.pack_x(piece, &packed, j3, p.x.cast(), x) };
                 }
                 for tap in range.clone().filter(|tap| tap % t3 == j3) {
+                    let at = [tap / (t2 * t3), tap / t3 % t2, j3];
+                    spans.iter_mut().zip(&piece.leaves).for_each(|(s, leaf)| *s = Span::new(self, &view, at, leaf));
                     // SAFETY: as above.
-                    unsafe { self.tap(block, piece, tap, view, i > 0, p) };
+                    unsafe { self.tap(block, piece, tap, spans, view, i > 0, p) };
                 }
             }
         }
@@ -455,8 +470,16 @@ impl WeightGradPlan {
         }
     }
 
-    unsafe fn tap(&self, block: usize, piece: &Piece, tap: usize, view: View, goes_on: bool, p: Pointers) {
-        let [_, t2, t3] = [self.axes[0].taps, self.axes[1].taps, self.axes[2].taps];
+    unsafe fn tap(
+        &self,
+        block: usize,
+        piece: &Piece,
+        tap: usize,
+        spans: &[Span],
+        view: View,
+        goes_on: bool,
+        p: Pointers,
+    ) {
         let row = self.cout * self.groups;
         // What is packed begins with the first channel.
         let [x_channel, dy_channel] = if self.pairs { [0, 0] } else { [self.x_channel, self.dy_channel] };
@@ -471,8 +494,8 @@ impl WeightGradPlan {
                     let job = Job {
                         plan: self,
                         leaves: &piece.leaves,
+                        spans,
                         program: &self.blocks[block].program,
-                        tap: [tap / (t2 * t3), tap / t3 % t2, tap % t3],
                         view,
                         x: x_channel + group * if self.groups > 1 { self.cin } else { 0 } + ci,
                         dy: dy_channel + group * self.cout + co,

@@ -15,6 +15,8 @@ pub struct View {
     pub dy: *const f32,
     /// If packed.
     pub packed: Option<Packed>,
+    /// Elements from a product to the next one along s1, s2 and the innermost dimension, in x and in dy.
+    pub next: [[usize; 2]; 3],
 }
 
 /// How a piece's pairs lie: rows of pairs of all channels, of x those that its taps read.
@@ -42,10 +44,58 @@ impl Packed {
         let row = (b - self.first[0]) * self.x_rows[0] + i1 - self.x_first[0];
         (row * self.x_rows[1] + i2 - self.x_first[1]) * self.pairs * self.x_channels
     }
+    /// The first elements of a batch in x and in dy.
+    pub fn batch(&self, b: usize) -> [usize; 2] {
+        let rows = |rows: [usize; 2]| rows[0] * rows[1] * self.pairs * (b - self.first[0]);
+        [rows(self.x_rows) * self.x_channels, rows(self.rows) * self.channels]
+    }
     /// As well, of dy.
     pub fn dy(&self, [b, o1, o2]: [usize; 3]) -> usize {
         let row = (b - self.first[0]) * self.rows[0] + o1 - self.first[1];
         (row * self.rows[1] + o2 - self.first[2]) * self.pairs * self.channels
+    }
+}
+
+/// What of a leaf a tap reads: where its first products lie, from a batch's first element on, and how many there are.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct Span {
+    x: u32,
+    dy: u32,
+    rows: [u32; 2],
+    count: u32,
+}
+
+/// Floats of workspace that a span takes.
+pub const SPAN: usize = size_of::<Span>() / 4;
+
+impl Span {
+    /// That of a leaf, with its pairs.
+    pub fn new(
+        plan: &WeightGradPlan,
+        view: &View,
+        [j1, j2, j3]: [usize; 3],
+        (at, pairs): &(Box4, Range<usize>),
+    ) -> Span {
+        let [a1, a2, a3] = &plan.axes;
+        let (rows1, rows2) = (a1.valid(&at[1], j1), a2.valid(&at[2], j2));
+        let run = if view.packed.is_some() { at[3].clone() } else { a3.valid(&at[3], j3) };
+        let reads = |a: &super::Axis, r: &Range<usize>, j| if r.is_empty() { None } else { a.x(r.start, j) };
+        let (Some(x1), Some(x2)) = (reads(a1, &rows1, j1), reads(a2, &rows2, j2)) else { return Span::default() };
+        let (x, dy, count) = match &view.packed {
+            Some(p) => {
+                let [x, dy] = [p.x([p.first[0], x1, x2]), p.dy([p.first[0], rows1.start, rows2.start])];
+                (x + pairs.start * p.x_channels, dy + pairs.start * p.channels, pairs.len())
+            }
+            None => {
+                let Some(x3) = reads(a3, &run, j3) else { return Span::default() };
+                let x = x1 * a1.x_stride + x2 * a2.x_stride + x3 * a3.x_stride;
+                let dy = rows1.start * a1.dy_stride + rows2.start * a2.dy_stride + run.start * a3.dy_stride;
+                (x, dy, run.len())
+            }
+        };
+        let rows = [rows1.len() as u32, rows2.len() as u32];
+        Span { x: x as u32, dy: dy as u32, rows, count: count as u32 }
     }
 }
 
@@ -55,10 +105,10 @@ pub struct Job<'a> {
     pub plan: &'a WeightGradPlan,
     /// What is summed: leaves, with their pairs.
     pub leaves: &'a [(Box4, Range<usize>)],
+    /// What the tap reads of each.
+    pub spans: &'a [Span],
     /// The stack machine over them.
     pub program: &'a [Combine],
-    /// The tap.
-    pub tap: [usize; 3],
     /// Where x and dy are.
     pub view: View,
     /// First channel of x.
@@ -94,47 +144,25 @@ pub fn tile_rows(isa: Isa, left: usize, width: usize) -> usize {
 #[inline(always)]
 unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
     job: &Job,
-    (at, pairs): &(Box4, Range<usize>),
+    leaf: usize,
     mut acc: [[V; NV]; MR],
 ) -> [[V; NV]; MR] {
-    let (plan, view) = (job.plan, job.view);
-    let [a1, a2, a3] = &plan.axes;
-    let [j1, j2, j3] = job.tap;
-    // The first element of a row in x and dy, elements between its neighbours, and how many.
-    let (first, step, count) = match view.packed {
-        Some(p) => ([pairs.start * p.x_channels, pairs.start * p.channels], [p.x_channels, p.channels], pairs.len()),
-        None => {
-            let run = a3.valid(&at[3], j3);
-            let x3 = if run.is_empty() { None } else { a3.x(run.start, j3) };
-            let Some(x3) = x3 else { return acc };
-            ([x3 * a3.x_stride, run.start * a3.dy_stride], [a3.stride * a3.x_stride, a3.dy_stride], run.len())
-        }
-    };
-    // Rows whose tap lies inside x, and the elements from one to the next along s2.
-    let (rows1, rows2) = (a1.valid(&at[1], j1), a2.valid(&at[2], j2));
-    let next = match view.packed {
-        Some(p) => [a2.stride * p.pairs * p.x_channels, p.pairs * p.channels],
-        None => [a2.stride * a2.x_stride, a2.dy_stride],
-    };
-    let Some(x2) = a2.x(rows2.start, j2).filter(|_| !rows2.is_empty()) else { return acc };
+    let (plan, view, span) = (job.plan, &job.view, &job.spans[leaf]);
+    let [next1, next2, step] = view.next;
     // SAFETY: by the plan every index lies inside the buffers; lanes beyond `columns` are loaded by `load_row`.
     unsafe {
-        for b in at[0].clone() {
-            for o1 in rows1.clone() {
-                let Some(x1) = a1.x(o1, j1) else { continue };
-                let [bx, by] = match view.packed {
-                    Some(p) => [p.x([b, x1, x2]), p.dy([b, o1, rows2.start])],
-                    None => {
-                        let [bx, by] = plan.batches[b];
-                        let (x, dy) = (x1 * a1.x_stride + x2 * a2.x_stride, o1 * a1.dy_stride);
-                        [bx + x, by + dy + rows2.start * a2.dy_stride]
-                    }
-                };
-                let mut x_row = view.x.add(job.x + bx + first[0]);
-                let mut dy_row = view.dy.add(job.dy + by + first[1]);
-                for _ in 0..rows2.len() {
-                    let (mut x, mut dy) = (x_row, dy_row);
-                    for _ in 0..count {
+        for b in job.leaves[leaf].0[0].clone() {
+            let [x, dy] = match &view.packed {
+                Some(p) => p.batch(b),
+                None => plan.batches[b],
+            };
+            let mut x1 = view.x.wrapping_add(job.x + x + span.x as usize);
+            let mut dy1 = view.dy.wrapping_add(job.dy + dy + span.dy as usize);
+            for _ in 0..span.rows[0] {
+                let (mut x2, mut dy2) = (x1, dy1);
+                for _ in 0..span.rows[1] {
+                    let (mut x, mut dy) = (x2, dy2);
+                    for _ in 0..span.count {
                         let row = load_row::<V, NV>(dy, job.columns);
                         for (m, acc) in acc.iter_mut().enumerate() {
                             let value = *x.add(m);
@@ -142,12 +170,11 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
                                 acc[v] = acc[v].fma(value, row[v]);
                             }
                         }
-                        x = x.wrapping_add(step[0]);
-                        dy = dy.wrapping_add(step[1]);
+                        (x, dy) = (x.wrapping_add(step[0]), dy.wrapping_add(step[1]));
                     }
-                    x_row = x_row.wrapping_add(next[0]);
-                    dy_row = dy_row.wrapping_add(next[1]);
+                    (x2, dy2) = (x2.wrapping_add(next2[0]), dy2.wrapping_add(next2[1]));
                 }
+                (x1, dy1) = (x1.wrapping_add(next1[0]), dy1.wrapping_add(next1[1]));
             }
         }
         acc
@@ -191,7 +218,7 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
                         below += 1;
                         sum = [[V::zero(); NV]; MR];
                     }
-                    sum = leaf::<V, MR, NV>(job, &job.leaves[l], sum);
+                    sum = leaf::<V, MR, NV>(job, l, sum);
                 }
                 Combine::Add => {
                     below -= 1;
