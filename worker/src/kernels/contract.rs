@@ -324,10 +324,13 @@ impl ContractPlan {
         pool.run(self.batches.len() * packs[0] * packs[1], &|t, _| {
             let (batch, t) = (t / (packs[0] * packs[1]), t % (packs[0] * packs[1]));
             let (depth, panel) = (t % packs[0] * PACKED[0], t / packs[0] * PACKED[1]);
-            let depth = depth..(depth + PACKED[0]).min(k);
-            for panel in panel..(panel + PACKED[1]).min(panels) {
-                // SAFETY: every part of a panel is packed by one task.
-                unsafe { self.pack_b(p, batch, panel, depth.clone()) };
+            let end = (depth + PACKED[0]).min(k);
+            // A few lines of b at a time, so that panels side by side find them in the nearest cache.
+            for depth in (depth..end).step_by(STEP) {
+                for panel in panel..(panel + PACKED[1]).min(panels) {
+                    // SAFETY: every part of a panel is packed by one task.
+                    unsafe { self.pack_b(p, batch, panel, depth..(depth + STEP).min(end)) };
+                }
             }
         });
         let rows = self.a_rows.len().div_ceil(self.block[0]);
