@@ -7,7 +7,7 @@
 
 use super::isa::Isa;
 use super::lanes::{Mode, Operand, binary, cast, compare, constant, load, random, select, store, unary};
-use super::native::{From, Moving, Native, TABLE};
+use super::native::{Moving, Native, Origin, TABLE};
 use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
 use mesh::rng::Stream;
@@ -330,10 +330,10 @@ impl Evaluation<'_> {
             pointers.iter_mut().zip(&mut *further).zip(&native.inputs).zip(&native.bytes)
         {
             (*pointer, *further) = match *input {
-                From::Register(i) => (self.pointers[i].expose_provenance(), columns * 4),
-                From::Uniform(i) => (self.pointers[i].expose_provenance(), 0),
-                From::Operand(o) if m.operands[o].mode == Mode::Given => (self.given.expose_provenance(), columns * 4),
-                From::Operand(o) => {
+                Origin::Register(i) => (self.pointers[i].expose_provenance(), columns * 4),
+                Origin::Uniform(i) => (self.pointers[i].expose_provenance(), 0),
+                Origin::Operand(o) if m.operands[o].mode == Mode::Given => (self.given.expose_provenance(), columns * 4),
+                Origin::Operand(o) => {
                     let operand = &m.operands[o];
                     // SAFETY: by the contract of `Machine::evaluation` the operand's buffer holds every element of the block.
                     let first = unsafe { self.operands[o].add(operand.at(at) * bytes) };

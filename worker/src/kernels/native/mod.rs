@@ -27,7 +27,7 @@ use tape::{One, Op, Recorded, Tape, Test, Two, Value};
 
 /// Where an input of compiled code lies.
 #[derive(Clone, Copy, Debug)]
-pub enum From {
+pub enum Origin {
     /// An operand's elements.
     Operand(usize),
     /// What an instruction of the machine has computed.
@@ -40,7 +40,7 @@ pub enum From {
 pub struct Native {
     code: Arc<Code>,
     /// What the table of pointers begins with; the results follow.
-    pub inputs: Vec<From>,
+    pub inputs: Vec<Origin>,
     /// Bytes of an element of each input in memory, and then of each result.
     pub bytes: Vec<usize>,
     /// Whether a block goes row by row; otherwise it is one row.
@@ -96,8 +96,8 @@ impl Moving<'_> {
         if entries > TABLE || !source.ops.iter().any(|op| !emit::arguments(op).is_empty()) {
             return None;
         }
-        let element = |from: &From| match from {
-            From::Operand(o) if self.operands[*o].mode != Mode::Given => self.operands[*o].dtype.bytes(),
+        let element = |from: &Origin| match from {
+            Origin::Operand(o) if self.operands[*o].mode != Mode::Given => self.operands[*o].dtype.bytes(),
             _ => 4,
         };
         let stored = |(_, dtype): &(usize, DType)| if self.stores { dtype.bytes() } else { 4 };
@@ -165,11 +165,11 @@ struct Lowering<'a> {
     before: &'a [bool],
     tape: Tape,
     formats: Vec<Format>,
-    inputs: Vec<From>,
+    inputs: Vec<Origin>,
 }
 
 impl Lowering<'_> {
-    fn source(mut self) -> (Source, Vec<From>) {
+    fn source(mut self) -> (Source, Vec<Origin>) {
         let mut values: Vec<Option<Value>> = vec![None; self.of.instrs.len()];
         let compiled: Vec<usize> = (0..values.len()).filter(|i| !self.before[*i]).collect();
         for i in compiled {
@@ -197,13 +197,13 @@ impl Lowering<'_> {
         values[i] = Some(match self.of.instrs[i] {
             (Instr::Constant(c), dtype) => self.tape.record(Op::Constant(super::lanes::constant(c, dtype))),
             _ => match self.of.uniform[i] {
-                true => self.input(From::Uniform(i), Format::Splat),
-                false => self.input(From::Register(i), Format::Lanes),
+                true => self.input(Origin::Uniform(i), Format::Splat),
+                false => self.input(Origin::Register(i), Format::Lanes),
             },
         });
     }
 
-    fn input(&mut self, from: From, format: Format) -> Value {
+    fn input(&mut self, from: Origin, format: Format) -> Value {
         self.inputs.push(from);
         self.formats.push(format);
         self.tape.record(Op::Input(self.inputs.len() - 1))
@@ -223,7 +223,7 @@ impl Lowering<'_> {
                 (_, DType::Bf16) => Format::Bf16,
                 (_, DType::Bool) => Format::Byte,
             };
-            return self.input(From::Operand(*o), format);
+            return self.input(Origin::Operand(*o), format);
         }
         let tape = &self.tape;
         let at = |a: usize| tape.real(values[a].expect("arguments come before"));
