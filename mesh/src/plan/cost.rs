@@ -5,6 +5,7 @@
 
 use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Step, Work};
 use crate::body::{Access, Instr, Loop};
+use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Type};
 use crate::ops::Prim;
 
@@ -37,8 +38,8 @@ impl Step {
             Work::Reduce(r) => nest(&r.nest),
             Work::Op(op) => {
                 let dims: Vec<_> = op.output.region.0.iter().map(|(n, r)| format!("{n}:{}", r.len())).collect();
-                let sum = op.sum.iter().map(|(tree, owned)| tree.elements(owned).iter().map(|r| r.len()).product());
-                let sum: Option<usize> = sum.last();
+                let count = |(tree, owned): &(Tree, ChunkBox)| tree.elements(owned).iter().map(|r| r.len()).product();
+                let sum: Option<usize> = op.sum.as_ref().map(count);
                 dims.join(" ") + &sum.map_or(String::new(), |n| format!(", sums of {n}"))
             }
             Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => {

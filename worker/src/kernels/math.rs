@@ -41,9 +41,9 @@ pub trait Real:
     /// The bits shifted down, zeros behind them.
     fn down(self, bits: u8) -> Self;
     /// The float nearest to the integer.
-    fn from_integer(self) -> Self;
+    fn as_float(self) -> Self;
     /// The integer that lies next towards zero, if there is one.
-    fn to_integer(self) -> Self;
+    fn as_integer(self) -> Self;
     /// A constant, beside this value.
     #[inline(always)]
     fn of(self, constant: f32) -> Self {
@@ -112,11 +112,11 @@ impl Real for f32 {
         f32::from_bits(self.to_bits() >> bits)
     }
     #[inline(always)]
-    fn from_integer(self) -> f32 {
+    fn as_float(self) -> f32 {
         self.to_bits() as i32 as f32
     }
     #[inline(always)]
-    fn to_integer(self) -> f32 {
+    fn as_integer(self) -> f32 {
         f32::from_bits(self as i32 as u32)
     }
 }
@@ -176,7 +176,7 @@ pub fn log<R: Real>(x: R) -> R {
     let (zero, one) = (x.of(0.0), x.of(1.0));
     let small = x.less(x.of(f32::MIN_POSITIVE));
     let s = R::choose(small, x * x.of(8_388_608.0), x);
-    let exponent = s.down(23).and(x.of_bits(0xff)).from_integer();
+    let exponent = s.down(23).and(x.of_bits(0xff)).as_float();
     let e = exponent - R::choose(small, x.of(149.0), x.of(126.0));
     let m = s.and(x.of_bits(0x007f_ffff)).or(x.of_bits(0x3f00_0000));
     let low = m.less(x.of(std::f32::consts::FRAC_1_SQRT_2));
@@ -241,9 +241,9 @@ fn sin_cos<R: Real>(x: R) -> (R, R) {
     let s = horner(z, [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]) * z * r + r;
     let c = horner(z, [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2]) * z * z - x.of(0.5) * z + x.of(1.0);
     // The quadrant: odd ones exchange the two, and the second bit, of the quadrant and of the next one, is the sign.
-    let odd = integer(n, 0).up(31).from_integer().less(x.of(0.0));
+    let odd = integer(n, 0).up(31).as_float().less(x.of(0.0));
     let sign = |offset: u32, y: R| {
-        let negative = integer(n, offset).down(1).up(31).from_integer().less(x.of(0.0));
+        let negative = integer(n, offset).down(1).up(31).as_float().less(x.of(0.0));
         R::choose(negative, -y, y)
     };
     (sign(0, R::choose(odd, c, s)), sign(1, R::choose(odd, s, c)))
@@ -264,7 +264,7 @@ pub fn cos<R: Real>(x: R) -> R {
 /// The largest integer not above x.
 #[inline(always)]
 pub fn floor<R: Real>(x: R) -> R {
-    let t = x.to_integer().from_integer();
+    let t = x.as_integer().as_float();
     let t = R::choose(x.less(t), t - x.of(1.0), t);
     let y = R::choose(x.abs().less(x.of(8_388_608.0)), t, x);
     // -0.0 stays -0.0.

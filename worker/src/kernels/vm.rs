@@ -332,7 +332,9 @@ impl Evaluation<'_> {
             (*pointer, *further) = match *input {
                 Origin::Register(i) => (self.pointers[i].expose_provenance(), columns * 4),
                 Origin::Uniform(i) => (self.pointers[i].expose_provenance(), 0),
-                Origin::Operand(o) if m.operands[o].mode == Mode::Given => (self.given.expose_provenance(), columns * 4),
+                Origin::Operand(o) if m.operands[o].mode == Mode::Given => {
+                    (self.given.expose_provenance(), columns * 4)
+                }
                 Origin::Operand(o) => {
                     let operand = &m.operands[o];
                     // SAFETY: by the contract of `Machine::evaluation` the operand's buffer holds every element of the block.

@@ -273,8 +273,8 @@ impl Lowering<'_> {
                     (DType::F32, DType::Bf16) => x.to_bf16().value,
                     (DType::F32 | DType::Bf16, DType::Bool) => tape.record(truth(Test::Differs)),
                     (DType::I32, DType::Bool) => tape.record(truth(Test::Other)),
-                    (DType::I32, DType::F32) => x.from_integer().value,
-                    (DType::I32, DType::Bf16) => x.from_integer().to_bf16().value,
+                    (DType::I32, DType::F32) => x.as_float().value,
+                    (DType::I32, DType::Bf16) => x.as_float().to_bf16().value,
                     (DType::Bool, DType::F32 | DType::Bf16) => {
                         tape.record(Op::Choose(Test::Other, [x.value, zero(x), x.of(1.0).value, zero(x)]))
                     }

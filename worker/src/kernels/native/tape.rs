@@ -207,10 +207,10 @@ impl<'a> Real for Recorded<'a> {
     fn down(self, bits: u8) -> Self {
         self.one(One::Down(bits))
     }
-    fn from_integer(self) -> Self {
+    fn as_float(self) -> Self {
         self.one(One::FromInteger)
     }
-    fn to_integer(self) -> Self {
+    fn as_integer(self) -> Self {
         self.one(One::ToInteger)
     }
     fn to_bf16(self) -> Self {
