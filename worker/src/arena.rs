@@ -2,8 +2,8 @@
 
 #[cfg(target_os = "linux")]
 use crate::transport::memory::LentMemory;
-use memmap2::MmapMut;
 use mesh::plan::{ALIGN, Buffer};
+use std::alloc::Layout;
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,9 +22,7 @@ pub struct Arena {
 /// What the memory is taken from.
 #[derive(Debug)]
 enum Block {
-    Private {
-        _map: MmapMut,
-    },
+    Private,
     #[cfg(target_os = "linux")]
     Shared(Arc<LentMemory>, OwnedFd),
 }
@@ -35,33 +33,22 @@ unsafe impl Send for Arena {}
 // SAFETY: as above.
 unsafe impl Sync for Arena {}
 
-/// Bytes of a large page of memory.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Asks the system for large pages before memory is touched: kernels walk many rows at a time, each on a page of its own.
-fn ask_for_huge_pages(memory: *mut u8, bytes: usize) {
-    #[cfg(target_os = "linux")]
-    if bytes >= HUGE_PAGE {
-        let advice = rustix::mm::Advice::LinuxHugepage;
-        // SAFETY: the range was just allocated and begins a page; the advice changes nothing that it holds. Where the system
-        // does not follow it, it goes on with small ones.
-        let _ = unsafe { rustix::mm::madvise(memory.cast(), bytes / HUGE_PAGE * HUGE_PAGE, advice) };
-    }
-}
-
 const GUARD_BYTES: usize = 4096;
 const GUARD: u8 = 0xa5;
 
 impl Arena {
+    fn layout(bytes: usize) -> Option<Layout> {
+        Layout::from_size_align(bytes.checked_add(GUARD_BYTES)?, ALIGN).ok()
+    }
+
     /// `bytes` zeros; None if the machine does not have them.
     pub fn private(bytes: usize) -> Option<Arena> {
-        let align = if bytes < HUGE_PAGE { ALIGN } else { HUGE_PAGE };
-        // Pages of zeros, which the system hands out when they are touched.
-        let mut map = MmapMut::map_anon(bytes.checked_add(GUARD_BYTES + align)?).ok()?;
-        let start = map.as_mut_ptr();
-        let memory = start.wrapping_add(start.align_offset(align));
-        ask_for_huge_pages(memory, bytes);
-        Some(Arena { memory, bytes, block: Block::Private { _map: map } }.with_guard())
+        // SAFETY: the layout is not empty, for the guard is not.
+        let memory = unsafe { std::alloc::alloc_zeroed(Arena::layout(bytes)?) };
+        if memory.is_null() {
+            return None;
+        }
+        Some(Arena { memory, bytes, block: Block::Private }.with_guard())
     }
 
     /// `bytes` zeros that peers on this host can look at; private ones where the system cannot keep peers from writing.
@@ -72,7 +59,6 @@ impl Arena {
         #[cfg(target_os = "linux")]
         if let Ok((memory, fd)) = LentMemory::create("mesh-arena", bytes.checked_add(GUARD_BYTES)?) {
             let memory = Arc::new(memory);
-            ask_for_huge_pages(memory.start(), bytes);
             return Some(Arena { memory: memory.start(), bytes, block: Block::Shared(memory, fd) }.with_guard());
         }
         Some(private)
@@ -88,7 +74,7 @@ impl Arena {
     #[cfg(target_os = "linux")]
     pub(crate) fn lent(&self) -> Option<(&Arc<LentMemory>, &OwnedFd)> {
         match &self.block {
-            Block::Private { .. } => None,
+            Block::Private => None,
             Block::Shared(memory, fd) => Some((memory, fd)),
         }
     }
@@ -113,6 +99,22 @@ impl Arena {
         // SAFETY: the guard lies at the end of the block and is written by `with_guard` only.
         let guard = unsafe { std::slice::from_raw_parts(self.memory.add(self.bytes), GUARD_BYTES) };
         guard.iter().all(|b| *b == GUARD)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        match &self.block {
+            Block::Private => {
+                if let Some(layout) = Arena::layout(self.bytes) {
+                    // SAFETY: allocated by `private` with this layout.
+                    unsafe { std::alloc::dealloc(self.memory, layout) };
+                }
+            }
+            // Unmapped with its last owner.
+            #[cfg(target_os = "linux")]
+            Block::Shared(..) => {}
+        }
     }
 }
 

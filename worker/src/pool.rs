@@ -1,7 +1,5 @@
 //! The threads of a device: a caller and some helpers that take tasks from a shared counter.
 
-use crate::arena::Arena;
-use mesh::plan::Buffer;
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
@@ -43,18 +41,23 @@ pub const WORKSPACE_BYTES: usize = 2 << 20;
 
 /// Scratch memory of one thread, 64-byte aligned.
 pub struct Workspace {
-    memory: Arena,
+    lines: Vec<Line>,
 }
+
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([f32; 16]);
 
 impl Workspace {
     fn new() -> Workspace {
-        Workspace { memory: Arena::private(WORKSPACE_BYTES).expect("the machine has room for a workspace") }
+        Workspace { lines: vec![Line([0.0; 16]); WORKSPACE_BYTES / 64] }
     }
     /// The memory as floats.
     pub fn floats(&mut self) -> &mut [f32] {
-        let all = Buffer { offset: 0, bytes: WORKSPACE_BYTES };
-        // SAFETY: the arena is this workspace's own, zeros at first, and aligned to more than a float.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.at(all).cast::<f32>(), WORKSPACE_BYTES / 4) }
+        let n = self.lines.len() * 16;
+        debug_assert_eq!(size_of_val(&self.lines[0].0) * self.lines.len(), n * 4);
+        // SAFETY: `Line` is a transparent-in-size, aligned array of 16 floats, so n floats lie there back to back.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), n) }
     }
 }
 
