@@ -1,15 +1,18 @@
 //! Fused loops of any shape give the same bits on every instruction set: those that are compiled, those of which a part is,
 //! and those that are evaluated instruction by instruction.
 
-use mesh::body::{Access, Body, Instr, Loop};
+use mesh::body::{Access, Body, Instr, Loop, Reduction};
+use mesh::chunk::{Tree, TreeDim};
 use mesh::dim::DType;
 use mesh::ops::binary::BinaryFn;
 use mesh::ops::compare::CompareFn;
+use mesh::ops::reduce::ReduceFn;
 use mesh::ops::source::Distribution;
 use mesh::ops::unary::UnaryFn;
 use proptest::prelude::*;
 use worker::kernels::isa::Isa;
 use worker::kernels::map::MapPlan;
+use worker::kernels::reduce::ReducePlan;
 use worker::kernels::vm::StepContext;
 use worker::pool::Pool;
 
@@ -133,6 +136,17 @@ fn elements(dtype: DType, bytes: &[u8]) -> Vec<u32> {
     }
 }
 
+/// A loop over random operands, and their buffers.
+fn nest(c: &mut Choices, extents: &[usize], operands: usize, length: usize) -> (Loop, Vec<Vec<u8>>) {
+    let operands: Vec<Access> = (0..operands).map(|_| access(c, extents)).collect();
+    let body = body(c, &operands, extents.len(), length);
+    let reach = |a: &Access| 1 + a.offset + a.strides.iter().zip(extents).map(|(s, n)| s * (n - 1)).sum::<usize>();
+    let buffers: Vec<Vec<u8>> = operands.iter().map(|a| numbers(c, a.dtype, reach(a))).collect();
+    (Loop { origin: vec![3; extents.len()], extents: extents.to_vec(), operands, body }, buffers)
+}
+
+const CX: StepContext = StepContext { seed: 5, step: 3 };
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
     #[test]
@@ -146,11 +160,7 @@ proptest! {
         ]),
     ) {
         let mut c = Choices(seed);
-        let operands: Vec<Access> = (0..operands).map(|_| access(&mut c, &extents)).collect();
-        let body = body(&mut c, &operands, extents.len(), length);
-        let reach = |a: &Access| 1 + a.offset + a.strides.iter().zip(&extents).map(|(s, n)| s * (n - 1)).sum::<usize>();
-        let buffers: Vec<Vec<u8>> = operands.iter().map(|a| numbers(&mut c, a.dtype, reach(a))).collect();
-        let nest = Loop { origin: vec![3; extents.len()], extents: extents.clone(), operands, body };
+        let (nest, buffers) = nest(&mut c, &extents, operands, length);
         let points: usize = extents.iter().product();
         let pool = Pool::new(1, None);
         let mut first: Option<Vec<Vec<u32>>> = None;
@@ -160,12 +170,51 @@ proptest! {
             let mut results: Vec<Vec<u8>> = dtypes.iter().map(|d| vec![0xa5; points * d.bytes() + 64]).collect();
             let from: Vec<*const u8> = buffers.iter().map(|b| b.as_ptr()).collect();
             let to: Vec<*mut u8> = results.iter_mut().map(|r| r.as_mut_ptr()).collect();
-            let cx = StepContext { seed: 5, step: 3 };
             // SAFETY: operands hold what the loop reaches, and results have room for its points.
-            unsafe { MapPlan::with_isa(&nest, isa).run(&pool, &from, &to, cx) };
+            unsafe { MapPlan::with_isa(&nest, isa).run(&pool, &from, &to, CX) };
             prop_assert!(results.iter().all(|r| r[r.len() - 64..].iter().all(|b| *b == 0xa5)), "wrote behind; {isa:?}");
             let bits: Vec<Vec<u32>> =
                 results.iter().zip(&dtypes).map(|(r, d)| elements(*d, &r[..r.len() - 64])).collect();
+            let wanted = first.get_or_insert_with(|| bits.clone());
+            prop_assert_eq!(&*wanted, &bits, "{:?}", isa);
+        }
+    }
+
+    #[test]
+    fn a_fused_sum_has_the_same_bits_on_every_instruction_set(
+        seed in any::<u64>(),
+        operands in 1usize..5,
+        length in 1usize..20,
+        (extents, reduced) in prop::sample::select(vec![
+            (vec![40], vec![true]), (vec![700], vec![true]), (vec![5, 3], vec![true, false]), (vec![7, 48], vec![false, true]),
+            (vec![90, 40], vec![false, true]), (vec![3, 515], vec![true, false]), (vec![2, 5, 100], vec![false, true, false]),
+            (vec![3, 4, 17], vec![true, true, true]), (vec![2, 70, 6], vec![true, false, true]),
+        ]),
+    ) {
+        let mut c = Choices(seed);
+        let (mut nest, buffers) = nest(&mut c, &extents, operands, length);
+        // Sums are of floats; some of what was merely loaded.
+        let floats: Vec<usize> = (0..nest.body.instrs.len()).filter(|i| nest.body.instrs[*i].1 == DType::F32).collect();
+        prop_assume!(!floats.is_empty());
+        nest.body.results = (0..1 + c.below(3)).map(|_| c.of(&floats)).collect();
+        nest.origin = vec![0; extents.len()];
+        let over = || extents.iter().zip(&reduced).filter(|(_, r)| **r).map(|(n, _)| *n);
+        let tree = Tree { dims: over().map(|n| TreeDim { size: n, chunks: n.min(8) }).collect() };
+        let owned = tree.dims.iter().map(|d| 0..d.chunks).collect();
+        let kept: usize = extents.iter().zip(&reduced).filter(|(_, r)| !**r).map(|(n, _)| *n).product();
+        let count = nest.body.results.len();
+        let sum = Reduction { nest, reduced, f: ReduceFn::Sum, tree, owned };
+        let pool = Pool::new(1, None);
+        let mut first: Option<Vec<Vec<u32>>> = None;
+        for isa in Isa::available() {
+            let plan = ReducePlan::with_isa(&sum, isa);
+            let mut scratch = vec![0u64; plan.scratch_bytes() / 8 + 1];
+            let mut results = vec![vec![0u8; 4 * kept]; count];
+            let from: Vec<*const u8> = buffers.iter().map(|b| b.as_ptr()).collect();
+            let to: Vec<*mut u8> = results.iter_mut().map(|r| r.as_mut_ptr()).collect();
+            // SAFETY: operands hold what the loop reaches, results have room for what is kept, and the scratch is as asked for.
+            unsafe { plan.run(&pool, &from, &to, scratch.as_mut_ptr().cast(), CX) };
+            let bits: Vec<Vec<u32>> = results.iter().map(|r| elements(DType::F32, r)).collect();
             let wanted = first.get_or_insert_with(|| bits.clone());
             prop_assert_eq!(&*wanted, &bits, "{:?}", isa);
         }

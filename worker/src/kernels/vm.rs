@@ -265,15 +265,14 @@ impl Evaluation<'_> {
         self.begin(at, rows, columns);
         if let Some(native) = &m.native {
             let base = self.registers.as_mut_ptr().cast::<u32>();
+            // SAFETY: a result has a register of its own.
+            let register = |r: usize| unsafe { base.add(m.instrs[r].2 * BLOCK) };
             let mut results = [std::ptr::null_mut(); TABLE];
-            for ((r, _), to) in m.results.iter().zip(&mut results) {
-                // SAFETY: a result has a register of its own.
-                let register = unsafe { base.add(m.instrs[*r].2 * BLOCK) };
-                self.pointers[*r] = register;
-                *to = register.cast();
-            }
+            results.iter_mut().zip(&m.results).for_each(|(to, (r, _))| *to = register(*r).cast());
             // SAFETY: registers have room for a block.
             unsafe { self.compiled(native, at, [rows, columns], &results[..m.results.len()]) };
+            // Only now: what was merely loaded may have lain where the operand lies.
+            m.results.iter().for_each(|(r, _)| self.pointers[*r] = register(*r));
         }
     }
 
