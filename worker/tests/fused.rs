@@ -62,10 +62,10 @@ fn body(c: &mut Choices, operands: &[Access], loops: usize, length: usize) -> Bo
         let made = if i < operands.len() {
             Some((Instr::Load(i), operands[i].dtype))
         } else {
-            match c.below(12) {
+            match c.below(13) {
                 0 => Some((Instr::Constant(c.of(&[0.0, 1.0, -2.5, 3.0])), c.of(&DTYPES))),
                 1 => Some((Instr::Index { dim: c.below(loops) }, DType::I32)),
-                2 => {
+                2 | 12 => {
                     let distribution = c.of(&[Distribution::Uniform, Distribution::Bernoulli(0.5)]);
                     let strides = (0..loops as u64).map(|l| 1000 * (loops as u64 - 1 - l) + 1).collect();
                     Some((Instr::Random { distribution, key: 7, strides }, DType::F32))
@@ -148,7 +148,7 @@ fn nest(c: &mut Choices, extents: &[usize], operands: usize, length: usize) -> (
 const CX: StepContext = StepContext { seed: 5, step: 3 };
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(ProptestConfig::with_cases(5000))]
     #[test]
     fn a_fused_loop_has_the_same_bits_on_every_instruction_set(
         seed in any::<u64>(),
@@ -186,7 +186,7 @@ proptest! {
         operands in 1usize..5,
         length in 1usize..20,
         (extents, reduced) in prop::sample::select(vec![
-            (vec![40], vec![true]), (vec![700], vec![true]), (vec![5, 3], vec![true, false]), (vec![7, 48], vec![false, true]),
+            (vec![40], vec![true]), (vec![9], vec![false]), (vec![700], vec![true]), (vec![5, 3], vec![true, false]), (vec![7, 48], vec![false, true]),
             (vec![90, 40], vec![false, true]), (vec![3, 515], vec![true, false]), (vec![2, 5, 100], vec![false, true, false]),
             (vec![3, 4, 17], vec![true, true, true]), (vec![2, 70, 6], vec![true, false, true]),
         ]),
