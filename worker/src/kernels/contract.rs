@@ -272,7 +272,7 @@ impl ContractPlan {
         let whole = |at: usize| at.is_multiple_of(unit);
         let side_by_side = a_depth.run() == a_depth.len() && a_depth.len() > 0 && whole(a_depth.at(0));
         let apart = a_rows.stride().filter(|n| whole(*n) && !(n * a.ty.dtype.bytes()).is_multiple_of(CACHE_WAY));
-        let whole = whole(a_rows.at(0)) && batches.iter().all(|b| whole(b[0]));
+        let whole = a_rows.len() > 0 && whole(a_rows.at(0)) && batches.iter().all(|b| whole(b[0]));
         let a_pitch = apart.filter(|_| side_by_side && whole).map(|n| n / unit);
         Some(ContractPlan {
             isa,

@@ -284,20 +284,20 @@ impl Evaluation<'_> {
         let (m, n) = (self.machine, rows * columns);
         assert!(m.of != Use::Reduce, "the results are summed up");
         self.begin(at, rows, columns);
-        let mut results = [std::ptr::null_mut(); TABLE];
-        for ((result, to), (slot, dtype)) in results.iter_mut().zip(to).zip(&m.results) {
-            // SAFETY: by this function's contract.
-            *result = unsafe { to.add(first * dtype.bytes()) };
-            if m.native.is_none() {
+        // SAFETY: by this function's contract.
+        let places = to.iter().zip(&m.results).map(|(to, (_, dtype))| unsafe { to.add(first * dtype.bytes()) });
+        let Some(native) = &m.native else {
+            for (to, (slot, dtype)) in places.zip(&m.results) {
                 // SAFETY: as above. All operands of a block are read before its results are stored, and what is loaded in
                 // place is only read by instructions, which end before.
-                unsafe { store(m.isa, *dtype, self.pointers[*slot], *result, n) };
+                unsafe { store(m.isa, *dtype, self.pointers[*slot], to, n) };
             }
-        }
-        if let Some(native) = &m.native {
-            // SAFETY: as above.
-            unsafe { self.compiled(native, at, [rows, columns], &results[..m.results.len()]) };
-        }
+            return;
+        };
+        let mut results = [std::ptr::null_mut(); TABLE];
+        results.iter_mut().zip(places).for_each(|(result, to)| *result = to);
+        // SAFETY: as above; compiled code has no more results than that.
+        unsafe { self.compiled(native, at, [rows, columns], &results[..m.results.len()]) };
     }
 
     /// Evaluates what the machine computes of a block.

@@ -403,7 +403,7 @@ impl WeightGradPlan {
         let outer = range.start / (t2 * t3)..range.end.div_ceil(t2 * t3);
         for (i, piece) in self.blocks[block].pieces.iter().enumerate() {
             let (spans, work) = work.split_at_mut((piece.leaves.len() * SPAN).next_multiple_of(16));
-            // SAFETY: a span is so many words, of which any bits are fine, aligned as floats are.
+            // SAFETY: a span is so many words, of which any bits are fine; the workspace begins at a cache line.
             let spans =
                 unsafe { std::slice::from_raw_parts_mut(spans.as_mut_ptr().cast::<Span>(), piece.leaves.len()) };
             let (packed, _) = self.packed(&piece.around, piece.dy.len(), outer.clone());

@@ -60,8 +60,8 @@ impl Packed {
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 pub struct Span {
-    x: u32,
-    dy: u32,
+    x: usize,
+    dy: usize,
     rows: [u32; 2],
     count: u32,
 }
@@ -95,7 +95,7 @@ impl Span {
             }
         };
         let rows = [rows1.len() as u32, rows2.len() as u32];
-        Span { x: x as u32, dy: dy as u32, rows, count: count as u32 }
+        Span { x, dy, rows, count: count as u32 }
     }
 }
 
@@ -156,8 +156,8 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
                 Some(p) => p.batch(b),
                 None => plan.batches[b],
             };
-            let mut x1 = view.x.wrapping_add(job.x + x + span.x as usize);
-            let mut dy1 = view.dy.wrapping_add(job.dy + dy + span.dy as usize);
+            let mut x1 = view.x.wrapping_add(job.x + x + span.x);
+            let mut dy1 = view.dy.wrapping_add(job.dy + dy + span.dy);
             for _ in 0..span.rows[0] {
                 let (mut x2, mut dy2) = (x1, dy1);
                 for _ in 0..span.rows[1] {
