@@ -1,8 +1,8 @@
 //! Memory: nothing is allocated in the step loop, and what a plan predicts is what its execution takes.
 //!
 //! This binary's allocator counts. Device memory (arenas and the threads' workspaces) is what is allocated with the
-//! alignment of a cache line; arenas are handed out filled with a pattern in place of zeros, which shows what of them
-//! is written and that nothing is read before.
+//! alignment of a cache line or of a large page; arenas are handed out filled with a pattern, which shows what of them is written and
+//! that nothing is read before.
 
 mod common;
 
@@ -26,6 +26,10 @@ use worker::pool::WORKSPACE_BYTES;
 const GUARD: usize = 4096;
 const LINE: usize = 64;
 
+fn of_device(layout: Layout) -> bool {
+    matches!(layout.align(), LINE | 0x20_0000)
+}
+
 struct Counting;
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
@@ -40,7 +44,7 @@ static COUNT: AtomicUsize = AtomicUsize::new(0);
 
 fn taken(layout: Layout) {
     CALLS.fetch_add(1, SeqCst);
-    if layout.align() == LINE {
+    if of_device(layout) {
         let now = DEVICE.fetch_add(layout.size(), SeqCst) + layout.size();
         MOST.fetch_max(now, SeqCst);
     }
@@ -51,13 +55,8 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         taken(layout);
         // SAFETY: by this function's contract.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        taken(layout);
-        // SAFETY: by this function's contract.
-        let memory = unsafe { System.alloc_zeroed(layout) };
-        if layout.align() == LINE && !memory.is_null() {
+        let memory = unsafe { System.alloc(layout) };
+        if of_device(layout) && layout.size() != WORKSPACE_BYTES && !memory.is_null() {
             // SAFETY: the block was just allocated.
             unsafe { std::ptr::write_bytes(memory, PATTERN.load(SeqCst), layout.size()) };
             if let Some((address, size)) = ARENAS.get(COUNT.fetch_add(1, SeqCst)) {
@@ -67,8 +66,13 @@ unsafe impl GlobalAlloc for Counting {
         }
         memory
     }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        taken(layout);
+        // SAFETY: by this function's contract.
+        unsafe { System.alloc_zeroed(layout) }
+    }
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        if layout.align() == LINE {
+        if of_device(layout) {
             DEVICE.fetch_sub(layout.size(), SeqCst);
         }
         // SAFETY: by this function's contract.
