@@ -42,6 +42,7 @@ pub const WORKSPACE_BYTES: usize = 2 << 20;
 /// Scratch memory of one thread, 64-byte aligned.
 pub struct Workspace {
     lines: Vec<Line>,
+    thread: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -49,8 +50,12 @@ pub struct Workspace {
 struct Line([f32; 16]);
 
 impl Workspace {
-    fn new() -> Workspace {
-        Workspace { lines: vec![Line([0.0; 16]); WORKSPACE_BYTES / 64] }
+    fn new(thread: usize) -> Workspace {
+        Workspace { lines: vec![Line([0.0; 16]); WORKSPACE_BYTES / 64], thread }
+    }
+    /// Which of the pool's threads has it.
+    pub fn thread(&self) -> usize {
+        self.thread
     }
     /// The memory as floats.
     pub fn floats(&mut self) -> &mut [f32] {
@@ -117,14 +122,14 @@ impl Pool {
                 let (shared, ready) = (shared.clone(), ready.clone());
                 std::thread::spawn(move || {
                     cores.iter().for_each(|c| c.pin(i));
-                    let workspace = Workspace::new();
+                    let workspace = Workspace::new(i);
                     ready.wait();
                     help(&shared, workspace)
                 })
             })
             .collect();
         ready.wait();
-        Pool { shared, helpers, own: Mutex::new(Workspace::new()) }
+        Pool { shared, helpers, own: Mutex::new(Workspace::new(0)) }
     }
 
     /// Number of threads, the caller's included.

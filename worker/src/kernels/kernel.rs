@@ -92,12 +92,12 @@ impl Kernel {
         matches!(self, Kernel::Exchange(_) | Kernel::AllReduce(_))
     }
 
-    /// Bytes of scratch that it needs.
-    pub fn scratch_bytes(&self) -> usize {
+    /// Bytes of scratch that it needs with so many threads.
+    pub fn scratch_bytes(&self, threads: usize) -> usize {
         match self {
             Kernel::Reduce(p) => p.scratch_bytes(),
             Kernel::Conv(p) => p.scratch_bytes(),
-            Kernel::WeightGrad(p) => p.scratch_bytes(),
+            Kernel::WeightGrad(p) => p.scratch_bytes(threads),
             Kernel::Contract(p) => p.scratch_bytes(),
             Kernel::ScatterAdd(p) => p.scratch_bytes(),
             Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Rows(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
@@ -150,7 +150,7 @@ pub struct CpuBackend {
 
 impl Backend for CpuBackend {
     fn scratch_bytes(&self, work: &Work) -> usize {
-        Kernel::new(work).scratch_bytes()
+        Kernel::new(work).scratch_bytes(self.threads)
     }
     fn workspace_bytes(&self) -> usize {
         self.threads * WORKSPACE_BYTES

@@ -2,9 +2,10 @@
 //!
 //! The sum is cut into blocks, subtrees of the summation tree whose voxels fit into the second-level cache. A block goes
 //! through all taps and channel tiles; for each register tile the leaves inside are walked innermost, their sums on a
-//! small stack of tiles, so that even leaves of single voxels do not touch weight-sized memory. Blocks' results are
-//! combined along the rest of the tree. Blocks and tiles depend on the program alone in what they sum, so no bit
-//! depends on them.
+//! small stack of tiles, so that even leaves of single voxels do not touch weight-sized memory. A task is a subtree of
+//! blocks, whose results its thread combines on a stack as they come; tasks' results are combined along the rest of the
+//! tree. So there are as many weight-sized results in memory as tasks and threads' stacks, however many blocks. Blocks,
+//! tasks and tiles depend on the program alone in what they sum, so no bit depends on them.
 //!
 //! Of `bf16`, the products of neighbours along the innermost dimension of a leaf are added in pairs, zeros where a tap
 //! leaves x or a leaf has no second one. Pairs do not lie in memory as such: a task packs those of a piece of its block,
@@ -22,7 +23,7 @@ use super::kernel::Operands;
 use super::pack::NOTHING;
 use super::tile::Combine;
 use crate::dispatch;
-use crate::pool::{Pool, WORKSPACE_BYTES};
+use crate::pool::{Pool, WORKSPACE_BYTES, Workspace};
 use mesh::chunk::{Event, Node, Tree};
 use mesh::dim::DType;
 use mesh::ops::Prim;
@@ -34,6 +35,8 @@ use tile::{Job, Packed, SPAN, Span, View, run_tile, tile_rows};
 const LEAVES: usize = 8;
 /// Leaves of a block at most.
 const BLOCK_LEAVES: usize = 4096;
+/// Tasks that the blocks of a node are shared out to, about.
+const TASKS: usize = 48;
 /// A block's voxels fill at most so many bytes of both inputs together.
 const BLOCK_BYTES: usize = 384 << 10;
 
@@ -97,8 +100,12 @@ pub struct WeightGradPlan {
     /// Whether x and dy are `bf16`.
     pairs: bool,
     blocks: Vec<Block>,
-    /// By node: how blocks are combined.
+    /// By task: how its blocks are combined.
+    tasks: Vec<Vec<Combine>>,
+    /// By node: how tasks are combined.
     nodes: Vec<Vec<Combine>>,
+    /// The most results of blocks that a task has at a time.
+    depth: usize,
     /// Element offsets of batches in x and dy.
     batches: Vec<[usize; 2]>,
     axes: [Axis; 3],
@@ -115,7 +122,8 @@ struct Pointers {
     x: *const u8,
     dy: *const u8,
     out: *mut f32,
-    scratch: *mut f32,
+    stacks: *mut f32,
+    results: *mut f32,
 }
 
 // SAFETY: tasks write disjoint parts and only read inputs.
@@ -181,7 +189,9 @@ impl WeightGradPlan {
             isa,
             pairs: x.ty.dtype == DType::Bf16,
             blocks: vec![],
+            tasks: vec![],
             nodes: vec![],
+            depth: 1,
             batches: of_x.into_iter().zip(of_dy).map(|(a, b)| [a, b]).collect(),
             axes,
             cin: wi.len(),
@@ -198,12 +208,48 @@ impl WeightGradPlan {
             })
             .sum();
         plan.dy_channel += dy_first;
+        let mut nodes = vec![];
         for node in tree.nodes(owned) {
             let mut program = vec![];
             plan.cut(tree, &node, &reduced, spatial, &mut program);
-            plan.nodes.push(program);
+            nodes.push(program);
         }
+        plan.share_out(&nodes);
         Some(plan)
+    }
+
+    /// Makes tasks of the blocks that the nodes combine.
+    fn share_out(&mut self, nodes: &[Vec<Combine>]) {
+        let most = self.blocks.len().div_ceil(TASKS);
+        for program in nodes {
+            // By instruction: where its subtree begins, how many blocks it has, and how many results at a time.
+            let mut trees: Vec<[usize; 3]> = vec![];
+            for (i, c) in program.iter().enumerate() {
+                trees.push(match c {
+                    Combine::Leaf(_) => [i, 1, 1],
+                    Combine::Add => {
+                        let [middle, right, deep] = trees[i - 1];
+                        let [start, left, first] = trees[middle - 1];
+                        [start, left + right, first.max(deep + 1)]
+                    }
+                });
+            }
+            // Down from the root, the left half first.
+            let (mut order, mut open) = (vec![], vec![(program.len() - 1, false)]);
+            while let Some((i, halves)) = open.pop() {
+                let [start, blocks, deep] = trees[i];
+                if halves {
+                    order.push(Combine::Add);
+                } else if blocks <= most {
+                    order.push(Combine::Leaf(self.tasks.len()));
+                    self.tasks.push(program[start..=i].to_vec());
+                    self.depth = self.depth.max(deep);
+                } else {
+                    open.extend([(i, true), (i - 1, false), (trees[i - 1][0] - 1, false)]);
+                }
+            }
+            self.nodes.push(order);
+        }
     }
 
     /// A box of elements as local indices.
@@ -340,9 +386,9 @@ impl WeightGradPlan {
         self.axes.iter().map(|a| a.taps).product::<usize>() * self.cin * self.cout * self.groups
     }
 
-    /// Bytes of scratch: the results of the blocks.
-    pub fn scratch_bytes(&self) -> usize {
-        self.blocks.len() * self.weights() * 4
+    /// Bytes of scratch: the stacks of the threads but for their first rows, and the results of the tasks, which are those.
+    pub fn scratch_bytes(&self, threads: usize) -> usize {
+        (threads * (self.depth - 1) + self.tasks.len()) * self.weights() * 4
     }
 
     /// Runs it; the result is `[nodes, k.., cin, cout]`.
@@ -350,19 +396,21 @@ impl WeightGradPlan {
     /// # Safety
     /// The operands are buffers of the plan's parts and of the scratch asked for, which do not overlap.
     pub unsafe fn run(&self, pool: &Pool, o: &Operands) {
-        let p = Pointers { x: o.inputs[0], dy: o.inputs[1], out: o.outputs[0].cast(), scratch: o.scratch.cast() };
-        let taps: usize = self.axes.iter().map(|a| a.taps).product();
-        // Few blocks are shared out by tap as well: pairs by the outermost one, so that tasks pack different ones of x.
-        let by_tap = if self.pairs { self.axes[0].taps } else { taps };
-        let per_block = if self.blocks.len() >= pool.threads() * 3 || pool.threads() == 1 { 1 } else { by_tap };
-        pool.run(self.blocks.len() * per_block, &|t, w| {
-            let p = p;
-            let (block, part) = (t / per_block, t % per_block);
-            let range = taps * part / per_block..taps * (part + 1) / per_block;
-            // SAFETY: every block and tap has a part of the scratch of its own.
-            unsafe { self.taps(block, range, p, w.floats()) };
-        });
         let size = self.weights();
+        let stacks: *mut f32 = o.scratch.cast();
+        let results = stacks.wrapping_add(pool.threads() * (self.depth - 1) * size);
+        let p = Pointers { x: o.inputs[0], dy: o.inputs[1], out: o.outputs[0].cast(), stacks, results };
+        let taps: usize = self.axes.iter().map(|a| a.taps).product();
+        // Few tasks are shared out by tap as well: pairs by the outermost one, so that tasks pack different ones of x.
+        let by_tap = if self.pairs { self.axes[0].taps } else { taps };
+        let parts = if self.tasks.len() >= pool.threads() * 3 || pool.threads() == 1 { 1 } else { by_tap };
+        pool.run(self.tasks.len() * parts, &|t, w| {
+            let p = p;
+            let (task, part) = (t / parts, t % parts);
+            let range = taps * part / parts..taps * (part + 1) / parts;
+            // SAFETY: every task and tap has a part of the results, and every thread of the stacks, of its own.
+            unsafe { self.task(task, range, p, w) };
+        });
         let parts = (size / 4096).clamp(1, pool.threads() * 4);
         pool.run(parts, &|t, _| {
             let p = p;
@@ -374,31 +422,57 @@ impl WeightGradPlan {
         });
     }
 
+    /// Sums the blocks of a task for a range of taps.
+    unsafe fn task(&self, task: usize, range: Range<usize>, p: Pointers, w: &mut Workspace) {
+        let size = self.weights();
+        let stack = w.thread() * (self.depth - 1);
+        let row = |i: usize| match i {
+            0 => p.results.wrapping_add(task * size),
+            i => p.stacks.wrapping_add((stack + i - 1) * size),
+        };
+        let a_tap = self.cin * self.cout * self.groups;
+        let mut top = 0;
+        for c in &self.tasks[task] {
+            match *c {
+                Combine::Leaf(block) => {
+                    // SAFETY: by the contract of `run`.
+                    unsafe { self.taps(block, range.clone(), p, row(top), w.floats()) };
+                    top += 1;
+                }
+                Combine::Add => {
+                    top -= 1;
+                    let (first, n) = (range.start * a_tap, range.len() * a_tap);
+                    // SAFETY: rows are disjoint, and have a value for each weight.
+                    unsafe { add(self.isa, row(top - 1).add(first), row(top).add(first), n) };
+                }
+            }
+        }
+    }
+
     unsafe fn combine(&self, program: &[Combine], out: usize, range: &Range<usize>, p: Pointers) {
         let size = self.weights();
         let mut stack = [0usize; 64];
         let mut top = 0;
-        // SAFETY: each block's results are a row of the scratch.
-        let row =
-            |b: usize| unsafe { std::slice::from_raw_parts_mut(p.scratch.add(b * size + range.start), range.len()) };
+        let row = |task: usize| p.results.wrapping_add(task * size + range.start);
         for c in program {
             match *c {
-                Combine::Leaf(b) => {
-                    stack[top] = b;
+                Combine::Leaf(task) => {
+                    stack[top] = task;
                     top += 1;
                 }
                 Combine::Add => {
-                    row(stack[top - 2]).iter_mut().zip(row(stack[top - 1])).for_each(|(a, b)| *a += *b);
                     top -= 1;
+                    // SAFETY: each task's results are a row of their own.
+                    unsafe { add(self.isa, row(stack[top - 1]), row(stack[top]), range.len()) };
                 }
             }
         }
         // SAFETY: the result has room for every node.
-        unsafe { std::ptr::copy_nonoverlapping(row(stack[0]).as_ptr(), p.out.add(out + range.start), range.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(row(stack[0]), p.out.add(out + range.start), range.len()) };
     }
 
-    /// Sums a block for a range of taps.
-    unsafe fn taps(&self, block: usize, range: Range<usize>, p: Pointers, work: &mut [f32]) {
+    /// Sums a block for a range of taps, into `to`.
+    unsafe fn taps(&self, block: usize, range: Range<usize>, p: Pointers, to: *mut f32, work: &mut [f32]) {
         let [_, t2, t3] = [self.axes[0].taps, self.axes[1].taps, self.axes[2].taps];
         let outer = range.start / (t2 * t3)..range.end.div_ceil(t2 * t3);
         for (i, piece) in self.blocks[block].pieces.iter().enumerate() {
@@ -430,7 +504,7 @@ impl WeightGradPlan {
                     let at = [tap / (t2 * t3), tap / t3 % t2, j3];
                     spans.iter_mut().zip(&piece.leaves).for_each(|(s, leaf)| *s = Span::new(self, &view, at, leaf));
                     // SAFETY: as above.
-                    unsafe { self.tap(block, piece, tap, spans, view, i > 0, p) };
+                    unsafe { self.tap(block, piece, tap, spans, view, i > 0, to) };
                 }
             }
         }
@@ -478,7 +552,7 @@ impl WeightGradPlan {
         spans: &[Span],
         view: View,
         goes_on: bool,
-        p: Pointers,
+        to: *mut f32,
     ) {
         let row = self.cout * self.groups;
         // What is packed begins with the first channel.
@@ -499,8 +573,8 @@ impl WeightGradPlan {
                         view,
                         x: x_channel + group * if self.groups > 1 { self.cin } else { 0 } + ci,
                         dy: dy_channel + group * self.cout + co,
-                        // SAFETY: inside the scratch, by the plan.
-                        out: unsafe { p.scratch.add(block * self.weights() + at) },
+                        // SAFETY: there is room for every weight.
+                        out: unsafe { to.add(at) },
                         out_pitch: row,
                         columns: width.min(self.cout - co),
                         goes_on,
@@ -513,6 +587,18 @@ impl WeightGradPlan {
             }
         }
     }
+}
+
+/// a = a + b.
+///
+/// # Safety
+/// So many floats lie at both, which do not overlap.
+unsafe fn add(isa: Isa, a: *mut f32, b: *const f32, n: usize) {
+    // SAFETY: by this function's contract.
+    let (a, b) = unsafe { (std::slice::from_raw_parts_mut(a, n), std::slice::from_raw_parts(b, n)) };
+    dispatch!(isa, fn(a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += *b);
+    });
 }
 
 /// Packs a row of pairs: `to[p * channels + c]` is channel `c` at both places of pair `p`, zeros where there is none.
