@@ -11,6 +11,7 @@
 //! | `crew` | the coordinator's side of a session: its workers, and what they are asked to do together |
 //! | [`recorder`] | who kept whom waiting, and traces: made of what the devices did last |
 //! | [`profile`] | where the time of steps went: made of what the devices measured and what the plan says |
+//! | [`calibrate`] | how fast this machine is: made of profiles |
 //! | `control` | what model programs and operators call |
 //! | [`journal`] | what a coordinator remembers when it is started again |
 //! | [`certs`] | a cluster's certificates: an authority of its own, a role each |
@@ -19,6 +20,7 @@
 //! | [`launch`] | a coordinator in this process and workers beside it |
 //! | [`interrupt`] | being asked to stop |
 
+pub mod calibrate;
 pub mod certs;
 pub mod checkpoint;
 pub mod cli;

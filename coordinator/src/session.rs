@@ -12,7 +12,7 @@ use mesh::error::nearest;
 use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
-use proto::control::DeviceEvents;
+use proto::control::{DeviceEvents, FunctionTimes};
 use std::time::{Duration, Instant};
 use worker::group::{DeviceGroup, carried};
 use worker::kernels::kernel::CpuBackend;
@@ -638,6 +638,14 @@ impl Session {
             Engine::Remote(r) => r.profile(self.plan.mesh.size())?,
         };
         Profile::new(&self.plan, &self.clocks, devices)
+    }
+
+    /// How long the steps of each device of this process took so far; empty for devices of other processes.
+    pub(crate) fn times(&self) -> Vec<Vec<FunctionTimes>> {
+        match &self.engine {
+            Engine::Embedded(mesh, _) => mesh.times(),
+            Engine::Remote(_) => vec![],
+        }
     }
 }
 

@@ -5,7 +5,8 @@
 //! the functions and their variables. [`reference`] evaluates a function by scalar loops: it defines what everything
 //! means. A [`layout`] maps dimension names to the axes of a mesh; [`spmd`] lowers function and layout to one list of
 //! instructions for all devices; [`plan`] fuses and orders it and gives every buffer its place. [`chunk`], [`region`]
-//! and [`rng`] are what makes the result independent of the layout. Nothing here does I/O.
+//! and [`rng`] are what makes the result independent of the layout. A [`machine`] says how fast all that would be. Nothing here
+//! does I/O.
 
 pub mod array;
 pub mod body;
@@ -14,6 +15,7 @@ pub mod dim;
 pub mod error;
 pub mod graph;
 pub mod layout;
+pub mod machine;
 pub mod nn;
 pub mod op;
 pub mod ops;

@@ -2,7 +2,7 @@
 //!
 //! [`fuse`] decides what is stored and what is computed inside the loops that use it; `body` makes the loops,
 //! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
-//! puts them together into [`step`]s, and [`cost`] says what each takes; [`recompute`] chooses what a backward pass makes
+//! puts them together into [`step`]s; [`cost`] says what each takes, and [`time`] how long a machine needs; [`recompute`] chooses what a backward pass makes
 //! again. The peak that a plan predicts is what execution uses, byte for byte, because execution has no other memory than
 //! the plan's.
 
@@ -16,6 +16,7 @@ pub mod fuse;
 pub mod memory;
 pub mod recompute;
 pub mod step;
+pub mod time;
 
 use crate::dim::{DType, Name};
 use crate::error::{Cause, Error};
