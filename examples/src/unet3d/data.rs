@@ -409,3 +409,72 @@ impl coordinator::Source for Labels<'_> {
         Ok(stack(self.1, at, |view, at| self.0.labels(view, at))?.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use coordinator::Source as _;
+    use worker::data::volume::whole;
+
+    fn labelled(size: &str, crop: &str, data: &Path, labels: &Path) -> Config {
+        let text = |p: &Path| p.display().to_string();
+        let (data, labels) = (text(data), text(labels));
+        Config { data, labels, size: size.into(), crop: crop.into(), ..Config::default() }
+    }
+
+    /// Scans of every kind of source, as they are, larger, smaller, and cut.
+    fn scans(folder: &Path) -> Vec<Scan> {
+        let header = Phantom::new([2; 3], 0).header();
+        let shape = [13, 9, 11];
+        let volume = |of: fn(usize) -> u8| Array3::from_shape_fn(shape, |(x, y, z)| of(x * 7 + y * 13 + z * 29));
+        let phantom = |crop: &str| labelled("", crop, Path::new("phantom"), Path::new(""));
+        let mut configs = vec![phantom("9x8x7"), phantom("21")];
+        for end in ["nii", "nii.gz"] {
+            let (image, labels) = (folder.join(format!("i.{end}")), folder.join(format!("l.{end}")));
+            nifti::write_labels(&image, &volume(|i| (i % 251) as u8), &header).unwrap();
+            nifti::write_labels(&labels, &volume(|i| (i / 40 % 3) as u8), &header).unwrap();
+            for (size, crop) in [("", ""), ("20x9x7", "15x8x7"), ("24", ""), ("5x4x6", "")] {
+                configs.push(labelled(size, crop, &image, &labels));
+            }
+        }
+        configs.iter().map(|c| Scan::open(c, |_| {}).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_box_of_what_is_fed_is_that_of_the_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let scans = scans(folder.path());
+        for (i, scan) in scans.iter().enumerate() {
+            let views: Vec<View> = (0..4).map(|id| View::draw(5, 4 * i as u64 + id, scan.classes.len())).collect();
+            let [nx, ny, nz] = scan.shape();
+            let region = |batch: std::ops::Range<usize>, at: &Block| {
+                let ranges = [batch].into_iter().chain(at.clone());
+                Region(["batch", "x", "y", "z"].iter().zip(ranges).map(|(n, r)| ((*n).into(), r)).collect())
+            };
+            let with_channel = |at: Region| Region([at.0, vec![("channel".into(), 0..1)]].concat());
+            let (images, labels) = (Images(scan, &views), Labels(scan, &views));
+            let all = region(0..4, &whole(scan.shape()));
+            let (image, label) = (images.part(&with_channel(all.clone())).unwrap(), labels.part(&all).unwrap());
+            assert_eq!((image.dtype(), image.shape()), (images.dtype(), &*images.shape()));
+            assert_eq!((label.dtype(), label.shape()), (labels.dtype(), &*labels.shape()));
+            let cuts = [[0..1, 0..1, 0..1], [nx / 2..nx, 0..ny, nz / 3..nz], [1..3, ny - 1..ny, 0..nz / 2]];
+            for (at, batch) in cuts.iter().zip([0..4, 1..3, 3..4]) {
+                let at = region(batch, at);
+                assert_eq!(labels.part(&at).unwrap(), label.part(&at), "labels of scan {i}, {at}");
+                let at = with_channel(at);
+                let [part, of_whole] = [images.part(&at).unwrap(), image.part(&at)];
+                assert_eq!(part.to_bytes(), of_whole.to_bytes(), "image of scan {i}, {at}");
+            }
+            // What a turn and a shift by classes are, said without blocks.
+            let plain = View::plain(0, scan.classes.len());
+            let image = scan.image(&plain, &whole(scan.shape())).unwrap();
+            let label = scan.labels(&plain, &whole(scan.shape())).unwrap();
+            let view = View { flips: [true, false, true], shifts: vec![0.5, 0.25], ..plain };
+            let [seen, classes] = [[1, 2, 3], [nx - 2, 2, nz - 4]];
+            let at = seen.map(|i: usize| i..i + 1);
+            let shift = view.shifts.get(label[classes] as usize).copied().unwrap_or(0.0);
+            assert_eq!(scan.image(&view, &at).unwrap()[[0; 3]], image[classes] + shift);
+            assert_eq!(scan.labels(&view, &at).unwrap()[[0; 3]], label[classes]);
+        }
+    }
+}
