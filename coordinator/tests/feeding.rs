@@ -13,6 +13,7 @@ use mesh::optim::Optimizer;
 use mesh::program::{Program, ProgramBuilder};
 use mesh::region::Region;
 use proto::control::control_client::ControlClient;
+use proto::control::worker_client::WorkerClient;
 use proto::control::{ArrayHead, ArrayName, ArrayPart, StatusRequest, array_part::Kind};
 use proto::program::DType as WireType;
 use std::cell::RefCell;
@@ -280,5 +281,40 @@ fn boxes_that_no_device_holds_and_streams_that_break_off_are_refused_and_the_ses
         assert!(send("", name, *dtype, start, shape, data) != "taken");
     }
     assert_eq!(send("train", "labels", WireType::I32, &start, &shape, &[bytes / 2, bytes / 2]), "taken");
+
+    // A worker does not take a coordinator's word for it either.
+    let status = runtime.block_on(client.status(StatusRequest {})).unwrap().into_inner();
+    let with_two = status.workers.iter().find(|w| w.devices == 2).unwrap();
+    let url = format!("http://{}", with_two.address.trim_start_matches("http://"));
+    let endpoint = tonic::transport::Endpoint::from_shared(url).unwrap();
+    let mut worker = WorkerClient::new(runtime.block_on(endpoint.connect()).unwrap());
+    let mut own: Vec<u32> = vec![];
+    let mut direct = |name: &str, holders: &[u32], start: &[u64], shape: &[u64], bytes: usize| {
+        let name = ArrayName { epoch, function: "train".into(), name: name.into() };
+        let (start, shape, holders) = (start.to_vec(), shape.to_vec(), holders.to_vec());
+        let head = ArrayHead { name: Some(name), dtype: WireType::I32.into(), start, shape, holders };
+        let parts = [Kind::Head(head), Kind::Data(vec![1; bytes].into())].map(|k| ArrayPart { kind: Some(k) });
+        let sent = runtime.block_on(worker.feed(tokio_stream::iter(parts)));
+        sent.map_or_else(|e| e.message().to_string(), |_| "taken".into())
+    };
+    for device in 0..3u32 {
+        let said = direct("labels", &[device], &start, &shape, bytes);
+        match said.split(':').next() {
+            // Of the three parts this is the second device's.
+            Some("taken") => assert_eq!(device, 1),
+            Some("W0024") => {
+                assert!(said.contains("`labels`, i32[batch:2, x:11, y:9], and was sent the box of"), "{said}")
+            }
+            _ => assert!(said.contains("W0022"), "{said}"),
+        }
+        if !said.contains("W0022") {
+            own.push(device);
+        }
+    }
+    assert_eq!(own.len(), 2);
+    assert!(direct("labels", &[own[0]; 3], &start, &shape, bytes).contains("W0022: more devices"));
+    assert!(direct("labels", &own, &start, &shape, bytes).contains("W0024"), "one of them holds another box");
+    assert!(direct("labels", &own[..1], &start, &shape, bytes - 4).contains("are missing"));
+    assert!(direct("loss", &own[..1], &[], &[], 4).contains("W0025: `loss` is a result of `train`"));
     assert_eq!(whole(&mut s), expected);
 }

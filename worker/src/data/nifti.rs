@@ -26,7 +26,7 @@ const PIECE: usize = 1 << 20;
 pub struct Volume {
     file: Mutex<File>,
     path: PathBuf,
-    form: Form,
+    form: Box<Form>,
 }
 
 /// What a header says of the voxels.
@@ -180,7 +180,7 @@ impl Volume {
             );
             return Err(format(path, why));
         }
-        Ok(Volume { file: Mutex::new(f), path: path.into(), form })
+        Ok(Volume { file: Mutex::new(f), path: path.into(), form: Box::new(form) })
     }
 
     /// Extents.
@@ -201,7 +201,7 @@ impl Volume {
     /// # Panics
     /// On a block that is not inside of the volume.
     pub fn read(&self, at: &Block) -> Result<Array3<f32>, DataError> {
-        let Form { shape: [nx, ny, nz], size, begin, .. } = self.form;
+        let Form { shape: [nx, ny, nz], size, begin, .. } = *self.form;
         let [x, y, z] = at;
         assert!(x.end <= nx && y.end <= ny && z.end <= nz, "a block outside of the volume");
         let [lx, ly, lz] = extents(at);
