@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`session`] | a program running on a mesh: in this process, or on workers behind a coordinator |
+//! | [`source`] | where feeds come from, box by box |
 //! | [`drive`] | a run: steps, checkpoints when they are due, going on after a loss |
 //! | [`checkpoint`] | the catalogue of checkpoints in a store |
 //! | `keeper` | the checkpoints of a session in this process |
@@ -37,8 +38,10 @@ pub mod recorder;
 mod remote;
 pub mod server;
 pub mod session;
+pub mod source;
 pub mod status;
 
 pub use checkpoint::{Checkpoints, Position};
 pub use error::Failure;
 pub use session::{Options, Session};
+pub use source::Source;

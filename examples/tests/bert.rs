@@ -271,7 +271,7 @@ fn run_routed(session: &mut Session, batch: &Batch, weight: &[f32; SEQ]) -> BTre
     for (name, array) in batch.feeds().into_iter().take(3) {
         session.feed(f, name, &array).unwrap();
     }
-    session.feed(f, "weight", &Array1::from(weight.to_vec()).into()).unwrap();
+    session.feed(f, "weight", &Array::from(Array1::from(weight.to_vec()))).unwrap();
     session.step(f, 0).unwrap();
     ["x", "d table", "kept"].map(|n| (Name::from(n), session.fetch(f, n).unwrap())).into_iter().collect()
 }

@@ -12,6 +12,7 @@ use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use examples::text::kept;
 use examples::text::sampler::Batch;
+use mesh::array::Array;
 use mesh::dim::Name;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -177,14 +178,14 @@ struct Training<'a> {
 
 /// Feeds a batch.
 fn feed(session: &mut Session, f: FunctionId, batch: &Batch, next_sentence: bool) -> Result<(), Failed> {
-    session.feed(f, "tokens", &batch.tokens.clone().into())?;
-    session.feed(f, "segments", &batch.segments.clone().into())?;
-    session.feed(f, "lengths", &batch.lengths.clone().into())?;
-    session.feed(f, "positions", &batch.positions.clone().into())?;
-    session.feed(f, "targets", &batch.targets.clone().into())?;
-    session.feed(f, "weights", &batch.weights.clone().into())?;
+    session.feed(f, "tokens", &Array::from(batch.tokens.clone()))?;
+    session.feed(f, "segments", &Array::from(batch.segments.clone()))?;
+    session.feed(f, "lengths", &Array::from(batch.lengths.clone()))?;
+    session.feed(f, "positions", &Array::from(batch.positions.clone()))?;
+    session.feed(f, "targets", &Array::from(batch.targets.clone()))?;
+    session.feed(f, "weights", &Array::from(batch.weights.clone()))?;
     if next_sentence {
-        session.feed(f, "next", &batch.next.clone().into())?;
+        session.feed(f, "next", &Array::from(batch.next.clone()))?;
     }
     Ok(())
 }
