@@ -1,6 +1,6 @@
 //! Adafactor (Shazeer and Stern 2018): Adam's second moment in the memory of a row and a column.
 
-use crate::dim::{DType, Dim};
+use crate::dim::Dim;
 use crate::graph::{Graph, Tensor};
 use crate::program::Init;
 
@@ -46,9 +46,8 @@ impl Adafactor {
         }
     }
 
-    pub(super) fn update(&self, g: &Graph, variable: &Tensor, grad: &Tensor) -> Tensor {
+    pub(super) fn update(&self, g: &Graph, variable: &Tensor, grad: &Tensor, count: &Tensor) -> Tensor {
         let dims = grad.ty().dims;
-        let count = g.step().cast(DType::F32).add_scalar(1.0);
         let fresh = count.pow(&g.scalar(-self.exponent));
         let kept = fresh.neg().add_scalar(1.0);
         let follow = |slot: &str, now: &Tensor| {

@@ -1,6 +1,5 @@
 //! Gradient descent, Adam and LAMB.
 
-use crate::dim::DType;
 use crate::graph::{Graph, Tensor};
 use crate::program::Init;
 
@@ -48,15 +47,14 @@ impl Default for Adam {
 }
 
 impl Adam {
-    pub(super) fn update(&self, g: &Graph, grad: &Tensor) -> Tensor {
+    pub(super) fn update(&self, g: &Graph, grad: &Tensor, count: &Tensor) -> Tensor {
         let dims = grad.ty().dims;
         let (m, v) = (g.state("adam.m", &dims, Init::zeros()), g.state("adam.v", &dims, Init::zeros()));
         let m_next = m.mul_scalar(self.beta1).add(&grad.mul_scalar(1.0 - self.beta1));
         let v_next = v.mul_scalar(self.beta2).add(&grad.square().mul_scalar(1.0 - self.beta2));
         g.assign(&m, &m_next);
         g.assign(&v, &v_next);
-        let count = g.step().cast(DType::F32).add_scalar(1.0);
-        let start = |beta: f32| g.scalar(beta).pow(&count).neg().add_scalar(1.0);
+        let start = |beta: f32| g.scalar(beta).pow(count).neg().add_scalar(1.0);
         let root = v_next.div(&start(self.beta2)).sqrt().add_scalar(self.eps);
         m_next.div(&start(self.beta1)).div(&root)
     }
