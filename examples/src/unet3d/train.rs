@@ -6,7 +6,7 @@ use crate::model::{self, Shape};
 use coordinator::drive::again;
 use coordinator::{Options, Position, Session};
 use examples::memory::Fitted;
-use examples::report::{Figures, Work, say, thousands};
+use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
 use ndarray::{Array4, Array5, ArrayD, Axis, Ix4};
@@ -109,7 +109,8 @@ impl Model for Training<'_> {
             Ok(ids)
         })?;
         let dice = f64::from(scalar(session, f, "dice")?);
-        ran.figures = Figures { row: vec![("dice", dice)], shown: vec![("dice", dice)] };
+        ran.figures.row.push(("dice", dice));
+        ran.figures.shown.push(("dice", dice));
         Ok(ran)
     }
 
