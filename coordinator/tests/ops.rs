@@ -2,10 +2,7 @@
 
 mod common;
 
-use common::{
-    Draws, assert_bits_eq, assert_near, chunks, expected, f32s, grid, i32s, meet, program, run, same_everywhere,
-    same_on_the_grid,
-};
+use common::{Draws, assert_bits_eq, assert_near, chunks, expected, f32s, i32s, meet, program, run, same_on_the_grid};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name, dim};
 use mesh::graph::{Graph, Tensor};
