@@ -60,8 +60,6 @@ pub(crate) struct State {
     regions: Vec<Region>,
     randoms: HashMap<Name, u32>,
     place: Option<Place>,
-    /// What assignments are made on, if on anything.
-    condition: Option<NodeId>,
     backward: Option<Backward>,
 }
 
@@ -115,7 +113,6 @@ impl Graph {
             regions: vec![],
             randoms: HashMap::new(),
             place: None,
-            condition: None,
             backward: None,
         })))
     }
@@ -360,8 +357,6 @@ impl Graph {
                     self.fail(Error::new(Cause::Op { op: "assign", refusal }).at(self.place()));
                     return;
                 }
-                let condition = self.0.borrow().condition;
-                let value = condition.map_or(value.clone(), |c| self.tensor(c).select(value, variable));
                 let names: Vec<Name> = variable.ty().dims.into_iter().map(|d| d.name).collect();
                 let value = value.reorder(&names.iter().map(|n| &**n).collect::<Vec<_>>());
                 let done = self.apply(ops::source::Assign { var }, &[&value]);
@@ -377,14 +372,6 @@ impl Graph {
                 .at(self.place()),
             ),
         }
-    }
-
-    /// Runs `build`, whose assignments are made only if the `bool` scalar is true: variables keep their bits otherwise.
-    pub(crate) fn assigning_if<T>(&self, condition: &Tensor, build: impl FnOnce() -> T) -> T {
-        let outer = self.0.borrow_mut().condition.replace(condition.id);
-        let out = build();
-        self.0.borrow_mut().condition = outer;
-        out
     }
 
     /// The variables that optimizers train and that this graph reads, in order of declaration.

@@ -32,12 +32,12 @@ impl Default for LossScale {
 }
 
 /// The state of a scale at a function's start: `f32` scalars.
-pub(super) struct State {
+struct State {
     scale: Tensor,
     /// Steps with finite gradients since the scale changed.
     good: Tensor,
     /// Steps whose update was skipped.
-    pub skipped: Tensor,
+    skipped: Tensor,
 }
 
 /// What loss scaling does in a step.
@@ -46,6 +46,8 @@ pub struct Scaled {
     pub scale: Tensor,
     /// Steps whose update was skipped so far, this one included; `f32` scalar.
     pub skipped: Tensor,
+    /// Those before this one.
+    pub(super) skipped_before: Tensor,
     /// Whether all gradients are finite, so that the update counts; `bool` scalar.
     pub(super) finite: Tensor,
 }
@@ -53,7 +55,7 @@ pub struct Scaled {
 impl LossScale {
     /// The scale and its counters: variables of these names wherever an optimizer is applied, one for all of a program.
     #[track_caller]
-    pub(super) fn state(&self, g: &Graph) -> State {
+    fn state(&self, g: &Graph) -> State {
         let variable = |name: &str, start: f32| g.scoped_at("", || g.state(name, &[], Init::Constant(start)));
         State {
             scale: variable(SCALE, self.start),
@@ -85,6 +87,6 @@ impl LossScale {
         g.assign(&scale, &next);
         let now = finite.select(&skipped, &skipped.add(&one));
         g.assign(&skipped, &now);
-        Scaled { scale, skipped: now, finite }
+        Scaled { scale, skipped: now, skipped_before: skipped, finite }
     }
 }

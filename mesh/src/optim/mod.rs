@@ -80,6 +80,33 @@ impl Update {
     }
 }
 
+/// A step, as rules see it.
+struct Step<'a> {
+    g: &'a Graph,
+    scaled: Option<&'a Scaled>,
+}
+
+impl Step<'_> {
+    /// Sets a variable or slot, if the step counts; gives what it is then.
+    fn set(&self, variable: &Tensor, next: &Tensor) -> Tensor {
+        let next = match self.scaled {
+            Some(scaled) => scaled.finite.select(next, variable),
+            None => next.clone(),
+        };
+        self.g.assign(variable, &next);
+        next
+    }
+
+    /// The number of the step among those that count, an `f32` scalar from 1.
+    fn count(&self) -> Tensor {
+        let count = self.g.step().cast(DType::F32).add_scalar(1.0);
+        match self.scaled {
+            Some(scaled) => count.sub(&scaled.skipped_before),
+            None => count,
+        }
+    }
+}
+
 impl Optimizer {
     fn new(rule: Rule, rate: impl Into<Schedule>) -> Optimizer {
         Optimizer { rule, rate: rate.into(), clip_norm: None, decay: 0.0, decays, loss_scale: None }
@@ -149,25 +176,22 @@ impl Optimizer {
                 g.scalar(most).div(&grad_norm.maximum(&g.scalar(most)))
             });
             let rate = self.rate.rate(g);
-            let steps = || {
-                for ((id, variable), grad) in variables.iter().zip(grads) {
-                    let path = g.variable_name(*id);
-                    let grad = match &factor {
-                        Some(factor) => grad.mul(factor),
-                        None => grad.clone(),
-                    };
-                    g.scoped_at(&path, || self.step(g, &path, variable, &grad, &rate));
-                }
+            let scaled = self.loss_scale.as_ref().map(|scale| scale.follow(g, &grad_norm));
+            let step = Step { g, scaled: scaled.as_ref() };
+            for ((id, variable), grad) in variables.iter().zip(grads) {
+                let path = g.variable_name(*id);
+                let grad = match &factor {
+                    Some(factor) => grad.mul(factor),
+                    None => grad.clone(),
+                };
+                g.scoped_at(&path, || self.step(&step, &path, variable, &grad, &rate));
+            }
+            let grad_norm = match &scaled {
+                // One infinity, whatever made it.
+                Some(scaled) => scaled.finite.select(&grad_norm, &g.scalar(f32::INFINITY)),
+                None => grad_norm,
             };
-            let Some(scale) = &self.loss_scale else {
-                steps();
-                return Update { grad_norm, rate, scaled: None };
-            };
-            let scaled = scale.follow(g, &grad_norm);
-            g.assigning_if(&scaled.finite, steps);
-            // One infinity, whatever made it.
-            let grad_norm = scaled.finite.select(&grad_norm, &g.scalar(f32::INFINITY));
-            Update { grad_norm, rate, scaled: Some(scaled) }
+            Update { grad_norm, rate, scaled }
         })
     }
 
@@ -195,26 +219,17 @@ impl Optimizer {
         update
     }
 
-    /// The number of this update, an `f32` scalar from 1: skipped ones do not count.
-    fn count(&self, g: &Graph) -> Tensor {
-        let step = g.step().cast(DType::F32).add_scalar(1.0);
-        match &self.loss_scale {
-            Some(scale) => step.sub(&scale.state(g).skipped),
-            None => step,
-        }
-    }
-
-    fn step(&self, g: &Graph, path: &str, variable: &Tensor, grad: &Tensor, rate: &Tensor) {
+    fn step(&self, step: &Step, path: &str, variable: &Tensor, grad: &Tensor, rate: &Tensor) {
         let decay = if (self.decays)(path) { self.decay } else { 0.0 };
         let decayed = |update: Tensor| match decay {
             0.0 => update,
             _ => update.add(&variable.mul_scalar(decay)),
         };
         let update = match &self.rule {
-            Rule::Sgd(rule) => decayed(rule.update(g, grad)),
-            Rule::Adam(rule) => rule.trusted(variable, decayed(rule.update(g, grad, &self.count(g)))),
-            Rule::Adafactor(rule) => decayed(rule.update(g, variable, grad, &self.count(g))),
+            Rule::Sgd(rule) => decayed(rule.update(step, grad)),
+            Rule::Adam(rule) => rule.trusted(variable, decayed(rule.update(step, grad))),
+            Rule::Adafactor(rule) => decayed(rule.update(step, variable, grad)),
         };
-        g.assign(variable, &variable.sub(&update.mul(rate)));
+        step.set(variable, &variable.sub(&update.mul(rate)));
     }
 }

@@ -11,6 +11,8 @@ pub trait Element: Copy {
     fn wide(self) -> f32;
     /// Of a float that is one.
     fn of(x: f32) -> Self;
+    /// The sum; of 16-bit floats, if one of them is 0.
+    fn plus(self, other: Self) -> Self;
 }
 
 impl Element for f32 {
@@ -21,6 +23,10 @@ impl Element for f32 {
     #[inline(always)]
     fn of(x: f32) -> f32 {
         x
+    }
+    #[inline(always)]
+    fn plus(self, other: f32) -> f32 {
+        self + other
     }
 }
 
@@ -37,6 +43,10 @@ impl Element for Bf16 {
     #[inline(always)]
     fn of(x: f32) -> Bf16 {
         Bf16((x.to_bits() >> 16) as u16)
+    }
+    #[inline(always)]
+    fn plus(self, other: Bf16) -> Bf16 {
+        Bf16(self.0 | other.0)
     }
 }
 
@@ -76,6 +86,10 @@ impl Element for F16 {
         let half = if magnitude < 113 << 23 { subnormal } else { normal };
         let half = if magnitude > 0x7f80_0000 { nan } else { half };
         F16((sign >> 16 | half) as u16)
+    }
+    #[inline(always)]
+    fn plus(self, other: F16) -> F16 {
+        F16(self.0 | other.0)
     }
 }
 

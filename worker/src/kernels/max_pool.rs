@@ -219,9 +219,9 @@ impl MaxPoolPlan {
                         }
                         let dx = p.dx.cast::<E>().add(place + c);
                         for l in 0..n {
-                            let own = if chosen[l] == t as u32 { (*out.add(l)).wide() } else { 0.0 };
-                            // Of 16-bit floats at most one window gives anything: the sum is one.
-                            *dx.add(l) = E::of((*dx.add(l)).wide() + own);
+                            // Windows of 16-bit floats do not overlap: an element is added to nothing but zeros.
+                            let own = if chosen[l] == t as u32 { *out.add(l) } else { E::of(0.0) };
+                            *dx.add(l) = (*dx.add(l)).plus(own);
                         }
                     }
                 }

@@ -497,12 +497,19 @@ impl WeightGradPlan {
             // SAFETY: by this function's contract.
             return unsafe { pack_pairs(self.isa, from, units, channels, to) };
         }
-        for ([at, _], to) in units.iter().zip(to.chunks_exact_mut(channels.max(1))) {
-            match *at {
+        let mut u = 0;
+        while u < units.len() {
+            let first = units[u][0];
+            // Elements that follow one another are made wide at once.
+            let follows = |n: usize| first != NOTHING && units[u + n][0] == first + n * channels;
+            let n = (1..units.len() - u).find(|n| !follows(*n)).unwrap_or(units.len() - u);
+            let to = &mut to[u * channels..][..n * channels];
+            match first {
                 NOTHING => to.fill(0.0),
                 // SAFETY: as above.
-                at => unsafe { half::widen_to(self.isa, from.add(at), channels, to.as_mut_ptr()) },
+                first => unsafe { half::widen_to(self.isa, from.add(first), to.len(), to.as_mut_ptr()) },
             }
+            u += n;
         }
     }
 
