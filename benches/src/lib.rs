@@ -23,8 +23,8 @@ pub struct Steps {
     /// Threads of each device; 0: the machine's cores shared out.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
-    /// What it computes in: `f32` or `bf16`.
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    /// What it computes in: `f32`, `bf16` or `f16`.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
     dtype: String,
     /// Chunks of a dimension at most; 1 takes exact mode away, so that the difference is its price.
     #[arg(long)]
@@ -46,7 +46,11 @@ pub struct Steps {
 impl Steps {
     /// What it computes in.
     pub fn dtype(&self) -> DType {
-        if self.dtype == "bf16" { DType::Bf16 } else { DType::F32 }
+        match self.dtype.as_str() {
+            "bf16" => DType::Bf16,
+            "f16" => DType::F16,
+            _ => DType::F32,
+        }
     }
 
     /// A session of a program.

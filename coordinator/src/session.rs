@@ -528,6 +528,11 @@ impl Session {
         found.iter().map(text).collect()
     }
 
+    /// The names of a function's results.
+    pub fn results(&self, f: FunctionId) -> impl Iterator<Item = &str> {
+        self.device_plan(f).outputs.iter().map(|(name, _, _)| &**name)
+    }
+
     /// A result of the function that ran last.
     pub fn fetch(&self, f: FunctionId, name: &str) -> Result<Array, Failure> {
         let outputs = &self.device_plan(f).outputs;

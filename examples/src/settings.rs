@@ -4,6 +4,7 @@ use crate::memory::Recompute;
 use mesh::dim::DType;
 use mesh::error::nearest;
 use mesh::layout::Mesh;
+use mesh::optim::Optimizer;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,18 @@ pub enum Dtype {
     F32,
     /// bfloat16; variables, sums, statistics, softmax and losses stay 32-bit floats.
     Bf16,
+    /// IEEE half precision, likewise, with the loss scaled.
+    F16,
+}
+
+impl Dtype {
+    /// An optimizer for gradients of this type.
+    pub fn trains(self, optimizer: Optimizer) -> Optimizer {
+        match self {
+            Dtype::F32 | Dtype::Bf16 => optimizer,
+            Dtype::F16 => optimizer.scaled(),
+        }
+    }
 }
 
 impl From<Dtype> for DType {
@@ -23,6 +36,7 @@ impl From<Dtype> for DType {
         match dtype {
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::Bf16,
+            Dtype::F16 => DType::F16,
         }
     }
 }

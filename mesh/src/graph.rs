@@ -627,7 +627,7 @@ impl State {
     /// Whether a node is a product in fewer bits: that is kept instead of the product.
     fn narrows_product(&self, node: &Node) -> bool {
         let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product();
-        matches!(node.op, Prim::Cast(_)) && node.ty.dtype == DType::Bf16 && node.inputs.iter().all(of_product)
+        matches!(node.op, Prim::Cast(_)) && node.ty.dtype.is_half() && node.inputs.iter().all(of_product)
     }
 }
 

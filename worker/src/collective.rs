@@ -165,9 +165,15 @@ impl AllReducePlan {
                 (DType::I32, ReduceFn::Min) => parts.combine(result.cast(), pool, i32::min),
                 (DType::Bool, ReduceFn::Sum | ReduceFn::Max) => parts.combine(result, pool, |a: u8, b| a | b),
                 (DType::Bool, ReduceFn::Min) => parts.combine(result, pool, |a: u8, b| a & b),
-                (DType::F32 | DType::Bf16, ReduceFn::Sum) => parts.combine(result.cast(), pool, |a: f32, b| a + b),
-                (DType::F32 | DType::Bf16, ReduceFn::Max) => parts.combine(result.cast(), pool, math::max::<f32>),
-                (DType::F32 | DType::Bf16, ReduceFn::Min) => parts.combine(result.cast(), pool, math::min::<f32>),
+                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Sum) => {
+                    parts.combine(result.cast(), pool, |a: f32, b| a + b)
+                }
+                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Max) => {
+                    parts.combine(result.cast(), pool, math::max::<f32>)
+                }
+                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Min) => {
+                    parts.combine(result.cast(), pool, math::min::<f32>)
+                }
             }
             if w.segmented {
                 for p in others() {

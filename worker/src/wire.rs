@@ -32,6 +32,7 @@ fn dtype(d: DType) -> wire::DType {
     match d {
         DType::F32 => wire::DType::F32,
         DType::Bf16 => wire::DType::Bf16,
+        DType::F16 => wire::DType::F16,
         DType::I32 => wire::DType::I32,
         DType::Bool => wire::DType::Bool,
     }
@@ -41,6 +42,7 @@ fn dtype_from(d: i32) -> Result<DType, Error> {
     match wire::DType::try_from(d) {
         Ok(wire::DType::F32) => Ok(DType::F32),
         Ok(wire::DType::Bf16) => Ok(DType::Bf16),
+        Ok(wire::DType::F16) => Ok(DType::F16),
         Ok(wire::DType::I32) => Ok(DType::I32),
         Ok(wire::DType::Bool) => Ok(DType::Bool),
         Ok(wire::DType::Unspecified) | Err(_) => Err(invalid(format!("{d} is no dtype"))),

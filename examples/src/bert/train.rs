@@ -223,7 +223,7 @@ impl Model for Training<'_> {
             }
             let f = session.function(&p.named("update", stage))?;
             session.step(f, at.step)?;
-            ran.grad_norm = scalar(session, f, "grad_norm")?;
+            ran.update(session, f)?;
             ran.run = begun.elapsed() - ran.feed;
             ran
         };

@@ -7,7 +7,7 @@ use coordinator::drive::again;
 use coordinator::session::FunctionId;
 use coordinator::{Failure, Options, Position, Session};
 use examples::memory::Fitted;
-use examples::report::{Figures, Work, say, thousands};
+use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
 use ndarray::{Axis, Ix4};
@@ -97,7 +97,8 @@ impl Model for Training<'_> {
             Ok(ids)
         })?;
         let dice = f64::from(scalar(session, f, "dice")?);
-        ran.figures = Figures { row: vec![("dice", dice)], shown: vec![("dice", dice)] };
+        ran.figures.row.push(("dice", dice));
+        ran.figures.shown.push(("dice", dice));
         Ok(ran)
     }
 

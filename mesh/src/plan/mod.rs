@@ -18,7 +18,7 @@ pub mod recompute;
 pub mod step;
 pub mod time;
 
-use crate::dim::{DType, Name};
+use crate::dim::Name;
 use crate::error::{Cause, Error};
 use crate::layout::{Layout, Mesh, Placement};
 use crate::ops::Prim;
@@ -88,7 +88,7 @@ impl ProgramPlan {
     }
 }
 
-/// Holds back what no kernel takes yet: indexing and reductions of `bf16`.
+/// Holds back what no kernel takes yet: indexing and reductions of 16-bit floats.
 fn in_f32(function: &Function) -> Result<(), Error> {
     for node in &function.nodes {
         let op = node.op.op();
@@ -97,8 +97,9 @@ fn in_f32(function: &Function) -> Result<(), Error> {
             || node.op.is_product()
             || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_))
             || matches!(node.op, Prim::MaxPool(_) | Prim::MaxPoolGrad(_));
-        if !takes && function.input_types(node).iter().any(|t| t.dtype == DType::Bf16) {
-            let what = format!("`{}` of bf16", op.name());
+        let types = function.input_types(node);
+        if let Some(half) = types.iter().find(|t| !takes && t.dtype.is_half()) {
+            let what = format!("`{}` of {}", op.name(), half.dtype);
             let help = "cast its inputs to f32 and the result back".into();
             return Err(Error::from(Cause::NotYet { what, help }).at(node.place));
         }
