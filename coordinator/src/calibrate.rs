@@ -256,15 +256,25 @@ fn fit(samples: &[&Sample]) -> (Rate, f64) {
             by[i] = if normal[i][i] > 0.0 { ((right[i] - others) / normal[i][i]).max(0.0) } else { 0.0 };
         }
     }
-    let predicted = |s: &Sample| row(s).iter().zip(by).map(|(x, b)| x * b).sum::<f64>();
-    let (off, all) =
-        samples.iter().fold((0.0, 0.0), |(off, all), s| (off + (predicted(s) - s.seconds).abs(), all + s.seconds));
+    let predicted = |s: &Sample, by: &[f64; 4]| row(s).iter().zip(by).map(|(x, b)| x * b).sum::<f64>();
+    // So that what all of them take together is right: the weights lean towards the fast ones.
+    let all: f64 = samples.iter().map(|s| s.seconds).sum();
+    let sum: f64 = samples.iter().map(|s| predicted(s, &by)).sum();
+    if sum > 0.0 {
+        by = by.map(|b| b * all / sum);
+    }
+    let off: f64 = samples.iter().map(|s| (predicted(s, &by) - s.seconds).abs()).sum();
     // What costs nothing beside the rest is fast.
     let rate = |seconds: f64| (1.0 / seconds.max(1e-15)).min(1e15);
     let of_f32 = rate(by[1]);
     let bf16 = samples.iter().any(|s| s.bf16);
-    let rate =
-        Rate { launch: by[0], flops: of_f32, flops_bf16: if bf16 { rate(by[2]) } else { of_f32 }, bytes: rate(by[3]) };
+    let rate = Rate {
+        launch: by[0],
+        flops: of_f32,
+        flops_bf16: if bf16 { rate(by[2]) } else { of_f32 },
+        flops_f16: None,
+        bytes: rate(by[3]),
+    };
     (rate, if all > 0.0 { off / all } else { 0.0 })
 }
 

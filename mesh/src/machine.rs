@@ -59,8 +59,11 @@ pub struct Rate {
     pub launch: f64,
     /// Operations a second.
     pub flops: f64,
-    /// Operations a second on factors of 16 bits.
+    /// Operations a second on factors of `bf16`.
     pub flops_bf16: f64,
+    /// Operations a second on factors of `f16`; None for those of `f32`, which CPUs multiply them in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flops_f16: Option<f64>,
     /// Bytes a second.
     pub bytes: f64,
 }
@@ -78,7 +81,11 @@ pub struct Link {
 impl Rate {
     /// Seconds of a piece of work.
     pub fn seconds(&self, cost: Cost, dtype: DType) -> f64 {
-        let flops = if dtype == DType::Bf16 { self.flops_bf16 } else { self.flops };
+        let flops = match dtype {
+            DType::Bf16 => self.flops_bf16,
+            DType::F16 => self.flops_f16.unwrap_or(self.flops),
+            DType::F32 | DType::I32 | DType::Bool => self.flops,
+        };
         self.launch + cost.flops / flops + cost.bytes / self.bytes
     }
 }
@@ -131,7 +138,8 @@ impl Machine {
             wrong(part.lines().next().unwrap_or_default(), e.message().into())
         })?;
         let rates = machine.rates.iter().flat_map(|(class, r)| {
-            [("flops", r.flops), ("flops_bf16", r.flops_bf16), ("bytes", r.bytes)]
+            let f16 = r.flops_f16.unwrap_or(r.flops);
+            [("flops", r.flops), ("flops_bf16", r.flops_bf16), ("flops_f16", f16), ("bytes", r.bytes)]
                 .map(|(n, v)| (format!("{class}.{n}"), v))
         });
         let links = [("within", machine.within), ("between", machine.between)];
@@ -169,7 +177,7 @@ impl Machine {
         let general = if product { "product" } else { "default" };
         let found = [class, general, "default"].into_iter().find_map(|c| self.rates.get(c));
         // There is always a default, by `from_toml`.
-        found.copied().unwrap_or(Rate { launch: 0.0, flops: 1e9, flops_bf16: 1e9, bytes: 1e9 })
+        found.copied().unwrap_or(Rate { launch: 0.0, flops: 1e9, flops_bf16: 1e9, flops_f16: None, bytes: 1e9 })
     }
 
     /// Of a mesh of so many devices: how many are on a host, and how many of them share one of the machine's.
