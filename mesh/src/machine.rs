@@ -134,8 +134,10 @@ impl Machine {
             return Err(wrong("..", format!("at most {TEXT_BYTES} bytes")));
         }
         let machine: Machine = toml::from_str(text).map_err(|e| {
-            let part = e.span().and_then(|s| text.get(s)).unwrap_or_default();
-            wrong(part.lines().next().unwrap_or_default(), e.message().into())
+            let line =
+                e.span().map_or(0, |s| text.get(..s.start).unwrap_or_default().lines().count().saturating_sub(1));
+            let why = format!("{} (line {})", e.message(), line + 1);
+            wrong(text.lines().nth(line).unwrap_or_default(), why)
         })?;
         let rates = machine.rates.iter().flat_map(|(class, r)| {
             let f16 = r.flops_f16.unwrap_or(r.flops);
@@ -221,7 +223,7 @@ mod tests {
             ("devices = 8", "device = 8", "unknown field `device`"),
             ("step = ", "step = -", "not below zero"),
             ("[rates.default]", "[rates.other]", "a rate `default`"),
-            ("devices = 8", "devices = ", "devices"),
+            ("devices = 8", "devices = ", "line 2"),
         ] {
             assert!(good.contains(from));
             let e = Machine::from_toml(&good.replace(from, to)).unwrap_err().to_string();
