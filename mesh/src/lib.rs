@@ -3,8 +3,8 @@
 //! A model program builds functions of a [`graph`] with named dimensions ([`dim`]) from primitive [`ops`] (what an op
 //! is: [`op`]) and layers ([`nn`]); `Graph::gradients` adds the backward pass, [`optim`] the update; [`program`] holds
 //! the functions and their variables. [`reference`] evaluates a function by scalar loops: it defines what everything
-//! means. A [`layout`] maps dimension names to the axes of a mesh; [`spmd`] lowers function and layout to one list of
-//! instructions for all devices; [`plan`] fuses and orders it and gives every buffer its place. [`chunk`], [`region`]
+//! means. A [`layout`] maps dimension names to the axes of a mesh, and [`placement`] says who owns what by it; [`spmd`]
+//! lowers a function to one list of instructions for all devices; [`plan`] fuses and orders it and gives every buffer its place. [`chunk`], [`region`]
 //! and [`rng`] are what makes the result independent of the layout. Nothing here does I/O.
 
 pub mod array;
@@ -18,6 +18,7 @@ pub mod nn;
 pub mod op;
 pub mod ops;
 pub mod optim;
+pub mod placement;
 pub mod plan;
 pub mod program;
 pub mod reference;
