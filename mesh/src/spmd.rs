@@ -6,7 +6,7 @@
 //! bring the wrong data). Where a dimension that is summed over is split, devices compute the subtrees of the canonical
 //! summation tree that they own, and an all-reduce finishes the tree. If the result is to be split over the very axes that
 //! split the sum, either the inputs are gathered, or a reduce-scatter finishes on each device its part of the result:
-//! whatever moves fewer bytes.
+//! whatever moves fewer bytes, and of equals the second, which needs less memory.
 //!
 //! A variable lies as the rules for variables say; each use takes of it what it needs. What the forward pass has gathered
 //! is not kept for the backward pass, which gathers again.
@@ -305,7 +305,7 @@ impl Lowering<'_> {
         let around = spec.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
         let scattered = self.along(&reduced, around, split, &node.ty);
         let traffic = |way: &Way| self.traffic(id, way, regions, values);
-        if traffic(&scattered) < traffic(&gathered) { scattered } else { gathered }
+        if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
     }
 
     /// The axes of each reduced dimension: those by which the inputs which have it are split, as far as they are free.
