@@ -149,13 +149,15 @@ fn options(mesh: &str, layout: &str, threads: usize) -> Options {
     Options { mesh, layout, threads: Some(threads), seed: 5, ..Options::default() }
 }
 
-const MESHES: [(&str, &str); 6] = [
+const MESHES: [(&str, &str); 8] = [
     ("1", ""),
     ("x=2", "x:x"),
     ("x=3", "y:x"),
     ("x=2,y=2", "x:x,y:y"),
     ("data=2,x=3", "batch:data,x:x"),
     ("x=2,y=2,z=2", "x:x,y:y,batch:z"),
+    ("x=2,y=3", "x:x+y"),
+    ("data=2,x=2", "batch:data,x:x,variables{*:data},gradients{*:data},slots{*:data+x}"),
 ];
 
 fn feeds() -> (Array, Array) {

@@ -632,16 +632,28 @@ mod random_graphs {
         })
     }
 
-    /// Random rules: dimensions to axes, no two that meet in a tensor on one axis, no more shards than chunks.
+    /// Random rules: dimensions to one or two axes, no two that meet in a tensor on one axis, no more shards than chunks;
+    /// others only where they fit.
     fn rules(draw: &mut Draws, axes: &[usize], dims: &[(Name, usize)], meet: &dyn Fn(&str, &str) -> bool) -> String {
-        let mut rules: Vec<(Name, usize)> = vec![];
+        let mut rules: Vec<(Name, Vec<usize>, bool)> = vec![];
         for (d, chunks) in dims {
-            let axis = draw.below(axes.len() + 1);
-            if axis < axes.len() && axes[axis] <= *chunks && rules.iter().all(|(e, a)| *a != axis || !meet(d, e)) {
-                rules.push((d.clone(), axis));
+            let first = draw.below(axes.len() + 1);
+            if first == axes.len() {
+                continue;
             }
+            let second = draw.below(axes.len());
+            let over = if draw.below(2) == 0 && second != first { vec![first, second] } else { vec![first] };
+            let shared = |(e, a, optional): &(Name, Vec<usize>, bool)| {
+                !optional && a.iter().any(|a| over.contains(a)) && meet(d, e)
+            };
+            let fits = over.iter().map(|a| axes[*a]).product::<usize>() <= *chunks && !rules.iter().any(shared);
+            rules.push((d.clone(), over, !fits));
         }
-        rules.iter().map(|(d, a)| format!("{d}:m{a}")).collect::<Vec<_>>().join(",")
+        let text = |(d, over, optional): &(Name, Vec<usize>, bool)| {
+            let over: Vec<String> = over.iter().map(|a| format!("m{a}")).collect();
+            format!("{d}:{}{}", over.join("+"), if *optional { "?" } else { "" })
+        };
+        rules.iter().map(text).collect::<Vec<_>>().join(",")
     }
 
     /// How many graphs; `MESH_GRAPHS=5000` looks further. Only the first ones are held to the reference, since single

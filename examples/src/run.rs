@@ -201,10 +201,10 @@ pub fn devices(options: &Options) -> String {
         options.mesh,
         count(options.mesh.size(), "device"),
         count(options.threads(), "thread"),
-        if options.layout.rules().is_empty() { "of nothing split".into() } else { options.layout.to_string() },
+        if options.layout.is_empty() { "of nothing split".into() } else { options.layout.to_string() },
     );
     for (axis, _) in options.mesh.axes().iter().filter(|(_, size)| *size > 1) {
-        if !options.layout.rules().iter().any(|(_, a)| a == axis) {
+        if !options.layout.uses(axis) {
             text +=
                 &format!("note     no dimension is split over the axis `{axis}`: devices along it do the same work\n");
         }

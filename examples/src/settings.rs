@@ -204,7 +204,8 @@ pub trait Settings: Clone + Default + Serialize + DeserializeOwned {
             };
             let mut table = toml::Table::try_from(&config).map_err(|e| value_error(e.to_string()))?;
             let Some(old) = table.get(key) else {
-                let keys: Vec<&str> = table.keys().map(String::as_str).collect();
+                let mut keys: Vec<&str> = table.keys().map(String::as_str).collect();
+                keys.sort_unstable();
                 let near = nearest(key, keys.iter().copied());
                 let help = near.map_or(format!("the keys are {}", keys.join(", ")), |n| format!("did you mean `{n}`?"));
                 return Err(Mistake::UnknownKey { key: key.clone(), place: place(key), help });

@@ -7,7 +7,7 @@ use crate::watch::{NonFinite, Origin};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name, Type, is_name};
 use mesh::error::{Cause, Error, Place};
-use mesh::graph::{Node, NodeId};
+use mesh::graph::{Node, NodeId, Role};
 use mesh::plan::Part;
 use mesh::program::{Chunking, Function, Program, VarId, Variable};
 use prost::Message;
@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 
 /// Version of the program format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Largest encoded program.
 pub const PROGRAM_BYTES: usize = 64 << 20;
 /// Bytes of a part of a stream.
@@ -47,6 +47,20 @@ fn dtype_from(d: i32) -> Result<DType, Error> {
         Ok(wire::DType::Bool) => Ok(DType::Bool),
         Ok(wire::DType::Unspecified) | Err(_) => Err(invalid(format!("{d} is no dtype"))),
     }
+}
+
+fn role(r: Role) -> wire::Role {
+    match r {
+        Role::Forward => wire::Role::Forward,
+        Role::Backward => wire::Role::Backward,
+        Role::Gradient => wire::Role::Gradient,
+        Role::Update => wire::Role::Update,
+        Role::Variable => wire::Role::Variable,
+    }
+}
+
+fn role_from(r: i32) -> Result<Role, Error> {
+    Role::ALL.into_iter().find(|own| i32::from(role(*own)) == r).ok_or_else(|| invalid(format!("{r} is no role")))
 }
 
 /// Texts by index, each once.
@@ -83,6 +97,7 @@ pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
                 r#type: Some(wire::Type { dtype: dtype(v.ty.dtype).into(), dims }),
                 init: json(&v.init)?,
                 trainable: v.trainable,
+                role: role(v.role).into(),
                 place: texts.place(v.place),
             })
         })
@@ -100,6 +115,7 @@ pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
                     place: texts.place(n.place),
                     scope: texts.add(&n.scope),
                     layout: n.layout.as_ref().map(|l| l.to_string()),
+                    role: role(n.role).into(),
                 })
             });
             Ok(wire::Function {
@@ -213,6 +229,7 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
             ty: Type::new(dtype_from(ty.dtype)?, dims(ty.dims)?),
             init: bounded(&v.init)?,
             trainable: v.trainable,
+            role: role_from(v.role)?,
             place: place(v.place)?,
         });
     }
@@ -231,6 +248,7 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
                 place: place(n.place)?,
                 scope: text(n.scope)?.into(),
                 layout: n.layout.map(Name::from),
+                role: role_from(n.role)?,
             });
         }
         let function = Function {

@@ -5,7 +5,7 @@
 //! doubled after many steps without that. All of it is part of the graph: it is the same on every layout, and its state
 //! is variables, which checkpoints have.
 
-use crate::graph::{Graph, Tensor};
+use crate::graph::{Graph, Role, Tensor};
 use crate::program::Init;
 
 /// The variable that is the scale; its counters lie beside it.
@@ -70,7 +70,7 @@ impl LossScale {
         let scale = self.state(g).scale;
         let scaled = g.gradients(&loss.mul(&scale), wrt);
         let inverse = g.scalar(1.0).div(&scale);
-        scaled.iter().map(|grad| grad.mul(&inverse)).collect()
+        g.with_role(Role::Gradient, || scaled.iter().map(|grad| grad.mul(&inverse)).collect())
     }
 
     /// Judges the gradients by the norm of all of them, and sets the next step's scale.

@@ -15,7 +15,7 @@ pub use loss_scale::{LossScale, Scaled};
 pub use schedule::Schedule;
 
 use crate::dim::DType;
-use crate::graph::{Graph, Tensor};
+use crate::graph::{Graph, Role, Tensor};
 use crate::program::{Init, VarId};
 
 /// How a gradient becomes an update.
@@ -54,7 +54,8 @@ pub fn decays(path: &str) -> bool {
 /// Where a variable's gradients are added up.
 #[track_caller]
 fn gradient_slot(g: &Graph, id: VarId, variable: &Tensor) -> Tensor {
-    g.scoped_at(g.variable_name(id), || g.state("gradient", &variable.ty().dims, Init::zeros()))
+    let slot = || g.state("gradient", &variable.ty().dims, Init::zeros());
+    g.with_role(Role::Gradient, || g.scoped_at(g.variable_name(id), slot))
 }
 
 /// What a training step may show of its update.
@@ -168,7 +169,7 @@ impl Optimizer {
     /// One step on variables with those gradients.
     #[track_caller]
     fn update(&self, g: &Graph, variables: &[(VarId, Tensor)], grads: &[Tensor]) -> Update {
-        g.layer("optimizer", || {
+        let update = || {
             let squares = grads.iter().map(|grad| grad.square().sum_all());
             let grad_norm = squares.reduce(|a, b| a.add(&b)).unwrap_or(g.scalar(0.0)).sqrt();
             let factor = self.clip_norm.map(|most| {
@@ -192,7 +193,8 @@ impl Optimizer {
                 None => grad_norm,
             };
             Update { grad_norm, rate, scaled }
-        })
+        };
+        g.with_role(Role::Update, || g.layer("optimizer", update))
     }
 
     /// Adds the gradients of `loss`, divided by `parts`, up in slots (`gradient`) instead of using them: a step in `parts`
@@ -204,7 +206,8 @@ impl Optimizer {
         let grads = self.gradients(g, loss, &variables);
         for ((id, variable), grad) in variables.iter().zip(&grads) {
             let slot = gradient_slot(g, *id, variable);
-            g.assign(&slot, &slot.add(&grad.mul_scalar(1.0 / parts.max(1) as f32)));
+            let sum = || slot.add(&grad.mul_scalar(1.0 / parts.max(1) as f32));
+            g.assign(&slot, &g.with_role(Role::Gradient, sum));
         }
         variables.into_iter().map(|(id, _)| id).collect()
     }
@@ -215,7 +218,7 @@ impl Optimizer {
         let variables: Vec<(VarId, Tensor)> = variables.iter().map(|id| (*id, g.read(*id))).collect();
         let slots: Vec<Tensor> = variables.iter().map(|(id, t)| gradient_slot(g, *id, t)).collect();
         let update = self.update(g, &variables, &slots);
-        slots.iter().for_each(|slot| g.assign(slot, &slot.zeros_like()));
+        g.with_role(Role::Gradient, || slots.iter().for_each(|slot| g.assign(slot, &slot.zeros_like())));
         update
     }
 

@@ -3,7 +3,7 @@
 //! Both are of one device and count nothing twice: an element that is used again is read once. A profile divides them by
 //! the time that the step took.
 
-use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Step, Work};
+use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Segments, Step, Work};
 use crate::body::{Access, Instr, Loop};
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Type};
@@ -147,9 +147,16 @@ fn moved(e: &Exchange) -> usize {
     2 * (kept + received)
 }
 
-/// It combines its segment of all parts, and copies the others' segments.
+/// It combines its segment of all parts, and copies the others' segments: their results, or nodes of boxes.
 fn all_reduce(a: &AllReduce) -> (usize, usize) {
-    let (parts, own) = (a.nodes.iter().sum::<usize>(), a.segment(a.me).len());
-    let copied = a.elements - own;
+    let (parts, own) = (a.nodes.iter().sum::<usize>(), a.segment_elements(a.me));
+    let copied = match a.segments {
+        Segments::All => 0,
+        Segments::Shared => a.elements - own,
+        Segments::Boxes(_) => {
+            let packed = (0..a.devices.len()).filter(|p| a.segment_start(*p).is_none());
+            packed.map(|p| a.nodes[a.me] * a.segment_elements(p)).sum()
+        }
+    };
     (parts.saturating_sub(1) * own, ((parts + 1) * own + 2 * copied) * a.dtype.bytes())
 }

@@ -1,11 +1,11 @@
 //! A plan as text for people.
 
-use super::step::Work;
+use super::step::{Segments, Work};
 use super::{DevicePlan, ProgramPlan, Timeline};
 use crate::dim::Name;
 use crate::error::Place;
 use crate::graph::Node;
-use crate::layout::Placement;
+use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
@@ -125,7 +125,7 @@ fn traffic(work: &Work) -> Option<(usize, usize)> {
         Work::Exchange(e) => Some((e.sends.iter().map(|m| m.bytes).sum(), e.sends.len())),
         Work::AllReduce(a) => {
             let others = a.devices.len() - 1;
-            Some((a.sent_bytes(), others * (a.nodes[a.me] + usize::from(a.segmented))))
+            Some((a.sent_bytes(), others * (a.nodes[a.me] + usize::from(a.segments == Segments::Shared))))
         }
         Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) => None,
     }
@@ -154,7 +154,7 @@ impl ProgramPlan {
 
     fn devices_text(&self, devices: &[DevicePlan], out: &mut String) {
         let _ = writeln!(out, "\ndevices: {}", self.mesh.size());
-        let layout = if self.layout.rules().is_empty() { "everything whole".into() } else { self.layout.to_string() };
+        let layout = if self.layout.is_empty() { "everything whole".into() } else { self.layout.to_string() };
         let _ = writeln!(out, "  mesh    {}\n  layout  {layout}", self.mesh);
         let biggest = |d: &DevicePlan| {
             let by_size = |(_, part, _): &&(Name, super::Part, super::Buffer)| part.ty.bytes();
@@ -196,7 +196,7 @@ impl ProgramPlan {
     }
 
     fn activations_text(&self, program: &Program, f: &Function, out: &mut String) {
-        let placement = Placement { mesh: &self.mesh, layout: &self.layout, chunking: &program.chunking };
+        let placement = Placement::new(&self.mesh, &self.layout, program);
         let mut largest: Vec<(String, &Node)> = Vec::new();
         // Tensors of a variable's type are variables, their gradients and slots.
         let own = |n: &&Node| !n.ty.dims.is_empty() && !program.variables.iter().any(|v| v.ty.dims == n.ty.dims);
@@ -212,10 +212,10 @@ impl ProgramPlan {
         let mut table = Table::default();
         table.row([&"group", &"type", &"layout", &"a device, at least", &"at most"]);
         for (name, n) in largest {
-            let Ok(spec) = placement.spec("", &n.ty, n.layout.as_deref(), &[], n.place) else { continue };
-            let axis = |a: usize| &self.mesh.axes()[a].0;
-            let split: Vec<String> =
-                n.ty.dims.iter().zip(&spec).filter_map(|(d, a)| a.map(|a| format!("{}:{}", d.name, axis(a)))).collect();
+            let Ok(spec) = placement.spec(&Subject::node(f, n)) else { continue };
+            let over = |axes: &[usize]| axes.iter().map(|a| &*self.mesh.axes()[*a].0).collect::<Vec<_>>().join("+");
+            let split = n.ty.dims.iter().zip(&spec).filter(|(_, axes)| !axes.is_empty());
+            let split: Vec<String> = split.map(|(d, axes)| format!("{}:{}", d.name, over(axes))).collect();
             let held: Vec<usize> =
                 placement.regions(&n.ty, &spec).iter().map(|r| r.elements() * n.ty.dtype.bytes()).collect();
             let (least, most) = (held.iter().min().unwrap_or(&0), held.iter().max().unwrap_or(&0));

@@ -20,15 +20,16 @@ pub mod time;
 
 use crate::dim::Name;
 use crate::error::{Cause, Error};
-use crate::layout::{Layout, Mesh, Placement};
+use crate::layout::{Layout, Mesh};
 use crate::ops::Prim;
+use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use crate::spmd;
 pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
 pub use step::{
     ALIGN, AllReduce, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message, OpWork,
-    Part, Step, Wire, Work,
+    Part, Segments, Step, Wire, Work,
 };
 
 /// What a plan has to keep to.
@@ -123,11 +124,11 @@ pub fn plan_program(
         return Err(Cause::MeshSize { mesh: mesh.to_string(), size: mesh.size(), devices }.into());
     }
     layout.check(mesh, program)?;
-    let placement = Placement { mesh, layout, chunking: &program.chunking };
+    let placement = Placement::new(mesh, layout, program);
     let mut variables: Vec<Vec<(Part, Buffer)>> = vec![vec![]; mesh.size()];
     let mut base = vec![0; mesh.size()];
     for v in &program.variables {
-        let spec = placement.spec("variable", &v.ty, None, &[], v.place)?;
+        let spec = placement.spec(&Subject::variable(v))?;
         for (d, region) in placement.regions(&v.ty, &spec).into_iter().enumerate() {
             let bytes = region.elements() * v.ty.dtype.bytes();
             variables[d].push((Part { ty: v.ty.clone(), region }, Buffer { offset: base[d], bytes }));

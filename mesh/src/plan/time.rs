@@ -6,7 +6,7 @@
 //! wait for those with more, as they do when it runs. Nothing is overlapped with communication, as nothing is in execution.
 
 use super::cost::Cost;
-use super::step::{Step, Work};
+use super::step::{Segments, Step, Work};
 use super::{DevicePlan, ProgramPlan};
 use crate::dim::Name;
 use crate::machine::Machine;
@@ -62,14 +62,15 @@ fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
         Work::AllReduce(a) => {
             let others = a.devices.iter().enumerate().filter(|(p, _)| *p != a.me);
             let element = a.dtype.bytes();
-            let part = |nodes: usize, segment: usize| nodes * a.segment(segment).len() * element;
+            let part = |nodes: usize, segment: usize| nodes * a.segment_elements(segment) * element;
             // Of segments, first the parts and then the results.
-            let result = |p: usize| if a.segmented { a.segment(p).len() * element } else { 0 };
+            let shared = a.segments == Segments::Shared;
+            let result = |p: usize| if shared { a.segment_elements(p) * element } else { 0 };
             others
                 .map(|(p, device)| {
                     let sent = part(a.nodes[a.me], p) + result(a.me);
                     let received = part(a.nodes[p], a.me) + result(p);
-                    (*device, sent, received, a.nodes[a.me].max(1) + usize::from(a.segmented))
+                    (*device, sent, received, a.nodes[a.me].max(1) + usize::from(shared))
                 })
                 .collect()
         }
