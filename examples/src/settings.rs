@@ -3,10 +3,10 @@
 use crate::memory::Recompute;
 use mesh::dim::DType;
 use mesh::error::nearest;
-use mesh::layout::Mesh;
+use mesh::layout::{Layout, Mesh};
 use mesh::optim::Optimizer;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Element type of the computation.
@@ -46,7 +46,8 @@ impl From<Dtype> for DType {
 pub struct Common {
     /// Device mesh: axes with sizes, `x=2,y=2`.
     pub mesh: String,
-    /// Layout rules, `x:x,y:y`; empty: those that the mesh's axes mean by their names.
+    /// Layout rules, `x:x,y:y`, in a file also as a table; empty: those that the mesh's axes mean by their names.
+    #[serde(deserialize_with = "layout_text")]
     pub layout: String,
     /// Steps to train.
     pub steps: u32,
@@ -77,6 +78,14 @@ impl Default for Common {
             checkpoint_every: 50,
             keep: 2,
         }
+    }
+}
+
+/// A layout's text, from that or from a table of rules.
+fn layout_text<'a, D: Deserializer<'a>>(from: D) -> Result<String, D::Error> {
+    match toml::Value::deserialize(from)? {
+        toml::Value::String(text) => Ok(text),
+        rules => Ok(rules.try_into::<Layout>().map_err(serde::de::Error::custom)?.to_string()),
     }
 }
 
@@ -406,6 +415,18 @@ mod tests {
         std::fs::write(&path, "rate = 1\n\nbase = \"wide\"\n").unwrap();
         let e = Config::default().with_file(&path).unwrap_err().to_string();
         assert!(e.contains("`base` cannot be \"wide\"") && e.contains("config.toml:3"), "{e}");
+    }
+
+    #[test]
+    fn a_layout_is_a_text_or_a_table() {
+        let table = "[layout]\nbatch = \"data\"\n[layout.slots]\n\"*\" = \"data\"\n[layout.\"b/**\"]\nx = \"none\"\n";
+        let with = |text: &str| Config::default().with(&text.parse().unwrap(), |_| "here".into());
+        let config = with(table).unwrap();
+        assert_eq!(config.common.layout, "batch:data,slots{*:data},b/**{x:none}");
+        // Written and read again it is the same text.
+        assert_eq!(with(&config.to_toml()).unwrap().common.layout, config.common.layout);
+        let e = with("[layout]\nbatch = \"\"").unwrap_err().to_string();
+        assert!(e.starts_with("U0002: `layout`") && e.contains("error[L0001]: `batch:`"), "{e}");
     }
 
     #[test]

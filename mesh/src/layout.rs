@@ -431,7 +431,7 @@ impl Layout {
                     return Err(here(Cause::Syntax { text: part.trim().into(), expected }.into()));
                 }
                 let mut block = Layout::default();
-                text = block.read(text, &[within, &[head.clone()]].concat(), whole)?;
+                text = block.read(text, &[within, std::slice::from_ref(&head)].concat(), whole)?;
                 self.add_block(head, block).map_err(here)?;
                 continue;
             }
