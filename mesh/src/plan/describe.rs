@@ -22,6 +22,13 @@ pub fn bytes(n: usize) -> String {
     if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
 }
 
+/// `1.5 ms`.
+pub fn seconds(t: f64) -> String {
+    let units = [("s", 1.0), ("ms", 1e-3), ("us", 1e-6)];
+    let (unit, size) = units.into_iter().find(|(_, size)| t >= *size).unwrap_or(("us", 1e-6));
+    format!("{:.1} {unit}", t / size)
+}
+
 /// `5,600,960`.
 pub fn thousands(n: u64) -> String {
     let digits = n.to_string();
@@ -420,6 +427,7 @@ mod tests {
     fn numbers_are_written_for_people() {
         assert_eq!([0, 999, 1000, 5_600_960].map(thousands), ["0", "999", "1,000", "5,600,960"]);
         assert_eq!([1023, 1536, 3 << 30].map(bytes), ["1023 B", "1.5 KiB", "3.0 GiB"]);
+        assert_eq!([0.0, 2.5e-6, 0.0031, 75.0].map(seconds), ["0.0 us", "2.5 us", "3.1 ms", "75.0 s"]);
     }
 
     #[test]
