@@ -6,14 +6,15 @@
 use crate::cli::DeviceOptions;
 use crate::run::{self, Failed, Task};
 use crate::settings::{Settings, mistake};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use mesh::error::Error;
 use mesh::machine::Machine;
-use mesh::plan::{ProgramPlan, time};
+use mesh::plan::report::{JSON_BYTES, Report, report};
+use mesh::plan::{ProgramPlan, diff, html, time};
 use mesh::program::Program;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The longest description of a machine that is read; `Machine::from_toml` refuses one that is longer than it takes.
 const MACHINE_BYTES: u64 = 1 << 20;
@@ -25,11 +26,25 @@ pub struct PlanOptions {
     /// as by --devices), or a file that `coordinator calibrate` wrote
     #[arg(long, help_heading = "Plan", value_name = "NAME|FILE.toml")]
     machine: Option<String>,
+    /// Text for people, JSON for programs (docs/plan.md), or a page for browsers
+    #[arg(long, help_heading = "Plan", value_enum, default_value_t = Format::Text)]
+    format: Format,
+    /// Say instead what changed from one plan to another, both written by --format json
+    #[arg(long, help_heading = "Plan", num_args = 2, value_names = ["A.json", "B.json"], conflicts_with_all = ["machine", "format"])]
+    diff: Option<Vec<PathBuf>>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+    Html,
 }
 
 /// How plans are shown.
 pub struct Shown {
     machine: Option<Machine>,
+    format: Format,
 }
 
 /// The plan of a function of a program.
@@ -48,14 +63,38 @@ impl PlanOptions {
     /// # Errors
     /// A machine that there is not, a file that describes none.
     pub fn shown(&self, devices: &mut DeviceOptions) -> Result<Shown, Failed> {
-        let Some(text) = &self.machine else { return Ok(Shown { machine: None }) };
+        let format = self.format;
+        let Some(text) = &self.machine else { return Ok(Shown { machine: None, format }) };
         let (machine, n) = match text.ends_with(".toml") {
             true => (described(Path::new(text))?, None),
             false => Machine::named(text)?,
         };
         devices.or_devices(n);
-        Ok(Shown { machine: Some(machine) })
+        Ok(Shown { machine: Some(machine), format })
     }
+}
+
+impl PlanOptions {
+    /// What changed between two plans, if that is asked for.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or is no plan of this version.
+    pub fn difference(&self) -> Result<Option<String>, Failed> {
+        let Some(files) = &self.diff else { return Ok(None) };
+        let reports = files.iter().map(|path| kept(path)).collect::<Result<Vec<_>, _>>()?;
+        // Clap takes two.
+        let [a, b] = reports.as_slice() else { return Ok(None) };
+        Ok(Some(diff::diff(a, b)))
+    }
+}
+
+/// A plan from a file.
+fn kept(path: &Path) -> Result<Report, Failed> {
+    let text = read(path, JSON_BYTES as u64 + 1).or_else(|why| {
+        let help = "name files that `plan --format json` has written";
+        mistake(format!("--diff {} cannot be read: {why}", path.display()), help)
+    })?;
+    Ok(Report::from_json(&text).map_err(|e| e.note(format!("in the file `{}`", path.display())))?)
 }
 
 /// A machine from a file.
@@ -90,17 +129,30 @@ impl Shown {
         Ok(())
     }
 
-    /// Prints plans, after what introduces them.
+    /// Prints plans of the program called `title`: as text after what introduces them, or alone in another format.
     ///
     /// # Errors
     /// A standard output that cannot be written.
-    pub fn print(&self, introduction: &str, plans: &[Planned]) -> Result<(), Failed> {
-        let mut text = introduction.to_string();
+    pub fn print(&self, title: &str, introduction: &str, plans: &[Planned]) -> Result<(), Failed> {
+        if self.format == Format::Text {
+            return run::print(&(introduction.to_string() + &self.text(plans)));
+        }
+        let plans: Vec<_> = plans.iter().map(|p| (&p.program, &p.plan, p.function.as_str())).collect();
+        let report =
+            report(&plans, self.machine.as_ref()).expect("programs have the functions that they were planned for");
+        match self.format {
+            Format::Html => run::print(&html::page(title, &report)),
+            Format::Json | Format::Text => run::print(&(report.to_json() + "\n")),
+        }
+    }
+
+    fn text(&self, plans: &[Planned]) -> String {
+        let mut text = String::new();
         for Planned { program, plan, function } in plans {
             text += &format!("\n{}", plan.describe(program, function));
             let estimate = |m| time::estimate(plan, function, m).map(|e| e.describe(m));
             text += &self.machine.as_ref().and_then(estimate).unwrap_or_default();
         }
-        run::print(&text)
+        text
     }
 }

@@ -65,3 +65,48 @@ fn what_is_no_machine_is_refused() {
     }
     bert().fails(&format!("{BERT} --machine v100x8"), 2, &["error[L0001]", "h100x16"]);
 }
+
+#[test]
+fn a_plan_is_json_and_a_page_too() {
+    let place = Place::new();
+    let json = place.ok(&format!("{UNET} --machine h100x4 --format json")).out;
+    let plan: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&plan["version"], &plan["mesh"], &plan["devices"]), (&1.into(), &"x=2,y=2".into(), &4.into()));
+    assert!(plan["plans"][0]["groups"][0]["steps"][0]["seconds"].as_f64().unwrap() > 0.0);
+    assert!(plan["plans"][0]["levels"].as_array().unwrap().iter().any(|l| l["name"] == "encoder.0"));
+    let page = place.ok(&format!("{UNET} --mesh x=2,y=2,z=2 --format html")).out;
+    assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
+    assert!(!page.contains("Time on"));
+    let json = bert().ok(&format!("{BERT} --method share-unshare --format json")).out;
+    let plan: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(plan["plans"].as_array().unwrap().len(), 2);
+    place.fails(&format!("{UNET} --format xml"), 2, &["xml", "json"]);
+}
+
+#[test]
+fn the_difference_of_two_plans_is_told_and_bad_files_are_refused() {
+    for (place, plan) in [(Place::new(), UNET), (bert(), BERT)] {
+        for (file, more) in [("a.json", ""), ("b.json", "--devices 2 --machine h100x2"), ("c.json", "--dtype bf16")] {
+            fs::write(place.path(file), place.ok(&format!("{plan} {more} --format json")).out).unwrap();
+        }
+        assert_eq!(place.ok("plan --diff a.json a.json").out, "no difference\n");
+        let text = place.ok("plan --diff a.json b.json").out;
+        assert!(text.contains("mesh") && text.contains("h100") && text.contains("peak of a device"), "{text}");
+        let text = place.ok("plan --diff a.json c.json").out;
+        assert!(text.contains("bf16[") && text.contains(" %)"), "{text}");
+        let json = fs::read_to_string(place.path("a.json")).unwrap();
+        fs::write(place.path("next.json"), json.replace("{\"version\":1,", "{\"version\":2,")).unwrap();
+        fs::write(place.path("cut.json"), &json[..json.len() / 2]).unwrap();
+        fs::write(place.path("bytes.json"), [0xff]).unwrap();
+        for (file, texts) in [
+            ("next.json", ["error[L0001]", "`version 2` is not"]),
+            ("cut.json", ["error[L0001]", "in the file `cut.json`"]),
+            ("bytes.json", ["error[U0004]", "--diff bytes.json cannot be read"]),
+            ("absent.json", ["error[U0004]", "plan --format json"]),
+        ] {
+            place.fails(&format!("plan --diff a.json {file}"), 2, &texts);
+        }
+        place.fails("plan --diff a.json", 2, &["--diff"]);
+        place.fails("plan --diff a.json b.json --machine h100", 2, &["cannot be used with"]);
+    }
+}

@@ -14,7 +14,7 @@ use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
 use examples::plan::PlanOptions;
-use examples::run::Failed;
+use examples::run::{self, Failed};
 use examples::settings::Dtype;
 use examples::text::labelled::LabelKind;
 use folders::{EmbedCommand, ExportOptions};
@@ -34,6 +34,7 @@ Examples:
   bert eval --out runs/drop                           also of a run of finetune
   bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing
   bert plan --size base --machine h100x16             how long a step would take there
+  bert plan --machine h100x4 --format html            as a page, on the standard output; json for programs
   bert export --out runs/drop --to drop-hf            for Hugging Face's transformers
   bert finetune --out runs/films                      MiniLM, to tell good from bad reviews of films
   bert finetune --from drop-hf --data mine.tsv --out runs/mine
@@ -137,6 +138,9 @@ struct Plan {
 
 impl Plan {
     fn plan(mut self) -> Result<(), Failed> {
+        if let Some(text) = self.plan.difference()? {
+            return run::print(&text);
+        }
         let shown = self.plan.shown(&mut self.options.devices)?;
         train::plan(self.options.task()?, &shown)
     }

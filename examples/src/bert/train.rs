@@ -336,5 +336,5 @@ pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
         Ok(Planned { plan: options.plan(&program)?, program, function })
     };
     let plans = (0..setup.first.len()).map(of_stage).collect::<Result<Vec<_>, Failed>>()?;
-    shown.print(&introduction, &plans)
+    shown.print("bert", &introduction, &plans)
 }

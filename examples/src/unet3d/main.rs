@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use config::{Config, Norm, OptimizerKind};
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
 use examples::plan::PlanOptions;
-use examples::run::Failed;
+use examples::run::{self, Failed};
 use examples::settings::Dtype;
 use std::process::ExitCode;
 use train::Task;
@@ -26,6 +26,7 @@ Examples:
   unet3d eval --out runs/big
   unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
   unet3d plan --size 256 --base 32 --machine h100x16  how long a step would take there
+  unet3d plan --machine h100x4 --format html          as a page, on the standard output; json for programs
 
 Exit codes:
    0  done
@@ -96,6 +97,9 @@ struct Plan {
 
 impl Plan {
     fn plan(mut self) -> Result<(), Failed> {
+        if let Some(text) = self.plan.difference()? {
+            return run::print(&text);
+        }
         let shown = self.plan.shown(&mut self.options.devices)?;
         train::plan(self.options.task(false)?, &shown)
     }

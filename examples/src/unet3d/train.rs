@@ -164,5 +164,5 @@ pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
     let Fitted { program, text } = program(&task, &outline, &options)?;
     let plan = options.plan(&program)?;
     let introduction = introduction(&task.config, &outline, &options, program.parameters()) + &text;
-    shown.print(&introduction, &[Planned { program, plan, function: "train".into() }])
+    shown.print("unet3d", &introduction, &[Planned { program, plan, function: "train".into() }])
 }
