@@ -33,7 +33,7 @@ Examples:
   bert pretrain --workers 4 --mesh data=4             each device in a process of its own, with the same bits
   bert eval --out runs/drop                           also of a run of finetune
   bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing
-  bert plan --size base --machine h100x16             how long a step would take there
+  bert plan --size base --machine h100x8              how long a step would take there
   bert plan --machine h100x4 --format html            as a page, on the standard output; json for programs
   bert export --out runs/drop --to drop-hf            for Hugging Face's transformers
   bert finetune --out runs/films                      MiniLM, to tell good from bad reviews of films
