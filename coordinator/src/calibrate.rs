@@ -16,7 +16,7 @@ use mesh::nn::{self, Attention, BatchNorm, Dense, Kernel, Mode};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
 use mesh::plan::describe::Table;
-use mesh::plan::{ProgramPlan, Work, time};
+use mesh::plan::{ProgramPlan, time};
 use mesh::program::{Program, ProgramBuilder};
 use ndarray::{ArrayD, Dimension, IxDyn};
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ struct Case {
 /// A step that was measured.
 struct Sample {
     class: String,
-    product: bool,
+    family: &'static str,
     bf16: bool,
     flops: f64,
     bytes: f64,
@@ -216,14 +216,13 @@ impl Measured {
         let devices = plans.len() as f64;
         for (plan, seconds) in plans.iter().zip(&self.steps) {
             for (step, &seconds) in plan.steps.iter().zip(seconds) {
-                let communicates = matches!(step.work, Work::Exchange(_) | Work::AllReduce(_));
-                if communicates != (plans.len() > 1) || seconds <= 0.0 {
+                if (step.family() == "collective") != (plans.len() > 1) || seconds <= 0.0 {
                     continue;
                 }
-                let (cost, product) = step.tiled(COLUMNS, DEPTH);
+                let cost = step.tiled(COLUMNS, DEPTH);
                 let bf16 = step.dtype() == DType::Bf16;
                 let (flops, bytes) = (cost.flops * devices, cost.bytes * devices);
-                out.push(Sample { class: step.class().into(), product, bf16, flops, bytes, seconds });
+                out.push(Sample { class: step.class().into(), family: step.family(), bf16, flops, bytes, seconds });
             }
         }
     }
@@ -257,10 +256,11 @@ fn fit(samples: &[&Sample]) -> (Rate, f64) {
         }
     }
     let predicted = |s: &Sample, by: &[f64; 4]| row(s).iter().zip(by).map(|(x, b)| x * b).sum::<f64>();
-    // So that what all of them take together is right: the weights lean towards the fast ones.
     let all: f64 = samples.iter().map(|s| s.seconds).sum();
     let sum: f64 = samples.iter().map(|s| predicted(s, &by)).sum();
-    if sum > 0.0 {
+    // The weights lean towards the fast ones, so what all take together is made right; but of collectives, the slow ones
+    // have waited for others, which an estimate works out by itself.
+    if sum > 0.0 && samples.iter().all(|s| s.family != "collective") {
         by = by.map(|b| b * all / sum);
     }
     let off: f64 = samples.iter().map(|s| (predicted(s, &by) - s.seconds).abs()).sum();
@@ -294,7 +294,7 @@ pub fn calibrate(name: &str, memory: usize, mut tell: impl FnMut(&str)) -> Resul
     let mut classes: BTreeMap<String, Vec<&Sample>> = BTreeMap::new();
     for s in &all {
         classes.entry(s.class.clone()).or_default().push(s);
-        classes.entry(if s.product { "product" } else { "default" }.into()).or_default().push(s);
+        classes.entry(s.family.into()).or_default().push(s);
     }
     let fits: BTreeMap<String, (Rate, usize, f64)> = classes
         .into_iter()
@@ -347,5 +347,55 @@ impl Calibration {
         }
         table.write(&mut out);
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(flops: f64, bytes: f64, bf16: bool, seconds: f64) -> Sample {
+        Sample { class: "conv".into(), family: "product", bf16, flops, bytes, seconds }
+    }
+
+    /// Work of a machine with 2 us a launch, 100 GFLOP/s (twice that in `bf16`) and 10 GB/s.
+    fn line(i: usize) -> Sample {
+        let (flops, bytes, bf16) = ((i * 7919 % 97) as f64 * 1e6, (i * 104_729 % 89) as f64 * 1e4, i % 2 == 0);
+        sample(flops, bytes, bf16, 2e-6 + flops / if bf16 { 2e11 } else { 1e11 } + bytes / 1e10)
+    }
+
+    fn near(a: f64, b: f64) -> bool {
+        (a / b - 1.0).abs() < 0.01
+    }
+
+    #[test]
+    fn a_rate_is_found_in_its_samples() {
+        let samples: Vec<Sample> = (1..80).map(line).collect();
+        let (rate, off) = fit(&samples.iter().collect::<Vec<_>>());
+        let found = [rate.launch, rate.flops, rate.flops_bf16, rate.bytes];
+        assert!(found.iter().zip([2e-6, 1e11, 2e11, 1e10]).all(|(a, b)| near(*a, b)), "{rate:?}");
+        assert!(off < 0.01, "{off}");
+    }
+
+    #[test]
+    fn what_work_takes_together_is_right_and_who_waited_in_a_collective_does_not_count() {
+        let mut samples: Vec<Sample> = (1..80).map(line).collect();
+        samples.iter_mut().step_by(10).for_each(|s| s.seconds *= 5.0);
+        let predicted = |samples: &[Sample]| {
+            let (r, _) = fit(&samples.iter().collect::<Vec<_>>());
+            let of = |s: &Sample| r.launch + s.flops / if s.bf16 { r.flops_bf16 } else { r.flops } + s.bytes / r.bytes;
+            samples.iter().map(of).sum::<f64>()
+        };
+        let all: f64 = samples.iter().map(|s| s.seconds).sum();
+        assert!(near(predicted(&samples), all), "{} of {all}", predicted(&samples));
+        samples.iter_mut().for_each(|s| s.family = "collective");
+        assert!(predicted(&samples) < 0.95 * all, "{} of {all}", predicted(&samples));
+    }
+
+    #[test]
+    fn work_of_no_flops_and_bytes_has_rates_that_a_description_may_have() {
+        let (rate, off) = fit(&[&sample(0.0, 0.0, false, 1e-6)]);
+        assert!(near(rate.launch, 1e-6) && off < 1e-9, "{rate:?}");
+        assert!([rate.flops, rate.flops_bf16, rate.bytes].iter().all(|r| *r > 0.0 && *r <= 1e30), "{rate:?}");
     }
 }

@@ -63,7 +63,7 @@ enum Command {
         #[command(flatten)]
         at: At,
     },
-    /// Measure this machine, in about a minute, for `plan --machine FILE`
+    /// Measure this machine, in a quarter of a minute, for `plan --machine FILE`
     Calibrate {
         /// Where the description goes
         #[arg(value_name = "FILE.toml")]
@@ -250,7 +250,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Writes what this machine can do to a file.
 fn measure(file: &Path, name: &str) -> Result<(), Failed> {
-    let cannot = |e: std::io::Error| Failed::Setup(format!("C0043: cannot write {}: {e}", file.display()));
+    let cannot = |e: std::io::Error| Failed::Setup(format!("C0044: cannot write {}: {e}", file.display()));
     // What cannot be written is not measured first; what is there stays until that is done.
     std::fs::OpenOptions::new().append(true).create(true).open(file).map_err(cannot)?;
     let lines = std::fs::read_to_string("/proc/meminfo").map_err(|e| Failed::System(format!("the memory: {e}")))?;

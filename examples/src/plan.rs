@@ -1,6 +1,6 @@
 //! The `plan` command of a model program: on which machine, and how it is shown.
 //!
-//! A program flattens [`PlanOptions`] into the options of its command, which is: [`PlanOptions::machine`] before its task
+//! A program flattens [`PlanOptions`] into the options of its command, which is: [`PlanOptions::shown`] before its task
 //! is made, [`Shown::fit`] before its program is, and [`Shown::print`] with the plans.
 
 use crate::cli::DeviceOptions;
@@ -58,33 +58,28 @@ pub struct Planned {
 }
 
 impl PlanOptions {
-    /// How to show it; the machine's number of devices is that of the mesh, unless another one is given.
+    /// How to show the plan; None if what changed between two plans was asked for, which is printed then. The machine's
+    /// number of devices is that of the mesh, unless another one is given.
     ///
     /// # Errors
-    /// A machine that there is not, a file that describes none.
-    pub fn shown(&self, devices: &mut DeviceOptions) -> Result<Shown, Failed> {
+    /// A machine that there is not; a file that describes none, or is no plan of this version.
+    pub fn shown(&self, devices: &mut DeviceOptions) -> Result<Option<Shown>, Failed> {
+        if let Some(files) = &self.diff {
+            let reports = files.iter().map(|path| kept(path)).collect::<Result<Vec<_>, _>>()?;
+            // Clap takes two.
+            if let [a, b] = reports.as_slice() {
+                run::print(&diff::diff(a, b))?;
+            }
+            return Ok(None);
+        }
         let format = self.format;
-        let Some(text) = &self.machine else { return Ok(Shown { machine: None, format }) };
+        let Some(text) = &self.machine else { return Ok(Some(Shown { machine: None, format })) };
         let (machine, n) = match text.ends_with(".toml") {
             true => (described(Path::new(text))?, None),
             false => Machine::named(text)?,
         };
         devices.or_devices(n);
-        Ok(Shown { machine: Some(machine), format })
-    }
-}
-
-impl PlanOptions {
-    /// What changed between two plans, if that is asked for.
-    ///
-    /// # Errors
-    /// A file that cannot be read, or is no plan of this version.
-    pub fn difference(&self) -> Result<Option<String>, Failed> {
-        let Some(files) = &self.diff else { return Ok(None) };
-        let reports = files.iter().map(|path| kept(path)).collect::<Result<Vec<_>, _>>()?;
-        // Clap takes two.
-        let [a, b] = reports.as_slice() else { return Ok(None) };
-        Ok(Some(diff::diff(a, b)))
+        Ok(Some(Shown { machine: Some(machine), format }))
     }
 }
 

@@ -39,7 +39,8 @@ pub struct Machine {
     /// Seconds that a run of a function takes beside its steps.
     #[serde(default)]
     pub step: f64,
-    /// By kind of work, as profiles call it; `product` is for products and `default` for all else that is not listed.
+    /// By kind of work, as profiles call it; of what is not listed `product` is for products, `collective` for what passes
+    /// between devices, and `default` for all else.
     pub rates: BTreeMap<String, Rate>,
     /// Between devices of a host.
     pub within: Link,
@@ -107,8 +108,8 @@ impl Machine {
         };
         let expected = || {
             let names: Vec<&str> = Machine::presets().collect();
-            let near =
-                nearest(name, names.iter().copied()).map_or(String::new(), |n| format!(" (did you mean `{n}`?)"));
+            let near = nearest(name, names.iter().copied()).filter(|n| *n != name);
+            let near = near.map_or(String::new(), |n| format!(" (did you mean `{n}`?)"));
             format!(
                 "a machine: {} with a number of devices, such as `h100x16`, or a file that `coordinator calibrate` has \
                  written{near}",
@@ -174,10 +175,9 @@ impl Machine {
         toml::to_string(self).unwrap_or_default()
     }
 
-    /// How fast a device does a kind of work; `product` says whether it is one.
-    pub fn rate(&self, class: &str, product: bool) -> Rate {
-        let general = if product { "product" } else { "default" };
-        let found = [class, general, "default"].into_iter().find_map(|c| self.rates.get(c));
+    /// How fast a device does a kind of work; if that is not listed, work of its `family`.
+    pub fn rate(&self, class: &str, family: &str) -> Rate {
+        let found = [class, family, "default"].into_iter().find_map(|c| self.rates.get(c));
         // There is always a default, by `from_toml`.
         found.copied().unwrap_or(Rate { launch: 0.0, flops: 1e9, flops_bf16: 1e9, flops_f16: None, bytes: 1e9 })
     }
@@ -207,9 +207,10 @@ mod tests {
 
     #[test]
     fn what_is_no_machine_is_refused_with_what_is_wrong() {
+        assert!(!Machine::named("h100x0").unwrap_err().to_string().contains("did you mean"));
         for (text, says) in [
             ("h10x4", "did you mean `h100`?"),
-            ("h100x", "with a number of devices"),
+            ("h100x", "such as `h100x16`, or a file that `coordinator calibrate` has written"),
             ("h100x0", "with a number of devices"),
             ("h100x99999999", "with a number of devices"),
             ("", "h100"),

@@ -78,6 +78,10 @@ fn a_product_takes_its_launch_and_its_flops_by_dtype() {
         let (_, time) = timed(&product(dtype), "1", "", &simple());
         assert!(near(time.seconds, 3.0 + flops / rate), "{dtype}: {time:?}");
         assert!(near(time.classes[&Name::from("contract")], time.seconds));
+        let text = SIMPLE.replace("flops_bf16 = 2.0", "flops_bf16 = 2.0\nflops_f16 = 4.0");
+        let (_, time) = timed(&product(dtype), "1", "", &Machine::from_toml(&text).unwrap());
+        let rate = if dtype == DType::F16 { 4.0 } else { rate };
+        assert!(near(time.seconds, 3.0 + flops / rate), "{dtype}: {time:?}");
     }
 }
 

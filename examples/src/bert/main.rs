@@ -14,7 +14,7 @@ use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
 use examples::plan::PlanOptions;
-use examples::run::{self, Failed};
+use examples::run::Failed;
 use examples::settings::Dtype;
 use examples::text::labelled::LabelKind;
 use folders::{EmbedCommand, ExportOptions};
@@ -138,11 +138,10 @@ struct Plan {
 
 impl Plan {
     fn plan(mut self) -> Result<(), Failed> {
-        if let Some(text) = self.plan.difference()? {
-            return run::print(&text);
+        match self.plan.shown(&mut self.options.devices)? {
+            Some(shown) => train::plan(self.options.task()?, &shown),
+            None => Ok(()),
         }
-        let shown = self.plan.shown(&mut self.options.devices)?;
-        train::plan(self.options.task()?, &shown)
     }
 }
 

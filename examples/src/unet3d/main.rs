@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use config::{Config, Norm, OptimizerKind};
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
 use examples::plan::PlanOptions;
-use examples::run::{self, Failed};
+use examples::run::Failed;
 use examples::settings::Dtype;
 use std::process::ExitCode;
 use train::Task;
@@ -97,11 +97,10 @@ struct Plan {
 
 impl Plan {
     fn plan(mut self) -> Result<(), Failed> {
-        if let Some(text) = self.plan.difference()? {
-            return run::print(&text);
+        match self.plan.shown(&mut self.options.devices)? {
+            Some(shown) => train::plan(self.options.task(false)?, &shown),
+            None => Ok(()),
         }
-        let shown = self.plan.shown(&mut self.options.devices)?;
-        train::plan(self.options.task(false)?, &shown)
     }
 }
 

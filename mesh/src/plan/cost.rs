@@ -48,12 +48,15 @@ impl Step {
         }
     }
 
-    /// The dtype that it multiplies in.
+    /// The dtype of a product's factors; `f32` for all else.
     pub fn dtype(&self) -> DType {
-        match &self.work {
-            Work::Op(op) if op.inputs.iter().all(|p| p.ty.dtype == DType::Bf16) => DType::Bf16,
-            Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) => DType::F32,
-            Work::Exchange(_) | Work::AllReduce(_) => DType::F32,
+        let factors = match &self.work {
+            Work::Op(op) => op.inputs.as_slice(),
+            Work::Map(_) | Work::Reduce(_) | Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => &[],
+        };
+        match factors.first().map(|p| p.ty.dtype) {
+            Some(half) if half.is_half() && factors.iter().all(|p| p.ty.dtype == half) => half,
+            _ => DType::F32,
         }
     }
 

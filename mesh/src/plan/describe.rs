@@ -144,11 +144,6 @@ fn traffic(work: &Work) -> Option<(usize, usize)> {
     }
 }
 
-fn is_product(n: &Node) -> bool {
-    let name = n.op.op().name();
-    name.starts_with("conv") || name == "contract"
-}
-
 /// How a tensor is split: `x:x,y:y`, or `whole`.
 pub(super) fn split(mesh: &Mesh, ty: &Type, spec: &Spec) -> String {
     let over = |axes: &[usize]| axes.iter().map(|a| &*mesh.axes()[*a].0).collect::<Vec<_>>().join("+");
@@ -422,7 +417,7 @@ fn flops_text(f: &Function, out: &mut String) {
     let mut rest = 0;
     for n in &f.nodes {
         let flops = n.op.op().flops(&f.input_types(n), &n.ty);
-        if is_product(n) { *by_op.entry(n.op.op().name()).or_default() += flops } else { rest += flops }
+        if n.op.is_product() { *by_op.entry(n.op.op().name()).or_default() += flops } else { rest += flops }
     }
     let products: u64 = by_op.values().sum();
     let _ = writeln!(out, "\nFLOPs: {} a step, of which {} in products", flops(f.flops()), flops(products));

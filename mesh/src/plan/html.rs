@@ -162,10 +162,14 @@ fn time(out: &mut String, report: &Report, t: &Time) {
         let times = t.devices[d].map(seconds);
         [name.into(), d.to_string()].into_iter().chain(times).collect()
     };
+    out.push_str("<h4>Devices</h4>\n");
     // The report has them all.
     let shown = (0..t.devices.len()).filter(|d| *d < DRAWN || *d == t.slowest);
     table(out, &["", "device", "computing", "moving", "waiting"], shown.map(row));
     let axes: Vec<_> = t.axes.iter().map(|(n, (_, s))| (format!("along {n}"), *s, seconds(*s))).collect();
+    if !axes.is_empty() {
+        out.push_str("<h4>Of the links, by axes of the mesh</h4>\n");
+    }
     bars(out, &axes);
 }
 

@@ -9,7 +9,7 @@ use super::cost::Cost;
 use super::describe::{self, Table};
 use super::step::{Segments, Step, Work};
 use super::{DevicePlan, ProgramPlan};
-use crate::dim::Name;
+use crate::dim::{DType, Name};
 use crate::layout::Mesh;
 use crate::machine::Machine;
 use std::collections::BTreeMap;
@@ -91,29 +91,36 @@ pub(super) fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
 }
 
 impl Step {
+    /// The family of its kind of work, as machines know it: `product`, `collective` or `default`.
+    pub fn family(&self) -> &'static str {
+        match &self.work {
+            Work::Op(op) if op.op.is_product() => "product",
+            Work::Exchange(_) | Work::AllReduce(_) => "collective",
+            Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) => "default",
+        }
+    }
+
     /// What it takes where matrix tiles have so many columns, which are all computed, and where to begin and to finish a
-    /// sum in one takes as long as so many more elements of `f32`; and whether it is a product.
-    pub fn tiled(&self, columns: usize, depth: usize) -> (Cost, bool) {
+    /// sum in one takes as long as so many more elements of `f32`.
+    pub fn tiled(&self, columns: usize, depth: usize) -> Cost {
         let mut cost = self.cost();
-        let product = match &self.work {
-            Work::Op(op) if op.op.is_product() => {
-                let leaves = op.sum.as_ref().map_or(1, |(_, owned)| owned.iter().map(|r| r.len()).product());
-                // Factors of 16 bits are twice as fast, the beginning and the end are not.
-                let depth = depth * 4 / self.dtype().bytes();
-                cost.flops += 2.0 * (op.output.region.elements() * leaves * depth) as f64;
-                let inner = op.output.region.0.last().map_or(1, |(_, r)| r.len()).max(1);
-                cost.flops *= inner.next_multiple_of(columns) as f64 / inner as f64;
-                true
-            }
-            _ => false,
-        };
-        (cost, product)
+        if let Work::Op(op) = &self.work
+            && op.op.is_product()
+        {
+            let leaves = op.sum.as_ref().map_or(1, |(_, owned)| owned.iter().map(|r| r.len()).product());
+            // Factors of `bf16` are twice as fast, the beginning and the end are not.
+            let depth = if self.dtype() == DType::Bf16 { 2 * depth } else { depth };
+            cost.flops += 2.0 * (op.output.region.elements() * leaves * depth) as f64;
+            let inner = op.output.region.0.last().map_or(1, |(_, r)| r.len()).max(1);
+            cost.flops *= inner.next_multiple_of(columns) as f64 / inner as f64;
+        }
+        cost
     }
 
     fn seconds(&self, machine: &Machine, share: f64) -> f64 {
-        let (Cost { flops, bytes }, product) = self.tiled(machine.columns, machine.depth);
+        let Cost { flops, bytes } = self.tiled(machine.columns, machine.depth);
         let shared = Cost { flops: flops * share, bytes: bytes * share };
-        machine.rate(self.class(), product).seconds(shared, self.dtype())
+        machine.rate(self.class(), self.family()).seconds(shared, self.dtype())
     }
 }
 
@@ -145,7 +152,7 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
             let own = step.seconds(machine, share);
             let class = Name::from(step.class());
             let mut seconds = own;
-            if let Work::Exchange(_) | Work::AllReduce(_) = step.work {
+            if step.family() == "collective" {
                 // By link: latency, and bytes of the fuller direction.
                 let (mut latency, mut bytes) = ([0.0f64; 2], [[0.0f64; 2]; 2]);
                 let links = [machine.within, machine.between];

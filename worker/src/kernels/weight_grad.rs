@@ -37,7 +37,7 @@ use tile::{Job, Packed, SPAN, Span, View, run_tile, tile_rows};
 const LEAVES: usize = 8;
 /// Leaves of a block at most.
 const BLOCK_LEAVES: usize = 4096;
-/// Tasks that the blocks of a node are shared out to, about.
+/// Tasks that all blocks are shared out to, about.
 const TASKS: usize = 48;
 /// A block's voxels fill at most so many bytes of both inputs together.
 const BLOCK_BYTES: usize = 384 << 10;
