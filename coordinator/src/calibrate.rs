@@ -360,7 +360,7 @@ mod tests {
 
     /// Work of a machine with 2 us a launch, 100 GFLOP/s (twice that in `bf16`) and 10 GB/s.
     fn line(i: usize) -> Sample {
-        let (flops, bytes, bf16) = ((i * 7919 % 97) as f64 * 1e6, (i * 104_729 % 89) as f64 * 1e4, i % 2 == 0);
+        let (flops, bytes, bf16) = ((i * 7919 % 97) as f64 * 1e6, (i * 104_729 % 89) as f64 * 1e4, i.is_multiple_of(2));
         sample(flops, bytes, bf16, 2e-6 + flops / if bf16 { 2e11 } else { 1e11 } + bytes / 1e10)
     }
 
