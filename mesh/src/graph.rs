@@ -591,8 +591,9 @@ impl State {
         self.is_cheap(id) || self.regions.iter().any(|r| r.again && r.inside.binary_search(&id).is_ok())
     }
 
-    /// Whether a value is made again wherever it is: elementwise chains (and copies) from at most one large kept value.
-    /// Keeping both ends of a normalisation or activation would double the memory of a network for nothing.
+    /// Whether a value is made again wherever it is: elementwise chains (and copies) from at most one large kept value, and
+    /// products that spread. Keeping both ends of a normalisation or activation would double the memory of a network for
+    /// nothing, and keeping attention's scores would take most of it.
     fn is_cheap(&self, id: NodeId) -> bool {
         const SMALL: usize = 4096;
         let node = &self.nodes[id.index()];
@@ -601,6 +602,10 @@ impl State {
         }
         if node.ty.elements() < SMALL || self.narrows_product(node) {
             return false;
+        }
+        if let Prim::Contract(c) = &node.op {
+            let [a, b] = [0, 1].map(|i| &self.nodes[node.inputs[i].index()].ty);
+            return c.spreads(a, b, &node.ty);
         }
         let op = node.op.op();
         op.copies() || op.elementwise() && self.large_roots(id, &mut vec![]) <= 1
@@ -626,7 +631,7 @@ impl State {
 
     /// Whether a node is a product in fewer bits: that is kept instead of the product.
     fn narrows_product(&self, node: &Node) -> bool {
-        let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product();
+        let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product() && !self.is_cheap(*i);
         matches!(node.op, Prim::Cast(_)) && node.ty.dtype == DType::Bf16 && node.inputs.iter().all(of_product)
     }
 }

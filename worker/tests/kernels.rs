@@ -109,13 +109,13 @@ fn name(work: &Work) -> &'static str {
     }
 }
 
-const STEP: StepContext = StepContext { seed: 5, step: 3 };
+const STEP: StepContext = StepContext::new(5, 3);
 
 /// Runs a piece of work on one instruction set; gives the bits of its results.
 fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[usize]) -> Vec<Vec<u8>> {
     let kernel = Kernel::with_isa(work, isa);
     let mut outputs: Vec<Guarded> = results.iter().map(|bytes| Guarded::new(*bytes)).collect();
-    let mut scratch = Guarded::new(kernel.scratch_bytes());
+    let mut scratch = Guarded::new(kernel.scratch_bytes(pool.threads()));
     let from: Vec<*const u8> = inputs.iter_mut().map(|b| b.at().cast_const()).collect();
     let to: Vec<*mut u8> = outputs.iter_mut().map(Guarded::at).collect();
     let output_bytes = results.first().copied().unwrap_or(0);

@@ -6,8 +6,9 @@
 //! a product gives is the product's epilogue.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
+use super::band::View;
 use super::body;
-use crate::dim::{DType, Type};
+use crate::dim::{DType, Name, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
 use crate::ops::unary::UnaryFn;
@@ -25,10 +26,21 @@ pub enum Kind {
     Instr,
     /// One instruction, the first one, and a loop that takes its result and stores the values.
     Epilogue,
+    /// Steps that are done slice by slice along some dimensions.
+    Band(Vec<Group>, Vec<Cut>),
+}
+
+/// A dimension that a band is cut along.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cut {
+    /// Its name.
+    pub name: Name,
+    /// Indices that a slice has at least, where there are as many.
+    pub least: usize,
 }
 
 /// A step to be.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Group {
     /// What it is.
     pub kind: Kind,
@@ -96,7 +108,7 @@ impl<'a> Fused<'a> {
         }
     }
 
-    fn ty(&self, v: ValueId) -> &Type {
+    pub(super) fn ty(&self, v: ValueId) -> &Type {
         &self.spmd.values[v.index()].ty
     }
 
@@ -358,7 +370,8 @@ impl<'a> Fused<'a> {
             return false;
         }
         out.regions.iter().enumerate().all(|(device, at)| {
-            let (nest, loaded) = body::build(self, device, at, &map.outputs, &map.outputs);
+            let view = View { fused: self, device, slice: None };
+            let (nest, loaded) = body::build(view, at, &map.outputs, &map.outputs);
             let mut own = nest.operands.iter().zip(&loaded).filter(|(_, u)| **u == v).map(|(access, _)| access);
             let all = nest.extents.iter().product::<usize>();
             let once = own.next().is_some_and(|access| access.is_whole(&nest.extents));
