@@ -16,9 +16,6 @@ impl Backend for Plain {
     fn workspace_bytes(&self) -> usize {
         0
     }
-    fn threads(&self) -> usize {
-        1
-    }
 }
 
 fn program(build: impl Fn(&Graph, &Tensor)) -> Program {

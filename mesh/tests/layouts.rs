@@ -17,9 +17,6 @@ impl Backend for Plain {
     fn workspace_bytes(&self) -> usize {
         1024
     }
-    fn threads(&self) -> usize {
-        1
-    }
 }
 
 fn plan_within(p: &Program, mesh: &str, layout: &str, options: &PlanOptions) -> Result<ProgramPlan, Error> {

@@ -21,9 +21,6 @@ impl Backend for NoScratch {
     fn workspace_bytes(&self) -> usize {
         0
     }
-    fn threads(&self) -> usize {
-        1
-    }
 }
 
 /// Convolutions, each with norm and activation.

@@ -95,11 +95,10 @@ fn seed(fused: &Fused, group: &Group) -> Option<ValueId> {
     let c = contract(fused, group)?;
     let instr = &fused.spmd.instrs[group.instrs[0]];
     let [a, b] = [0, 1].map(|i| fused.ty(instr.inputs[i]));
-    // What an epilogue gives has the product's dimensions.
-    c.spreads(a, b, fused.ty(instr.output)).then(|| group.outputs[0])
+    c.spreads(a, b, fused.ty(instr.output)).then_some(instr.output)
 }
 
-/// The contraction of a step that is one, with or without an epilogue.
+/// The contraction of a step that is one, with an epilogue or without.
 fn contract<'a>(fused: &'a Fused, group: &Group) -> Option<&'a Contract> {
     match (&group.kind, &fused.spmd.instrs[group.instrs[0]].op) {
         (Kind::Instr | Kind::Epilogue, SpmdOp::Compute { prim: Prim::Contract(c), .. }) => Some(c),
@@ -147,11 +146,8 @@ impl<'a> Search<'a> {
         fits && match group.kind {
             Kind::Map | Kind::Reduce => true,
             Kind::Instr => contract(self.fused, group).is_some(),
-            Kind::Epilogue => {
-                let product = self.fused.spmd.instrs[group.instrs[0]].output;
-                contract(self.fused, group).is_some() && group.outputs.iter().all(|v| self.alike(*v, product))
-            }
-            Kind::Band(..) => false,
+            // Epilogues are made later, of the steps of a band by themselves.
+            Kind::Epilogue | Kind::Band(..) => false,
         }
     }
 
@@ -196,7 +192,8 @@ impl<'a> Search<'a> {
     /// Adds maps that are all that takes a value of the band and that keep what it is cut along: they only reorder it, or
     /// store it in fewer bits.
     fn tails(&self, members: &mut Vec<usize>, cuts: &[Cut]) {
-        for g in members.clone() {
+        let mut open = members.clone();
+        while let Some(g) = open.pop() {
             for v in &self.group(g).outputs {
                 let Some(&[tail]) = self.readers.get(v).map(Vec::as_slice) else { continue };
                 let map = self.group(tail);
@@ -204,6 +201,7 @@ impl<'a> Search<'a> {
                 let alone = || map.inputs == [*v] && !self.results.contains(v);
                 if map.kind == Kind::Map && !members.contains(&tail) && alone() && self.may_be_cut(map) && keeps() {
                     members.push(tail);
+                    open.push(tail);
                 }
             }
         }

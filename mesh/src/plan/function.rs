@@ -1,6 +1,6 @@
 //! Plans one function: steps in order, what lives where from when to when, and each device's offsets.
 
-use super::band::{self, View};
+use super::band::View;
 use super::body;
 use super::copies::copies;
 use super::exchange::{Sources, Together, all_reduce, exchange};
@@ -82,8 +82,7 @@ pub(super) struct Context<'a> {
 
 /// Plans the function for every device.
 pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
-    let mut fused = Fused::new(cx.spmd);
-    band::gather(&mut fused, if cx.apart { 0 } else { cx.backend.threads() });
+    let fused = Fused::new(cx.spmd, if cx.apart { 0 } else { cx.backend.threads() });
     let (mut moves, mut sums) = (HashMap::new(), HashMap::new());
     for (i, instr) in cx.spmd.instrs.iter().enumerate() {
         let value = |v: ValueId| &cx.spmd.values[v.index()].regions;

@@ -6,7 +6,7 @@
 //! a product gives is the product's epilogue.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
-use super::band::View;
+use super::band::{self, View};
 use super::body;
 use crate::dim::{DType, Name, Type};
 use crate::ops::Prim;
@@ -74,15 +74,24 @@ const AGAIN: usize = 24;
 const WINDOW: usize = 12;
 
 impl<'a> Fused<'a> {
-    /// Decides what is stored and groups the rest around it.
-    pub fn new(spmd: &'a SpmdProgram) -> Fused<'a> {
+    /// Decides what is stored and groups the rest around it; for a backend with so many threads, 0 for no bands.
+    pub fn new(spmd: &'a SpmdProgram, threads: usize) -> Fused<'a> {
         let mut producer = vec![None; spmd.values.len()];
         spmd.instrs.iter().enumerate().for_each(|(i, instr)| producer[instr.output.index()] = Some(i));
         let mut fused = Fused { spmd, groups: vec![], stored: HashSet::new(), alias: HashMap::new(), producer };
         fused.decide();
         fused.group();
         fused.merge();
-        fused.epilogues();
+        band::gather(&mut fused, threads);
+        let results = spmd.outputs.iter().map(|(_, v)| v).chain(spmd.assigns.iter().map(|(_, v)| v));
+        let results: HashSet<ValueId> = results.map(|v| fused.root(*v)).collect();
+        let mut groups = std::mem::take(&mut fused.groups);
+        for group in &mut groups {
+            if let Kind::Band(members, _) = &mut group.kind {
+                *members = fused.epilogues(std::mem::take(members), &group.outputs.iter().copied().collect());
+            }
+        }
+        fused.groups = fused.epilogues(groups, &results);
         fused
     }
 
@@ -316,9 +325,9 @@ impl<'a> Fused<'a> {
     }
 
     /// Makes the first map of what a product gives its epilogue: it is taken from the cache then, and is stored itself only
-    /// if others read it.
-    fn epilogues(&mut self) {
-        let mut groups: Vec<Option<Group>> = std::mem::take(&mut self.groups).into_iter().map(Some).collect();
+    /// if others read it, or if it is one of the `results` of these steps.
+    fn epilogues(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
+        let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
         let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, Vec<usize>>) = Default::default();
         for (g, group) in groups.iter().enumerate() {
             for v in group.iter().flat_map(|g| &g.outputs) {
@@ -328,8 +337,6 @@ impl<'a> Fused<'a> {
                 readers.entry(*v).or_default().push(g);
             }
         }
-        let results = self.spmd.outputs.iter().map(|(_, v)| v).chain(self.spmd.assigns.iter().map(|(_, v)| v));
-        let results: HashSet<ValueId> = results.map(|v| self.root(*v)).collect();
         for k in 0..groups.len() {
             let Some(product) = groups[k].clone().filter(|g| g.kind == Kind::Instr) else { continue };
             let v = product.outputs[0];
@@ -359,7 +366,7 @@ impl<'a> Fused<'a> {
             groups[k] = Some(group);
             groups[m] = None;
         }
-        self.groups = groups.into_iter().flatten().collect();
+        groups.into_iter().flatten().collect()
     }
 
     /// Whether a map reads `v` once, at each of its points just the element that lies there, and, if `v` is to be stored

@@ -306,7 +306,9 @@ pub trait Backend {
     /// Bytes of the workspaces that a device keeps for its threads, whatever it runs.
     fn workspace_bytes(&self) -> usize;
     /// Threads of a device, which share out the slices of a band.
-    fn threads(&self) -> usize;
+    fn threads(&self) -> usize {
+        1
+    }
 }
 
 /// The plan of one device for one function.
