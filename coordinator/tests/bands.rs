@@ -6,7 +6,7 @@ use common::{Draws, assert_bits_eq, assert_near, expected, f32s, grid, i32s, pro
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name, dim};
 use mesh::graph::{Graph, Tensor};
-use mesh::nn::{self, Attention, Mode};
+use mesh::nn::{self, Attention, Dense, Mode};
 use mesh::plan::{PlanOptions, ProgramPlan, Work, plan_program};
 use mesh::program::Program;
 use worker::group::DeviceGroup;
@@ -51,6 +51,15 @@ impl Case {
         let side = |x: &Tensor| x.cast(self.dtype);
         let y = nn::attention(&side(&xs[0]), &side(memory), &mask, "a", ["seq", "model"], &options, Mode::Train);
         y.cast(DType::F32)
+    }
+
+    /// The same in a layer that the backward pass makes again.
+    fn recomputed(&self) -> Program {
+        let layer = |g: &Graph, xs: &[Tensor]| {
+            let x = g.recompute(|| nn::layer_norm(&self.attention(g, xs).add(&xs[0]), "norm", &["model"], 1e-5));
+            nn::dense(&x, "out", &["model"], &[dim("class", 3)], &Dense::default())
+        };
+        program(&self.feeds(), true, layer)
     }
 
     fn program(&self) -> Program {
@@ -144,4 +153,50 @@ fn attention_in_bands_has_the_same_bits_on_every_layout() {
         }
         assert_eq!(most, 2, "no layout has bands");
     }
+}
+
+#[test]
+fn a_layer_that_is_made_again_has_bands_too() {
+    for case in cases(4) {
+        let (p, feeds) = (case.recomputed(), case.feeds());
+        let steps = run(&planned(&p, "1", "", 1, true), &feeds, 1);
+        let plan = planned(&p, "1", "", 2, false);
+        assert_eq!(bands(&plan), 3, "{case:?}");
+        assert_bits_eq(&format!("{case:?}"), &steps, &run(&plan, &feeds, 2), "one device in bands");
+    }
+}
+
+/// No step reads or writes anything as large as the scores, nor do the threads' slices take as much.
+fn holds_no_scores(plan: &ProgramPlan, case: &Case) {
+    for step in &plan.functions[&Name::from("f")][0].steps {
+        let largest = step.inputs.iter().chain(&step.outputs).chain([&step.scratch]).map(|b| b.bytes).max();
+        assert!(largest < Some(case.scores()), "{} {}: {largest:?} bytes", step.label.op, step.extent());
+    }
+}
+
+#[test]
+fn the_scores_are_not_in_the_plans_memory() {
+    let case =
+        Case { batch: 4, heads: 8, head: 4, queries: 200, memory: None, keep: 0.9, masked: true, dtype: DType::F32 };
+    let (bands, steps) = (planned(&case.program(), "1", "", 2, false), planned(&case.program(), "1", "", 2, true));
+    holds_no_scores(&bands, &case);
+    let [bands, steps] = [bands, steps].map(|p| p.functions[&Name::from("f")][0].arena_bytes);
+    assert!(steps > 2 * case.scores() && bands < case.scores() / 2, "{bands} and {steps}");
+}
+
+#[test]
+fn scores_that_are_asked_for_are_stored() {
+    let d = |name: &str| [dim("batch", 4), dim(name, 64), dim("head", 8)];
+    let feeds = [f32s(&d("a"), 1), f32s(&d("b"), 2)];
+    let p = program(&feeds, false, |g, xs| {
+        let scores = xs[0].contract(&xs[1], &["head"]);
+        g.output("scores", &scores);
+        nn::softmax(&scores, &["b"]).contract(&xs[1], &["b"])
+    });
+    assert_eq!(bands(&planned(&p, "1", "", 1, false)), 0);
+    // With more threads than slices, they share out each step.
+    let p = program(&feeds, false, |_, xs| {
+        nn::softmax(&xs[0].contract(&xs[1], &["head"]), &["b"]).contract(&xs[1], &["b"])
+    });
+    assert_eq!([1, 4, 5].map(|threads| bands(&planned(&p, "1", "", threads, false))), [1, 1, 0]);
 }

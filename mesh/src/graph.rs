@@ -82,7 +82,9 @@ struct Backward {
     region: Option<usize>,
     /// By value and by the region that it is made again for. What a region takes is made again for each by itself: it
     /// would be kept from the first one of them to the last.
-    clones: HashMap<(NodeId, Option<usize>), NodeId>,
+    /// What a spreading product is made into (see [`State::is_spread`]) is made once more where a forward sum of it is,
+    /// since the gradients of what follows that sum come before the other use, and it would be kept for them meanwhile.
+    clones: HashMap<(NodeId, Option<usize>, bool), NodeId>,
 }
 
 /// A graph under construction. Cheap to clone: all clones are the same graph.
@@ -219,7 +221,7 @@ impl Graph {
 
     fn push(&self, op: Prim, inputs: &[NodeId], place: Place) -> Tensor {
         let scope = self.scope();
-        let inputs: Vec<NodeId> = inputs.iter().map(|&i| self.again(i)).collect();
+        let inputs: Vec<NodeId> = inputs.iter().map(|&i| self.again(i, false)).collect();
         let mut s = self.0.borrow_mut();
         let ty = {
             let types: Vec<&Type> = inputs.iter().map(|i| &s.nodes[i.index()].ty).collect();
@@ -250,28 +252,32 @@ impl Graph {
         Tensor { graph: self.clone(), id }
     }
 
-    /// In a backward pass: the value to use in place of the forward value `id`.
-    fn again(&self, id: NodeId) -> NodeId {
-        let node = {
+    /// In a backward pass: the value to use in place of the forward value `id`, for a gradient or to make a forward sum
+    /// again.
+    fn again(&self, id: NodeId, summed: bool) -> NodeId {
+        let (node, key, summed) = {
             let s = self.0.borrow();
             let Some(b) = &s.backward else { return id };
             if id >= b.boundary {
                 return id;
             }
-            if let Some(&c) = b.clones.get(&(id, b.region)) {
+            let key = (id, b.region, summed && s.is_spread(id));
+            if let Some(&c) = b.clones.get(&key) {
                 return c;
             }
             if !s.is_remade(id) {
                 return id;
             }
-            s.nodes[id.index()].clone()
+            let node = s.nodes[id.index()].clone();
+            let sums = matches!(node.op, Prim::Reduce(_) | Prim::Contract(_)) && !s.is_spread(id);
+            (node, key, summed || sums)
         };
-        let inputs: Vec<NodeId> = node.inputs.iter().map(|&i| self.again(i)).collect();
+        let inputs: Vec<NodeId> = node.inputs.iter().map(|&i| self.again(i, summed)).collect();
         let mut s = self.0.borrow_mut();
         let clone = NodeId(s.nodes.len() as u32);
         s.nodes.push(Node { inputs, ..node });
         if let Some(b) = &mut s.backward {
-            b.clones.insert((id, b.region), clone);
+            b.clones.insert(key, clone);
         }
         clone
     }
@@ -609,6 +615,16 @@ impl State {
         }
         let op = node.op.op();
         op.copies() || op.elementwise() && self.large_roots(id, &mut vec![]) <= 1
+    }
+
+    /// Whether a value is a product that spreads, or made element by element from one of its size.
+    fn is_spread(&self, id: NodeId) -> bool {
+        let node = &self.nodes[id.index()];
+        let alike = |i: &NodeId| self.nodes[i.index()].ty.elements() == node.ty.elements() && self.is_spread(*i);
+        match &node.op {
+            Prim::Contract(_) => self.is_cheap(id),
+            op => op.op().elementwise() && node.inputs.iter().any(alike),
+        }
     }
 
     /// How many kept values of about this value's size its elementwise chain starts from.
