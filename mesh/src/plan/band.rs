@@ -373,7 +373,9 @@ impl Planner<'_> {
         let mut steps: Vec<SliceStep> = Vec::new();
         let mut tenants: Vec<Tenant> = Vec::new();
         let mut homes: HashMap<ValueId, usize> = HashMap::new();
-        for member in members {
+        let reads = members.iter().enumerate().flat_map(|(m, g)| g.inputs.iter().map(move |v| (*v, m)));
+        let last: HashMap<ValueId, usize> = reads.collect();
+        for (m, member) in members.iter().enumerate() {
             let (work, read, name, scratch) = self.work(member, view);
             let step = steps.len();
             // The loops' names, which are those of the points that it goes over.
@@ -416,12 +418,17 @@ impl Planner<'_> {
             });
             let inputs = inputs.collect();
             let mut outputs = Vec::new();
+            let mut over = replaced(&work, &read, |v| homes.contains_key(&v) && last[&v] == m);
             for v in &member.outputs {
                 let value = &self.fused.spmd.values[v.index()];
                 let bytes = value.nodes[device] * view.region(*v).elements() * value.ty.dtype.bytes();
-                homes.insert(*v, tenants.len());
-                outputs.push(At::Inside(tenants.len()));
-                tenants.push(Tenant { bytes, from: step, to: step });
+                let old = over.take().map(|old| homes[&old]);
+                let home = old.filter(|home| tenants[*home].bytes == bytes).unwrap_or_else(|| {
+                    tenants.push(Tenant { bytes, from: step, to: step });
+                    tenants.len() - 1
+                });
+                homes.insert(*v, home);
+                outputs.push(At::Inside(home));
             }
             tenants.push(Tenant { bytes: scratch, from: step, to: step });
             let scratch = tenants.len() - 1;
@@ -451,6 +458,18 @@ impl Planner<'_> {
         let (buffers, room) = memory::place(&tenants, 0);
         Slices { steps, buffers, room, at: vec![] }
     }
+}
+
+/// What a map reads just where it writes its first result, whose elements are as large, of what `ends` with it: the result
+/// may lie there.
+fn replaced(work: &Work, read: &[ValueId], ends: impl Fn(ValueId) -> bool) -> Option<ValueId> {
+    let Work::Map(nest) = work else { return None };
+    let element = nest.body.instrs[nest.body.results[0]].1.bytes();
+    let fits = |v: ValueId| {
+        let mut own = nest.operands.iter().zip(read).filter(|(_, u)| **u == v);
+        own.all(|(access, _)| access.dtype.bytes() == element && access.is_whole(&nest.extents))
+    };
+    read.iter().copied().find(|v| ends(*v) && fits(*v))
 }
 
 /// Bytes between neighbours along each of the dimensions in an array that holds a region.
