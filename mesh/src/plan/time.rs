@@ -74,7 +74,7 @@ fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
                 })
                 .collect()
         }
-        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) => vec![],
+        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => vec![],
     }
 }
 
@@ -93,6 +93,8 @@ impl Step {
                 cost.flops *= inner.next_multiple_of(columns) as f64 / inner as f64;
                 true
             }
+            // A band is there for its products.
+            Work::Band(_) => true,
             _ => false,
         };
         (cost, product)
