@@ -194,6 +194,12 @@ fn scores_that_are_asked_for_are_stored() {
         nn::softmax(&scores, &["b"]).contract(&xs[1], &["b"])
     });
     assert_eq!(bands(&planned(&p, "1", "", 1, false)), 0);
+    // What nobody asks for is made in steps.
+    let p = program(&feeds, false, |_, xs| {
+        nn::softmax(&xs[0].contract(&xs[1], &["head"]), &["b"]).contract(&xs[1], &["b"]);
+        xs[0].clone()
+    });
+    assert_eq!(bands(&planned(&p, "1", "", 1, false)), 0);
     // With more threads than slices, they share out each step.
     let p = program(&feeds, false, |_, xs| {
         nn::softmax(&xs[0].contract(&xs[1], &["head"]), &["b"]).contract(&xs[1], &["b"])

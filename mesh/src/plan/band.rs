@@ -63,13 +63,15 @@ impl View<'_> {
 /// Makes bands of a program's steps where every device has a slice for each of its `threads` (0 for none at all). Steps are
 /// in the same order whatever the threads, so that hosts with more of them can go along.
 pub(super) fn gather(fused: &mut Fused, threads: usize) {
-    let mut open: Vec<ValueId> = fused.groups.iter().filter_map(|g| seed(fused, g)).collect();
-    open.reverse();
-    while let Some(seed) = open.pop() {
+    let seeds: Vec<ValueId> = fused.groups.iter().filter_map(|g| seed(fused, g)).collect();
+    for seed in seeds {
         let search = Search::new(fused);
         let Some((members, cuts)) = search.band(seed) else { continue };
         let Some(order) = search.order(&members) else { continue };
         let band = search.joined(&members, cuts);
+        if band.outputs.is_empty() {
+            continue;
+        }
         let group = |g: usize| if g == members[0] { band.clone() } else { fused.groups[g].clone() };
         fused.groups = order.into_iter().map(group).collect();
     }
@@ -98,10 +100,10 @@ fn seed(fused: &Fused, group: &Group) -> Option<ValueId> {
     c.spreads(a, b, fused.ty(instr.output)).then_some(instr.output)
 }
 
-/// The contraction of a step that is one, with an epilogue or without.
+/// The contraction of a step that is one.
 fn contract<'a>(fused: &'a Fused, group: &Group) -> Option<&'a Contract> {
     match (&group.kind, &fused.spmd.instrs[group.instrs[0]].op) {
-        (Kind::Instr | Kind::Epilogue, SpmdOp::Compute { prim: Prim::Contract(c), .. }) => Some(c),
+        (Kind::Instr, SpmdOp::Compute { prim: Prim::Contract(c), .. }) => Some(c),
         _ => None,
     }
 }
