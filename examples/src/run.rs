@@ -2,7 +2,7 @@
 //!
 //! A program's `train` is: [`Task::begin`], its data, [`Task::session`] with its program, its introduction,
 //! [`Task::train`] with its [`Model`], and whatever it makes of the trained variables. Its `eval` is [`Task::begun`], a
-//! session, [`Task::restored`]; its `plan` ends in [`print`].
+//! session, [`Task::restored`]; its `plan` is in [`crate::plan`].
 
 use crate::chart::{Chart, Series};
 use crate::report::{Figures, Phases, Progress, Row, Rows, Work, bytes, column, say};

@@ -13,7 +13,8 @@ use config::{Config, OptimizerKind};
 use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
-use examples::run::Failed;
+use examples::plan::PlanOptions;
+use examples::run::{self, Failed};
 use examples::settings::Dtype;
 use examples::text::labelled::LabelKind;
 use folders::{EmbedCommand, ExportOptions};
@@ -32,6 +33,8 @@ Examples:
   bert pretrain --workers 4 --mesh data=4             each device in a process of its own, with the same bits
   bert eval --out runs/drop                           also of a run of finetune
   bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing
+  bert plan --size base --machine h100x8              how long a step would take there
+  bert plan --machine h100x4 --format html            as a page, on the standard output; json for programs
   bert export --out runs/drop --to drop-hf            for Hugging Face's transformers
   bert finetune --out runs/films                      MiniLM, to tell good from bad reviews of films
   bert finetune --from drop-hf --data mine.tsv --out runs/mine
@@ -111,7 +114,7 @@ enum Command {
     Eval(EvalOptions),
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs, by stage. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
-    Plan(Options),
+    Plan(Plan),
     /// Fine-tune an encoder to judge sentences, and write a run folder
     #[command(after_long_help = TUNE_KEYS)]
     Finetune(TuneOptions),
@@ -123,6 +126,24 @@ enum Command {
     Compare(CompareOptions),
     #[command(flatten)]
     Process(Process),
+}
+
+#[derive(Args)]
+struct Plan {
+    #[command(flatten)]
+    options: Options,
+    #[command(flatten)]
+    plan: PlanOptions,
+}
+
+impl Plan {
+    fn plan(mut self) -> Result<(), Failed> {
+        if let Some(text) = self.plan.difference()? {
+            return run::print(&text);
+        }
+        let shown = self.plan.shown(&mut self.options.devices)?;
+        train::plan(self.options.task()?, &shown)
+    }
 }
 
 #[derive(Args)]
@@ -305,14 +326,14 @@ impl TuneOptions {
 }
 
 fn main() -> ExitCode {
-    let result = match &Cli::parse().command {
+    let result = match Cli::parse().command {
         Command::Pretrain(o) => o.task().and_then(|t| train::pretrain(&t)),
         Command::Eval(o) => o.eval(),
-        Command::Plan(o) => o.task().and_then(|t| train::plan(&t)),
+        Command::Plan(o) => o.plan(),
         Command::Finetune(o) => o.task().and_then(|t| finetune::finetune(&t)),
-        Command::Export(o) => folders::export(o),
-        Command::Embed(o) => folders::embed(o),
-        Command::Compare(o) => compare::compare(o),
+        Command::Export(o) => folders::export(&o),
+        Command::Embed(o) => folders::embed(&o),
+        Command::Compare(o) => compare::compare(&o),
         Command::Process(process) => return process.main(),
     };
     cli::exit(result)

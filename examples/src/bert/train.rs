@@ -8,6 +8,7 @@ use coordinator::{Options, Position, Session};
 use examples::bert::dropping::{Dropping, Specials};
 use examples::bert::program::Pretraining;
 use examples::memory::Fitted;
+use examples::plan::{Planned, Shown};
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use examples::text::kept;
@@ -321,17 +322,19 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
 }
 
 /// Prints what a run would do.
-pub fn plan(task: &Task) -> Result<(), Failed> {
+pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
+    shown.fit(&mut task)?;
     let options = task.options()?;
     let c = &task.config;
     let setup = Setup::new(c, Specials::default())?;
-    let Fitted { program, text: recomputed } = setup.program(task, &options)?;
-    let mut text = introduction(c, &setup, &c.data, &options, program.parameters()) + &recomputed;
-    for stage in 0..setup.first.len() {
+    let Fitted { program, text: recomputed } = setup.program(&task, &options)?;
+    let introduction = introduction(c, &setup, &c.data, &options, program.parameters()) + &recomputed;
+    let of_stage = |stage: usize| {
         let p = &setup.pretraining;
-        let of_stage = program.stage(&p.stage_name(stage))?;
+        let program = program.stage(&p.stage_name(stage))?;
         let function = p.named(if c.parts > 1 { "accumulate" } else { "train" }, stage);
-        text += &format!("\n{}", options.plan(&of_stage)?.describe(&of_stage, &function));
-    }
-    run::print(&text)
+        Ok(Planned { plan: options.plan(&program)?, program, function })
+    };
+    let plans = (0..setup.first.len()).map(of_stage).collect::<Result<Vec<_>, Failed>>()?;
+    shown.print("bert", &introduction, &plans)
 }

@@ -8,7 +8,8 @@ mod train;
 use clap::{Args, Parser, Subcommand};
 use config::{Config, Norm, OptimizerKind};
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
-use examples::run::Failed;
+use examples::plan::PlanOptions;
+use examples::run::{self, Failed};
 use examples::settings::Dtype;
 use std::process::ExitCode;
 use train::Task;
@@ -24,6 +25,8 @@ Examples:
   unet3d train --coordinator head:7070 --tls DIR      on the workers of a cluster
   unet3d eval --out runs/big
   unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
+  unet3d plan --size 256 --base 32 --machine h100x16  how long a step would take there
+  unet3d plan --machine h100x4 --format html          as a page, on the standard output; json for programs
 
 Exit codes:
    0  done
@@ -79,9 +82,27 @@ enum Command {
     Eval(Options),
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
-    Plan(Options),
+    Plan(Plan),
     #[command(flatten)]
     Process(Process),
+}
+
+#[derive(Args)]
+struct Plan {
+    #[command(flatten)]
+    options: Options,
+    #[command(flatten)]
+    plan: PlanOptions,
+}
+
+impl Plan {
+    fn plan(mut self) -> Result<(), Failed> {
+        if let Some(text) = self.plan.difference()? {
+            return run::print(&text);
+        }
+        let shown = self.plan.shown(&mut self.options.devices)?;
+        train::plan(self.options.task(false)?, &shown)
+    }
 }
 
 #[derive(Args)]
@@ -155,10 +176,10 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    let result = match &Cli::parse().command {
+    let result = match Cli::parse().command {
         Command::Train(o) => o.task(false).and_then(|t| train::train(&t)),
         Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
-        Command::Plan(o) => o.task(false).and_then(|t| train::plan(&t)),
+        Command::Plan(o) => o.plan(),
         Command::Process(process) => return process.main(),
     };
     cli::exit(result)

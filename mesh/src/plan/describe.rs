@@ -2,10 +2,11 @@
 
 use super::step::{Segments, Work};
 use super::{DevicePlan, ProgramPlan, Timeline};
-use crate::dim::Name;
+use crate::dim::{Name, Type};
 use crate::error::Place;
 use crate::graph::Node;
-use crate::placement::{Placement, Subject};
+use crate::layout::Mesh;
+use crate::placement::{Placement, Spec, Subject};
 use crate::program::{Function, Program};
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
@@ -22,6 +23,13 @@ pub fn bytes(n: usize) -> String {
     if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
 }
 
+/// `1.5 ms`.
+pub fn seconds(t: f64) -> String {
+    let units = [("s", 1.0), ("ms", 1e-3), ("us", 1e-6)];
+    let (unit, size) = units.into_iter().find(|(_, size)| t >= *size).unwrap_or(("us", 1e-6));
+    format!("{:.1} {unit}", t / size)
+}
+
 /// `5,600,960`.
 pub fn thousands(n: u64) -> String {
     let digits = n.to_string();
@@ -36,7 +44,7 @@ pub fn thousands(n: u64) -> String {
 }
 
 /// `57.1 TFLOP`.
-fn flops(n: u64) -> String {
+pub(super) fn flops(n: u64) -> String {
     let (unit, size) = [("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)]
         .into_iter()
         .find(|(_, size)| n as f64 >= *size)
@@ -56,7 +64,7 @@ fn layer(scope: &str) -> String {
 }
 
 /// The first part of a scope, `encoder.0`: what people call a stage, a block or a level.
-fn stage(scope: &str) -> String {
+pub(super) fn stage(scope: &str) -> String {
     if scope.is_empty() { "(top)".into() } else { scope.split('/').take(1).collect() }
 }
 
@@ -68,6 +76,11 @@ impl Table {
     /// Adds a row; the first one is the headings.
     pub fn row<const N: usize>(&mut self, cells: [&dyn Display; N]) {
         self.0.push(cells.map(|c| c.to_string()).into());
+    }
+
+    /// Whether it has no row.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Writes it, two spaces in.
@@ -136,6 +149,30 @@ fn is_product(n: &Node) -> bool {
     name.starts_with("conv") || name == "contract"
 }
 
+/// How a tensor is split: `x:x,y:y`, or `whole`.
+pub(super) fn split(mesh: &Mesh, ty: &Type, spec: &Spec) -> String {
+    let axis = |a: usize| &mesh.axes()[a].0;
+    let split: Vec<String> =
+        ty.dims.iter().zip(spec).filter_map(|(d, a)| a.map(|a| format!("{}:{}", d.name, axis(a)))).collect();
+    if split.is_empty() { "whole".into() } else { split.join(",") }
+}
+
+/// The largest activation of each stage of a function, in the order of the program.
+pub(super) fn largest<'a>(program: &Program, f: &'a Function) -> Vec<(String, &'a Node)> {
+    let mut largest: Vec<(String, &Node)> = Vec::new();
+    // Tensors of a variable's type are variables, their gradients and slots.
+    let own = |n: &&Node| !n.ty.dims.is_empty() && !program.variables.iter().any(|v| v.ty.dims == n.ty.dims);
+    for n in f.nodes.iter().filter(|n| !n.scope.is_empty()).filter(own) {
+        let name = stage(&n.scope);
+        match largest.iter_mut().find(|(l, _)| *l == name) {
+            Some((_, old)) if old.ty.bytes() >= n.ty.bytes() => {}
+            Some((_, old)) => *old = n,
+            None => largest.push((name, n)),
+        }
+    }
+    largest
+}
+
 impl ProgramPlan {
     /// Devices, layout of variables and activations, communication, memory over time and FLOPs of a function.
     pub fn describe(&self, program: &Program, function: &str) -> String {
@@ -197,30 +234,15 @@ impl ProgramPlan {
 
     fn activations_text(&self, program: &Program, f: &Function, out: &mut String) {
         let placement = Placement::new(&self.mesh, &self.layout, program);
-        let mut largest: Vec<(String, &Node)> = Vec::new();
-        // Tensors of a variable's type are variables, their gradients and slots.
-        let own = |n: &&Node| !n.ty.dims.is_empty() && !program.variables.iter().any(|v| v.ty.dims == n.ty.dims);
-        for n in f.nodes.iter().filter(|n| !n.scope.is_empty()).filter(own) {
-            let name = stage(&n.scope);
-            match largest.iter_mut().find(|(l, _)| *l == name) {
-                Some((_, old)) if old.ty.bytes() >= n.ty.bytes() => {}
-                Some((_, old)) => *old = n,
-                None => largest.push((name, n)),
-            }
-        }
         let _ = writeln!(out, "\nactivations: the largest of each group of layers");
         let mut table = Table::default();
         table.row([&"group", &"type", &"layout", &"a device, at least", &"at most"]);
-        for (name, n) in largest {
+        for (name, n) in largest(program, f) {
             let Ok(spec) = placement.spec(&Subject::node(f, n)) else { continue };
-            let over = |axes: &[usize]| axes.iter().map(|a| &*self.mesh.axes()[*a].0).collect::<Vec<_>>().join("+");
-            let split = n.ty.dims.iter().zip(&spec).filter(|(_, axes)| !axes.is_empty());
-            let split: Vec<String> = split.map(|(d, axes)| format!("{}:{}", d.name, over(axes))).collect();
             let held: Vec<usize> =
                 placement.regions(&n.ty, &spec).iter().map(|r| r.elements() * n.ty.dtype.bytes()).collect();
             let (least, most) = (held.iter().min().unwrap_or(&0), held.iter().max().unwrap_or(&0));
-            let how = if split.is_empty() { "whole".into() } else { split.join(",") };
-            table.row([&name, &n.ty, &how, &bytes(*least), &bytes(*most)]);
+            table.row([&name, &n.ty, &split(&self.mesh, &n.ty, &spec), &bytes(*least), &bytes(*most)]);
         }
         table.write(out);
     }
@@ -420,6 +442,7 @@ mod tests {
     fn numbers_are_written_for_people() {
         assert_eq!([0, 999, 1000, 5_600_960].map(thousands), ["0", "999", "1,000", "5,600,960"]);
         assert_eq!([1023, 1536, 3 << 30].map(bytes), ["1023 B", "1.5 KiB", "3.0 GiB"]);
+        assert_eq!([0.0, 2.5e-6, 0.0031, 75.0].map(seconds), ["0.0 us", "2.5 us", "3.1 ms", "75.0 s"]);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! [`fuse`] decides what is stored and what is computed inside the loops that use it; `band` finds steps that are done slice
 //! by slice, without storing what is between them; `body` makes the loops,
 //! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
-//! puts them together into [`step`]s; [`cost`] says what each takes, and [`time`] how long a machine needs; [`recompute`] chooses what a backward pass makes
+//! puts them together into [`step`]s; [`cost`] says what each takes, and [`time`] how long a machine needs; [`describe`] is a plan
+//! as text, [`report`] as data, [`html`] as a page, and [`diff`] what two differ in; [`recompute`] chooses what a backward pass makes
 //! again. The peak that a plan predicts is what execution uses, byte for byte, because execution has no other memory than
 //! the plan's.
 
@@ -12,11 +13,14 @@ mod body;
 mod copies;
 pub mod cost;
 pub mod describe;
+pub mod diff;
 mod exchange;
 mod function;
 pub mod fuse;
+pub mod html;
 pub mod memory;
 pub mod recompute;
+pub mod report;
 pub mod step;
 pub mod time;
 

@@ -6,11 +6,14 @@
 //! wait for those with more, as they do when it runs. Nothing is overlapped with communication, as nothing is in execution.
 
 use super::cost::Cost;
+use super::describe::{self, Table};
 use super::step::{Segments, Step, Work};
 use super::{DevicePlan, ProgramPlan};
 use crate::dim::Name;
+use crate::layout::Mesh;
 use crate::machine::Machine;
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 /// How long a run of a function takes.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +28,8 @@ pub struct Estimate {
     pub axes: BTreeMap<Name, AxisTime>,
     /// How many devices of the mesh share one of the machine's.
     pub share: f64,
+    /// By device, of each of its steps; waiting is none of it.
+    pub steps: Vec<Vec<f64>>,
 }
 
 /// Seconds of a run on a device.
@@ -38,6 +43,13 @@ pub struct DeviceTime {
     pub waiting: f64,
 }
 
+impl DeviceTime {
+    /// What it does itself.
+    pub fn busy(&self) -> f64 {
+        self.computing + self.moving
+    }
+}
+
 /// What goes along some axes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AxisTime {
@@ -48,7 +60,7 @@ pub struct AxisTime {
 }
 
 /// What a step sends and hears: peer, bytes out, bytes in, messages.
-fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
+pub(super) fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
     match &step.work {
         Work::Exchange(e) => {
             let mut peers: BTreeMap<usize, (usize, usize, usize)> = BTreeMap::new();
@@ -107,10 +119,10 @@ impl Step {
     }
 }
 
-/// The axes along which two devices differ.
-fn axes_between(plan: &ProgramPlan, a: usize, b: usize) -> Name {
-    let (a, b) = (plan.mesh.coordinates(a), plan.mesh.coordinates(b));
-    let axes = plan.mesh.axes().iter().zip(a.iter().zip(&b)).filter(|(_, (a, b))| a != b);
+/// The axes along which two devices differ: `x`, `x+y`.
+pub(super) fn axes_between(mesh: &Mesh, a: usize, b: usize) -> Name {
+    let (a, b) = (mesh.coordinates(a), mesh.coordinates(b));
+    let axes = mesh.axes().iter().zip(a.iter().zip(&b)).filter(|(_, (a, b))| a != b);
     axes.map(|((name, _), _)| &**name).collect::<Vec<_>>().join("+").into()
 }
 
@@ -120,7 +132,12 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
     let devices = plans.len();
     let (per_host, share) = machine.share(devices);
     let mut clocks = vec![0.0f64; devices];
-    let mut out = Estimate { devices: vec![DeviceTime::default(); devices], share, ..Estimate::default() };
+    let mut out = Estimate {
+        devices: vec![DeviceTime::default(); devices],
+        steps: vec![vec![]; devices],
+        share,
+        ..Estimate::default()
+    };
     // All devices have the same list, so that what one hears in a step another sends in the same step.
     let steps = plans.iter().map(|p| p.steps.len()).max().unwrap_or(0);
     for s in 0..steps {
@@ -140,7 +157,7 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
                     last = last.max(begun[peer]);
                     latency[far] = latency[far].max(links[far].latency * n as f64);
                     bytes[far] = [bytes[far][0] + sent as f64, bytes[far][1] + received as f64];
-                    let axis = out.axes.entry(axes_between(plan, d, peer)).or_default();
+                    let axis = out.axes.entry(axes_between(&plan.mesh, d, peer)).or_default();
                     axis.bytes += sent as f64;
                     axis.seconds += sent as f64 / links[far].bytes / devices as f64;
                 }
@@ -153,9 +170,62 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
                 out.devices[d].computing += seconds;
                 clocks[d] += seconds;
             }
+            out.steps[d].push(seconds);
             *out.classes.entry(class).or_default() += seconds / devices as f64;
         }
     }
     out.seconds = clocks.iter().copied().fold(0.0, f64::max) + machine.step;
     Some(out)
+}
+
+impl Estimate {
+    /// The device that others wait for, the first of equals: the one that has most to do.
+    pub fn slowest(&self) -> usize {
+        let busy = |d: &usize| self.devices[*d].busy();
+        (0..self.devices.len()).rev().max_by(|a, b| busy(a).total_cmp(&busy(b))).unwrap_or(0)
+    }
+
+    /// The mean of all devices.
+    pub fn mean(&self) -> DeviceTime {
+        let mean =
+            |part: fn(&DeviceTime) -> f64| self.devices.iter().map(part).sum::<f64>() / self.devices.len() as f64;
+        DeviceTime { computing: mean(|d| d.computing), moving: mean(|d| d.moving), waiting: mean(|d| d.waiting) }
+    }
+
+    /// The section of a plan's text.
+    pub fn describe(&self, machine: &Machine) -> String {
+        let mut out = String::new();
+        let seconds = describe::seconds;
+        let _ = writeln!(out, "\ntime: {} a step on {}, as estimated", seconds(self.seconds), machine.name);
+        if self.share > 1.0 {
+            let _ = writeln!(
+                out,
+                "  note: there are more devices in the mesh than in the machine: {:.1} share one, and its memory",
+                self.share
+            );
+        }
+        let mut table = Table::default();
+        table.row([&"device", &"computing", &"moving", &"waiting"]);
+        let slowest = self.slowest();
+        for (name, t) in [(format!("slowest, {slowest}"), self.devices[slowest]), ("mean".into(), self.mean())] {
+            table.row([&name, &seconds(t.computing), &seconds(t.moving), &seconds(t.waiting)]);
+        }
+        table.row([&"", &"", &"", &""]);
+        table.row([&"kind of work", &"a device", &"share", &""]);
+        let all: f64 = self.classes.values().sum();
+        let mut classes: Vec<_> = self.classes.iter().collect();
+        classes.sort_by(|a, b| b.1.total_cmp(a.1));
+        for (class, t) in classes {
+            table.row([class, &seconds(*t), &format!("{:.1} %", 100.0 * t / all), &""]);
+        }
+        if !self.axes.is_empty() {
+            table.row([&"", &"", &"", &""]);
+            table.row([&"along the axis", &"sent by all", &"a device", &""]);
+        }
+        for (axis, t) in &self.axes {
+            table.row([axis, &describe::bytes(t.bytes as usize), &seconds(t.seconds), &""]);
+        }
+        table.write(&mut out);
+        out
+    }
 }
