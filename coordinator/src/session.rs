@@ -66,7 +66,7 @@ impl Options {
 
     /// The plan of a program under these options.
     pub fn plan(&self, program: &Program) -> Result<ProgramPlan, mesh::error::Error> {
-        let options = PlanOptions { memory: self.memory, devices: self.devices };
+        let options = PlanOptions { memory: self.memory, devices: self.devices, apart: false };
         plan_program(program, &self.mesh, &self.layout, &options, &CpuBackend { threads: self.threads() })
     }
 }

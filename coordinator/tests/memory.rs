@@ -252,6 +252,40 @@ fn the_memory_that_was_predicted_is_the_memory_that_is_used() {
     assert!(results.iter().all(|r| *r == results[0]));
 }
 
+/// Attention, in bands.
+#[test]
+fn slices_of_bands_lie_in_the_plans_memory() {
+    let _alone = alone();
+    let dims = [dim("batch", 3), dim("seq", 70), dim("model", 24)];
+    let p = common::stepping(|g| {
+        let x = g.input("x", DType::F32, &dims);
+        let mask = nn::attention_mask(&g.input("lengths", DType::I32, &dims[..1]), &dims[1]);
+        let (heads, head) = (dim("heads", 4), dim("head", 6));
+        let attention = nn::Attention { heads, head, init: nn::init::he_normal(24), keep: 0.9 };
+        let y = nn::attention(&x, &x, &mask, "a", ["seq", "model"], &attention, Mode::Train);
+        let loss = y.square().mean_all();
+        Optimizer::adam(0.1).apply(g, &loss);
+        g.output("loss", &loss);
+    });
+    let (x, lengths) = (f32s(&dims, 1).1, i32s(&dims[..1], 2, 70).1);
+    for (mesh, layout) in [("1", ""), ("m=2", "batch:m"), ("m=2,n=2", "batch:m,seq:n"), ("m=3", "seq:m")] {
+        for threads in [1, 2] {
+            let mut session = Session::embedded(p.clone(), &options(mesh, layout, threads)).unwrap();
+            let steps = &session.plan().functions[&mesh::dim::Name::from("step")][0].steps;
+            assert!(steps.iter().any(|s| s.class() == "band"), "{mesh} {layout}");
+            let f = session.function("step").unwrap();
+            session.feed(f, "x", &x).unwrap();
+            session.feed(f, "lengths", &lengths).unwrap();
+            let before = CALLS.load(SeqCst);
+            (0..3).for_each(|step| session.step(f, step).unwrap());
+            assert_eq!(CALLS.load(SeqCst) - before, 0, "{mesh} with {layout}, {threads} threads");
+            for peak in session.peaks().unwrap() {
+                assert_eq!(peak.peak_bytes_measured, peak.peak_bytes_predicted, "{mesh} with {layout}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_change_of_stage_takes_the_memory_that_was_predicted() {
     let _alone = alone();

@@ -118,7 +118,9 @@ struct Backward {
     region: Option<usize>,
     /// By value and by the region that it is made again for. What a region takes is made again for each by itself: it
     /// would be kept from the first one of them to the last.
-    clones: HashMap<(NodeId, Option<usize>), NodeId>,
+    /// What a spreading product is made into (see [`State::is_spread`]) is made once more where a forward sum of it is,
+    /// since the gradients of what follows that sum come before the other use, and it would be kept for them meanwhile.
+    clones: HashMap<(NodeId, Option<usize>, bool), NodeId>,
 }
 
 /// A graph under construction. Cheap to clone: all clones are the same graph.
@@ -264,7 +266,7 @@ impl Graph {
 
     fn push(&self, op: Prim, inputs: &[NodeId], place: Place) -> Tensor {
         let scope = self.scope();
-        let inputs: Vec<NodeId> = inputs.iter().map(|&i| self.again(i)).collect();
+        let inputs: Vec<NodeId> = inputs.iter().map(|&i| self.again(i, false)).collect();
         let mut s = self.0.borrow_mut();
         let ty = {
             let types: Vec<&Type> = inputs.iter().map(|i| &s.nodes[i.index()].ty).collect();
@@ -296,28 +298,32 @@ impl Graph {
         Tensor { graph: self.clone(), id }
     }
 
-    /// In a backward pass: the value to use in place of the forward value `id`.
-    fn again(&self, id: NodeId) -> NodeId {
-        let node = {
+    /// In a backward pass: the value to use in place of the forward value `id`, for a gradient or to make a forward sum
+    /// again.
+    fn again(&self, id: NodeId, summed: bool) -> NodeId {
+        let (node, key, summed) = {
             let s = self.0.borrow();
             let Some(b) = &s.backward else { return id };
             if id >= b.boundary {
                 return id;
             }
-            if let Some(&c) = b.clones.get(&(id, b.region)) {
+            let key = (id, b.region, summed && s.is_spread(id));
+            if let Some(&c) = b.clones.get(&key) {
                 return c;
             }
             if !s.is_remade(id) {
                 return id;
             }
-            s.nodes[id.index()].clone()
+            let node = s.nodes[id.index()].clone();
+            let sums = matches!(node.op, Prim::Reduce(_) | Prim::Contract(_)) && !s.is_spread(id);
+            (node, key, summed || sums)
         };
-        let inputs: Vec<NodeId> = node.inputs.iter().map(|&i| self.again(i)).collect();
+        let inputs: Vec<NodeId> = node.inputs.iter().map(|&i| self.again(i, summed)).collect();
         let mut s = self.0.borrow_mut();
         let clone = NodeId(s.nodes.len() as u32);
         s.nodes.push(Node { inputs, role: Role::Backward, ..node });
         if let Some(b) = &mut s.backward {
-            b.clones.insert((id, b.region), clone);
+            b.clones.insert(key, clone);
         }
         clone
     }
@@ -667,8 +673,9 @@ impl State {
         self.is_cheap(id) || self.regions.iter().any(|r| r.again && r.inside.binary_search(&id).is_ok())
     }
 
-    /// Whether a value is made again wherever it is: elementwise chains (and copies) from at most one large kept value.
-    /// Keeping both ends of a normalisation or activation would double the memory of a network for nothing.
+    /// Whether a value is made again wherever it is: elementwise chains (and copies) from at most one large kept value, and
+    /// products that spread. Keeping both ends of a normalisation or activation would double the memory of a network for
+    /// nothing, and keeping attention's scores would take most of it.
     fn is_cheap(&self, id: NodeId) -> bool {
         const SMALL: usize = 4096;
         let node = &self.nodes[id.index()];
@@ -678,8 +685,22 @@ impl State {
         if node.ty.elements() < SMALL || self.narrows_product(node) {
             return false;
         }
+        if let Prim::Contract(c) = &node.op {
+            let [a, b] = [0, 1].map(|i| &self.nodes[node.inputs[i].index()].ty);
+            return c.spreads(a, b, &node.ty);
+        }
         let op = node.op.op();
         op.copies() || op.elementwise() && self.large_roots(id, &mut vec![]) <= 1
+    }
+
+    /// Whether a value is a product that spreads, or made element by element from one of its size.
+    fn is_spread(&self, id: NodeId) -> bool {
+        let node = &self.nodes[id.index()];
+        let alike = |i: &NodeId| self.nodes[i.index()].ty.elements() == node.ty.elements() && self.is_spread(*i);
+        match &node.op {
+            Prim::Contract(_) => self.is_cheap(id),
+            op => op.op().elementwise() && node.inputs.iter().any(alike),
+        }
     }
 
     /// How many kept values of about this value's size its elementwise chain starts from.
@@ -702,7 +723,7 @@ impl State {
 
     /// Whether a node is a product in fewer bits: that is kept instead of the product.
     fn narrows_product(&self, node: &Node) -> bool {
-        let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product();
+        let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product() && !self.is_cheap(*i);
         matches!(node.op, Prim::Cast(_)) && node.ty.dtype.is_half() && node.inputs.iter().all(of_product)
     }
 }

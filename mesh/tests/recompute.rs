@@ -71,7 +71,8 @@ fn layers(g: &Graph, x: &Tensor) -> Tensor {
     let other = [dim("x", 32), dim("y", 32)].map(|d| (d.name.clone(), Name::from(format!("{}'", d.name))));
     (0..3).fold(x.clone(), |x, i| {
         g.block(&format!("layer.{i}"), || {
-            let memory = other.iter().fold(x.clone(), |m, (from, to)| m.rename(from, to));
+            // Without the batch: products that have dimensions in common with both factors are made again anyway.
+            let memory = other.iter().fold(x.sum(&["batch"]), |m, (from, to)| m.rename(from, to));
             let scores = nn::softmax(&x.contract(&memory, &["channel"]), &["x'", "y'"]);
             let seen = scores.contract(&memory, &["x'", "y'"]);
             nn::layer_norm(&x.add(&seen), &format!("layer.{i}"), &["channel"], 1e-5)

@@ -163,7 +163,7 @@ impl Device {
     /// # Errors
     /// A transport that fails; every other device is told.
     pub fn run(&mut self, function: usize, step: u32) -> Result<(), DeviceError> {
-        let cx = StepContext { seed: self.seed, step };
+        let cx = StepContext::new(self.seed, step);
         if self.watched.is_some() {
             self.watch_variables();
         }

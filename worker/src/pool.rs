@@ -92,9 +92,14 @@ const SPINS: usize = 2000;
 
 /// A fixed set of threads. The caller of [`Pool::run`] is the first of them.
 pub struct Pool {
+    /// None for the caller alone.
+    crew: Option<Crew>,
+    own: Mutex<Workspace>,
+}
+
+struct Crew {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
-    own: Mutex<Workspace>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -104,6 +109,42 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Pool {
     /// A pool of `threads` threads, at least the caller's; helpers are pinned to `cores` if given.
     pub fn new(threads: usize, cores: Option<Cores>) -> Pool {
+        let crew = (threads > 1).then(|| Crew::new(threads, cores));
+        Pool { crew, own: Mutex::new(Workspace::new(0)) }
+    }
+
+    /// Runs `f` with a pool of the calling thread alone, whose workspace is that one; allocates nothing.
+    pub fn alone(workspace: &mut Workspace, f: impl FnOnce(&Pool)) {
+        let lines = std::mem::take(&mut workspace.lines);
+        let pool = Pool { crew: None, own: Mutex::new(Workspace { lines, thread: 0 }) };
+        // The workspace goes back whatever happens.
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| f(&pool)));
+        workspace.lines = pool.own.into_inner().unwrap_or_else(PoisonError::into_inner).lines;
+        if let Err(panic) = done {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    /// Number of threads, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.crew.as_ref().map_or(1, |c| c.helpers.len() + 1)
+    }
+
+    /// Runs tasks `0 .. tasks`, each once, on whichever thread is free, and returns when all are done.
+    ///
+    /// # Panics
+    /// If a task panics, after the others have ended.
+    pub fn run(&self, tasks: usize, f: &(dyn Fn(usize, &mut Workspace) + Sync)) {
+        let mut own = lock(&self.own);
+        match &self.crew {
+            Some(crew) if tasks > 1 => crew.run(tasks, f, &mut own),
+            _ => (0..tasks).for_each(|t| f(t, &mut own)),
+        }
+    }
+}
+
+impl Crew {
+    fn new(threads: usize, cores: Option<Cores>) -> Crew {
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
             epoch: AtomicUsize::new(0),
@@ -116,7 +157,7 @@ impl Pool {
             done: Condvar::new(),
         });
         // A pool that is there has its memory: helpers take theirs where they are pinned, and are waited for.
-        let ready = Arc::new(Barrier::new(threads.max(1)));
+        let ready = Arc::new(Barrier::new(threads));
         let helpers = (1..threads)
             .map(|i| {
                 let (shared, ready) = (shared.clone(), ready.clone());
@@ -129,24 +170,10 @@ impl Pool {
             })
             .collect();
         ready.wait();
-        Pool { shared, helpers, own: Mutex::new(Workspace::new(0)) }
+        Crew { shared, helpers }
     }
 
-    /// Number of threads, the caller's included.
-    pub fn threads(&self) -> usize {
-        self.helpers.len() + 1
-    }
-
-    /// Runs tasks `0 .. tasks`, each once, on whichever thread is free, and returns when all are done.
-    ///
-    /// # Panics
-    /// If a task panics, after the others have ended.
-    pub fn run(&self, tasks: usize, f: &(dyn Fn(usize, &mut Workspace) + Sync)) {
-        let mut own = lock(&self.own);
-        if self.helpers.is_empty() || tasks <= 1 {
-            (0..tasks).for_each(|t| f(t, &mut own));
-            return;
-        }
+    fn run(&self, tasks: usize, f: &(dyn Fn(usize, &mut Workspace) + Sync), own: &mut Workspace) {
         let s = &*self.shared;
         // SAFETY: the lifetime is cut off only for the time of this call: it returns after every helper has finished
         // with the job. No helper is busy now, so nobody reads the cell.
@@ -161,7 +188,7 @@ impl Pool {
             s.epoch.fetch_add(1, Ordering::Release);
         }
         s.wake.notify_all();
-        let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_tasks(s, f, &mut own)));
+        let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_tasks(s, f, own)));
         let mut spins = 0;
         while s.busy.load(Ordering::Acquire) > 0 {
             spins += 1;
@@ -231,7 +258,7 @@ fn help(s: &Shared, mut workspace: Workspace) {
     }
 }
 
-impl Drop for Pool {
+impl Drop for Crew {
     fn drop(&mut self) {
         {
             let _guard = lock(&self.shared.sleep);

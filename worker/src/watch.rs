@@ -12,7 +12,8 @@ use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{self, Buffer, Work};
+use mesh::plan::{self, At, Band, Buffer, Work};
+use std::collections::BTreeMap;
 
 /// What first was not finite.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,35 +81,7 @@ type Result = (DType, Option<Vec<usize>>);
 impl Looked {
     /// What of that step.
     pub fn of(step: &plan::Step) -> Looked {
-        let of_loop = |nest: &Loop| -> (Vec<DType>, Vec<Result>) {
-            let result = |r: &usize| (nest.body.instrs[*r].1, infinite_by(&nest.body, *r));
-            (nest.operands.iter().map(|o| o.dtype).collect(), nest.body.results.iter().map(result).collect())
-        };
-        let (operands, results) = match &step.work {
-            Work::Map(nest) => of_loop(nest),
-            Work::Reduce(r) => of_loop(&r.nest),
-            Work::Op(op) => {
-                // A window that lies in the padding has the maximum of nothing.
-                let by = (!matches!(op.op, Prim::MaxPool(_))).then(|| (0..op.inputs.len()).collect());
-                let mut operands: Vec<DType> = op.inputs.iter().map(|part| part.ty.dtype).collect();
-                let Some(nest) = &op.epilogue else {
-                    return Looked::at(step, operands, vec![(op.output.ty.dtype, by)]);
-                };
-                // In place of the op's result, the loop's last operand, there are the op's operands.
-                let (mut others, mut results) = of_loop(nest);
-                others.pop();
-                let (first, result) = (operands.len(), others.len());
-                operands.extend(others);
-                for by in results.iter_mut().filter_map(|(_, by)| by.as_mut()) {
-                    let each = |o: &usize| if *o == result { 0..first } else { first + o..first + o + 1 };
-                    *by = by.iter().flat_map(each).collect();
-                }
-                (operands, results)
-            }
-            // A maximum or minimum is infinite only if a part is, maybe another device's.
-            Work::AllReduce(a) => (vec![a.dtype], vec![(a.dtype, (a.f == ReduceFn::Sum).then(|| vec![0]))]),
-            Work::Copy(_) | Work::Exchange(_) => (vec![], vec![]),
-        };
+        let (operands, results) = computed(&step.work);
         Looked::at(step, operands, results)
     }
 
@@ -124,6 +97,73 @@ impl Looked {
         };
         Looked { operands, results: results.map(computed).collect() }
     }
+}
+
+/// The operands and the results of a piece of work; nothing of one that only moves what others computed.
+fn computed(work: &Work) -> (Vec<DType>, Vec<Result>) {
+    let of_loop = |nest: &Loop| -> (Vec<DType>, Vec<Result>) {
+        let result = |r: &usize| (nest.body.instrs[*r].1, infinite_by(&nest.body, *r));
+        (nest.operands.iter().map(|o| o.dtype).collect(), nest.body.results.iter().map(result).collect())
+    };
+    match work {
+        Work::Map(nest) => of_loop(nest),
+        Work::Reduce(r) => of_loop(&r.nest),
+        Work::Op(op) => {
+            // A window that lies in the padding has the maximum of nothing.
+            let by = (!matches!(op.op, Prim::MaxPool(_))).then(|| (0..op.inputs.len()).collect());
+            let mut operands: Vec<DType> = op.inputs.iter().map(|part| part.ty.dtype).collect();
+            let Some(nest) = &op.epilogue else {
+                return (operands, vec![(op.output.ty.dtype, by)]);
+            };
+            // In place of the op's result, the loop's last operand, there are the op's operands.
+            let (mut others, mut results) = of_loop(nest);
+            others.pop();
+            let (first, result) = (operands.len(), others.len());
+            operands.extend(others);
+            for by in results.iter_mut().filter_map(|(_, by)| by.as_mut()) {
+                let each = |o: &usize| if *o == result { 0..first } else { first + o..first + o + 1 };
+                *by = by.iter().flat_map(each).collect();
+            }
+            (operands, results)
+        }
+        Work::Band(band) => of_band(band),
+        // A maximum or minimum is infinite only if a part is, maybe another device's.
+        Work::AllReduce(a) => (vec![a.dtype], vec![(a.dtype, (a.f == ReduceFn::Sum).then(|| vec![0]))]),
+        Work::Copy(_) | Work::Exchange(_) => (vec![], vec![]),
+    }
+}
+
+/// Those of a band: what is between its steps is not looked through, but what its results depend on is followed.
+fn of_band(band: &Band) -> (Vec<DType>, Vec<Result>) {
+    let steps = band.slices.first().map_or(&[][..], |s| &s.steps);
+    let mut inside: BTreeMap<usize, Result> = BTreeMap::new();
+    let (mut operands, mut results): (BTreeMap<usize, DType>, BTreeMap<usize, Result>) = Default::default();
+    for s in steps {
+        if let (Work::Copy(_), [At::Inside(from)], [At::Outside { operand, .. }]) =
+            (&s.work, &s.inputs[..], &s.outputs[..])
+        {
+            results.extend(inside.get(from).map(|r| (*operand, r.clone())));
+            continue;
+        }
+        let (dtypes, made) = computed(&s.work);
+        for (at, dtype) in s.inputs.iter().zip(dtypes) {
+            if let At::Outside { operand, .. } = at {
+                operands.insert(*operand, dtype);
+            }
+        }
+        let reached = |operand: &usize| match &s.inputs[*operand] {
+            At::Outside { operand, .. } => Some(vec![*operand]),
+            At::Inside(buffer) => inside.get(buffer).and_then(|(_, by)| by.clone()),
+        };
+        let all = |by: &[usize]| by.iter().map(reached).collect::<Option<Vec<_>>>().map(|by| by.concat());
+        let made: Vec<Result> = made.iter().map(|(dtype, by)| (*dtype, by.as_deref().and_then(all))).collect();
+        for (at, result) in s.outputs.iter().zip(made) {
+            if let At::Inside(buffer) = at {
+                inside.insert(*buffer, result);
+            }
+        }
+    }
+    (operands.into_values().collect(), results.into_values().collect())
 }
 
 /// The operands whose infinite values may reach a value of a body; None if an infinite constant, such as a mask's, may.

@@ -153,7 +153,7 @@ fn nest(c: &mut Choices, extents: &[usize], operands: usize, length: usize) -> (
     (Loop { origin: vec![3; extents.len()], extents: extents.to_vec(), operands, body }, buffers)
 }
 
-const CX: StepContext = StepContext { seed: 5, step: 3 };
+const CX: StepContext = StepContext::new(5, 3);
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(5000))]

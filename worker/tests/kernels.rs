@@ -6,7 +6,7 @@
 
 use mesh::dim::{DType, Dim, dim};
 use mesh::graph::{Graph, Tensor};
-use mesh::nn::{self, BatchNorm, Dense, Kernel as Filter, Mode};
+use mesh::nn::{self, Attention, BatchNorm, Dense, Kernel as Filter, Mode};
 use mesh::ops::binary::{Binary, BinaryFn};
 use mesh::ops::conv::Conv;
 use mesh::ops::resize::Resize;
@@ -14,10 +14,10 @@ use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
-use mesh::plan::{OpWork, PlanOptions, Work, plan_program};
+use mesh::plan::{At, OpWork, PlanOptions, SliceStep, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::rng::Stream;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use worker::kernels::isa::Isa;
 use worker::kernels::kernel::{CpuBackend, Kernel, Operands};
 use worker::kernels::vm::StepContext;
@@ -100,6 +100,15 @@ fn dtypes(work: &Work) -> Vec<DType> {
             }
             types
         }
+        Work::Band(band) => {
+            let steps = band.slices.iter().flat_map(|s| &s.steps);
+            let operand = |(at, dtype): (&At, DType)| match at {
+                At::Outside { operand, .. } => Some((*operand, dtype)),
+                At::Inside(_) => None,
+            };
+            let read = |s: &SliceStep| s.inputs.iter().zip(dtypes(&s.work)).filter_map(operand).collect::<Vec<_>>();
+            steps.flat_map(read).collect::<BTreeMap<_, _>>().into_values().collect()
+        }
         Work::Copy(c) => vec![if c.element == 4 { DType::F32 } else { DType::Bool }; 16],
         Work::Exchange(_) | Work::AllReduce(_) => vec![],
     }
@@ -112,11 +121,12 @@ fn name(work: &Work) -> &'static str {
         Work::Op(op) if op.epilogue.is_some() => "with an epilogue",
         Work::Op(op) => op.op.op().name(),
         Work::Copy(_) => "copy",
+        Work::Band(_) => "band",
         Work::Exchange(_) | Work::AllReduce(_) => "between devices",
     }
 }
 
-const STEP: StepContext = StepContext { seed: 5, step: 3 };
+const STEP: StepContext = StepContext::new(5, 3);
 
 /// Runs a piece of work on one instruction set; gives the bits of its results.
 fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[usize]) -> Vec<Vec<u8>> {
@@ -174,8 +184,9 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
             }
             let results: Vec<usize> = step.outputs.iter().map(|b| b.bytes).collect();
             // Matrix tiles have bits of their own.
-            let tiled = matches!(name(&step.work), "contract" | "conv" | "conv_transpose" | "with an epilogue")
-                && types.contains(&DType::Bf16);
+            let tiled =
+                matches!(name(&step.work), "contract" | "conv" | "conv_transpose" | "with an epilogue" | "band")
+                    && types.contains(&DType::Bf16);
             let arithmetic = |isa: Isa| usize::from(tiled && isa == Isa::Amx);
             let mut first = [None, None];
             if let Work::Op(op) = &step.work {
@@ -289,6 +300,27 @@ fn an_epilogue_gives_the_bits_of_its_product_and_its_loop() {
         for (mesh, layout) in [("m=2", "model:m"), ("m=2,n=3", "batch:m,head:n"), ("m=3", "seq:m")] {
             hold(&products(dtype), mesh, layout, &mut seen);
         }
+    }
+}
+
+#[test]
+fn bands_are_the_same_bits_on_every_instruction_set_and_thread() {
+    for (dtype, seq) in [(DType::F32, 83), (DType::Bf16, 83), (DType::F32, 300), (DType::Bf16, 300)] {
+        let mut p = ProgramBuilder::new();
+        p.function("train", |g| {
+            let x = g.input("x", DType::F32, &[dim("batch", 2), dim("seq", seq), dim("model", 30)]).cast(dtype);
+            let mask = nn::attention_mask(&g.input("lengths", DType::I32, &[dim("batch", 2)]), &dim("seq", seq));
+            let (heads, head) = (dim("heads", 3), dim("head", 21));
+            let options = Attention { heads, head, init: nn::init::he_normal(8), keep: 0.8 };
+            let y = nn::attention(&x, &x, &mask, "a", ["seq", "model"], &options, Mode::Train);
+            let loss = y.cast(DType::F32).square().mean_all();
+            Optimizer::adam(0.1).apply(g, &loss);
+            g.output("loss", &loss);
+        })
+        .unwrap();
+        let mut seen = BTreeSet::new();
+        hold(&p.finish().unwrap(), "1", "", &mut seen);
+        assert!(seen.contains("band"));
     }
 }
 

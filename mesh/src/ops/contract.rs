@@ -24,6 +24,15 @@ fn union(x: &[&Type]) -> Vec<Dim> {
     dims
 }
 
+impl Contract {
+    /// Whether the result is no smaller than both factors together and has dimensions that both of them have: products of
+    /// all pairs of rows, batch by batch, such as attention's scores. They take more room than what they are made from, and
+    /// few operations an element.
+    pub fn spreads(&self, a: &Type, b: &Type, result: &Type) -> bool {
+        result.dims.iter().any(|d| a.has(&d.name) && b.has(&d.name)) && result.elements() >= a.elements() + b.elements()
+    }
+}
+
 impl Op for Contract {
     fn name(&self) -> &'static str {
         "contract"

@@ -1,6 +1,6 @@
 //! Makes the loop nest of a fused step for one device.
 
-use super::fuse::Fused;
+use super::band::View;
 use crate::body::{Access, Body, Instr, Loop, Slot};
 use crate::dim::{DType, Name};
 use crate::ops::Prim;
@@ -22,16 +22,9 @@ pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
 /// Builds the loop over `at` whose results are `roots`: values of just the dimensions of `at`, in memory or not.
 /// Stored values are loaded, except those in `inside`, which this loop computes. Returns the loaded values too, in
 /// the order of the loop's operands.
-pub(super) fn build(
-    fused: &Fused,
-    device: usize,
-    at: &Region,
-    roots: &[ValueId],
-    inside: &[ValueId],
-) -> (Loop, Vec<ValueId>) {
+pub(super) fn build(view: View, at: &Region, roots: &[ValueId], inside: &[ValueId]) -> (Loop, Vec<ValueId>) {
     let mut b = Builder {
-        fused,
-        device,
+        view,
         inside,
         at,
         origin: at.0.iter().map(|(_, r)| r.start).collect(),
@@ -46,8 +39,7 @@ pub(super) fn build(
 }
 
 struct Builder<'a> {
-    fused: &'a Fused<'a>,
-    device: usize,
+    view: View<'a>,
     inside: &'a [ValueId],
     at: &'a Region,
     origin: Vec<usize>,
@@ -60,7 +52,8 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// The slot of a value whose dimensions run along the loops that `names` gives them.
     fn emit(&mut self, v: ValueId, names: &[(Name, usize)]) -> Slot {
-        let value = &self.fused.spmd.values[v.index()];
+        let fused = self.view.fused;
+        let value = &fused.spmd.values[v.index()];
         let loops: Vec<usize> = value
             .ty
             .dims
@@ -72,8 +65,8 @@ impl Builder<'_> {
         if let Some(&slot) = self.made.get(&key) {
             return slot;
         }
-        let root = self.fused.root(v);
-        let slot = if self.fused.stored.contains(&root) && !self.inside.contains(&root) {
+        let root = fused.root(v);
+        let slot = if fused.stored.contains(&root) && !self.inside.contains(&root) {
             self.load(v, root, &loops)
         } else {
             self.compute(v, &loops)
@@ -84,17 +77,17 @@ impl Builder<'_> {
 
     /// Loads `v`, whose bytes are those of `root`.
     fn load(&mut self, v: ValueId, root: ValueId, loops: &[usize]) -> Slot {
-        let value = &self.fused.spmd.values[v.index()];
-        let held = &value.regions[self.device];
+        let dtype = self.view.fused.ty(v).dtype;
+        let held = self.view.region(v);
         let own = strides(&held.shape());
-        let mut access = Access { dtype: value.ty.dtype, offset: 0, strides: vec![0; self.origin.len()] };
+        let mut access = Access { dtype, offset: 0, strides: vec![0; self.origin.len()] };
         for ((&l, (_, range)), s) in loops.iter().zip(&held.0).zip(&own) {
             access.offset += (self.origin[l] - range.start.min(self.origin[l])) * s;
             access.strides[l] = *s;
         }
         self.operands.push(access);
         self.loaded.push(root);
-        self.push(Instr::Load(self.operands.len() - 1), value.ty.dtype)
+        self.push(Instr::Load(self.operands.len() - 1), dtype)
     }
 
     fn push(&mut self, instr: Instr, dtype: DType) -> Slot {
@@ -103,7 +96,7 @@ impl Builder<'_> {
     }
 
     fn compute(&mut self, v: ValueId, loops: &[usize]) -> Slot {
-        let fused = self.fused;
+        let fused = self.view.fused;
         let value = &fused.spmd.values[v.index()];
         let producer = fused.producer[v.index()].expect("feeds and variables are stored");
         let instr = &fused.spmd.instrs[producer];

@@ -3,7 +3,7 @@
 //! Both are of one device and count nothing twice: an element that is used again is read once. A profile divides them by
 //! the time that the step took.
 
-use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Segments, Step, Work};
+use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Segments, Slices, Step, Work};
 use crate::body::{Access, Instr, Loop};
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Type};
@@ -25,6 +25,7 @@ impl Step {
             Work::Map(_) => "map",
             Work::Reduce(_) => "reduce",
             Work::Copy(_) => "copy",
+            Work::Band(_) => "band",
             Work::Op(_) | Work::Exchange(_) | Work::AllReduce(_) => &self.label.op,
         }
     }
@@ -42,6 +43,11 @@ impl Step {
                 let sum: Option<usize> = op.sum.as_ref().map(count);
                 dims.join(" ") + &sum.map_or(String::new(), |n| format!(", sums of {n}"))
             }
+            Work::Band(band) => {
+                let steps = band.slices.first().map_or(&[][..], |s| &s.steps);
+                let names: Vec<&str> = steps.iter().map(|s| &*s.name).filter(|n| *n != "copy").collect();
+                format!("{} slices of {}", band.count(), names.join(", "))
+            }
             Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => {
                 format!("{} bytes", self.outputs.iter().map(|b| b.bytes).sum::<usize>())
             }
@@ -50,47 +56,60 @@ impl Step {
 
     /// The dtype of a product's factors; `f32` for all else.
     pub fn dtype(&self) -> DType {
-        let factors = match &self.work {
-            Work::Op(op) => op.inputs.as_slice(),
-            Work::Map(_) | Work::Reduce(_) | Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => &[],
+        let mut works: Box<dyn Iterator<Item = &Work>> = match &self.work {
+            Work::Band(b) => Box::new(b.slices.iter().flat_map(|s| &s.steps).map(|s| &s.work)),
+            work => Box::new(std::iter::once(work)),
         };
-        match factors.first().map(|p| p.ty.dtype) {
-            Some(half) if half.is_half() && factors.iter().all(|p| p.ty.dtype == half) => half,
-            _ => DType::F32,
-        }
+        works.find_map(half_factors).unwrap_or(DType::F32)
     }
 
     /// What it takes at the least.
     pub fn cost(&self) -> Cost {
         let outputs: usize = self.outputs.iter().map(|b| b.bytes).sum();
-        let (flops, bytes) = match &self.work {
-            Work::Map(nest) => (arithmetic(nest) * points(nest), loads(nest) + stores(nest)),
-            Work::Reduce(r) => {
-                let each = arithmetic(&r.nest) + r.nest.body.results.len();
-                (each * points(&r.nest), loads(&r.nest) + outputs)
-            }
+        let bytes = match &self.work {
+            Work::Map(nest) => loads(nest) + stores(nest),
+            Work::Reduce(r) => loads(&r.nest) + outputs,
             Work::Op(op) => {
-                let (mut flops, mut read) = (op_flops(op), op_reads(op));
-                if let Some(nest) = &op.epilogue {
-                    // The op's result, its last operand, does not come from memory.
-                    flops += (arithmetic(nest) * points(nest)) as f64;
-                    read += loads(nest) - points(nest) * op.output.ty.dtype.bytes();
-                }
-                return Cost { flops, bytes: (read + outputs) as f64 };
+                // The op's result, an epilogue's last operand, does not come from memory.
+                let epilogue = |nest: &Loop| loads(nest) - points(nest) * op.output.ty.dtype.bytes();
+                op_reads(op) + op.epilogue.as_ref().map_or(0, epilogue) + outputs
             }
             Work::Copy(c) => {
                 let copied: usize = c.boxes.iter().map(|(_, b)| elements(b) * c.element).sum();
-                (0, copied + if c.fill.is_some() { outputs } else { copied })
+                copied + if c.fill.is_some() { outputs } else { copied }
             }
-            Work::Exchange(e) => (0, moved(e)),
-            Work::AllReduce(a) => all_reduce(a),
+            // What is between its steps stays in the cache.
+            Work::Band(_) => self.inputs.iter().map(|b| b.bytes).sum::<usize>() + outputs,
+            Work::Exchange(e) => moved(e),
+            Work::AllReduce(a) => combined(a).1,
         };
-        Cost { flops: flops as f64, bytes: bytes as f64 }
+        Cost { flops: flops(&self.work), bytes: bytes as f64 }
+    }
+}
+
+fn flops(work: &Work) -> f64 {
+    match work {
+        Work::Map(nest) => (arithmetic(nest) * points(nest)) as f64,
+        Work::Reduce(r) => ((arithmetic(&r.nest) + r.nest.body.results.len()) * points(&r.nest)) as f64,
+        Work::Op(op) => op_flops(op) + op.epilogue.as_ref().map_or(0, |nest| arithmetic(nest) * points(nest)) as f64,
+        Work::Band(b) => {
+            let slice = |s: &Slices| s.steps.iter().map(|s| flops(&s.work)).sum::<f64>();
+            b.slices.iter().map(|s| s.at.len() as f64 * slice(s)).sum()
+        }
+        Work::Copy(_) | Work::Exchange(_) => 0.0,
+        Work::AllReduce(a) => combined(a).0 as f64,
     }
 }
 
 fn points(nest: &Loop) -> usize {
     nest.extents.iter().product()
+}
+
+/// The dtype of an op's inputs, if they are all of one of 16 bits.
+fn half_factors(work: &Work) -> Option<DType> {
+    let Work::Op(op) = work else { return None };
+    let half = op.inputs.first().map(|p| p.ty.dtype).filter(|d| d.is_half())?;
+    op.inputs.iter().all(|p| p.ty.dtype == half).then_some(half)
 }
 
 /// Operations at each point, counted as the ops do that were fused.
@@ -151,7 +170,7 @@ fn moved(e: &Exchange) -> usize {
 }
 
 /// It combines its segment of all parts, and copies the others' segments: their results, or nodes of boxes.
-fn all_reduce(a: &AllReduce) -> (usize, usize) {
+fn combined(a: &AllReduce) -> (usize, usize) {
     let (parts, own) = (a.nodes.iter().sum::<usize>(), a.segment_elements(a.me));
     let copied = match a.segments {
         Segments::All => 0,

@@ -1,5 +1,6 @@
 //! Plans one function: steps in order, what lives where from when to when, and each device's offsets.
 
+use super::band::View;
 use super::body;
 use super::copies::copies;
 use super::exchange::{Sources, Together, all_reduce, exchange};
@@ -75,11 +76,13 @@ pub(super) struct Context<'a> {
     pub base: &'a [usize],
     /// The backend.
     pub backend: &'a dyn Backend,
+    /// Whether there are to be no bands.
+    pub apart: bool,
 }
 
 /// Plans the function for every device.
 pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
-    let fused = Fused::new(cx.spmd);
+    let fused = Fused::new(cx.spmd, if cx.apart { 0 } else { cx.backend.threads() });
     let (mut moves, mut sums) = (HashMap::new(), HashMap::new());
     for (i, instr) in cx.spmd.instrs.iter().enumerate() {
         let value = |v: ValueId| &cx.spmd.values[v.index()].regions;
@@ -120,9 +123,9 @@ struct Placed {
     end: usize,
 }
 
-struct Planner<'a> {
-    cx: &'a Context<'a>,
-    fused: &'a Fused<'a>,
+pub(super) struct Planner<'a> {
+    pub cx: &'a Context<'a>,
+    pub fused: &'a Fused<'a>,
     /// By instruction: who sends what to whom.
     moves: HashMap<usize, Sources>,
     /// By instruction and first device: the groups that finish a sum together.
@@ -255,13 +258,13 @@ impl Planner<'_> {
         let by_op = match group.kind {
             Kind::Map => false,
             Kind::Epilogue => self.first(group).inputs.iter().any(|v| self.fused.root(*v) == old),
-            Kind::Reduce | Kind::Instr => true,
+            Kind::Reduce | Kind::Instr | Kind::Band(..) => true,
         };
         if by_op || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
             return false;
         }
         (0..self.devices()).all(|d| {
-            let (nest, loaded) = self.map(group, d);
+            let (nest, loaded) = self.map(group, self.view(d));
             let mut own = nest.operands.iter().zip(&loaded).filter(|(_, v)| **v == old);
             a.bytes(d) == b.bytes(d) && own.all(|(access, _)| access.is_whole(&nest.extents))
         })
@@ -272,9 +275,13 @@ impl Planner<'_> {
         &self.cx.spmd.instrs[group.instrs[0]]
     }
 
-    fn map(&self, group: &Group, device: usize) -> (Loop, Vec<ValueId>) {
-        let at = &self.cx.spmd.values[group.outputs[0].index()].regions[device];
-        body::build(self.fused, device, at, &group.outputs, &self.fused.inside(group))
+    /// All that a device holds.
+    fn view(&self, device: usize) -> View<'_> {
+        View { fused: self.fused, device, slice: None }
+    }
+
+    fn map(&self, group: &Group, view: View) -> (Loop, Vec<ValueId>) {
+        body::build(view, &view.region(group.outputs[0]), &group.outputs, &self.fused.inside(group))
     }
 
     fn buffer(&self, v: ValueId, device: usize, placed: &[Buffer]) -> Buffer {
@@ -284,9 +291,8 @@ impl Planner<'_> {
         }
     }
 
-    fn part(&self, v: ValueId, device: usize) -> Part {
-        let value = &self.cx.spmd.values[v.index()];
-        Part { ty: value.ty.clone(), region: value.regions[device].clone() }
+    fn part(&self, v: ValueId, view: View) -> Part {
+        Part { ty: self.fused.ty(v).clone(), region: view.region(v) }
     }
 
     fn label(&self, v: ValueId, op: &str) -> Label {
@@ -295,16 +301,21 @@ impl Planner<'_> {
         Label { op: op.into(), scope: n.scope.clone(), place: n.place, node }
     }
 
-    /// The work of a group on a device, the values it reads in the work's order, its name and its scratch.
-    fn work(&self, group: &Group, device: usize) -> (Work, Vec<ValueId>, Name, usize) {
-        let spmd = self.cx.spmd;
+    /// The work of a group on a device or a slice, the values it reads in the work's order, its name and its scratch.
+    pub(super) fn work(&self, group: &Group, view: View) -> (Work, Vec<ValueId>, Name, usize) {
+        let (spmd, device) = (self.cx.spmd, view.device);
         let instr = self.first(group);
         let out = &spmd.values[instr.output.index()];
         if group.kind == Kind::Map {
-            let (nest, loaded) = self.map(group, device);
+            let (nest, loaded) = self.map(group, view);
             let work = Work::Map(nest);
             let scratch = self.cx.backend.scratch_bytes(&work);
             return (work, loaded, "map".into(), scratch);
+        }
+        if let Kind::Band(members, cuts) = &group.kind {
+            let work = self.band(group, members, cuts, device);
+            let scratch = self.cx.backend.scratch_bytes(&work);
+            return (work, group.inputs.clone(), "band".into(), scratch);
         }
         match &instr.op {
             SpmdOp::Move => {
@@ -332,21 +343,21 @@ impl Planner<'_> {
                 (Work::AllReduce(work), group.inputs.clone(), name.into(), scratch)
             }
             SpmdOp::Compute { prim: Prim::Reduce(r), sum } => {
-                let work = Work::Reduce(self.reduction(group, device, r, sum.as_ref()));
+                let work = Work::Reduce(self.reduction(group, view, r, sum.as_ref()));
                 let scratch = self.cx.backend.scratch_bytes(&work);
-                let (_, loaded) = self.reduce_nest(group, device, sum.as_ref());
+                let (_, loaded) = self.reduce_nest(group, view, sum.as_ref());
                 (work, loaded, instr_name(&instr.op), scratch)
             }
             SpmdOp::Compute { prim, sum } => {
-                let inputs: Vec<Part> = instr.inputs.iter().map(|v| self.part(*v, device)).collect();
-                let output = self.part(instr.output, device);
+                let inputs: Vec<Part> = instr.inputs.iter().map(|v| self.part(*v, view)).collect();
+                let output = self.part(instr.output, view);
                 let mut read = instr.inputs.clone();
                 let work = match copies(prim, &inputs, &output) {
                     Some(copy) => Work::Copy(copy),
                     None => {
                         let sum = sum.as_ref().map(|s| (s.tree.clone(), s.owned[device].clone()));
                         let epilogue = (group.kind == Kind::Epilogue).then(|| {
-                            let (nest, loaded) = self.map(group, device);
+                            let (nest, loaded) = self.map(group, view);
                             let result = loaded.iter().position(|v| *v == instr.output).expect("it takes the result");
                             read.extend(loaded.iter().filter(|v| **v != instr.output));
                             nest.with_last(result)
@@ -360,42 +371,42 @@ impl Planner<'_> {
         }
     }
 
-    fn reduce_nest(&self, group: &Group, device: usize, sum: Option<&crate::spmd::Sum>) -> (Loop, Vec<ValueId>) {
+    fn reduce_nest(&self, group: &Group, view: View, sum: Option<&crate::spmd::Sum>) -> (Loop, Vec<ValueId>) {
         let spmd = self.cx.spmd;
         let instr = &spmd.instrs[group.instrs[0]];
         let (x, y) = (&spmd.values[instr.inputs[0].index()], &spmd.values[instr.output.index()]);
         let reduced: Vec<&Dim> = x.ty.dims.iter().filter(|d| !y.ty.has(&d.name)).collect();
-        let owned = sum.map(|s| s.tree.elements(&s.owned[device])).unwrap_or_default();
-        let mut at: Region = y.regions[device].clone();
+        let owned = sum.map(|s| s.tree.elements(&s.owned[view.device])).unwrap_or_default();
+        let mut at: Region = view.region(instr.output);
         for (d, range) in reduced.iter().zip(owned) {
             at = at.with(&d.name, range);
         }
         let roots: Vec<ValueId> = group.instrs.iter().map(|i| spmd.instrs[*i].inputs[0]).collect();
-        body::build(self.fused, device, &at.of(&x.ty), &roots, &[])
+        body::build(view, &at.of(&x.ty), &roots, &[])
     }
 
     fn reduction(
         &self,
         group: &Group,
-        device: usize,
+        view: View,
         r: &crate::ops::reduce::Reduce,
         sum: Option<&crate::spmd::Sum>,
     ) -> Reduction {
         let spmd = self.cx.spmd;
         let x = &spmd.values[spmd.instrs[group.instrs[0]].inputs[0].index()];
-        let (nest, _) = self.reduce_nest(group, device, sum);
+        let (nest, _) = self.reduce_nest(group, view, sum);
         Reduction {
             nest,
             reduced: x.ty.dims.iter().map(|d| r.over.contains(&d.name)).collect(),
             f: r.f,
             tree: sum.map(|s| s.tree.clone()).unwrap_or(crate::chunk::Tree { dims: vec![] }),
-            owned: sum.map(|s| s.owned[device].clone()).unwrap_or_default(),
+            owned: sum.map(|s| s.owned[view.device].clone()).unwrap_or_default(),
         }
     }
 
     /// The plan of a device; one like another one has its places, of those in `placed`.
     fn device(&self, device: usize, placed: &mut Vec<Placed>) -> (DevicePlan, Timeline) {
-        let works: Vec<_> = self.groups().iter().map(|g| self.work(g, device)).collect();
+        let works: Vec<_> = self.groups().iter().map(|g| self.work(g, self.view(device))).collect();
         let mut tenants: Vec<Tenant> =
             self.lives.iter().map(|l| Tenant { bytes: l.bytes[device], from: l.from, to: l.to }).collect();
         // Values that are copied to variables at the end, by way of a buffer each, since one may be the other's old value.
@@ -455,7 +466,7 @@ impl Planner<'_> {
             self.verify(device, &buffers, first_scratch);
         }
         let copy = |v: ValueId, from: Buffer, to: Buffer| {
-            let part = self.part(v, device);
+            let part = self.part(v, self.view(device));
             let n = part.region.elements();
             let line = BoxCopy { extents: vec![n], from: 0, from_strides: vec![1], to: 0, to_strides: vec![1] };
             let work = Work::Copy(CopyWork { element: part.ty.dtype.bytes(), fill: None, boxes: vec![(0, line)] });
@@ -480,7 +491,7 @@ impl Planner<'_> {
             |v: ValueId| self.kept.iter().find(|(k, _)| *k == self.fused.root(v)).map(|(_, life)| buffers[*life]);
         let edge = |list: &[(Name, ValueId)]| {
             let at = |v| kept(v).unwrap_or_else(|| self.buffer(v, device, &buffers));
-            list.iter().map(|(n, v)| (n.clone(), self.part(*v, device), at(*v))).collect()
+            list.iter().map(|(n, v)| (n.clone(), self.part(*v, self.view(device)), at(*v))).collect()
         };
         let plan =
             DevicePlan { steps, arena_bytes, inputs: edge(&self.cx.spmd.inputs), outputs: edge(&self.cx.spmd.outputs) };

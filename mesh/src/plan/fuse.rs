@@ -6,8 +6,9 @@
 //! a product gives is the product's epilogue.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
+use super::band::{self, View};
 use super::body;
-use crate::dim::{DType, Type};
+use crate::dim::{DType, Name, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
 use crate::ops::unary::UnaryFn;
@@ -25,10 +26,21 @@ pub enum Kind {
     Instr,
     /// One instruction, the first one, and a loop that takes its result and stores the values.
     Epilogue,
+    /// Steps that are done slice by slice along some dimensions.
+    Band(Vec<Group>, Vec<Cut>),
+}
+
+/// A dimension that a band is cut along.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cut {
+    /// Its name.
+    pub name: Name,
+    /// Indices that a slice has at least, where there are as many.
+    pub least: usize,
 }
 
 /// A step to be.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Group {
     /// What it is.
     pub kind: Kind,
@@ -62,15 +74,24 @@ const AGAIN: usize = 24;
 const WINDOW: usize = 12;
 
 impl<'a> Fused<'a> {
-    /// Decides what is stored and groups the rest around it.
-    pub fn new(spmd: &'a SpmdProgram) -> Fused<'a> {
+    /// Decides what is stored and groups the rest around it; for a backend with so many threads, 0 for no bands.
+    pub fn new(spmd: &'a SpmdProgram, threads: usize) -> Fused<'a> {
         let mut producer = vec![None; spmd.values.len()];
         spmd.instrs.iter().enumerate().for_each(|(i, instr)| producer[instr.output.index()] = Some(i));
         let mut fused = Fused { spmd, groups: vec![], stored: HashSet::new(), alias: HashMap::new(), producer };
         fused.decide();
         fused.group();
         fused.merge();
-        fused.epilogues();
+        band::gather(&mut fused, threads);
+        let results = spmd.outputs.iter().map(|(_, v)| v).chain(spmd.assigns.iter().map(|(_, v)| v));
+        let results: HashSet<ValueId> = results.map(|v| fused.root(*v)).collect();
+        let mut groups = std::mem::take(&mut fused.groups);
+        for group in &mut groups {
+            if let Kind::Band(members, _) = &mut group.kind {
+                *members = fused.epilogues(std::mem::take(members), &group.outputs.iter().copied().collect());
+            }
+        }
+        fused.groups = fused.epilogues(groups, &results);
         fused
     }
 
@@ -96,7 +117,7 @@ impl<'a> Fused<'a> {
         }
     }
 
-    fn ty(&self, v: ValueId) -> &Type {
+    pub(super) fn ty(&self, v: ValueId) -> &Type {
         &self.spmd.values[v.index()].ty
     }
 
@@ -304,9 +325,9 @@ impl<'a> Fused<'a> {
     }
 
     /// Makes the first map of what a product gives its epilogue: it is taken from the cache then, and is stored itself only
-    /// if others read it.
-    fn epilogues(&mut self) {
-        let mut groups: Vec<Option<Group>> = std::mem::take(&mut self.groups).into_iter().map(Some).collect();
+    /// if others read it, or if it is one of the `results` of these steps.
+    fn epilogues(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
+        let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
         let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, Vec<usize>>) = Default::default();
         for (g, group) in groups.iter().enumerate() {
             for v in group.iter().flat_map(|g| &g.outputs) {
@@ -316,8 +337,6 @@ impl<'a> Fused<'a> {
                 readers.entry(*v).or_default().push(g);
             }
         }
-        let results = self.spmd.outputs.iter().map(|(_, v)| v).chain(self.spmd.assigns.iter().map(|(_, v)| v));
-        let results: HashSet<ValueId> = results.map(|v| self.root(*v)).collect();
         for k in 0..groups.len() {
             let Some(product) = groups[k].clone().filter(|g| g.kind == Kind::Instr) else { continue };
             let v = product.outputs[0];
@@ -347,7 +366,7 @@ impl<'a> Fused<'a> {
             groups[k] = Some(group);
             groups[m] = None;
         }
-        self.groups = groups.into_iter().flatten().collect();
+        groups.into_iter().flatten().collect()
     }
 
     /// Whether a map reads `v` once, at each of its points just the element that lies there, and, if `v` is to be stored
@@ -358,7 +377,8 @@ impl<'a> Fused<'a> {
             return false;
         }
         out.regions.iter().enumerate().all(|(device, at)| {
-            let (nest, loaded) = body::build(self, device, at, &map.outputs, &map.outputs);
+            let view = View { fused: self, device, slice: None };
+            let (nest, loaded) = body::build(view, at, &map.outputs, &map.outputs);
             let mut own = nest.operands.iter().zip(&loaded).filter(|(_, u)| **u == v).map(|(access, _)| access);
             let all = nest.extents.iter().product::<usize>();
             let once = own.next().is_some_and(|access| access.is_whole(&nest.extents));

@@ -1,12 +1,14 @@
 //! Planning: from a program and a layout to one static list of steps per device and function.
 //!
-//! [`fuse`] decides what is stored and what is computed inside the loops that use it; `body` makes the loops,
+//! [`fuse`] decides what is stored and what is computed inside the loops that use it; `band` finds steps that are done slice
+//! by slice, without storing what is between them; `body` makes the loops,
 //! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
 //! puts them together into [`step`]s; [`cost`] says what each takes, and [`time`] how long a machine needs; [`describe`] is a plan
 //! as text, [`report`] as data, [`html`] as a page, and [`diff`] what two differ in; [`recompute`] chooses what a backward pass makes
 //! again. The peak that a plan predicts is what execution uses, byte for byte, because execution has no other memory than
 //! the plan's.
 
+mod band;
 mod body;
 mod copies;
 pub mod cost;
@@ -32,8 +34,8 @@ use crate::spmd;
 pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
 pub use step::{
-    ALIGN, AllReduce, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message, OpWork,
-    Part, Segments, Step, Wire, Work,
+    ALIGN, AllReduce, At, Backend, Band, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message,
+    OpWork, Part, Segments, SliceStep, Slices, Step, Wire, Work,
 };
 
 /// What a plan has to keep to.
@@ -43,6 +45,8 @@ pub struct PlanOptions {
     pub memory: Option<usize>,
     /// Devices there are, where that is given beside the mesh.
     pub devices: Option<usize>,
+    /// Whether all steps stand alone and there are no bands, which changes no bit: for tests.
+    pub apart: bool,
 }
 
 /// The plans of all functions of a program over one set of variables.
@@ -158,6 +162,7 @@ pub fn plan_program(
             declared: &program.variables,
             base: &base,
             backend,
+            apart: options.apart,
         };
         let (plans, timelines) = function::plan(&cx).into_iter().unzip();
         out.functions.insert(name.clone(), plans);

@@ -70,6 +70,8 @@ pub enum Work {
     Op(OpWork),
     /// Copies of boxes within the device; what no box covers is `fill`.
     Copy(CopyWork),
+    /// Steps that are done slice by slice.
+    Band(Band),
     /// Moves boxes between devices.
     Exchange(Exchange),
     /// Finishes sums (maxima, minima) whose parts several devices hold: an all-reduce along the summation tree.
@@ -84,7 +86,7 @@ impl Work {
                 e.sends.iter().map(|m| e.sends.iter().filter(|n| n.peer == m.peer).count()).max().unwrap_or(0)
             }
             Work::AllReduce(a) => a.nodes[a.me].max(1),
-            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) => 0,
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => 0,
         }
     }
 }
@@ -104,6 +106,70 @@ pub struct OpWork {
     /// A loop that takes the result where it is made, block by block, so that only the loop's results are stored. Its last
     /// operand is the op's result, whose elements are its points, in order; the step reads the others after the op's inputs.
     pub epilogue: Option<Loop>,
+}
+
+/// Steps that a thread does one after the other on a slice of what they compute, in memory of its own. Slices are
+/// independent of each other.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Band {
+    /// By shape of slice.
+    pub slices: Vec<Slices>,
+}
+
+impl Band {
+    /// Bytes that a thread needs for the slice that it does.
+    pub fn room(&self) -> usize {
+        self.slices.iter().map(|s| s.room).max().unwrap_or(0).next_multiple_of(ALIGN)
+    }
+
+    /// How many slices there are.
+    pub fn count(&self) -> usize {
+        self.slices.iter().map(|s| s.at.len()).sum()
+    }
+}
+
+/// Slices of one shape.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Slices {
+    /// The steps of the first one.
+    pub steps: Vec<SliceStep>,
+    /// Stretches of a thread's room: values of a slice, and scratch.
+    pub buffers: Vec<Buffer>,
+    /// Bytes that they take.
+    pub room: usize,
+    /// By slice: how far it lies from the first one along each dimension that is cut.
+    pub at: Vec<Vec<usize>>,
+}
+
+/// A step of a band on a slice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SliceStep {
+    /// What to do.
+    pub work: Work,
+    /// Where it reads, in the work's order.
+    pub inputs: Vec<At>,
+    /// Where it writes.
+    pub outputs: Vec<At>,
+    /// Room for intermediate results: which of the slice's buffers.
+    pub scratch: usize,
+    /// By dimension that is cut: the loop of its nest that runs along it.
+    pub loops: Vec<Option<usize>>,
+    /// Name of the op.
+    pub name: Name,
+}
+
+/// Where an operand of a step of a band lies.
+#[derive(Clone, Debug, PartialEq)]
+pub enum At {
+    /// In one of the slice's buffers.
+    Inside(usize),
+    /// In an input or a result of the band.
+    Outside {
+        /// Which one.
+        operand: usize,
+        /// Bytes by which it lies further on, by dimension that is cut, for every index.
+        strides: Vec<usize>,
+    },
 }
 
 /// Copies of boxes.
@@ -291,6 +357,10 @@ pub trait Backend {
     fn scratch_bytes(&self, work: &Work) -> usize;
     /// Bytes of the workspaces that a device keeps for its threads, whatever it runs.
     fn workspace_bytes(&self) -> usize;
+    /// Threads of a device, which share out the slices of a band.
+    fn threads(&self) -> usize {
+        1
+    }
 }
 
 /// The plan of one device for one function.

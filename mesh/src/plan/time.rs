@@ -86,7 +86,7 @@ pub(super) fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
                 })
                 .collect()
         }
-        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) => vec![],
+        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => vec![],
     }
 }
 
@@ -96,6 +96,8 @@ impl Step {
         match &self.work {
             Work::Op(op) if op.op.is_product() => "product",
             Work::Exchange(_) | Work::AllReduce(_) => "collective",
+            // A band is there for its products.
+            Work::Band(_) => "product",
             Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) => "default",
         }
     }

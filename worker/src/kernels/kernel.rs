@@ -1,5 +1,6 @@
 //! The kernel of a step: which of the kernels here does a piece of work, prepared once and run every step.
 
+use super::band::BandPlan;
 use super::contract::ContractPlan;
 use super::conv::ConvPlan;
 use super::copy::CopiesPlan;
@@ -42,6 +43,8 @@ pub enum Kernel {
     TopK(TopKPlan),
     /// Copies within the device.
     Copies(CopiesPlan),
+    /// Steps done slice by slice.
+    Band(BandPlan),
     /// Boxes between devices.
     Exchange(ExchangePlan),
     /// A sum that several devices hold parts of.
@@ -72,6 +75,7 @@ impl Kernel {
             Work::Map(nest) => Kernel::Map(MapPlan::with_isa(nest, isa)),
             Work::Reduce(r) => Kernel::Reduce(ReducePlan::with_isa(r, isa)),
             Work::Copy(c) => Kernel::Copies(CopiesPlan::new(c)),
+            Work::Band(b) => Kernel::Band(BandPlan::with_isa(b, isa)),
             Work::Exchange(e) => Kernel::Exchange(ExchangePlan::new(e)),
             Work::AllReduce(a) => Kernel::AllReduce(AllReducePlan::new(a)),
             Work::Op(op) => ConvPlan::with_isa(op, isa)
@@ -95,6 +99,7 @@ impl Kernel {
     /// Bytes of scratch that it needs with so many threads.
     pub fn scratch_bytes(&self, threads: usize) -> usize {
         match self {
+            Kernel::Band(p) => p.scratch_bytes(threads),
             Kernel::Reduce(p) => p.scratch_bytes(),
             Kernel::Conv(p) => p.scratch_bytes(),
             Kernel::WeightGrad(p) => p.scratch_bytes(threads),
@@ -118,6 +123,24 @@ impl Kernel {
         o: &Operands,
         cx: StepContext,
     ) -> Result<(), TransportError> {
+        // SAFETY: by this function's contract.
+        unsafe {
+            match self {
+                Kernel::Exchange(p) => p.run(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
+                Kernel::AllReduce(p) => p.run(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
+                _ => {
+                    self.compute(pool, o, cx);
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    /// Runs it, if it does not communicate.
+    ///
+    /// # Safety
+    /// As for [`Kernel::run`].
+    pub unsafe fn compute(&self, pool: &Pool, o: &Operands, cx: StepContext) {
         let (inputs, out, scratch) = (o.inputs, o.outputs[0], o.scratch);
         // SAFETY: by this function's contract.
         unsafe {
@@ -133,11 +156,10 @@ impl Kernel {
                 Kernel::ScatterAdd(p) => p.run(pool, inputs[0], inputs[1].cast(), out, scratch.cast()),
                 Kernel::TopK(p) => p.run(pool, inputs[0].cast(), out.cast()),
                 Kernel::Copies(p) => p.run(pool, inputs, out, o.output_bytes),
-                Kernel::Exchange(p) => return p.run(pool, transport, inputs[0], out, scratch),
-                Kernel::AllReduce(p) => return p.run(pool, transport, inputs[0], out, scratch),
+                Kernel::Band(p) => p.run(pool, o, cx),
+                Kernel::Exchange(_) | Kernel::AllReduce(_) => unreachable!("it needs a transport"),
             }
         }
-        Ok(())
     }
 }
 
@@ -154,5 +176,8 @@ impl Backend for CpuBackend {
     }
     fn workspace_bytes(&self) -> usize {
         self.threads * WORKSPACE_BYTES
+    }
+    fn threads(&self) -> usize {
+        self.threads
     }
 }

@@ -3,6 +3,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+pub mod band;
 pub mod contract;
 pub mod conv;
 pub mod copy;

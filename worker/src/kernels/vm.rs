@@ -15,6 +15,9 @@ use mesh::rng::Stream;
 /// Points of a block.
 pub const BLOCK: usize = 512;
 
+/// Loops that a nest has at most.
+pub const LOOPS: usize = 16;
+
 /// What a run of a function is about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepContext {
@@ -22,6 +25,15 @@ pub struct StepContext {
     pub seed: u64,
     /// Number of the step.
     pub step: u32,
+    /// By loop of the nest that is run: how much further on it begins than it says, for a slice of a band.
+    pub further: [usize; LOOPS],
+}
+
+impl StepContext {
+    /// Of whole steps.
+    pub const fn new(seed: u64, step: u32) -> StepContext {
+        StepContext { seed, step, further: [0; LOOPS] }
+    }
 }
 
 /// What a value depends on.
@@ -53,6 +65,8 @@ pub struct Machine {
     /// Extents of the loops, at least two.
     pub extents: Vec<usize>,
     origin: Vec<usize>,
+    /// By loop of the nest: which loop of these it became a part of, and by how much that goes on with each of its points.
+    within: Vec<(usize, usize)>,
     operands: Vec<Operand>,
     instrs: Vec<(Instr, DType, usize)>,
     /// Instructions by what their values depend on.
@@ -70,6 +84,8 @@ pub struct Machine {
 pub struct Evaluation<'a> {
     machine: &'a Machine,
     cx: StepContext,
+    /// Global index of each loop's first point.
+    origin: [usize; LOOPS],
     operands: &'a [*const u8],
     registers: &'a mut [f32],
     /// Where each value of the block lies.
@@ -98,6 +114,7 @@ impl Machine {
         // Which original loops each remaining one stands for: the number of them.
         let mut merged = vec![1; extents.len()];
         let mut first: Vec<usize> = (0..extents.len()).collect();
+        let mut within: Vec<(usize, usize)> = (0..extents.len()).map(|l| (l, 1)).collect();
         let mut i = 0;
         while i + 1 < extents.len() {
             let inner = extents[i + 1];
@@ -117,6 +134,10 @@ impl Machine {
             origin[i] = origin[i] * inner + origin[i + 1];
             extents[i] *= inner;
             merged[i] += merged[i + 1];
+            for (l, step) in within.iter_mut().filter(|(l, _)| *l >= i) {
+                *step *= if *l == i { inner } else { 1 };
+                *l -= usize::from(*l > i);
+            }
             operands.iter_mut().for_each(|(_, _, s)| {
                 s.remove(i);
             });
@@ -137,6 +158,7 @@ impl Machine {
             extents.insert(0, 1);
             origin.insert(0, 0);
             merged.insert(0, 0);
+            within.iter_mut().for_each(|(l, _)| *l += 1);
             operands.iter_mut().for_each(|(_, _, s)| s.insert(0, 0));
             for (instr, _) in &mut instrs {
                 match instr {
@@ -207,8 +229,21 @@ impl Machine {
         let (instrs, registers) = allocate(instrs, &results, &places);
         let by = |d: Depends| (0..instrs.len()).filter(|i| depends[*i] == d && before[*i]).collect();
         let [uniform, fixed, moving] = [Depends::Uniform, Depends::Fixed, Depends::Moving].map(by);
-        let machine =
-            Machine { isa, of, extents, origin, operands, instrs, uniform, fixed, moving, native, registers, results };
+        let machine = Machine {
+            isa,
+            of,
+            extents,
+            origin,
+            within,
+            operands,
+            instrs,
+            uniform,
+            fixed,
+            moving,
+            native,
+            registers,
+            results,
+        };
         (machine, merged)
     }
 
@@ -243,9 +278,13 @@ impl Machine {
     ) -> Evaluation<'a> {
         assert!(registers.len() >= self.workspace());
         let pointers = [std::ptr::null(); MAX_INSTRS];
+        let mut origin = [0; LOOPS];
+        origin.iter_mut().zip(&self.origin).for_each(|(o, first)| *o = *first);
+        self.within.iter().zip(&cx.further).for_each(|((l, step), n)| origin[*l] += n * step);
         Evaluation {
             machine: self,
             cx,
+            origin,
             operands,
             registers,
             pointers,
@@ -378,7 +417,7 @@ impl Evaluation<'_> {
                 Instr::Constant(c) => out.fill(constant(*c, *dtype)),
                 Instr::Step => out.fill(cx.step),
                 Instr::Index { dim } => {
-                    let first = (m.origin[*dim] + at[*dim]) as u32;
+                    let first = (self.origin[*dim] + at[*dim]) as u32;
                     for (r, row) in out.chunks_exact_mut(columns.max(1)).enumerate() {
                         match d - dim {
                             1 => row.iter_mut().zip(first..).for_each(|(o, i)| *o = i),
@@ -389,7 +428,7 @@ impl Evaluation<'_> {
                 }
                 Instr::Random { distribution, key, strides } => {
                     let stream = Stream { seed: cx.seed, step: cx.step, key: *key };
-                    let start: u64 = (0..d).map(|l| (m.origin[l] + at[l]) as u64 * strides[l]).sum();
+                    let start: u64 = (0..d).map(|l| (self.origin[l] + at[l]) as u64 * strides[l]).sum();
                     for (r, row) in out.chunks_mut(columns.max(1)).enumerate() {
                         random(isa, stream, *distribution, start + r as u64 * strides[d - 2], strides[d - 1], row);
                     }
