@@ -90,9 +90,9 @@ fn run(plan: &ProgramPlan, feeds: &[(Vec<Dim>, Array)], threads: usize) -> Vec<(
     group.run(index("init"), 0).unwrap();
     let f = &plan.functions[&Name::from("f")];
     for d in 0..plan.mesh.size() {
-        for (i, (name, ..)) in f[d].inputs.iter().enumerate() {
+        for (i, (name, part, _)) in f[d].inputs.iter().enumerate() {
             let feed: usize = name[1..].parse().unwrap();
-            group.device(d).feed(index("f"), i, &feeds[feed].1);
+            group.device(d).feed(index("f"), i, &feeds[feed].1.part(&part.region));
         }
     }
     group.run(index("f"), 0).unwrap();
