@@ -1,6 +1,7 @@
 //! Errors: what was wrong, where, and what to do.
 
 use crate::dim::Name;
+use crate::layout::AT;
 use std::fmt;
 use std::panic::Location;
 
@@ -58,6 +59,13 @@ pub fn refuse<T>(constraint: &'static str, message: impl Into<String>, help: imp
 fn amount(n: usize) -> String {
     use crate::plan::describe::{bytes, thousands};
     format!("{} ({} bytes)", bytes(n), thousands(n as u64))
+}
+
+fn both(first: &str, second: &str) -> String {
+    match first.strip_prefix(AT) {
+        Some(_) => format!("the stage `{first}` and dimension `{second}`"),
+        None => format!("dimensions `{first}` and `{second}`"),
+    }
 }
 
 /// The causes of an error.
@@ -138,7 +146,7 @@ pub enum Cause {
         dim: Name,
     },
     /// Two dimensions of one tensor lie on one axis.
-    #[error("dimensions `{first}` and `{second}` of {tensor} both lie on the mesh axis `{axis}`")]
+    #[error("{} of {tensor} both lie on the mesh axis `{axis}`", both(first, second))]
     AxisTwice {
         /// The tensor: op and type.
         tensor: String,
@@ -148,6 +156,16 @@ pub enum Cause {
         first: Name,
         /// The other one.
         second: Name,
+    },
+    /// A layout rule names a place along an axis that there is not.
+    #[error("layout rule `{rule}` names a place along the axis `{axis}`, which has {size}, from 0 on")]
+    NoSuchStage {
+        /// The rule.
+        rule: String,
+        /// The axis.
+        axis: Name,
+        /// Its size.
+        size: usize,
     },
     /// The mesh does not have as many places as there are devices.
     #[error("the mesh `{mesh}` has {size} places, but there are {devices} devices")]
@@ -231,6 +249,7 @@ impl Cause {
             Cause::MeshSize { .. } => "L0006",
             Cause::MoreShardsThanChunks { .. } => "L0007",
             Cause::UnknownScope { .. } => "L0008",
+            Cause::NoSuchStage { .. } => "L0009",
             Cause::OverMemory { .. } => "M0001",
         }
     }
@@ -253,8 +272,14 @@ impl Cause {
                 nearest(n).unwrap_or("patterns are of whole paths: `decoder` and all below it is `decoder/**`".into())
             }
             Cause::TwoRules { .. } => "keep one of them".into(),
+            Cause::AxisTwice { first, second, .. } if first.starts_with(AT) => {
+                format!("do not split `{second}` over the axis of the stages: give its scope a rule `{second}:none`")
+            }
             Cause::AxisTwice { first, second, .. } => {
                 format!("map only one of `{first}` and `{second}` to this axis, or override this tensor's layout")
+            }
+            Cause::NoSuchStage { size, .. } => {
+                format!("use a place below {size}, or a mesh with more of them along the axis")
             }
             Cause::MeshSize { devices, .. } => {
                 format!("make the axis sizes multiply to {devices}, or change the number of devices")

@@ -3,6 +3,8 @@
 //! ```text
 //! layout  = { (rule | block) [","|";"|newline] }
 //! rule    = dimension ":" axes                      batch:data    d_ff:x+y    heads:model?    x:none    *:data
+//!         | "@" axis ":" (number | "none")          @pipe:0
+//!         | "schedule:" ("gpipe" | "1f1b" | "zero-bubble"), in no block
 //! axes    = "none" | axis { "+" axis } ["?"]
 //! block   = (section | pattern) "{" layout "}"      slots{ *:data }    decoder/**{ x:none, channel:model }
 //! section = "variables" | "gradients" | "slots" | "activations"
@@ -10,10 +12,12 @@
 //!
 //! A scope's pattern is a path whose parts may hold `*` (any text) or be `**` (any number of parts); it may begin with `/`,
 //! as it must for a module that is called like a section. Scopes may stand in a section, and no other block in a block. The same in TOML is a table: rules are `dimension = "axes"`, blocks are tables.
+//! `@pipe:0` is a stage of a pipeline: what it is for lies on the devices at that place along the axis, and only there; `schedule` says in which order stages work ([`crate::pipeline`]).
 //! What the rules mean for a tensor is [`crate::placement`]'s.
 
 use crate::dim::{Name, is_name};
 use crate::error::{Cause, Error};
+use crate::pipeline::Schedule;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
@@ -117,21 +121,33 @@ impl FromStr for Mesh {
 const NONE: &str = "none";
 /// What a rule has in place of a dimension that each tensor chooses.
 pub const ANY: &str = "*";
+/// What an axis has in front of it where a rule says at which place along it tensors lie.
+pub const AT: char = '@';
 
-/// A rule: a dimension is split over axes.
+/// A rule: a dimension is split over axes; or tensors lie at one place along an axis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// The dimension, or [`ANY`]: the largest that can be split and is not split otherwise.
+    /// The dimension, or [`ANY`]: the largest that can be split and is not split otherwise; or [`AT`] and an axis.
     pub dim: Name,
-    /// The axes, the outermost first; none: it is not split.
+    /// The axes, the outermost first; none: it is not split, or tensors lie everywhere along the axis.
     pub axes: Vec<Name>,
     /// Whether a tensor that cannot be split so stays whole there, in place of an error.
     pub optional: bool,
+    /// The place along the axis, if the rule is about that.
+    pub at: Option<usize>,
 }
 
 impl Rule {
+    /// Whether it is about tensors whatever dimensions they have.
+    pub(crate) fn is_for_all(&self) -> bool {
+        *self.dim == *ANY || self.dim.starts_with(AT)
+    }
+
     /// `data+x?`, as behind the colon.
     fn over(&self) -> String {
+        if let Some(at) = self.at {
+            return at.to_string();
+        }
         let axes = self.axes.iter().map(|a| &**a).collect::<Vec<_>>().join("+");
         match (axes.as_str(), self.optional) {
             ("", _) => NONE.into(),
@@ -156,6 +172,14 @@ impl FromStr for Rule {
             Some(over) => (over.trim_end(), true),
             None => (over, false),
         };
+        if let Some(axis) = dim.strip_prefix(AT) {
+            let at = if over == NONE { Some(None) } else { over.parse().ok().map(Some) };
+            let (true, false, Some(at)) = (is_name(axis), optional, at) else {
+                return Err(syntax("a stage @axis:number, such as `@pipe:0`").into());
+            };
+            let axes = at.map(|_| axis.into()).into_iter().collect();
+            return Ok(Rule { dim: dim.into(), axes, optional, at });
+        }
         let axes: Vec<&str> = if over == NONE { vec![] } else { over.split('+').map(str::trim).collect() };
         if !(is_name(dim) || dim == ANY)
             || axes.iter().any(|a| !is_name(a) || *a == NONE)
@@ -166,7 +190,7 @@ impl FromStr for Rule {
         if axes.iter().enumerate().any(|(i, a)| axes[..i].contains(a)) {
             return Err(syntax("a rule that names each axis once, such as `batch:data+x`").into());
         }
-        Ok(Rule { dim: dim.into(), axes: axes.into_iter().map(Name::from).collect(), optional })
+        Ok(Rule { dim: dim.into(), axes: axes.into_iter().map(Name::from).collect(), optional, at: None })
     }
 }
 
@@ -282,6 +306,15 @@ impl FromStr for Head {
     }
 }
 
+/// What stands in front of the order of a pipeline.
+const SCHEDULE: &str = "schedule";
+
+/// The order of a pipeline, if a part of a layout is one.
+fn schedule(part: &str) -> Option<Schedule> {
+    let (key, value) = part.split_once(':')?;
+    value.trim().parse().ok().filter(|_| key.trim() == SCHEDULE)
+}
+
 /// Layout rules: which dimension is split over which mesh axes, `batch:data, x:x, slots{ *:data }`.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Layout {
@@ -289,6 +322,8 @@ pub struct Layout {
     pub(crate) rules: Vec<Rule>,
     /// Rules for some.
     pub(crate) blocks: Vec<(Head, Layout)>,
+    /// The order of a pipeline, if it is said.
+    schedule: Option<Schedule>,
 }
 
 /// A rule with the blocks around it.
@@ -320,6 +355,7 @@ impl Layout {
     /// A text that is no layout; a second rule for a dimension, or a second block for the same tensors.
     pub fn with(mut self, text: &str) -> Result<Layout, Error> {
         let more: Layout = text.parse()?;
+        self.schedule = more.schedule.or(self.schedule);
         more.rules.into_iter().try_for_each(|rule| self.add_rule(rule))?;
         more.blocks.into_iter().try_for_each(|(head, block)| self.add_block(head, block))?;
         Ok(self)
@@ -345,9 +381,14 @@ impl Layout {
         self.with(&format!("{head}{{{}}}", rules.parse::<Layout>()?))
     }
 
-    /// Whether it has no rule.
+    /// Whether it says nothing.
     pub fn is_empty(&self) -> bool {
-        self.scoped().next().is_none()
+        self.scoped().next().is_none() && self.schedule.is_none()
+    }
+
+    /// In which order the stages of a pipeline work.
+    pub fn schedule(&self) -> Schedule {
+        self.schedule.unwrap_or_default()
     }
 
     /// Whether some rule names the axis.
@@ -386,7 +427,7 @@ impl Layout {
             };
             (!block.is_empty()).then(|| (head.clone(), block))
         };
-        Layout { rules, blocks: self.blocks.iter().filter_map(inner).collect() }
+        Layout { rules, blocks: self.blocks.iter().filter_map(inner).collect(), schedule: self.schedule }
     }
 
     fn add_rule(&mut self, rule: Rule) -> Result<(), Error> {
@@ -435,7 +476,9 @@ impl Layout {
                 self.add_block(head, block).map_err(here)?;
                 continue;
             }
-            if !part.trim().is_empty() {
+            if let (Some(schedule), []) = (schedule(part), within) {
+                self.schedule = Some(schedule);
+            } else if !part.trim().is_empty() {
                 part.parse().and_then(|rule| self.add_rule(rule)).map_err(here)?;
             }
             match (stop, within) {
@@ -452,7 +495,8 @@ impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rules = self.rules.iter().map(Rule::to_string);
         let blocks = self.blocks.iter().map(|(head, block)| format!("{head}{{{block}}}"));
-        f.write_str(&rules.chain(blocks).collect::<Vec<_>>().join(","))
+        let schedule = self.schedule.map(|s| format!("{SCHEDULE}:{s}"));
+        f.write_str(&rules.chain(blocks).chain(schedule).collect::<Vec<_>>().join(","))
     }
 }
 
@@ -469,7 +513,8 @@ impl Serialize for Layout {
     /// A table: `batch = "data"`, and a table for each block.
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         use serde::ser::SerializeMap;
-        let mut map = to.serialize_map(Some(self.rules.len() + self.blocks.len()))?;
+        let mut map = to.serialize_map(None)?;
+        self.schedule.iter().try_for_each(|s| map.serialize_entry(SCHEDULE, &s.to_string()))?;
         self.rules.iter().try_for_each(|r| map.serialize_entry(&r.dim, &r.over()))?;
         self.blocks.iter().try_for_each(|(head, block)| map.serialize_entry(&head.to_string(), block))?;
         map.end()
@@ -530,8 +575,11 @@ mod tests {
             Just("c+a+b?".to_string()),
         ];
         let dim = prop_oneof![Just("*".to_string()), Just("x".to_string()), "[a-z]{1,4}", Just("k.x".to_string())];
-        prop::collection::btree_map(dim, axes, 0..4)
-            .prop_map(|m| m.iter().map(|(d, a)| format!(" {d} : {a}")).collect::<Vec<_>>().join(" ;"))
+        let stage = prop::option::of(prop_oneof![Just("@a: none"), Just("@a:2"), Just(" @ab : 11 ")]);
+        (prop::collection::btree_map(dim, axes, 0..4), stage).prop_map(|(m, stage)| {
+            let rules = m.iter().map(|(d, a)| format!(" {d} : {a}"));
+            rules.chain(stage.map(String::from)).collect::<Vec<_>>().join(" ;")
+        })
     }
 
     /// Scopes, each with rules.
@@ -552,11 +600,13 @@ mod tests {
     /// A layout's text.
     fn layouts() -> impl Strategy<Value = String> {
         let section = (0usize..4, rules(), scopes()).prop_map(|(s, r, p)| (Section::ALL[s], format!("{r},{p}")));
-        (rules(), scopes(), prop::collection::vec(section, 0..3)).prop_map(|(rules, scopes, mut sections)| {
+        let schedule = prop::option::of(prop_oneof![Just("schedule : gpipe"), Just("schedule:zero-bubble")]);
+        let sections = prop::collection::vec(section, 0..3);
+        (rules(), scopes(), sections, schedule).prop_map(|(rules, scopes, mut sections, schedule)| {
             sections.sort();
             sections.dedup_by_key(|(s, _)| *s);
             let sections = sections.iter().map(|(s, r)| format!("{s}{{{r}}}")).collect::<Vec<_>>().join(", ");
-            format!("{rules};{scopes},{sections}")
+            format!("{rules};{scopes},{sections};{}", schedule.unwrap_or_default())
         })
     }
 
@@ -576,7 +626,7 @@ mod tests {
             let table = toml::to_string(&layout).unwrap();
             prop_assert_eq!(toml::from_str::<Layout>(&table).unwrap(), layout.clone(), "{}", table);
             // Built part by part it is the same.
-            let mut built = Layout::default();
+            let mut built = Layout { schedule: layout.schedule, ..Layout::default() };
             for rule in &layout.rules {
                 built = built.with(&rule.to_string()).unwrap();
             }
@@ -591,7 +641,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_the_parsers_panic(text in ".{0,40}", marks in "[a*:/+?{},; \n-]{0,40}") {
+        fn no_text_makes_the_parsers_panic(text in ".{0,40}", marks in "[a1@*:/+?{},; \n-]{0,40}") {
             for text in [text, marks] {
                 let _ = text.parse::<Mesh>();
                 let read = text.parse::<Layout>();

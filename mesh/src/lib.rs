@@ -4,7 +4,7 @@
 //! is: [`op`]) and layers ([`nn`]); `Graph::gradients` adds the backward pass, [`optim`] the update; [`program`] holds
 //! the functions and their variables. [`reference`] evaluates a function by scalar loops: it defines what everything
 //! means. A [`layout`] maps dimension names to the axes of a mesh, and [`placement`] says who owns what by it; [`spmd`]
-//! lowers a function to one list of instructions for all devices; [`plan`] fuses and orders it and gives every buffer its place. [`chunk`], [`region`]
+//! lowers a function to one list of instructions for all devices; [`plan`] fuses and orders it and gives every buffer its place; [`pipeline`] says in which order stages work. [`chunk`], [`region`]
 //! and [`rng`] are what makes the result independent of the layout. A [`machine`] says how fast
 //! all that would be. Nothing here does I/O.
 
@@ -20,6 +20,7 @@ pub mod nn;
 pub mod op;
 pub mod ops;
 pub mod optim;
+pub mod pipeline;
 pub mod placement;
 pub mod plan;
 pub mod program;

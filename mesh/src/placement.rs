@@ -7,15 +7,24 @@ use crate::chunk::shard_chunks;
 use crate::dim::{Dim, Name, Type};
 use crate::error::{Cause, Error, Place, nearest};
 use crate::graph::{Node, Role};
-use crate::layout::{ANY, Layout, Mesh, Pattern, Rule, Scoped, Section};
+use crate::layout::{ANY, AT, Layout, Mesh, Pattern, Rule, Scoped, Section};
 use crate::program::{Function, Program, Variable};
 use crate::region::Region;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// The mesh axes of each dimension of one tensor, the outermost first; none where it is not split.
-pub type Spec = Vec<Vec<usize>>;
+/// The mesh axes of each of some dimensions, the outermost first; none where it is not split.
+pub type Axes = Vec<Vec<usize>>;
+
+/// How a tensor lies.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
+pub struct Spec {
+    /// The axes of each of its dimensions.
+    pub dims: Axes,
+    /// Axes along which it lies at one place only, in order, each with the place.
+    pub stage: Vec<(usize, usize)>,
+}
 
 /// A tensor as rules see it.
 pub struct Subject<'a> {
@@ -92,7 +101,7 @@ fn among<'s, 'a>(subjects: &'s [Subject<'a>], s: Scoped) -> Vec<&'s Subject<'a>>
 
 /// Whether a rule says something of one of these tensors.
 fn says(subjects: &[Subject], s: Scoped) -> bool {
-    among(subjects, s).iter().any(|t| *s.rule.dim == *ANY || t.ty.has(&s.rule.dim))
+    among(subjects, s).iter().any(|t| s.rule.is_for_all() || t.ty.has(&s.rule.dim))
 }
 
 impl Layout {
@@ -134,7 +143,7 @@ impl Layout {
                 let (scope, nearest) = (pattern.to_string().into(), near.map(Name::from));
                 return Err(Cause::UnknownScope { rule, scope, nearest }.into());
             }
-            if **dim != *ANY && !dims.contains_key(&**dim) {
+            if !s.rule.is_for_all() && !dims.contains_key(&**dim) {
                 let lacking = match (s.section, s.scope) {
                     (None, None) => "no tensor of the program has".into(),
                     (Some(section), None) => format!("none of the {section} has"),
@@ -155,6 +164,12 @@ impl Layout {
 }
 
 fn check_axes(rule: &Rule, text: &str, mesh: &Mesh) -> Result<(), Error> {
+    if let (Some(at), Some(axis)) = (rule.at, rule.axes.first().and_then(|a| mesh.axis(a))) {
+        let (axis, size) = mesh.axes()[axis].clone();
+        if at >= size {
+            return Err(Cause::NoSuchStage { rule: text.into(), axis, size }.into());
+        }
+    }
     match rule.axes.iter().find(|a| mesh.axis(a).is_none()) {
         Some(axis) => {
             let near = nearest(axis, mesh.axes().iter().map(|(n, _)| &**n)).map(Name::from);
@@ -203,14 +218,14 @@ impl<'a> Placement<'a> {
         let dims = &t.ty.dims;
         let rule = |d: &Dim| self.deciding(own.as_ref(), t, &d.name).filter(|_| !t.whole.contains(&d.name));
         let rules: Vec<Option<&Rule>> = dims.iter().map(rule).collect();
-        let mut spec: Spec = vec![vec![]; dims.len()];
+        let mut spec = Spec { dims: vec![vec![]; dims.len()], stage: self.stage(own.as_ref(), t) };
         // Rules that may be passed over come after those that may not, and a dimension that is chosen comes last.
         for optional in [false, true] {
             for (i, rule) in rules.iter().enumerate() {
                 let Some(rule) = rule.filter(|r| r.optional == optional) else { continue };
                 let axes = self.axes(rule);
                 match self.fits(t, &spec, i, &axes) {
-                    Ok(()) => spec[i] = axes,
+                    Ok(()) => spec.dims[i] = axes,
                     Err(_) if optional => {}
                     Err(e) => return Err(e.at(t.place)),
                 }
@@ -220,15 +235,22 @@ impl<'a> Placement<'a> {
             let axes = self.axes(rule);
             let free = |i: &usize| {
                 let switched_off = rules[*i].is_some_and(|r| r.axes.is_empty()) || t.whole.contains(&dims[*i].name);
-                spec[*i].is_empty() && !switched_off && self.fits(t, &spec, *i, &axes).is_ok()
+                spec.dims[*i].is_empty() && !switched_off && self.fits(t, &spec, *i, &axes).is_ok()
             };
             // Of equals the first by name, so that a tensor with its dimensions in another order is split alike.
             let chosen = (0..dims.len()).filter(free).max_by_key(|i| (dims[*i].size, Reverse(&dims[*i].name)));
             if let Some(i) = chosen {
-                spec[i] = axes;
+                spec.dims[i] = axes;
             }
         }
         Ok(spec)
+    }
+
+    /// The axes along which a tensor lies at one place.
+    fn stage(&self, own: Option<&Layout>, t: &Subject) -> Vec<(usize, usize)> {
+        let axes = self.mesh.axes().iter().enumerate().filter(|(_, (_, size))| *size > 1);
+        let at = |name: &Name| self.deciding(own, t, &format!("{AT}{name}"))?.at;
+        axes.filter_map(|(i, (name, _))| Some((i, at(name)?))).collect()
     }
 
     /// The mesh axes of a rule; those of size 1 split nothing.
@@ -242,7 +264,11 @@ impl<'a> Placement<'a> {
         let d = &t.ty.dims[i];
         let name = |a: usize| &*self.mesh.axes()[a].0;
         let tensor = || format!("{} {}", t.what, t.ty);
-        for (first, taken) in spec.iter().enumerate() {
+        if let Some(&axis) = axes.iter().find(|a| spec.stage.iter().any(|(b, _)| b == *a)) {
+            let (first, second) = (format!("{AT}{}", name(axis)).into(), d.name.clone());
+            return Err(Cause::AxisTwice { tensor: tensor(), axis: name(axis).into(), first, second }.into());
+        }
+        for (first, taken) in spec.dims.iter().enumerate() {
             if let Some(&axis) = taken.iter().find(|a| axes.contains(a)) {
                 let (first, second) = (t.ty.dims[first].name.clone(), d.name.clone());
                 return Err(Cause::AxisTwice { tensor: tensor(), axis: name(axis).into(), first, second }.into());
@@ -264,7 +290,7 @@ impl<'a> Placement<'a> {
         }
         for rule in &own.rules {
             check_axes(rule, &rule.to_string(), self.mesh)?;
-            if *rule.dim != *ANY && !t.ty.has(&rule.dim) {
+            if !rule.is_for_all() && !t.ty.has(&rule.dim) {
                 let nearest = nearest(&rule.dim, t.ty.dims.iter().map(|d| &*d.name)).map(Name::from);
                 let lacking = format!("{} {} does not have", t.what, t.ty);
                 let (rule, dim) = (rule.to_string(), rule.dim.clone());
@@ -298,11 +324,19 @@ impl<'a> Placement<'a> {
         own.start * dim.size / chunks..own.end * dim.size / chunks
     }
 
-    /// The part of a tensor that each device owns.
+    /// The part of a tensor that each device owns; nothing where the tensor is at another place along an axis.
     pub fn regions(&self, ty: &Type, spec: &Spec) -> Vec<Region> {
-        let own =
-            |d| ty.dims.iter().zip(spec).map(|(dim, axes)| (dim.name.clone(), self.owned(dim, axes, d))).collect();
-        (0..self.mesh.size()).map(|d| Region(own(d))).collect()
+        let own = |d| {
+            let dims = ty.dims.iter().zip(&spec.dims);
+            dims.map(|(dim, axes)| (dim.name.clone(), self.owned(dim, axes, d))).collect()
+        };
+        let there = |d: usize| {
+            spec.stage.is_empty() || {
+                let at = self.mesh.coordinates(d);
+                spec.stage.iter().all(|(axis, place)| at[*axis] == *place)
+            }
+        };
+        (0..self.mesh.size()).map(|d| if there(d) { Region(own(d)) } else { Region::nothing(ty) }).collect()
     }
 }
 

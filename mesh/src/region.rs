@@ -10,6 +10,11 @@ use std::ops::Range;
 pub struct Region(pub Vec<(Name, Range<usize>)>);
 
 impl Region {
+    /// Nothing of a tensor. One without dimensions has a nameless range of no index instead.
+    pub fn nothing(ty: &Type) -> Region {
+        let dims = ty.dims.iter().map(|d| (d.name.clone(), 0..0));
+        Region(if ty.dims.is_empty() { vec![("".into(), 0..0)] } else { dims.collect() })
+    }
     /// All of a tensor.
     pub fn full(ty: &Type) -> Region {
         Region(ty.dims.iter().map(|d| (d.name.clone(), 0..d.size)).collect())
@@ -45,17 +50,22 @@ impl Region {
     /// Whether `inner` lies inside. An empty region lies inside everything.
     pub fn contains(&self, inner: &Region) -> bool {
         inner.is_empty()
-            || self.0.iter().zip(&inner.0).all(|((a, r), (b, s))| {
-                debug_assert_eq!(a, b);
-                r.start <= s.start && s.end <= r.end
-            })
+            || !self.is_empty()
+                && self.0.iter().zip(&inner.0).all(|((a, r), (b, s))| {
+                    debug_assert_eq!(a, b);
+                    r.start <= s.start && s.end <= r.end
+                })
     }
     /// Whether there is an element that both hold (dimensions in the same order).
     pub fn overlaps(&self, other: &Region) -> bool {
-        self.0.iter().zip(&other.0).all(|((_, r), (_, s))| r.start.max(s.start) < r.end.min(s.end))
+        let mut ranges = self.0.iter().zip(&other.0);
+        !self.is_empty() && !other.is_empty() && ranges.all(|((_, r), (_, s))| r.start.max(s.start) < r.end.min(s.end))
     }
     /// What both hold (dimensions in the same order).
     pub fn intersect(&self, other: &Region) -> Region {
+        if let Some(empty) = [self, other].into_iter().find(|r| r.is_empty()) {
+            return empty.clone();
+        }
         Region(
             self.0
                 .iter()

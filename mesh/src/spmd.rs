@@ -8,6 +8,9 @@
 //! split the sum, either the inputs are gathered, or a reduce-scatter finishes on each device its part of the result:
 //! whatever moves fewer bytes, and of equals the second, which needs less memory.
 //!
+//! What a rule gives to one place along an axis, a stage of a pipeline, lies and is computed on the devices there; the others
+//! hold nothing of it, and [`crate::pipeline`] puts the stages' instructions in an order in which they work side by side.
+//!
 //! A variable lies as the rules for variables say; each use takes of it what it needs. What the forward pass has gathered
 //! is not kept for the backward pass, which gathers again.
 
@@ -15,9 +18,10 @@ use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{Dim, Name, Type};
 use crate::error::Error;
 use crate::graph::{NodeId, Role};
+use crate::op::Op;
 use crate::ops::Prim;
 use crate::ops::reduce::ReduceFn;
-use crate::placement::{Placement, Spec, Subject};
+use crate::placement::{Axes, Placement, Spec, Subject};
 use crate::program::{Function, VarId};
 use crate::region::Region;
 use std::collections::HashMap;
@@ -151,7 +155,7 @@ struct Way {
     /// How what each device computes of it is split: the result, or more of it.
     spec: Spec,
     /// The axes over which each reduced dimension is split.
-    reduced: Spec,
+    reduced: Axes,
     /// What each device iterates over.
     at: Vec<Region>,
     sum: Option<Sum>,
@@ -241,7 +245,7 @@ impl Lowering<'_> {
         let way = self.way(id, &spec, &regions, values);
         let mut inputs = Vec::new();
         for (i, input) in node.inputs.iter().enumerate() {
-            let needed = way.at.iter().map(|at| op.needs(i, &types, &node.ty, at)).collect();
+            let needed = way.at.iter().map(|at| needs(op, i, &types, &node.ty, at)).collect();
             inputs.push(self.moved(&values[input.index()], needed, id));
         }
         let computed = placement.regions(&node.ty, &way.spec);
@@ -294,29 +298,30 @@ impl Lowering<'_> {
     fn way(&self, id: NodeId, spec: &Spec, regions: &[Region], values: &[Held]) -> Way {
         let node = self.function.node(id);
         let reduced = node.op.op().reduced(&self.function.input_types(node));
-        let used: Vec<usize> = spec.iter().flatten().copied().collect();
+        let stage = || spec.stage.iter().map(|(axis, _)| *axis);
+        let used: Vec<usize> = spec.dims.iter().flatten().copied().chain(stage()).collect();
         let gathered = self.along(&reduced, spec.clone(), self.split(id, &reduced, used, values), &node.ty);
-        let split = self.split(id, &reduced, vec![], values);
+        let split = self.split(id, &reduced, stage().collect(), values);
         if split == gathered.reduced {
             return gathered;
         }
         // Of a dimension's axes those in front of one that splits the sum stay: their shards are around the result's.
         let free = |a: &&usize| !split.iter().flatten().any(|s| s == *a);
-        let around = spec.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
-        let scattered = self.along(&reduced, around, split, &node.ty);
+        let around = spec.dims.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
+        let scattered = self.along(&reduced, Spec { dims: around, stage: spec.stage.clone() }, split, &node.ty);
         let traffic = |way: &Way| self.traffic(id, way, regions, values);
         if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
     }
 
     /// The axes of each reduced dimension: those by which the inputs which have it are split, as far as they are free.
-    fn split(&self, id: NodeId, reduced: &[Dim], mut used: Vec<usize>, values: &[Held]) -> Spec {
+    fn split(&self, id: NodeId, reduced: &[Dim], mut used: Vec<usize>, values: &[Held]) -> Axes {
         let node = self.function.node(id);
         let types = self.function.input_types(node);
         let passes = matches!(node.role, Role::Forward | Role::Backward);
         let axes_of = |input: NodeId, at: usize| {
             let held = &values[input.index()];
             let spec = held.stored.as_ref().filter(|_| !passes).unwrap_or(&held.spec);
-            spec[at].clone()
+            spec.dims[at].clone()
         };
         let mut of = |d: &Dim| {
             let inputs = node.inputs.iter().zip(&types);
@@ -332,7 +337,7 @@ impl Lowering<'_> {
     }
 
     /// The way along reduced dimensions that are split so.
-    fn along(&self, dims: &[Dim], spec: Spec, reduced: Spec, ty: &Type) -> Way {
+    fn along(&self, dims: &[Dim], spec: Spec, reduced: Axes, ty: &Type) -> Way {
         let at = self.placement.regions(ty, &spec);
         if dims.is_empty() {
             return Way { spec, reduced, at, sum: None };
@@ -359,7 +364,7 @@ impl Lowering<'_> {
         for (i, input) in node.inputs.iter().enumerate() {
             let held = &self.out.values[values[input.index()].value.index()];
             for (at, held) in way.at.iter().zip(&held.regions) {
-                let needed = op.needs(i, &types, &node.ty, at);
+                let needed = needs(op, i, &types, &node.ty, at);
                 bytes += (needed.elements() - needed.intersect(held).elements()) * types[i].dtype.bytes();
             }
         }
@@ -377,6 +382,11 @@ impl Lowering<'_> {
         }
         bytes
     }
+}
+
+/// What an op reads of input `i` for `at`: nothing for nothing.
+fn needs(op: &dyn Op, i: usize, types: &[&Type], output: &Type, at: &Region) -> Region {
+    if at.is_empty() { Region::nothing(types[i]) } else { op.needs(i, types, output, at) }
 }
 
 impl fmt::Display for SpmdProgram {

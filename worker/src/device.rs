@@ -302,6 +302,9 @@ impl Device {
 
     fn write(&self, part: &Part, buffer: Buffer, array: &Array) {
         assert_eq!((array.dtype(), array.shape()), (part.ty.dtype, &*part.region.shape()), "an array of another part");
+        if part.region.is_empty() {
+            return;
+        }
         let to = self.arena.at(buffer);
         // SAFETY: the buffer is this part's and no step runs now.
         unsafe {
@@ -315,6 +318,9 @@ impl Device {
 
     /// The array is the whole tensor or just the part.
     fn read(&self, part: &Part, buffer: Buffer, array: &mut Array) {
+        if part.region.is_empty() {
+            return;
+        }
         let (from, at) = (self.arena.at(buffer), place(part, array));
         // SAFETY: the buffer is this part's and no step runs now.
         unsafe {

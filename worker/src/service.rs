@@ -421,6 +421,9 @@ impl worker_server::Worker for WorkerService {
                 let mut parts = Vec::new();
                 for (at, device) in l.own.iter().enumerate() {
                     let part = l.part_of(place, *device);
+                    if part.region.is_empty() {
+                        continue;
+                    }
                     let mut array = Array::zeros(part.ty.dtype, &part.region.shape());
                     let held = l.group.device(at);
                     match place {

@@ -10,6 +10,7 @@ use crate::dim::{Dim, Name, Type, dim};
 use crate::error::{Refusal, nearest, refuse};
 use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
+use crate::pipeline::MICRO;
 use crate::region::Region;
 use std::ops::Range;
 
@@ -246,6 +247,14 @@ impl Tensor {
             [only] if self.ty().size_of(name) == Some(only.size) => self.rename(name, &only.name),
             _ => self.apply(SplitDim { dim: name.into(), into: into.to_vec() }),
         }
+    }
+    /// The `part`-th of `parts` micro-batches along `dim`: every `parts`-th element, so that each device has its share of
+    /// every micro-batch where the dimension is split.
+    #[track_caller]
+    pub fn micro_batch(&self, dim: &str, part: usize, parts: usize) -> Tensor {
+        let whole = self.dim(dim);
+        let into = [crate::dim::dim(dim, whole.size / parts.max(1)), crate::dim::dim(MICRO, parts)];
+        self.split_dim(dim, &into).slice(MICRO, part, part + 1).merge_dims(&[dim, MICRO], dim)
     }
     /// Dimensions as one, the first one named outermost: `x.merge_dims(&["heads", "d_head"], "d_model")`; the inverse of
     /// [`Tensor::split_dim`]. It lies where the first one lay; dimensions that do not lie side by side are reordered.

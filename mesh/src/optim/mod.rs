@@ -170,7 +170,9 @@ impl Optimizer {
     #[track_caller]
     fn update(&self, g: &Graph, variables: &[(VarId, Tensor)], grads: &[Tensor]) -> Update {
         let update = || {
-            let squares = grads.iter().map(|grad| grad.square().sum_all());
+            // Each where its variable is.
+            let square = |id: VarId, grad: &Tensor| g.scoped_at(g.variable_name(id), || grad.square().sum_all());
+            let squares = variables.iter().zip(grads).map(|((id, _), grad)| square(*id, grad));
             let grad_norm = squares.reduce(|a, b| a.add(&b)).unwrap_or(g.scalar(0.0)).sqrt();
             let factor = self.clip_norm.map(|most| {
                 // A norm of 0 must not give 0 / 0.
@@ -195,6 +197,38 @@ impl Optimizer {
             Update { grad_norm, rate, scaled }
         };
         g.with_role(Role::Update, || g.layer("optimizer", update))
+    }
+
+    /// One step whose batch goes in `parts` micro-batches: `loss` gives the loss of each, of what [`Tensor::micro_batch`]
+    /// takes of the inputs. Gives the mean of their losses too.
+    ///
+    /// All of it is one function, so that the stages of a pipeline work on several at a time ([`crate::pipeline`]), and its
+    /// bits are the same on every layout; of another number of parts they are others. Where a state of the model is set
+    /// (running statistics), the last micro-batch counts.
+    #[track_caller]
+    pub fn apply_in_parts(&self, g: &Graph, parts: usize, loss: impl Fn(usize) -> Tensor) -> (Tensor, Update) {
+        let share = 1.0 / parts.max(1) as f32;
+        let mut mean: Option<Tensor> = None;
+        let mut sums: Vec<(VarId, Tensor, Tensor)> = vec![];
+        for part in 0..parts.max(1) {
+            let loss = loss(part).mul_scalar(share);
+            let variables = g.trainable();
+            let grads = self.gradients(g, &loss, &variables);
+            mean = Some(mean.map_or(loss.clone(), |sum| sum.add(&loss)));
+            for ((id, variable), grad) in variables.into_iter().zip(grads) {
+                let path = g.variable_name(id);
+                let module = path.rsplit_once('/').map_or("", |(module, _)| module);
+                let add = |sum: &Tensor| g.scoped_at(module, || g.with_role(Role::Gradient, || sum.add(&grad)));
+                match sums.iter_mut().find(|(v, ..)| *v == id) {
+                    Some((_, _, sum)) => *sum = add(sum),
+                    None => sums.push((id, variable, grad)),
+                }
+            }
+        }
+        let variables: Vec<(VarId, Tensor)> = sums.iter().map(|(id, v, _)| (*id, v.clone())).collect();
+        let grads: Vec<Tensor> = sums.into_iter().map(|(_, _, sum)| sum).collect();
+        let update = self.update(g, &variables, &grads);
+        (mean.unwrap_or_else(|| g.scalar(0.0)), update)
     }
 
     /// Adds the gradients of `loss`, divided by `parts`, up in slots (`gradient`) instead of using them: a step in `parts`

@@ -24,9 +24,9 @@ impl Step {
         match &self.work {
             Work::Map(_) => "map",
             Work::Reduce(_) => "reduce",
-            Work::Copy(_) => "copy",
+            Work::Copy(_) if !self.is_idle() => "copy",
             Work::Band(_) => "band",
-            Work::Op(_) | Work::Exchange(_) | Work::AllReduce(_) => &self.label.op,
+            Work::Copy(_) | Work::Op(_) | Work::Exchange(_) | Work::AllReduce(_) => &self.label.op,
         }
     }
 

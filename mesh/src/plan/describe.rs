@@ -5,7 +5,7 @@ use super::{DevicePlan, ProgramPlan, Timeline};
 use crate::dim::{Name, Type};
 use crate::error::Place;
 use crate::graph::Node;
-use crate::layout::Mesh;
+use crate::layout::{AT, Mesh};
 use crate::placement::{Placement, Spec, Subject};
 use crate::program::{Function, Program};
 use std::collections::BTreeMap;
@@ -147,9 +147,11 @@ fn traffic(work: &Work) -> Option<(usize, usize)> {
 /// How a tensor is split: `x:x,y:y`, or `whole`.
 pub(super) fn split(mesh: &Mesh, ty: &Type, spec: &Spec) -> String {
     let over = |axes: &[usize]| axes.iter().map(|a| &*mesh.axes()[*a].0).collect::<Vec<_>>().join("+");
-    let split = ty.dims.iter().zip(spec).filter(|(_, axes)| !axes.is_empty());
-    let split: Vec<String> = split.map(|(d, axes)| format!("{}:{}", d.name, over(axes))).collect();
-    if split.is_empty() { "whole".into() } else { split.join(",") }
+    let split = ty.dims.iter().zip(&spec.dims).filter(|(_, axes)| !axes.is_empty());
+    let split = split.map(|(d, axes)| format!("{}:{}", d.name, over(axes)));
+    let stage = spec.stage.iter().map(|(axis, at)| format!("{AT}{}:{at}", mesh.axes()[*axis].0));
+    let rules: Vec<String> = stage.chain(split).collect();
+    if rules.is_empty() { "whole".into() } else { rules.join(",") }
 }
 
 /// The largest activation of each stage of a function, in the order of the program.

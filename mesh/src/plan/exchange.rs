@@ -35,19 +35,27 @@ fn contiguous(piece: &Region, held: &Region) -> bool {
     dims.all(|(p, _)| p == 1)
 }
 
+fn held(regions: &[Region]) -> Vec<&Region> {
+    regions.iter().filter(|r| !r.is_empty()).collect()
+}
+
 /// The pattern of a move.
 pub(super) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
-    let grows = from.iter().zip(to).all(|(f, t)| t.contains(f));
-    if from.iter().zip(to).all(|(f, t)| f.contains(t)) {
+    if from.iter().zip(to).any(|(f, t)| f.is_empty() != t.is_empty()) {
+        return ExchangeKind::Send;
+    }
+    let (from, to) = (held(from), held(to));
+    let grows = from.iter().zip(&to).all(|(f, t)| t.contains(f));
+    if from.iter().zip(&to).all(|(f, t)| f.contains(t)) {
         return ExchangeKind::Slice;
     }
     let dims = from.first().map_or(0, |r| r.0.len());
-    let same = |side: &[Region], d: usize| side.iter().all(|r| r.0[d].1 == side[0].0[d].1);
+    let same = |side: &[&Region], d: usize| side.iter().all(|r| r.0[d].1 == side[0].0[d].1);
     if grows {
-        let gathered = (0..dims).any(|d| !same(from, d) && same(to, d));
+        let gathered = (0..dims).any(|d| !same(&from, d) && same(&to, d));
         return if gathered { ExchangeKind::AllGather } else { ExchangeKind::Halo };
     }
-    if (0..dims).any(|d| same(from, d) != same(to, d)) { ExchangeKind::AllToAll } else { ExchangeKind::Permute }
+    if (0..dims).any(|d| same(&from, d) != same(&to, d)) { ExchangeKind::AllToAll } else { ExchangeKind::Permute }
 }
 
 /// For each receiver of a move, the boxes that it gets and their senders.

@@ -6,7 +6,7 @@ use super::copies::copies;
 use super::exchange::{Sources, Together, all_reduce, exchange};
 use super::fuse::{Fused, Group, Kind};
 use super::memory::{self, Tenant};
-use super::step::{ALIGN, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Label, OpWork, Part, Step, Work};
+use super::step::{ALIGN, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, IDLE, Label, OpWork, Part, Step, Work};
 use crate::body::{Loop, Reduction};
 use crate::dim::{Dim, Name};
 use crate::error::Place;
@@ -263,11 +263,12 @@ impl Planner<'_> {
         if by_op || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
             return false;
         }
-        (0..self.devices()).all(|d| {
+        let in_place = |d: usize| {
             let (nest, loaded) = self.map(group, self.view(d));
             let mut own = nest.operands.iter().zip(&loaded).filter(|(_, v)| **v == old);
-            a.bytes(d) == b.bytes(d) && own.all(|(access, _)| access.is_whole(&nest.extents))
-        })
+            own.all(|(access, _)| access.is_whole(&nest.extents))
+        };
+        (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d) && (b.bytes(d) == 0 || in_place(d)))
     }
 
     /// A group's first instruction: if it has an epilogue, the product.
@@ -301,11 +302,30 @@ impl Planner<'_> {
         Label { op: op.into(), scope: n.scope.clone(), place: n.place, node }
     }
 
+    /// Whether a device has nothing to do with a group: it is another stage's.
+    fn is_idle(&self, group: &Group, device: usize) -> bool {
+        let there = |v: &ValueId| !self.cx.spmd.values[v.index()].regions[device].is_empty();
+        match &self.first(group).op {
+            SpmdOp::Move => {
+                let pieces = |to: usize, pieces: &[(usize, Region)]| match to == device {
+                    true => !pieces.is_empty(),
+                    false => pieces.iter().any(|(from, _)| *from == device),
+                };
+                !self.moves[&group.instrs[0]].iter().enumerate().any(|(to, p)| pieces(to, p))
+            }
+            SpmdOp::AllReduce { .. } => !group.outputs.iter().chain(&group.inputs).any(there),
+            SpmdOp::Compute { .. } => !group.outputs.iter().any(there),
+        }
+    }
+
     /// The work of a group on a device or a slice, the values it reads in the work's order, its name and its scratch.
     pub(super) fn work(&self, group: &Group, view: View) -> (Work, Vec<ValueId>, Name, usize) {
         let (spmd, device) = (self.cx.spmd, view.device);
         let instr = self.first(group);
         let out = &spmd.values[instr.output.index()];
+        if self.is_idle(group, device) {
+            return (Work::Copy(CopyWork::default()), vec![], IDLE.into(), 0);
+        }
         if group.kind == Kind::Map {
             let (nest, loaded) = self.map(group, view);
             let work = Work::Map(nest);
@@ -331,6 +351,7 @@ impl Planner<'_> {
                     super::ExchangeKind::AllToAll => "all-to-all",
                     super::ExchangeKind::Permute => "permute",
                     super::ExchangeKind::Slice => "slice",
+                    super::ExchangeKind::Send => "send",
                 };
                 (Work::Exchange(work), group.inputs.clone(), name.into(), scratch)
             }

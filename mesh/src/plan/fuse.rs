@@ -377,6 +377,9 @@ impl<'a> Fused<'a> {
             return false;
         }
         out.regions.iter().enumerate().all(|(device, at)| {
+            if at.is_empty() {
+                return value.regions[device].is_empty();
+            }
             let view = View { fused: self, device, slice: None };
             let (nest, loaded) = body::build(view, at, &map.outputs, &map.outputs);
             let mut own = nest.operands.iter().zip(&loaded).filter(|(_, u)| **u == v).map(|(access, _)| access);

@@ -28,6 +28,7 @@ use crate::dim::Name;
 use crate::error::{Cause, Error};
 use crate::layout::{Layout, Mesh};
 use crate::ops::Prim;
+use crate::pipeline;
 use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use crate::spmd;
@@ -154,7 +155,8 @@ pub fn plan_program(
     };
     for (name, function) in &program.functions {
         in_f32(function)?;
-        let spmd = spmd::lower(function, &placement)?;
+        let mut spmd = spmd::lower(function, &placement)?;
+        pipeline::order(&mut spmd, function, layout.schedule());
         let cx = function::Context {
             function,
             spmd: &spmd,

@@ -46,6 +46,9 @@ pub struct Step {
     pub label: Label,
 }
 
+/// What a step is called on devices that have nothing to do with it, since it is another stage's.
+pub const IDLE: &str = "idle";
+
 /// Where a step comes from, for plans, traces and errors.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Label {
@@ -76,6 +79,13 @@ pub enum Work {
     Exchange(Exchange),
     /// Finishes sums (maxima, minima) whose parts several devices hold: an all-reduce along the summation tree.
     AllReduce(AllReduce),
+}
+
+impl Step {
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        *self.label.op == *IDLE
+    }
 }
 
 impl Work {
@@ -173,7 +183,7 @@ pub enum At {
 }
 
 /// Copies of boxes.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct CopyWork {
     /// Bytes of an element.
     pub element: usize,
@@ -238,6 +248,8 @@ pub enum ExchangeKind {
     Permute,
     /// Nothing is sent: devices keep a part of what they have.
     Slice,
+    /// Devices get what they had nothing of: from another stage of a pipeline.
+    Send,
 }
 
 /// A message: a box of the sender's input that becomes a box of the receiver's output.

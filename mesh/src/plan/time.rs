@@ -120,6 +120,9 @@ impl Step {
     }
 
     fn seconds(&self, machine: &Machine, share: f64) -> f64 {
+        if self.is_idle() {
+            return 0.0;
+        }
         let Cost { flops, bytes } = self.tiled(machine.columns, machine.depth);
         let shared = Cost { flops: flops * share, bytes: bytes * share };
         machine.rate(self.class(), self.family()).seconds(shared, self.dtype())

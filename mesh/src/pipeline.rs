@@ -1,0 +1,259 @@
+//! Pipelines: the order in which stages go through micro-batches.
+//!
+//! A layout gives parts of a model to places along an axis (`@pipe:0`), and the program goes through its batch in parts
+//! ([`crate::optim::Optimizer::apply_in_parts`]). What one stage does for one micro-batch in one direction without
+//! hearing from another stage is a task here; tasks are put in an order by going through them with a clock for each stage.
+//! All devices keep to one list, each to its own part of it, so nobody can wait for one who waits for him; bits do
+//! not depend on the order, memory does.
+
+use crate::error::{Cause, Error};
+use crate::graph::{NodeId, Role};
+use crate::ops::Prim;
+use crate::program::Function;
+use crate::spmd::{Instr, SpmdProgram, ValueId};
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::str::FromStr;
+
+/// The dimension by which a batch is cut into micro-batches.
+pub const MICRO: &str = "micro";
+
+/// The order of a pipeline's tasks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Schedule {
+    /// All micro-batches forward, then all backward (Huang et al. 2019): every stage keeps the activations of all of them.
+    GPipe,
+    /// Backward as soon as it can be, and forward only as far ahead as keeps the last stage busy (Narayanan et al. 2019):
+    /// as fast as GPipe, and a stage keeps the activations of as many micro-batches as there are stages from it on.
+    #[default]
+    OneForwardOneBackward,
+    /// The same, with the gradients of variables put off to where a stage would wait (Qi et al. 2024).
+    ZeroBubble,
+}
+
+impl Schedule {
+    /// All of them.
+    pub const ALL: [Schedule; 3] = [Schedule::GPipe, Schedule::OneForwardOneBackward, Schedule::ZeroBubble];
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Schedule::GPipe => "gpipe",
+            Schedule::OneForwardOneBackward => "1f1b",
+            Schedule::ZeroBubble => "zero-bubble",
+        })
+    }
+}
+
+impl FromStr for Schedule {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Schedule, Error> {
+        let found = Schedule::ALL.into_iter().find(|s| s.to_string() == text.trim());
+        let expected = || Cause::Syntax { text: text.into(), expected: "gpipe, 1f1b or zero-bubble".into() };
+        found.ok_or_else(|| expected().into())
+    }
+}
+
+/// What a task is a part of, in the order of a micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Phase {
+    Forward,
+    Backward,
+    /// What no other stage waits for of the backward pass.
+    Gradient,
+    Update,
+}
+
+/// What tells tasks apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Key {
+    /// How often a value has come from another stage on the way here.
+    hop: usize,
+    /// None: all devices do it.
+    stage: Option<usize>,
+    micro: usize,
+    phase: Phase,
+}
+
+struct Task {
+    key: Key,
+    instrs: Vec<usize>,
+    /// Tasks that come before it.
+    after: BTreeSet<usize>,
+    cost: f64,
+}
+
+/// Puts the instructions of a program with stages in an order in which the stages work side by side. A program without
+/// stages stays as it is.
+pub fn order(spmd: &mut SpmdProgram, function: &Function, schedule: Schedule) {
+    let Some(tasks) = tasks(spmd, function, schedule) else { return };
+    let order = simulate(&tasks, schedule);
+    // Tasks that wait for each other are none: then the order of the program is a good one.
+    if order.len() < tasks.len() {
+        return;
+    }
+    let mut instrs: Vec<Option<Instr>> = std::mem::take(&mut spmd.instrs).into_iter().map(Some).collect();
+    let ordered = order.iter().flat_map(|t| &tasks[*t].instrs);
+    spmd.instrs = ordered.filter_map(|i| instrs[*i].take()).collect();
+}
+
+/// The tasks of a program; None if it has no stages.
+fn tasks(spmd: &SpmdProgram, function: &Function, schedule: Schedule) -> Option<Vec<Task>> {
+    let mut stages: Vec<Vec<bool>> = vec![];
+    let stage_of: Vec<Option<usize>> = spmd.instrs.iter().map(|i| stage(spmd, i.output, &mut stages)).collect();
+    if stages.is_empty() {
+        return None;
+    }
+    let mut producer = vec![None; spmd.values.len()];
+    spmd.instrs.iter().enumerate().for_each(|(i, instr)| producer[instr.output.index()] = Some(i));
+    let inputs = |i: usize| spmd.instrs[i].inputs.iter().filter_map(|v: &ValueId| producer[v.index()]);
+    let mut hop = vec![0; spmd.instrs.len()];
+    for i in 0..spmd.instrs.len() {
+        let from = |p: usize| hop[p] + usize::from(stage_of[p].is_some() && stage_of[p] != stage_of[i]);
+        hop[i] = inputs(i).map(from).max().unwrap_or(0);
+    }
+    let micro = micro_batches(spmd, function, &inputs);
+    let role = |i: usize| function.node(spmd.values[spmd.instrs[i].output.index()].node).role;
+    // Whether another stage waits for it, from the end.
+    let mut waited = vec![false; spmd.instrs.len()];
+    for i in (0..spmd.instrs.len()).rev() {
+        for p in inputs(i) {
+            waited[p] |= waited[i] || stage_of[p] != stage_of[i] && role(i) == Role::Backward;
+        }
+    }
+    let phase = |i: usize| match role(i) {
+        Role::Forward => Phase::Forward,
+        Role::Update | Role::Variable => Phase::Update,
+        Role::Backward | Role::Gradient if schedule != Schedule::ZeroBubble || waited[i] => Phase::Backward,
+        Role::Backward | Role::Gradient => Phase::Gradient,
+    };
+    let mut tasks: Vec<Task> = vec![];
+    let (mut at, mut of): (HashMap<Key, usize>, Vec<usize>) = (HashMap::new(), vec![]);
+    for i in 0..spmd.instrs.len() {
+        let key = Key { hop: hop[i], stage: stage_of[i], micro: micro[i], phase: phase(i) };
+        let t = *at.entry(key).or_insert_with(|| {
+            tasks.push(Task { key, instrs: vec![], after: BTreeSet::new(), cost: 0.0 });
+            tasks.len() - 1
+        });
+        of.push(t);
+        let before: Vec<usize> = inputs(i).map(|p| of[p]).filter(|p| *p != t).collect();
+        tasks[t].after.extend(before);
+        tasks[t].instrs.push(i);
+        tasks[t].cost += cost(spmd, function, i);
+    }
+    Some(tasks)
+}
+
+/// Which devices hold something of a value, if not all do: the number of that set among those that have been met.
+fn stage(spmd: &SpmdProgram, value: ValueId, stages: &mut Vec<Vec<bool>>) -> Option<usize> {
+    let regions = &spmd.values[value.index()].regions;
+    if !regions.iter().any(|r| r.is_empty()) {
+        return None;
+    }
+    let there: Vec<bool> = regions.iter().map(|r| !r.is_empty()).collect();
+    Some(stages.iter().position(|s| *s == there).unwrap_or_else(|| {
+        stages.push(there);
+        stages.len() - 1
+    }))
+}
+
+/// By instruction: the micro-batch that it is for. What is for several is for the last of them, and what is for none (a
+/// drop-out mask, a cast of a variable) for the first one that takes it.
+fn micro_batches<I: Iterator<Item = usize>>(
+    spmd: &SpmdProgram,
+    function: &Function,
+    inputs: &dyn Fn(usize) -> I,
+) -> Vec<usize> {
+    let mut of: Vec<Option<usize>> = Vec::with_capacity(function.nodes.len());
+    for node in &function.nodes {
+        let given = node.inputs.iter().filter_map(|n: &NodeId| of[n.index()]).max();
+        let own = match &node.op {
+            Prim::Slice(s) if *s.dim == *MICRO => Some(s.start),
+            _ => None,
+        };
+        of.push(given.or(own));
+    }
+    let last = of.iter().flatten().max().copied().unwrap_or(0);
+    let node = |i: usize| spmd.values[spmd.instrs[i].output.index()].node;
+    let mut micro: Vec<Option<usize>> = (0..spmd.instrs.len()).map(|i| of[node(i).index()]).collect();
+    for i in (0..micro.len()).rev() {
+        let own = micro[i];
+        for p in inputs(i).filter(|p| of[node(*p).index()].is_none()) {
+            micro[p] = micro[p].into_iter().chain(own).min();
+        }
+    }
+    micro.into_iter().map(|m| m.unwrap_or(last)).collect()
+}
+
+/// How long an instruction takes a device, roughly: what a pass over memory takes is worth some FLOPs.
+fn cost(spmd: &SpmdProgram, function: &Function, i: usize) -> f64 {
+    let value = &spmd.values[spmd.instrs[i].output.index()];
+    let node = function.node(value.node);
+    let held = value.regions.iter().map(|r| r.elements()).max().unwrap_or(0) as f64;
+    let flops = node.op.op().flops(&function.input_types(node), &node.ty) as f64;
+    flops * held / value.ty.elements().max(1) as f64 + 10.0 * held
+}
+
+/// The order in which tasks begin; less than all of them where some wait for each other.
+fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
+    let stages = tasks.iter().filter_map(|t| t.key.stage).max().map_or(0, |s| s + 1);
+    let forward = || tasks.iter().filter(|t| t.key.phase == Phase::Forward);
+    let farthest = forward().map(|t| t.key.hop).max().unwrap_or(0);
+    // How many tasks a stage may go ahead.
+    let ahead: Vec<usize> = (0..stages)
+        .map(|s| forward().filter(|t| t.key.stage == Some(s)).map(|t| farthest - t.key.hop + 1).max().unwrap_or(1))
+        .collect();
+    let (mut clocks, mut flight) = (vec![0.0f64; stages], vec![0isize; stages]);
+    let mut done: Vec<Option<f64>> = vec![None; tasks.len()];
+    let mut order = vec![];
+    let ends = if schedule == Schedule::ZeroBubble { Phase::Gradient } else { Phase::Backward };
+    while order.len() < tasks.len() {
+        let ready = |t: &usize| done[*t].is_none() && tasks[*t].after.iter().all(|p| done[*p].is_some());
+        let begin = |t: usize| {
+            let own = match tasks[t].key.stage {
+                Some(s) => clocks[s],
+                None => clocks.iter().copied().fold(0.0, f64::max),
+            };
+            tasks[t].after.iter().filter_map(|p| done[*p]).fold(own, f64::max)
+        };
+        let candidates: Vec<usize> = (0..tasks.len()).filter(ready).collect();
+        // What all devices do holds all of them up, so it waits for what is each one's own.
+        let own = |t: &usize| tasks[*t].key.stage.is_some() || tasks[*t].key.hop == 0;
+        let may = |t: &usize| match tasks[*t].key {
+            Key { stage: Some(s), phase: Phase::Forward, .. } if schedule != Schedule::GPipe => {
+                flight[s] < ahead[s] as isize
+            }
+            _ => true,
+        };
+        let priority = |t: usize| {
+            let Key { hop, stage, micro, phase } = tasks[t].key;
+            // Backward before forward, but for GPipe; and gradients that nobody waits for last.
+            let turn = match (phase, schedule) {
+                (Phase::Forward, Schedule::GPipe) | (Phase::Backward, _) => 0,
+                (Phase::Forward, _) => 1,
+                (Phase::Gradient, _) => 2,
+                (Phase::Update, _) => 3,
+            };
+            (stage.is_some(), turn, micro, std::cmp::Reverse(hop), t)
+        };
+        let first = |list: Vec<usize>| {
+            let earliest = list.iter().map(|t| begin(*t)).fold(f64::INFINITY, f64::min);
+            list.into_iter().filter(|t| begin(*t) <= earliest).min_by_key(|t| priority(*t))
+        };
+        let of = |keep: &dyn Fn(&usize) -> bool| first(candidates.iter().copied().filter(keep).collect());
+        let Some(t) = of(&|t| own(t) && may(t)).or_else(|| of(&own)).or_else(|| of(&|_| true)) else { return order };
+        let end = begin(t) + tasks[t].cost;
+        match tasks[t].key.stage {
+            Some(s) => clocks[s] = end,
+            None => clocks.fill(end),
+        }
+        if let Some(s) = tasks[t].key.stage {
+            flight[s] += isize::from(tasks[t].key.phase == Phase::Forward);
+            flight[s] -= isize::from(tasks[t].key.phase == ends);
+        }
+        done[t] = Some(end);
+        order.push(t);
+    }
+    order
+}
