@@ -550,7 +550,11 @@ impl Graph {
             for (input, grad) in inputs.into_iter().zip(grads) {
                 if let (true, Some(grad)) = (wanted[input.index()], grad) {
                     let sum = match sums.remove(&input) {
-                        Some(sum) => sum.add(&grad),
+                        // Where the value is used, so that on a pipeline one sum is handed on.
+                        Some(sum) => {
+                            let scope = self.0.borrow().nodes[i].scope.clone();
+                            self.scoped_at(scope, || sum.add(&grad))
+                        }
                         None => grad,
                     };
                     sums.insert(input, sum);

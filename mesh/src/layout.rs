@@ -4,7 +4,7 @@
 //! layout  = { (rule | block) [","|";"|newline] }
 //! rule    = dimension ":" axes                      batch:data    d_ff:x+y    heads:model?    x:none    *:data
 //!         | "@" axis ":" (number | "none")          @pipe:0
-//!         | "schedule:" ("gpipe" | "1f1b" | "zero-bubble"), in no block
+//!         | "schedule:" ("gpipe" | "1f1b"), in no block
 //! axes    = "none" | axis { "+" axis } ["?"]
 //! block   = (section | pattern) "{" layout "}"      slots{ *:data }    decoder/**{ x:none, channel:model }
 //! section = "variables" | "gradients" | "slots" | "activations"
@@ -600,7 +600,7 @@ mod tests {
     /// A layout's text.
     fn layouts() -> impl Strategy<Value = String> {
         let section = (0usize..4, rules(), scopes()).prop_map(|(s, r, p)| (Section::ALL[s], format!("{r},{p}")));
-        let schedule = prop::option::of(prop_oneof![Just("schedule : gpipe"), Just("schedule:zero-bubble")]);
+        let schedule = prop::option::of(prop_oneof![Just("schedule : gpipe"), Just("schedule:1f1b")]);
         let sections = prop::collection::vec(section, 0..3);
         (rules(), scopes(), sections, schedule).prop_map(|(rules, scopes, mut sections, schedule)| {
             sections.sort();

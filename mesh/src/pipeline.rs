@@ -10,7 +10,7 @@ use crate::error::{Cause, Error};
 use crate::graph::{NodeId, Role};
 use crate::ops::Prim;
 use crate::program::Function;
-use crate::spmd::{Instr, SpmdProgram, ValueId};
+use crate::spmd::{Instr, SpmdOp, SpmdProgram, ValueId};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::str::FromStr;
@@ -27,13 +27,11 @@ pub enum Schedule {
     /// as fast as GPipe, and a stage keeps the activations of as many micro-batches as there are stages from it on.
     #[default]
     OneForwardOneBackward,
-    /// The same, with the gradients of variables put off to where a stage would wait (Qi et al. 2024).
-    ZeroBubble,
 }
 
 impl Schedule {
     /// All of them.
-    pub const ALL: [Schedule; 3] = [Schedule::GPipe, Schedule::OneForwardOneBackward, Schedule::ZeroBubble];
+    pub const ALL: [Schedule; 2] = [Schedule::GPipe, Schedule::OneForwardOneBackward];
 }
 
 impl fmt::Display for Schedule {
@@ -41,7 +39,6 @@ impl fmt::Display for Schedule {
         f.write_str(match self {
             Schedule::GPipe => "gpipe",
             Schedule::OneForwardOneBackward => "1f1b",
-            Schedule::ZeroBubble => "zero-bubble",
         })
     }
 }
@@ -50,7 +47,7 @@ impl FromStr for Schedule {
     type Err = Error;
     fn from_str(text: &str) -> Result<Schedule, Error> {
         let found = Schedule::ALL.into_iter().find(|s| s.to_string() == text.trim());
-        let expected = || Cause::Syntax { text: text.into(), expected: "gpipe, 1f1b or zero-bubble".into() };
+        let expected = || Cause::Syntax { text: text.into(), expected: "gpipe or 1f1b".into() };
         found.ok_or_else(|| expected().into())
     }
 }
@@ -60,8 +57,6 @@ impl FromStr for Schedule {
 enum Phase {
     Forward,
     Backward,
-    /// What no other stage waits for of the backward pass.
-    Gradient,
     Update,
 }
 
@@ -74,6 +69,8 @@ struct Key {
     stage: Option<usize>,
     micro: usize,
     phase: Phase,
+    /// What hands a value on from one stage to another is a task of its own, of no length: both are there for it.
+    hands_on: Option<usize>,
 }
 
 struct Task {
@@ -87,7 +84,7 @@ struct Task {
 /// Puts the instructions of a program with stages in an order in which the stages work side by side. A program without
 /// stages stays as it is.
 pub fn order(spmd: &mut SpmdProgram, function: &Function, schedule: Schedule) {
-    let Some(tasks) = tasks(spmd, function, schedule) else { return };
+    let Some(tasks) = tasks(spmd, function) else { return };
     let order = simulate(&tasks, schedule);
     // Tasks that wait for each other are none: then the order of the program is a good one.
     if order.len() < tasks.len() {
@@ -99,7 +96,7 @@ pub fn order(spmd: &mut SpmdProgram, function: &Function, schedule: Schedule) {
 }
 
 /// The tasks of a program; None if it has no stages.
-fn tasks(spmd: &SpmdProgram, function: &Function, schedule: Schedule) -> Option<Vec<Task>> {
+fn tasks(spmd: &SpmdProgram, function: &Function) -> Option<Vec<Task>> {
     let mut stages: Vec<Vec<bool>> = vec![];
     let stage_of: Vec<Option<usize>> = spmd.instrs.iter().map(|i| stage(spmd, i.output, &mut stages)).collect();
     if stages.is_empty() {
@@ -115,23 +112,17 @@ fn tasks(spmd: &SpmdProgram, function: &Function, schedule: Schedule) -> Option<
     }
     let micro = micro_batches(spmd, function, &inputs);
     let role = |i: usize| function.node(spmd.values[spmd.instrs[i].output.index()].node).role;
-    // Whether another stage waits for it, from the end.
-    let mut waited = vec![false; spmd.instrs.len()];
-    for i in (0..spmd.instrs.len()).rev() {
-        for p in inputs(i) {
-            waited[p] |= waited[i] || stage_of[p] != stage_of[i] && role(i) == Role::Backward;
-        }
-    }
     let phase = |i: usize| match role(i) {
         Role::Forward => Phase::Forward,
         Role::Update | Role::Variable => Phase::Update,
-        Role::Backward | Role::Gradient if schedule != Schedule::ZeroBubble || waited[i] => Phase::Backward,
-        Role::Backward | Role::Gradient => Phase::Gradient,
+        Role::Backward | Role::Gradient => Phase::Backward,
     };
     let mut tasks: Vec<Task> = vec![];
     let (mut at, mut of): (HashMap<Key, usize>, Vec<usize>) = (HashMap::new(), vec![]);
     for i in 0..spmd.instrs.len() {
-        let key = Key { hop: hop[i], stage: stage_of[i], micro: micro[i], phase: phase(i) };
+        let moves = matches!(spmd.instrs[i].op, SpmdOp::Move);
+        let hands_on = (moves && inputs(i).any(|p| stage_of[p] != stage_of[i])).then_some(i);
+        let key = Key { hop: hop[i], stage: stage_of[i], micro: micro[i], phase: phase(i), hands_on };
         let t = *at.entry(key).or_insert_with(|| {
             tasks.push(Task { key, instrs: vec![], after: BTreeSet::new(), cost: 0.0 });
             tasks.len() - 1
@@ -140,7 +131,7 @@ fn tasks(spmd: &SpmdProgram, function: &Function, schedule: Schedule) -> Option<
         let before: Vec<usize> = inputs(i).map(|p| of[p]).filter(|p| *p != t).collect();
         tasks[t].after.extend(before);
         tasks[t].instrs.push(i);
-        tasks[t].cost += cost(spmd, function, i);
+        tasks[t].cost += if hands_on.is_some() { 0.0 } else { cost(spmd, function, i) };
     }
     Some(tasks)
 }
@@ -195,6 +186,16 @@ fn cost(spmd: &SpmdProgram, function: &Function, i: usize) -> f64 {
     flops * held / value.ty.elements().max(1) as f64 + 10.0 * held
 }
 
+fn latest(clocks: &[f64]) -> f64 {
+    clocks.iter().copied().fold(0.0, f64::max)
+}
+
+/// The stages that are there when a task begins: its own, and those that hand something on to it.
+fn together(tasks: &[Task], t: usize) -> impl Iterator<Item = usize> {
+    let givers = tasks[t].key.hands_on.map(|_| tasks[t].after.iter().filter_map(|p| tasks[*p].key.stage));
+    tasks[t].key.stage.into_iter().chain(givers.into_iter().flatten())
+}
+
 /// The order in which tasks begin; less than all of them where some wait for each other.
 fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
     let stages = tasks.iter().filter_map(|t| t.key.stage).max().map_or(0, |s| s + 1);
@@ -207,35 +208,31 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
     let (mut clocks, mut flight) = (vec![0.0f64; stages], vec![0isize; stages]);
     let mut done: Vec<Option<f64>> = vec![None; tasks.len()];
     let mut order = vec![];
-    let ends = if schedule == Schedule::ZeroBubble { Phase::Gradient } else { Phase::Backward };
     while order.len() < tasks.len() {
         let ready = |t: &usize| done[*t].is_none() && tasks[*t].after.iter().all(|p| done[*p].is_some());
         let begin = |t: usize| {
-            let own = match tasks[t].key.stage {
-                Some(s) => clocks[s],
-                None => clocks.iter().copied().fold(0.0, f64::max),
-            };
-            tasks[t].after.iter().filter_map(|p| done[*p]).fold(own, f64::max)
+            let clocks =
+                together(tasks, t).map(|s| clocks[s]).chain(tasks[t].key.stage.is_none().then_some(latest(&clocks)));
+            clocks.chain(tasks[t].after.iter().filter_map(|p| done[*p])).fold(0.0, f64::max)
         };
         let candidates: Vec<usize> = (0..tasks.len()).filter(ready).collect();
         // What all devices do holds all of them up, so it waits for what is each one's own.
         let own = |t: &usize| tasks[*t].key.stage.is_some() || tasks[*t].key.hop == 0;
         let may = |t: &usize| match tasks[*t].key {
-            Key { stage: Some(s), phase: Phase::Forward, .. } if schedule != Schedule::GPipe => {
+            Key { stage: Some(s), phase: Phase::Forward, hands_on: None, .. } if schedule != Schedule::GPipe => {
                 flight[s] < ahead[s] as isize
             }
             _ => true,
         };
         let priority = |t: usize| {
-            let Key { hop, stage, micro, phase } = tasks[t].key;
-            // Backward before forward, but for GPipe; and gradients that nobody waits for last.
+            let Key { hop, stage, micro, phase, hands_on } = tasks[t].key;
+            // Backward before forward, but for GPipe.
             let turn = match (phase, schedule) {
-                (Phase::Forward, Schedule::GPipe) | (Phase::Backward, _) => 0,
-                (Phase::Forward, _) => 1,
-                (Phase::Gradient, _) => 2,
-                (Phase::Update, _) => 3,
+                (Phase::Forward, Schedule::GPipe) | (Phase::Backward, Schedule::OneForwardOneBackward) => 0,
+                (Phase::Backward, Schedule::GPipe) | (Phase::Forward, Schedule::OneForwardOneBackward) => 1,
+                (Phase::Update, _) => 2,
             };
-            (stage.is_some(), turn, micro, std::cmp::Reverse(hop), t)
+            (stage.is_some(), hands_on.is_none(), turn, micro, std::cmp::Reverse(hop), t)
         };
         let first = |list: Vec<usize>| {
             let earliest = list.iter().map(|t| begin(*t)).fold(f64::INFINITY, f64::min);
@@ -243,14 +240,16 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
         };
         let of = |keep: &dyn Fn(&usize) -> bool| first(candidates.iter().copied().filter(keep).collect());
         let Some(t) = of(&|t| own(t) && may(t)).or_else(|| of(&own)).or_else(|| of(&|_| true)) else { return order };
-        let end = begin(t) + tasks[t].cost;
+        let start = begin(t);
+        let end = start + tasks[t].cost;
+        together(tasks, t).for_each(|s| clocks[s] = start);
         match tasks[t].key.stage {
             Some(s) => clocks[s] = end,
             None => clocks.fill(end),
         }
-        if let Some(s) = tasks[t].key.stage {
+        if let Key { stage: Some(s), hands_on: None, .. } = tasks[t].key {
             flight[s] += isize::from(tasks[t].key.phase == Phase::Forward);
-            flight[s] -= isize::from(tasks[t].key.phase == ends);
+            flight[s] -= isize::from(tasks[t].key.phase == Phase::Backward);
         }
         done[t] = Some(end);
         order.push(t);

@@ -304,7 +304,7 @@ fn an_optional_rule_gives_way_and_a_tensor_chooses_a_dimension_that_is_free() {
         layout.check(&mesh, &p).unwrap();
         let spec = Placement::new(&mesh, &layout, &p).spec(&Subject::variable(&p.variables[0])).unwrap();
         let over = |axes: &Vec<usize>| axes.iter().map(|a| &*mesh.axes()[*a].0).collect::<Vec<_>>().join("+");
-        spec.iter().map(over).collect::<Vec<_>>().join(",")
+        spec.dims.iter().map(over).collect::<Vec<_>>().join(",")
     };
     let w = [("channel", 3), ("hidden", 8)];
     for (layout, split) in [

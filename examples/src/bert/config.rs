@@ -144,6 +144,8 @@ pub struct Config {
     pub batch: usize,
     /// Micro-batches that a step's sequences are cut into.
     pub parts: usize,
+    /// Micro-batches that stages of a pipeline work on side by side.
+    pub micro_batches: usize,
     /// Tokens of a sequence.
     pub seq: usize,
     /// Masked words of a sequence at the most; 0: 15 % of it.
@@ -176,6 +178,7 @@ impl Default for Config {
             held_out: 0.05,
             batch: 32,
             parts: 1,
+            micro_batches: 1,
             seq: 128,
             predictions: 0,
             whole_words: false,
@@ -206,6 +209,27 @@ impl Settings for Config {
         if !self.batch.is_multiple_of(self.parts) {
             let what = format!("--parts {} does not divide --batch {}", self.parts, self.batch);
             return mistake(what, "make it a divisor of the batch");
+        }
+        range("--micro-batches", self.micro_batches as u64, 1, 256)?;
+        if !(self.batch / self.parts).is_multiple_of(self.micro_batches) {
+            let what = format!(
+                "--micro-batches {} does not divide the {} sequences of a run",
+                self.micro_batches,
+                self.batch / self.parts
+            );
+            return mistake(what, "make it a divisor of the batch");
+        }
+        if self.micro_batches > 1 && self.parts > 1 {
+            return mistake(
+                "--micro-batches and --parts both cut a step",
+                "use one of them: --micro-batches for a pipeline, --parts to save memory",
+            );
+        }
+        if self.micro_batches > 1 && self.methods()?.token_drop {
+            return mistake(
+                "--micro-batches cannot go with dropped tokens, which are chosen by the whole batch",
+                "leave one of them out",
+            );
         }
         range("--predictions", self.predictions as u64, 0, self.seq as u64 / 2)?;
         range("--keep-tokens", self.keep_tokens as u64, 0, self.seq as u64)?;

@@ -198,6 +198,9 @@ struct Options {
     /// Micro-batches that a step's sequences are cut into, one after the other [default: 1]
     #[arg(long, help_heading = "Training", value_name = "N")]
     parts: Option<usize>,
+    /// Micro-batches that the stages of a pipeline work on side by side, in one run [default: 1]
+    #[arg(long, help_heading = "Training", value_name = "N")]
+    micro_batches: Option<usize>,
     /// Tokens of a sequence [default: 128]
     #[arg(long, help_heading = "Training", value_name = "N")]
     seq: Option<usize>,
@@ -227,7 +230,7 @@ impl Options {
             macro_rules! take {
                 ($c:expr; $($field:ident),*) => { $(if let Some(v) = &self.$field { $c.$field = v.clone(); })* };
             }
-            take!(c; size, method, keep_tokens, keep_by, unshare_at, shared, batch, parts, seq, predictions, data, vocab);
+            take!(c; size, method, keep_tokens, keep_by, unshare_at, shared, batch, parts, micro_batches, seq, predictions, data, vocab);
             take!(c.training; dropout, dtype, optimizer, rate, warmup);
             c.whole_words |= self.whole_words;
         })

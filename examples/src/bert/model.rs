@@ -8,6 +8,7 @@ use mesh::nn::{self, Attention, Dense, Mode, Routing, init};
 use mesh::program::Init;
 
 /// What the encoder sees of its text.
+#[derive(Clone)]
 pub struct Text {
     /// Ids of the vocabulary, `i32[batch, seq]`.
     pub tokens: Tensor,

@@ -30,6 +30,8 @@ pub struct Pretraining {
     pub optimizer: Optimizer,
     /// Micro-batches of a step; 1: the step is one run of `train`.
     pub parts: u32,
+    /// Micro-batches of a run of `train`, for the stages of a pipeline; 1: it goes in one.
+    pub micro_batches: usize,
     /// Token dropping, if any.
     pub dropping: Option<Dropping>,
     /// Sharing, if any: the numbers of groups, stage after stage, of which the last is the number of layers or less.
@@ -55,6 +57,7 @@ impl Pretraining {
             dtype: DType::F32,
             optimizer,
             parts: 1,
+            micro_batches: 1,
             dropping: None,
             stages,
             shared: Shared::Layer,
@@ -113,21 +116,25 @@ impl Pretraining {
 
     fn training(&self, p: &mut ProgramBuilder, stage: usize, groups: &Groups) -> Result<Vec<String>, Error> {
         let groups = *groups;
-        let build = |g: &Graph| g.renamed(move |path| groups.path(path), || self.losses(g, Mode::Train));
+        let build =
+            |g: &Graph, feeds: &Feeds| g.renamed(move |path| groups.path(path), || self.losses(feeds, Mode::Train));
         if self.parts == 1 {
             let name = self.named("train", stage);
             p.function(name.clone(), |g| {
-                let losses = build(g);
-                let update = self.optimizer.apply(g, &losses.loss);
-                losses.follow(self.dropping.as_ref());
-                g.output("loss", &losses.loss);
+                let feeds = self.feeds(g);
+                let (loss, update) = self.optimizer.apply_in_parts(g, self.micro_batches, |part| {
+                    let losses = build(g, &feeds.micro_batch(part, self.micro_batches));
+                    losses.follow(self.dropping.as_ref());
+                    losses.loss
+                });
+                g.output("loss", &loss);
                 update.output(g);
             })?;
             return Ok(vec![name]);
         }
         let [accumulate, update] = ["accumulate", "update"].map(|n| self.named(n, stage));
         let variables: Vec<VarId> = p.function(accumulate.clone(), |g| {
-            let losses = build(g);
+            let losses = build(g, &self.feeds(g));
             let variables = self.optimizer.accumulate(g, &losses.loss, self.parts);
             losses.follow(self.dropping.as_ref());
             g.output("loss", &losses.loss);
@@ -143,7 +150,8 @@ impl Pretraining {
     fn evaluation(&self, p: &mut ProgramBuilder, stage: usize, groups: &Groups) -> Result<String, Error> {
         let (name, groups) = (self.named("eval", stage), *groups);
         p.function(name.clone(), |g| {
-            let losses = g.renamed(move |path| groups.path(path), || self.losses(g, Mode::Eval));
+            let feeds = self.feeds(g);
+            let losses = g.renamed(move |path| groups.path(path), || self.losses(&feeds, Mode::Eval));
             let hit = nn::arg_max(&losses.logits, "vocab").equal(&losses.targets).cast(DType::F32);
             g.output("loss_sum", &losses.words.mul(&losses.weights).sum_all());
             g.output("correct", &hit.mul(&losses.weights).sum_all());
@@ -155,14 +163,21 @@ impl Pretraining {
         Ok(name)
     }
 
-    /// The forward pass and what it is judged by. Nothing is dropped in evaluation.
-    fn losses(&self, g: &Graph, mode: Mode) -> Losses {
+    fn feeds(&self, g: &Graph) -> Feeds {
         let batch = dim("batch", self.batch);
-        let text = Text::feeds(g, &batch, self.seq);
         let predictions = [batch.clone(), dim("prediction", self.predictions)];
-        let positions = g.input("positions", DType::I32, &predictions);
-        let targets = g.input("targets", DType::I32, &predictions);
-        let weights = g.input("weights", DType::F32, &predictions);
+        Feeds {
+            text: Text::feeds(g, &batch, self.seq),
+            positions: g.input("positions", DType::I32, &predictions),
+            targets: g.input("targets", DType::I32, &predictions),
+            weights: g.input("weights", DType::F32, &predictions),
+            next: self.next_sentence.then(|| g.input("next", DType::I32, &[batch])),
+        }
+    }
+
+    /// The forward pass and what it is judged by. Nothing is dropped in evaluation.
+    fn losses(&self, feeds: &Feeds, mode: Mode) -> Losses {
+        let Feeds { text, positions, targets, weights, next } = feeds.clone();
         let vocab = self.architecture.vocab_size;
         let routing = match (&self.dropping, mode) {
             (Some(dropping), Mode::Train) => Some(dropping.routing(&text.tokens, vocab)),
@@ -173,14 +188,36 @@ impl Pretraining {
         let logits = model.words_at(&x, &positions);
         let words = nn::cross_entropy(&logits, &targets, "vocab");
         let mut loss = nn::weighted_mean(&words, &weights);
-        let next = self.next_sentence.then(|| {
-            let next = g.input("next", DType::I32, &[batch]);
-            (model.classes(&model.pooled(&x), "next_sentence", 2), next)
-        });
+        let next = next.map(|next| (model.classes(&model.pooled(&x), "next_sentence", 2), next));
         if let Some((logits, next)) = &next {
             loss = loss.add(&nn::cross_entropy(logits, next, "class").mean_all());
         }
         Losses { loss, words, logits, targets, weights, next, vocab }
+    }
+}
+
+/// What a step is fed.
+#[derive(Clone)]
+struct Feeds {
+    text: Text,
+    positions: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    next: Option<Tensor>,
+}
+
+impl Feeds {
+    /// A micro-batch of them.
+    fn micro_batch(&self, part: usize, parts: usize) -> Feeds {
+        let of = |t: &Tensor| t.micro_batch("batch", part, parts);
+        let Text { tokens, segments, mask } = &self.text;
+        Feeds {
+            text: Text { tokens: of(tokens), segments: of(segments), mask: of(mask) },
+            positions: of(&self.positions),
+            targets: of(&self.targets),
+            weights: of(&self.weights),
+            next: self.next.as_ref().map(of),
+        }
     }
 }
 

@@ -252,8 +252,11 @@ impl Tensor {
     /// every micro-batch where the dimension is split.
     #[track_caller]
     pub fn micro_batch(&self, dim: &str, part: usize, parts: usize) -> Tensor {
+        if parts <= 1 {
+            return self.clone();
+        }
         let whole = self.dim(dim);
-        let into = [crate::dim::dim(dim, whole.size / parts.max(1)), crate::dim::dim(MICRO, parts)];
+        let into = [crate::dim::dim(dim, whole.size / parts), crate::dim::dim(MICRO, parts)];
         self.split_dim(dim, &into).slice(MICRO, part, part + 1).merge_dims(&[dim, MICRO], dim)
     }
     /// Dimensions as one, the first one named outermost: `x.merge_dims(&["heads", "d_head"], "d_model")`; the inverse of

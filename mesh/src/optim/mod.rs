@@ -211,7 +211,8 @@ impl Optimizer {
         let mut mean: Option<Tensor> = None;
         let mut sums: Vec<(VarId, Tensor, Tensor)> = vec![];
         for part in 0..parts.max(1) {
-            let loss = loss(part).mul_scalar(share);
+            let loss = loss(part);
+            let loss = if parts > 1 { loss.mul_scalar(share) } else { loss };
             let variables = g.trainable();
             let grads = self.gradients(g, &loss, &variables);
             mean = Some(mean.map_or(loss.clone(), |sum| sum.add(&loss)));

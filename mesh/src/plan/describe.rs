@@ -223,7 +223,11 @@ impl ProgramPlan {
         for (i, v) in trained {
             let (part, buffer) = &self.variables[0][i];
             let split = part.region.shape() != v.ty.shape();
-            let held = if split { format!("device 0 holds {}", part.region) } else { "whole".into() };
+            let held = match split {
+                true if part.region.is_empty() => "another stage's".into(),
+                true => format!("device 0 holds {}", part.region),
+                false => "whole".into(),
+            };
             table.row([&v.name, &v.ty, &bytes(buffer.bytes), &held]);
         }
         table.write(out);
