@@ -270,7 +270,15 @@ impl Op for ConvTranspose {
         if c.groups > 1 { vec![] } else { vec![dim(&c.output, x[0].size_of(&c.output).unwrap_or(0))] }
     }
     fn needs(&self, i: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
-        if i == 0 { self.conv.ranges(at, inputs[0], true) } else { at.of(inputs[1]) }
+        if i == 0 {
+            return self.conv.ranges(at, inputs[0], true);
+        }
+        let filter = at.of(inputs[1]);
+        if self.conv.groups == 1 {
+            return filter;
+        }
+        // The filter's input channels are those of one group, the result's are those of all.
+        filter.with(&self.conv.input, 0..inputs[1].size_of(&self.conv.input).unwrap_or(0))
     }
     fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
         if self.conv.groups > 1 { vec![self.conv.input.clone()] } else { vec![] }
