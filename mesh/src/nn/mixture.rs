@@ -91,10 +91,11 @@ pub fn mixture(
         let zero = g.scalar(0.0);
         let kept = rank.greater(&g.scalar_i32(0)).select(&shares, &zero);
         let weights = if options.choices > 1 { kept.div(&kept.sum(&[&routed.name])) } else { kept };
-        let weights = weights.gather(&who, positions);
+        // Multiplied where the experts are, so that the gradient of the weights does not need their results elsewhere.
+        let weights = weights.gather(&who, positions).cast(dtype).rename(&routed.name, experts);
         let sent = x.gather(&who, positions).rename(&routed.name, experts);
-        let made = g.scoped("experts", || expert(&sent)).rename(experts, &routed.name);
-        let y = made.cast(DType::F32).mul(&weights).scatter_add_over(&who, &all, &[&*routed.name, PLACE]);
+        let made = g.scoped("experts", || expert(&sent).mul(&weights)).rename(experts, &routed.name);
+        let y = made.cast(DType::F32).scatter_add_over(&who, &all, &[&*routed.name, PLACE]);
         let order: Vec<Name> = x.ty().dims.into_iter().map(|d| d.name).filter(|n| y.ty().has(n)).collect();
         let y = y.reorder(&order.iter().map(|n| &**n).collect::<Vec<_>>()).cast(dtype);
 
