@@ -59,8 +59,8 @@ pub(super) fn input_name(name: &Name) -> Name {
 
 /// `y = x · kernel + bias`: sums over the dimensions `over` of x and makes the dimensions `into`, which come last.
 ///
-/// Variables `kernel` `[over.., into..]` and `bias` `[into..]`, in front of them the dimensions `options.each`. A dimension may be in both: the kernel's side towards x
-/// is then called `<name>_in`. Dimensions of x that are not in `over` stay.
+/// Variables `kernel` `[each.., over.., into..]` and `bias` `[each.., into..]`. A dimension may be in both `over` and `into`:
+/// the kernel's side towards x is then called `<name>_in`. Dimensions of x that are not in `over` stay.
 #[track_caller]
 pub fn dense(x: &Tensor, name: &str, over: &[&str], into: &[Dim], options: &Dense) -> Tensor {
     let g = x.graph();
@@ -89,8 +89,8 @@ pub fn dense(x: &Tensor, name: &str, over: &[&str], into: &[Dim], options: &Dens
         let dims = [each.clone(), sides.clone(), into.to_vec()].concat();
         let kernel = g.variable("kernel", &dims, start).cast(ty.dtype);
         let y = x.contract_wide(&kernel, &names(&sides));
-        let y =
-            if options.bias { y.add(&g.variable("bias", &[each, into.to_vec()].concat(), Init::zeros())) } else { y };
+        let bias = || g.variable("bias", &[each, into.to_vec()].concat(), Init::zeros());
+        let y = if options.bias { y.add(&bias()) } else { y };
         y.cast(ty.dtype)
     })
 }
