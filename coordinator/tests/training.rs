@@ -76,6 +76,25 @@ fn products_with_activations() {
 }
 
 #[test]
+fn mixtures_of_experts() {
+    let d = [dim("batch", 3), dim("seq", 7), dim("model", 6)];
+    for (choices, capacity) in [(1, 1.0), (2, 0.7), (2, 2.0)] {
+        let init = Init::Random { distribution: mesh::ops::source::Distribution::Normal, scale: 1.0, offset: 0.0 };
+        let options = nn::Mixture { experts: dim("experts", 4), choices, capacity, init };
+        hold("mixture", &d, 0.0, 1e-4, |g, x| {
+            let expert = |x: &Tensor| {
+                let each = || Dense::default().each("experts");
+                let wide = nn::gelu(&nn::dense(x, "up", &["model"], &[dim("ff", 5)], &each()));
+                nn::dense(&wide, "down", &["ff"], &[dim("model", 6)], &each())
+            };
+            let mixed = nn::mixture(x, "mixture", ["seq", "model"], &options, expert);
+            g.output("dropped", &mixed.dropped);
+            mixed.y.add(&mixed.balance)
+        });
+    }
+}
+
+#[test]
 fn losses() {
     let d = vec![dim("batch", 5), dim("x", 7)];
     let with_class: Vec<Dim> = d.iter().cloned().chain([dim("class", 4)]).collect();

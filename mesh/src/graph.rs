@@ -549,12 +549,9 @@ impl Graph {
             let (inputs, grads) = self.one_gradient(id, &dy);
             for (input, grad) in inputs.into_iter().zip(grads) {
                 if let (true, Some(grad)) = (wanted[input.index()], grad) {
+                    // The sum lies as the value does, whatever its users lie like.
                     let sum = match sums.remove(&input) {
-                        // Where the value is used, so that on a pipeline one sum is handed on.
-                        Some(sum) => {
-                            let scope = self.0.borrow().nodes[i].scope.clone();
-                            self.scoped_at(scope, || sum.add(&grad))
-                        }
+                        Some(sum) => self.beside(input, || sum.add(&grad)),
                         None => grad,
                     };
                     sums.insert(input, sum);
@@ -588,11 +585,7 @@ impl Graph {
             let s = self.0.borrow();
             (s.nodes[id.index()].clone(), s.custom.get(&id).cloned())
         };
-        let (scopes, place) = {
-            let mut s = self.0.borrow_mut();
-            (std::mem::replace(&mut s.scopes, vec![node.scope.clone()]), s.place.replace(node.place))
-        };
-        let result = match custom {
+        self.beside(id, || match custom {
             Some((ids, rule)) => (ids, rule(dy)),
             None => {
                 let inputs = node.inputs.iter().map(|&i| self.tensor(i)).collect();
@@ -600,10 +593,19 @@ impl Graph {
                 let grads = node.op.op().grad(&cx);
                 (node.inputs, grads)
             }
+        })
+    }
+
+    /// Runs `build` in the scope and as of the place of a node.
+    fn beside<T>(&self, id: NodeId, build: impl FnOnce() -> T) -> T {
+        let outer = {
+            let mut s = self.0.borrow_mut();
+            let (scope, place) = (s.nodes[id.index()].scope.clone(), s.nodes[id.index()].place);
+            (std::mem::replace(&mut s.scopes, vec![scope]), s.place.replace(place))
         };
+        let result = build();
         let mut s = self.0.borrow_mut();
-        (s.scopes, s.place) = (scopes, place);
-        drop(s);
+        (s.scopes, s.place) = outer;
         result
     }
 }

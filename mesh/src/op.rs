@@ -1,6 +1,6 @@
 //! What an op is: everything there is to say about it, in one file of [`crate::ops`] each.
 
-use crate::dim::{Dim, Type};
+use crate::dim::{Dim, Name, Type};
 use crate::error::Refusal;
 use crate::graph::Tensor;
 use crate::region::Region;
@@ -48,8 +48,9 @@ pub trait Op: std::fmt::Debug {
         let _ = output;
         at.of(inputs[i])
     }
-    /// Names of result dimensions that must not be split, whatever the layout says; their rule is ignored there.
-    fn whole(&self, inputs: &[&Type], output: &Type) -> Vec<crate::dim::Name> {
+    /// Dimensions that the op takes or gives whole, whatever the layout says, each with the reason. One of the result is
+    /// not split there, its rule is ignored; one of the inputs alone is gathered where it is split.
+    fn whole(&self, inputs: &[&Type], output: &Type) -> Vec<(Name, &'static str)> {
         let _ = (inputs, output);
         vec![]
     }

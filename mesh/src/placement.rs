@@ -71,7 +71,7 @@ impl<'a> Subject<'a> {
             section: node.role.section(),
             paths,
             own: node.layout.as_deref(),
-            whole: op.whole(&function.input_types(node), &node.ty),
+            whole: op.whole(&function.input_types(node), &node.ty).into_iter().map(|(dim, _)| dim).collect(),
             place: node.place,
         }
     }

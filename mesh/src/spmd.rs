@@ -17,7 +17,7 @@
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{Dim, Name, Type};
 use crate::error::Error;
-use crate::graph::{NodeId, Role};
+use crate::graph::{Node, NodeId, Role};
 use crate::op::Op;
 use crate::ops::Prim;
 use crate::ops::reduce::ReduceFn;
@@ -205,7 +205,11 @@ impl Lowering<'_> {
         let (function, placement) = (self.function, self.placement);
         let node = function.node(id);
         let (op, types) = (node.op.op(), function.input_types(node));
-        let spec = placement.spec(&Subject::node(function, node))?;
+        let mut spec = placement.spec(&Subject::node(function, node))?;
+        let split = |(axis, _): &(usize, usize)| spec.dims.iter().flatten().any(|a| a == axis);
+        if let Some(stage) = self.summed_at(node, values).filter(|stage| !stage.iter().any(split)) {
+            spec.stage = stage;
+        }
         let regions = placement.regions(&node.ty, &spec);
         match &node.op {
             Prim::Input(input) => {
@@ -263,6 +267,14 @@ impl Lowering<'_> {
         let value = self.finished(&node.ty, regions, id);
         self.out.instrs.push(Instr { op: SpmdOp::AllReduce { f, sum, groups }, inputs: vec![output], output: value });
         Ok(Held { value, spec, stored: None })
+    }
+
+    /// The stage that makes both parts of a gradient: it adds them, and hands on one.
+    fn summed_at(&self, node: &Node, values: &[Held]) -> Option<Vec<(usize, usize)>> {
+        let sum = matches!(node.op, Prim::Binary(_)) && node.role == Role::Backward && node.layout.is_none();
+        let mut stages = node.inputs.iter().map(|i| &values[i.index()].spec.stage);
+        let first = stages.next().filter(|_| sum)?;
+        stages.all(|s| s == first).then(|| first.clone())
     }
 
     /// How a variable lies.

@@ -4,6 +4,8 @@ use mesh::dim::{DType, dim};
 use mesh::error::{Error, Place};
 use mesh::graph::{Graph, Tensor};
 use mesh::layout::{Layout, Mesh, Section};
+use mesh::ops::Prim;
+use mesh::ops::binary::BinaryFn;
 use mesh::placement::{Placement, Subject};
 use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
 use mesh::program::{Init, Program, ProgramBuilder};
@@ -62,7 +64,7 @@ fn program(build: impl Fn(&Graph, &Tensor)) -> Program {
 }
 
 /// The line of `program` that makes the input.
-const INPUT: u32 = 59;
+const INPUT: u32 = 61;
 
 fn small() -> Program {
     program(|g, x| g.output("y", &x.tanh()))
@@ -348,4 +350,16 @@ fn a_table_of_rules() {
     let error = toml::from_str::<Layout>("x = \"a+\"").unwrap_err().to_string();
     assert!(error.contains("error[L0001]: `x:a+`"), "{error}");
     assert!(toml::from_str::<Layout>("x = 3").unwrap_err().to_string().contains("layout rules: a text, or a table"));
+}
+
+#[test]
+fn the_sum_of_the_gradients_of_a_value_is_in_the_scope_of_the_value() {
+    let p = program(|g, x| {
+        let y = g.scoped("inside", || x.exp());
+        let z = g.scoped("outside", || y.sin().mul(&y.cos()));
+        g.output("dx", &g.gradients(&z.sum_all(), &[x])[0]);
+    });
+    let nodes = p.function("f").unwrap().nodes.iter();
+    let sums = nodes.filter(|n| matches!(&n.op, Prim::Binary(b) if b.f == BinaryFn::Add));
+    assert_eq!(sums.map(|n| &*n.scope).collect::<Vec<_>>(), ["inside"]);
 }

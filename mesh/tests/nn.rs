@@ -326,3 +326,80 @@ fn groups_must_divide_the_channels() {
     assert!(e.to_string().contains("cannot cut channel:4 into 3 equal groups"), "{e}");
     assert!(e.to_string().contains("tests/nn.rs"), "{e}");
 }
+
+/// [`nn::mixture`] of one dense layer an expert, position by position: the result, the balance, and the dropped choices.
+fn mixture_by_hand(x: &Reference, v: &Values, experts: usize, choices: usize, places: usize) -> (Reference, f64, i32) {
+    let of = |name: &str| &v[&Name::from(format!("moe/{name}"))];
+    let (router, kernel, bias) = (of("router/kernel"), of("experts/up/kernel"), of("experts/up/bias"));
+    let (groups, positions, model) = (x.shape()[0], x.shape()[1], x.shape()[2]);
+    let mut y = Reference::zeros(x.shape());
+    let (mut balance, mut dropped) = (0.0, 0);
+    for b in 0..groups {
+        let shares: Vec<Vec<f64>> = (0..positions)
+            .map(|s| {
+                let logit = |e: usize| (0..model).map(|m| x[[b, s, m]] * router[[m, e]]).sum::<f64>().exp();
+                let all: Vec<f64> = (0..experts).map(logit).collect();
+                all.iter().map(|e| e / all.iter().sum::<f64>()).collect()
+            })
+            .collect();
+        let order = |s: usize| {
+            let mut order: Vec<usize> = (0..experts).collect();
+            order.sort_by(|i, j| shares[s][*j].total_cmp(&shares[s][*i]));
+            order[..choices].to_vec()
+        };
+        for e in 0..experts {
+            let first = (0..positions).filter(|s| order(*s)[0] == e).count() as f64 / positions as f64;
+            let mean = shares.iter().map(|s| s[e]).sum::<f64>() / positions as f64;
+            balance += first * mean * experts as f64 / groups as f64;
+        }
+        let mut taken = vec![0; experts];
+        for (choice, s) in (0..choices).flat_map(|c| (0..positions).map(move |s| (c, s))) {
+            let e = order(s)[choice];
+            if taken[e] == places {
+                dropped += 1;
+                continue;
+            }
+            taken[e] += 1;
+            let all: f64 = order(s).iter().map(|e| shares[s][*e]).sum();
+            let weight = shares[s][e] / if choices > 1 { all } else { 1.0 };
+            for o in 0..model {
+                let made: f64 = (0..model).map(|m| x[[b, s, m]] * kernel[[e, m, o]]).sum();
+                y[[b, s, o]] += weight * (made + bias[[e, o]]);
+            }
+        }
+    }
+    (y, balance, dropped)
+}
+
+#[test]
+fn a_mixture_sends_positions_to_their_experts_while_there_is_place() {
+    let d = [dim("batch", 2), dim("seq", 7), dim("model", 3)];
+    for (choices, capacity, drops) in [(1, 1.0, true), (1, 9.0, false), (2, 0.6, true), (2, 2.0, false), (3, 0.4, true)]
+    {
+        let options =
+            nn::Mixture { experts: dim("experts", 4), choices, capacity, init: nn::init::glorot_uniform(3, 4) };
+        let layer = |g: &Graph, x: &Tensor| {
+            let expert =
+                |x: &Tensor| nn::dense(x, "up", &["model"], &[dim("model", 3)], &nn::Dense::default().each("experts"));
+            let mixed = nn::mixture(x, "moe", ["seq", "model"], &options, expert);
+            g.output("balance", &mixed.balance);
+            g.output("dropped", &mixed.dropped);
+            mixed.y
+        };
+        let x = ramp(&d, 7).mapv(|v| 2.0 * v);
+        let (p, mut v) = program(&d, layer);
+        // Their differences, not their sum, decide: as they are all experts would be much alike.
+        v.iter_mut().for_each(|(name, v)| {
+            if name.contains("router") {
+                v.mapv_inplace(|v| 4.0 * (v - 1.5))
+            }
+        });
+        let found = run_f(&p, &x, &v);
+        let (y, balance, dropped) = mixture_by_hand(&x, &v, 4, choices, options.places(7));
+        assert_close(&found[&Name::from("y")], &y, 1e-9);
+        assert!((found[&Name::from("balance")].sum() - balance).abs() < 1e-9);
+        assert_eq!(found[&Name::from("dropped")].sum(), f64::from(dropped));
+        assert_eq!(dropped > 0, drops, "{choices} choices, capacity {capacity}");
+        assert_layer_gradients(&d, x, layer);
+    }
+}

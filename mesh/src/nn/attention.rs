@@ -34,9 +34,11 @@ pub fn attention_mask(lengths: &Tensor, positions: &Dim) -> Tensor {
 /// from the heads back to the dimension `model`.
 ///
 /// `x` and `memory` have the dimensions `positions` and `model`; `mask` is `memory`'s, `f32`, without `model`
-/// ([`attention_mask`]). The result is `x`'s type. Inside, `memory`'s positions are called `memory_<positions>`, so a
-/// layout that splits `positions` splits queries, and keys and values are gathered. Variables `query`, `key`, `value`
-/// and `output`, each with `kernel` and `bias`.
+/// ([`attention_mask`]). The result is `x`'s type. Variables `query`, `key`, `value` and `output`, each with `kernel` and
+/// `bias`.
+///
+/// The positions of keys and values are called `memory_<positions>`. So a layout that splits `positions` splits queries,
+/// and keys and values are made where `memory` lies and gathered then (docs/layouts.md: context, Ulysses).
 #[track_caller]
 pub fn attention(
     x: &Tensor,
@@ -53,9 +55,9 @@ pub fn attention(
         let dense_options = Dense::default().starting(options.init.clone());
         let into = [options.heads.clone(), options.head.clone()];
         let side = |of: &Tensor, name: &str| dense(of, name, &[model], &into, &dense_options);
-        let memory = memory.rename(positions, &of_memory);
-        let (q, k, v) = (side(x, "query"), side(&memory, "key"), side(&memory, "value"));
-        super::dense::raise_grains(g, &[memory.dim(&of_memory)]);
+        let of = |name: &str| side(memory, name).rename(positions, &of_memory);
+        let (q, k, v) = (side(x, "query"), of("key"), of("value"));
+        super::dense::raise_grains(g, &[k.dim(&of_memory)]);
         let dtype = q.ty().dtype;
         let scores = q.contract_wide(&k, &[&options.head.name]);
         let scaled = scores.mul_scalar(1.0 / (options.head.size as f32).sqrt());

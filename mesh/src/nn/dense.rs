@@ -16,23 +16,30 @@ pub struct Dense {
     pub bias: bool,
     /// How the kernel starts; None: [`init::glorot_uniform`].
     pub init: Option<Init>,
+    /// Dimensions of x along which each index has a kernel and a bias of its own: the experts of a mixture.
+    pub each: Vec<Name>,
 }
 
 impl Default for Dense {
     /// With bias, Glorot's start.
     fn default() -> Self {
-        Dense { bias: true, init: None }
+        Dense { bias: true, init: None, each: vec![] }
     }
 }
 
 impl Dense {
     /// Without bias.
     pub fn unbiased() -> Dense {
-        Dense { bias: false, init: None }
+        Dense { bias: false, ..Dense::default() }
     }
     /// With that start of the kernel.
     pub fn starting(self, init: Init) -> Dense {
         Dense { init: Some(init), ..self }
+    }
+    /// With a kernel and a bias for each index of a dimension of x.
+    pub fn each(mut self, dim: impl Into<Name>) -> Dense {
+        self.each.push(dim.into());
+        self
     }
 }
 
@@ -52,12 +59,13 @@ pub(super) fn input_name(name: &Name) -> Name {
 
 /// `y = x · kernel + bias`: sums over the dimensions `over` of x and makes the dimensions `into`, which come last.
 ///
-/// Variables `kernel` `[over.., into..]` and `bias` `[into..]`. A dimension may be in both: the kernel's side towards x
-/// is then called `<name>_in`. Dimensions of x that are not in `over` stay.
+/// Variables `kernel` `[each.., over.., into..]` and `bias` `[each.., into..]`. A dimension may be in both `over` and `into`:
+/// the kernel's side towards x is then called `<name>_in`. Dimensions of x that are not in `over` stay.
 #[track_caller]
 pub fn dense(x: &Tensor, name: &str, over: &[&str], into: &[Dim], options: &Dense) -> Tensor {
     let g = x.graph();
     let contracted = dims_of(x, over);
+    let each = dims_of(x, &options.each.iter().map(|n| &**n).collect::<Vec<_>>());
     let ty = x.ty();
     if let Some(d) = into.iter().find(|d| ty.has(&d.name) && !over.contains(&&*d.name)) {
         let what = format!("the dense layer `{name}` cannot make {d} from {ty}, which keeps its `{}`", d.name);
@@ -78,10 +86,11 @@ pub fn dense(x: &Tensor, name: &str, over: &[&str], into: &[Dim], options: &Dens
         raise_grains(g, into);
         let fan = |dims: &[Dim]| dims.iter().map(|d| d.size).product::<usize>();
         let start = options.init.clone().unwrap_or(init::glorot_uniform(fan(&sides), fan(into)));
-        let dims: Vec<Dim> = sides.iter().chain(into).cloned().collect();
+        let dims = [each.clone(), sides.clone(), into.to_vec()].concat();
         let kernel = g.variable("kernel", &dims, start).cast(ty.dtype);
         let y = x.contract_wide(&kernel, &names(&sides));
-        let y = if options.bias { y.add(&g.variable("bias", into, Init::zeros())) } else { y };
+        let bias = || g.variable("bias", &[each, into.to_vec()].concat(), Init::zeros());
+        let y = if options.bias { y.add(&bias()) } else { y };
         y.cast(ty.dtype)
     })
 }

@@ -1,10 +1,10 @@
 //! Layers: compositions of primitive ops, with names for their variables.
 //!
 //! [`dense`] and [`conv`] multiply, [`attention`] mixes positions, [`embedding`] looks up, [`norm`] normalises,
-//! [`activation`] and [`dropout`] bend and thin out, [`routing`] lets some positions pass by, [`loss`] and [`metrics`]
-//! judge; [`init`] says how their variables start. A layer's variables lie in the scope that
-//! is its name: `dense(&x, "ffn", ..)` has `ffn/kernel` and `ffn/bias`. Layers compute in the dtype of their input;
-//! statistics, softmax and losses in f32.
+//! [`activation`] and [`dropout`] bend and thin out, [`routing`] lets some positions pass by, [`mixture`] sends each to
+//! the experts that it needs, [`loss`] and [`metrics`] judge; [`init`] says how their variables start. A layer's
+//! variables lie in the scope that is its name: `dense(&x, "ffn", ..)` has `ffn/kernel` and `ffn/bias`. Layers compute in
+//! the dtype of their input; statistics, softmax and losses in f32.
 
 pub mod activation;
 pub mod attention;
@@ -15,6 +15,7 @@ pub mod embedding;
 pub mod init;
 pub mod loss;
 pub mod metrics;
+pub mod mixture;
 pub mod norm;
 pub mod routing;
 
@@ -26,6 +27,7 @@ pub use dropout::dropout;
 pub use embedding::embedding;
 pub use loss::{cross_entropy, dice_loss, overlap, soft_dice_loss, weighted_mean};
 pub use metrics::{accuracy, arg_max};
+pub use mixture::{Mixed, Mixture, mixture};
 pub use norm::{BatchNorm, batch_norm, group_norm, instance_norm, layer_norm};
 pub use routing::Routing;
 

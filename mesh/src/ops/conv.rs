@@ -142,6 +142,14 @@ impl Conv {
         })
     }
 
+    /// Dimensions of the filter that are not split: of one that is read, or of the gradient.
+    fn whole_of_filter(&self, read: bool) -> Vec<(Name, &'static str)> {
+        let why = if read { "every window takes all taps" } else { "the taps of a gradient read the same elements" };
+        let taps = self.windows.iter().map(|w| (w.kernel(), why));
+        let channels = [&self.input, &self.output].into_iter().filter(|_| self.groups > 1);
+        taps.chain(channels.map(|n| (n.clone(), "a group's channels are counted from its own first one"))).collect()
+    }
+
     /// Output channels of a group.
     fn group_outputs(&self, output: usize) -> usize {
         output / self.groups.max(1)
@@ -212,8 +220,8 @@ impl Op for Conv {
     fn needs(&self, i: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
         if i == 0 { self.ranges(at, inputs[0], false) } else { at.of(inputs[1]) }
     }
-    fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
-        if self.groups > 1 { vec![self.output.clone()] } else { vec![] }
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<(Name, &'static str)> {
+        self.whole_of_filter(true)
     }
     fn flops(&self, x: &[&Type], out: &Type) -> u64 {
         Conv::flops(self, out, x[0].size_of(&self.input).unwrap_or(0))
@@ -270,10 +278,18 @@ impl Op for ConvTranspose {
         if c.groups > 1 { vec![] } else { vec![dim(&c.output, x[0].size_of(&c.output).unwrap_or(0))] }
     }
     fn needs(&self, i: usize, inputs: &[&Type], _: &Type, at: &Region) -> Region {
-        if i == 0 { self.conv.ranges(at, inputs[0], true) } else { at.of(inputs[1]) }
+        if i == 0 {
+            return self.conv.ranges(at, inputs[0], true);
+        }
+        let filter = at.of(inputs[1]);
+        if self.conv.groups == 1 {
+            return filter;
+        }
+        // The filter's input channels are those of one group, the result's are those of all.
+        filter.with(&self.conv.input, 0..inputs[1].size_of(&self.conv.input).unwrap_or(0))
     }
-    fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
-        if self.conv.groups > 1 { vec![self.conv.input.clone()] } else { vec![] }
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<(Name, &'static str)> {
+        self.conv.whole_of_filter(true)
     }
     fn flops(&self, x: &[&Type], out: &Type) -> u64 {
         self.conv.flops(x[0], out.size_of(&self.conv.input).unwrap_or(0))
@@ -332,11 +348,8 @@ impl Op for ConvWeightGrad {
         let all = inputs[0].size_of(&self.conv.input).unwrap_or(0);
         r.with(&self.conv.input, 0..all)
     }
-    fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
-        // The taps are computed together: they read the same elements.
-        let taps = self.conv.windows.iter().map(|w| w.kernel());
-        let channels = [&self.conv.input, &self.conv.output].into_iter().filter(|_| self.conv.groups > 1).cloned();
-        taps.chain(channels).collect()
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<(Name, &'static str)> {
+        self.conv.whole_of_filter(false)
     }
     fn flops(&self, x: &[&Type], _: &Type) -> u64 {
         self.conv.flops(x[1], x[0].size_of(&self.conv.input).unwrap_or(0))

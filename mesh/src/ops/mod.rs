@@ -36,6 +36,14 @@ macro_rules! table {
             }
         }
         impl Prim {
+            /// The names of all lines of the table.
+            pub const KINDS: &'static [&'static str] = &[$(stringify!($variant)),*];
+
+            /// The name of its line in the table.
+            pub fn kind(&self) -> &'static str {
+                match self { $(Prim::$variant(_) => stringify!($variant)),* }
+            }
+
             /// Whether it is a sum of products: what most of a network's arithmetic is.
             pub fn is_product(&self) -> bool {
                 matches!(self, Prim::Contract(_) | Prim::Conv(_) | Prim::ConvTranspose(_) | Prim::ConvWeightGrad(_))

@@ -221,6 +221,10 @@ impl Op for MergeDims {
         let parts = self.dims.iter().zip(bounding(&own, &sizes));
         parts.fold(at.of(inputs[0]), |r, (n, range)| r.with(n, range))
     }
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<(Name, &'static str)> {
+        let inner = self.dims.iter().skip(1).filter(|n| **n != self.into);
+        inner.map(|n| (n.clone(), "parts of an inner dimension are strips of the merged one")).collect()
+    }
     fn flops(&self, _: &[&Type], _: &Type) -> u64 {
         0
     }

@@ -60,8 +60,11 @@ impl Op for TopK {
     fn grad(&self, _: &GradContext) -> Vec<Option<Tensor>> {
         vec![None]
     }
-    fn whole(&self, _: &[&Type], _: &Type) -> Vec<Name> {
-        vec![self.k.name.clone()]
+    fn whole(&self, _: &[&Type], _: &Type) -> Vec<(Name, &'static str)> {
+        vec![
+            (self.dim.clone(), "which elements are the largest is known when all have been seen"),
+            (self.k.name.clone(), "the elements of one order are found together"),
+        ]
     }
     fn flops(&self, x: &[&Type], _: &Type) -> u64 {
         x[0].elements() as u64
