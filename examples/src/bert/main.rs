@@ -13,6 +13,7 @@ use config::{Config, OptimizerKind};
 use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
+use examples::plan::{Explain, PlanOptions};
 use examples::run::Failed;
 use examples::settings::Dtype;
 use examples::text::labelled::LabelKind;
@@ -111,7 +112,9 @@ enum Command {
     Eval(EvalOptions),
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs, by stage. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
-    Plan(Options),
+    Plan(Plan),
+    /// Say what a finding of `plan`, or an error of a layout, means, and how it is made and mended
+    Explain(Explain),
     /// Fine-tune an encoder to judge sentences, and write a run folder
     #[command(after_long_help = TUNE_KEYS)]
     Finetune(TuneOptions),
@@ -123,6 +126,14 @@ enum Command {
     Compare(CompareOptions),
     #[command(flatten)]
     Process(Process),
+}
+
+#[derive(Args)]
+struct Plan {
+    #[command(flatten)]
+    options: Options,
+    #[command(flatten)]
+    plan: PlanOptions,
 }
 
 #[derive(Args)]
@@ -308,7 +319,8 @@ fn main() -> ExitCode {
     let result = match &Cli::parse().command {
         Command::Pretrain(o) => o.task().and_then(|t| train::pretrain(&t)),
         Command::Eval(o) => o.eval(),
-        Command::Plan(o) => o.task().and_then(|t| train::plan(&t)),
+        Command::Plan(o) => o.plan.run(|| train::plan(&o.options.task()?)),
+        Command::Explain(o) => o.run(),
         Command::Finetune(o) => o.task().and_then(|t| finetune::finetune(&t)),
         Command::Export(o) => folders::export(o),
         Command::Embed(o) => folders::embed(o),

@@ -8,6 +8,7 @@ use coordinator::{Options, Position, Session};
 use examples::bert::dropping::{Dropping, Specials};
 use examples::bert::program::Pretraining;
 use examples::memory::Fitted;
+use examples::plan::Planned;
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use examples::text::kept;
@@ -319,18 +320,19 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Prints what a run would do.
-pub fn plan(task: &Task) -> Result<(), Failed> {
+/// What a run would do, stage by stage.
+pub fn plan(task: &Task) -> Result<Planned, Failed> {
     let options = task.options()?;
     let c = &task.config;
     let setup = Setup::new(c, Specials::default())?;
     let Fitted { program, text: recomputed } = setup.program(task, &options)?;
-    let mut text = introduction(c, &setup, &c.data, &options, program.parameters()) + &recomputed;
+    let introduction = introduction(c, &setup, &c.data, &options, program.parameters()) + &recomputed;
+    let mut functions = vec![];
     for stage in 0..setup.first.len() {
         let p = &setup.pretraining;
         let of_stage = program.stage(&p.stage_name(stage))?;
         let function = p.named(if c.parts > 1 { "accumulate" } else { "train" }, stage);
-        text += &format!("\n{}", options.plan(&of_stage)?.describe(&of_stage, &function));
+        functions.push((function, options.plan(&of_stage)?, of_stage));
     }
-    run::print(&text)
+    Ok(Planned { introduction, functions, memory: options.memory })
 }

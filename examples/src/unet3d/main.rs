@@ -8,6 +8,7 @@ mod train;
 use clap::{Args, Parser, Subcommand};
 use config::{Config, Norm, OptimizerKind};
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
+use examples::plan::{Explain, PlanOptions};
 use examples::run::Failed;
 use examples::settings::Dtype;
 use std::process::ExitCode;
@@ -24,6 +25,8 @@ Examples:
   unet3d train --coordinator head:7070 --tls DIR      on the workers of a cluster
   unet3d eval --out runs/big
   unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
+  unet3d plan --mesh x=8 --format html > plan.html    a page about that
+  unet3d explain L0301                                what a finding of `plan` means
 
 Exit codes:
    0  done
@@ -79,9 +82,19 @@ enum Command {
     Eval(Options),
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
-    Plan(Options),
+    Plan(Plan),
+    /// Say what a finding of `plan`, or an error of a layout, means, and how it is made and mended
+    Explain(Explain),
     #[command(flatten)]
     Process(Process),
+}
+
+#[derive(Args)]
+struct Plan {
+    #[command(flatten)]
+    options: Options,
+    #[command(flatten)]
+    plan: PlanOptions,
 }
 
 #[derive(Args)]
@@ -158,7 +171,8 @@ fn main() -> ExitCode {
     let result = match &Cli::parse().command {
         Command::Train(o) => o.task(false).and_then(|t| train::train(&t)),
         Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
-        Command::Plan(o) => o.task(false).and_then(|t| train::plan(&t)),
+        Command::Plan(o) => o.plan.run(|| train::plan(&o.options.task(false)?)),
+        Command::Explain(o) => o.run(),
         Command::Process(process) => return process.main(),
     };
     cli::exit(result)

@@ -6,6 +6,7 @@ use crate::model::{self, Shape};
 use coordinator::drive::again;
 use coordinator::{Options, Position, Session};
 use examples::memory::Fitted;
+use examples::plan::Planned;
 use examples::report::{Figures, Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
@@ -164,12 +165,12 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     judge(task, &scan, session)
 }
 
-/// Prints what a run would do.
-pub fn plan(task: &Task) -> Result<(), Failed> {
+/// What a run would do.
+pub fn plan(task: &Task) -> Result<Planned, Failed> {
     let options = task.options()?;
     let outline = Outline::of(&task.config)?;
     let Fitted { program, text } = program(task, &outline, &options)?;
-    let plan = options.plan(&program)?;
-    let introduction = introduction(&task.config, &outline, &options, program.parameters());
-    run::print(&(introduction + &text + "\n" + &plan.describe(&program, "train")))
+    let introduction = introduction(&task.config, &outline, &options, program.parameters()) + &text;
+    let functions = vec![("train".into(), options.plan(&program)?, program)];
+    Ok(Planned { introduction, functions, memory: options.memory })
 }

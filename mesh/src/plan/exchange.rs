@@ -36,7 +36,7 @@ fn contiguous(piece: &Region, held: &Region) -> bool {
 }
 
 /// The pattern of a move.
-pub(super) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
+pub(crate) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
     let grows = from.iter().zip(to).all(|(f, t)| t.contains(f));
     if from.iter().zip(to).all(|(f, t)| f.contains(t)) {
         return ExchangeKind::Slice;
@@ -90,14 +90,14 @@ pub(super) fn exchange(value: &Value, to: &[Region], plan: &Sources, device: usi
 const SEGMENTED: usize = 8192;
 
 /// What the participants of an all-reduce have in common.
-pub(super) struct Together {
+pub(crate) struct Together {
     devices: Vec<usize>,
     nodes: Vec<usize>,
     order: Arc<[chunk::Finish]>,
 }
 
 impl Together {
-    pub(super) fn new(sum: &Sum, group: &[usize]) -> Together {
+    pub(crate) fn new(sum: &Sum, group: &[usize]) -> Together {
         let owned: Vec<_> = group.iter().map(|&d| sum.owned[d].clone()).collect();
         Together {
             devices: group.to_vec(),
@@ -108,7 +108,7 @@ impl Together {
 }
 
 /// The all-reduce of a device.
-pub(super) fn all_reduce(f: ReduceFn, dtype: DType, together: &Together, elements: usize, device: usize) -> AllReduce {
+pub(crate) fn all_reduce(f: ReduceFn, dtype: DType, together: &Together, elements: usize, device: usize) -> AllReduce {
     AllReduce {
         f,
         dtype,

@@ -23,6 +23,7 @@ use crate::layout::{Layout, Mesh, Placement};
 use crate::ops::Prim;
 use crate::program::{Function, Program};
 use crate::spmd;
+pub(crate) use exchange::{Together, all_reduce, kind};
 pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
 pub use step::{

@@ -224,12 +224,15 @@ impl AllReduce {
         others * self.segment(self.me).len() * self.dtype.bytes()
     }
 
+    /// Bytes that this device sends to participant `p`, another one.
+    pub fn sent_to(&self, p: usize) -> usize {
+        let result = if self.segmented { self.segment(self.me).len() } else { 0 };
+        (self.nodes[self.me] * self.segment(p).len() + result) * self.dtype.bytes()
+    }
+
     /// Bytes that this device sends.
     pub fn sent_bytes(&self) -> usize {
-        let others = (0..self.devices.len()).filter(|p| *p != self.me);
-        let parts: usize = others.clone().map(|p| self.nodes[self.me] * self.segment(p).len()).sum();
-        let results = if self.segmented { others.count() * self.segment(self.me).len() } else { 0 };
-        (parts + results) * self.dtype.bytes()
+        (0..self.devices.len()).filter(|p| *p != self.me).map(|p| self.sent_to(p)).sum()
     }
 }
 

@@ -1,0 +1,193 @@
+//! Lints: what a layout costs that it need not, said before anything runs.
+//!
+//! A [`Lint`] is one entry of one of the tables below: a code, an explanation, two small programs that show it, and a
+//! check of a planned program. What a check finds is a [`Finding`]: a place in the user's source, what it costs, and what
+//! to do, as something that can be applied where there is such a thing. The errors of layouts ([`crate::error`]) are entries
+//! too; for them planning itself is the check. A change of the layout is only suggested after it was tried: the program
+//! is lowered with it, and has to compute or send less.
+//!
+//! To add a lint, add an entry to the table of its kind. `mesh/tests/lints.rs` runs all of them.
+
+mod edges;
+mod finding;
+mod memory;
+mod moves;
+mod planned;
+mod refusals;
+mod shards;
+mod sums;
+mod windows;
+mod work;
+
+use crate::error::Error;
+use crate::graph::Graph;
+use crate::plan::ProgramPlan;
+use crate::program::{Program, ProgramBuilder};
+pub use finding::{BYTES_A_MESSAGE, Change, FLOPS_A_BYTE, Finding, Lost, Severity};
+use planned::Planned;
+pub(crate) use planned::split_along;
+use std::fmt::Write;
+
+/// Something that can be wrong with a layout.
+pub struct Lint {
+    /// `L0101`.
+    pub code: &'static str,
+    /// `unused-axis`.
+    pub name: &'static str,
+    /// How bad it is.
+    pub severity: Severity,
+    /// What it is, why it costs, and what to do.
+    pub about: &'static str,
+    /// A program, mesh and layout that has it.
+    pub failing: Example,
+    /// One that does not.
+    pub fixed: Example,
+    check: Check,
+}
+
+impl Lint {
+    /// Whether planning itself reports it, as an error.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self.check, Check::Refusal)
+    }
+}
+
+/// How a lint is found.
+enum Check {
+    /// Planning refuses the layout with the lint's code.
+    Refusal,
+    /// In what is planned.
+    Plan(fn(&Planned) -> Vec<Finding>),
+}
+
+/// A small program with a mesh and a layout.
+#[derive(Clone, Copy)]
+pub struct Example {
+    /// Builds the function `step`.
+    pub build: fn(&Graph),
+    /// The program in words.
+    pub program: &'static str,
+    /// The mesh.
+    pub mesh: &'static str,
+    /// The layout.
+    pub layout: &'static str,
+    /// Bytes of memory that a device may use, if that matters.
+    pub memory: Option<usize>,
+    /// Devices that there are, if that matters.
+    pub devices: Option<usize>,
+}
+
+const fn example(build: fn(&Graph), program: &'static str, mesh: &'static str, layout: &'static str) -> Example {
+    Example { build, program, mesh, layout, memory: None, devices: None }
+}
+
+impl Example {
+    const fn within(self, memory: usize) -> Example {
+        Example { memory: Some(memory), ..self }
+    }
+    const fn on(self, devices: usize) -> Example {
+        Example { devices: Some(devices), ..self }
+    }
+    /// The program.
+    ///
+    /// # Errors
+    /// A mistake in it.
+    pub fn program(&self) -> Result<Program, Error> {
+        let mut p = ProgramBuilder::new();
+        p.function("step", |g| (self.build)(g))?;
+        p.finish()
+    }
+}
+
+/// All lints, by code.
+pub fn all() -> impl Iterator<Item = &'static Lint> {
+    [
+        refusals::LINTS,
+        work::LINTS,
+        moves::LINTS,
+        windows::LINTS,
+        sums::LINTS,
+        shards::LINTS,
+        memory::LINTS,
+        edges::LINTS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// The lint of that code, or that name.
+pub fn find(code: &str) -> Option<&'static Lint> {
+    all().find(|l| l.code.eq_ignore_ascii_case(code) || l.name == code)
+}
+
+/// What a finding has to lose at the least: a share of the operations and bytes of a run, or of the memory.
+const WORTHWHILE: f64 = 0.01;
+
+/// Runs all lints on what is planned; `memory` is what a device may use. Of one remedy there is one finding, and those that
+/// cost most come first.
+///
+/// # Errors
+/// A plan of another program.
+pub fn check(program: &Program, plan: &ProgramPlan, memory: Option<usize>) -> Result<Vec<Finding>, Error> {
+    let p = Planned::new(program, plan, memory)?;
+    let mut found = vec![];
+    for lint in all() {
+        let Check::Plan(check) = lint.check else { continue };
+        let label = |f: Finding| Finding { code: lint.code, name: lint.name, severity: lint.severity, ..f };
+        found.extend(check(&p).into_iter().map(label));
+    }
+    let mut found = finding::merged(found);
+    found.retain(|f| {
+        let all = p.functions.iter().find(|l| Some(&l.function.name) == f.function.as_ref());
+        let run = all.map_or(p.now.lost, |l| l.total).weight();
+        let time = f.lost.weight() / run.max(1.0);
+        let memory = f.lost.held_bytes / p.peak().max(1) as f64;
+        f.lost == Lost::default() || time.max(memory) >= WORTHWHILE
+    });
+    Ok(found)
+}
+
+/// Findings as text for people: the `most` first ones.
+pub fn text(found: &[Finding], most: usize) -> String {
+    if found.is_empty() {
+        return "findings: none\n".into();
+    }
+    let mut out = format!("findings: {}; `explain CODE` says more of one\n", found.len());
+    for f in found.iter().take(most) {
+        let _ = writeln!(out, "{f}");
+    }
+    if found.len() > most {
+        let _ = writeln!(out, "and {} more that cost less; `--format json` has all of them", found.len() - most);
+    }
+    out
+}
+
+/// All there is to say about a code, or a list of all of them.
+///
+/// # Errors
+/// A code that there is not: what to say then.
+pub fn explain(code: Option<&str>) -> Result<String, String> {
+    let mut out = String::new();
+    let Some(code) = code else {
+        for l in all() {
+            let _ = writeln!(out, "{}  {:7}  {}", l.code, l.severity.to_string(), l.name);
+        }
+        return Ok(out);
+    };
+    let Some(l) = find(code) else {
+        let near = crate::error::nearest(code, all().flat_map(|l| [l.code, l.name]));
+        let help = near.map_or("`explain` without a code lists all of them".into(), |n| format!("did you mean {n}?"));
+        return Err(format!("there is nothing to explain about `{code}`\n  help: {help}"));
+    };
+    let _ = writeln!(out, "{}[{}]: {}\n\n{}", l.severity, l.code, l.name, l.about);
+    for (title, e) in [("like this", &l.failing), ("better", &l.fixed)] {
+        let _ = writeln!(out, "\n{title}: {}\n  mesh    {}\n  layout  {}", e.program, e.mesh, e.layout);
+        if let Some(memory) = e.memory {
+            let _ = writeln!(out, "  memory  {}", crate::plan::describe::bytes(memory));
+        }
+        if let Some(devices) = e.devices {
+            let _ = writeln!(out, "  devices {devices}");
+        }
+    }
+    Ok(out)
+}

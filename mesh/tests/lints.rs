@@ -1,0 +1,111 @@
+//! Every lint finds its failing example, at the place that is marked there, and not its fixed one; what it suggests helps.
+
+use mesh::error::{Error, Place};
+use mesh::lint::{self, Change, Example, Finding, Lint};
+use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
+use mesh::program::Program;
+use std::collections::BTreeSet;
+
+/// A backend without scratch or workspaces.
+struct Plain;
+
+impl Backend for Plain {
+    fn scratch_bytes(&self, _: &Work) -> usize {
+        0
+    }
+    fn workspace_bytes(&self) -> usize {
+        0
+    }
+}
+
+fn plan(p: &Program, mesh: &str, layout: &str, e: &Example) -> Result<ProgramPlan, Error> {
+    let options = PlanOptions { memory: e.memory, devices: e.devices };
+    plan_program(p, &mesh.parse()?, &layout.parse()?, &options, &Plain)
+}
+
+/// What is found in an example, with its mesh and layout or others.
+fn found(e: &Example, change: &Change) -> Result<Vec<Finding>, Error> {
+    let p = e.program().expect("examples can be built");
+    let mesh = change.mesh.as_deref().unwrap_or(e.mesh);
+    let layout = change.layout.as_deref().unwrap_or(e.layout);
+    lint::check(&p, &plan(&p, mesh, layout, e)?, e.memory)
+}
+
+/// Codes that the source marks at a place.
+fn marked(place: &Place) -> String {
+    let source = std::fs::read_to_string(format!("../{}", place.file)).expect("places are in files of this project");
+    let line = source.lines().nth(place.line as usize - 1).expect("places are lines of them");
+    line.split_once("// ").map_or(String::new(), |(_, codes)| codes.into())
+}
+
+/// What is wrong with a lint that planning itself reports.
+fn refusal(l: &Lint) -> Result<(), String> {
+    let error = |e: &Example| found(e, &Change::default()).err();
+    match error(&l.failing) {
+        None => return Err("its failing example is accepted".into()),
+        Some(e) if e.cause.code() != l.code => return Err(format!("its failing example gives {e}")),
+        Some(e) => {
+            if let Some(place) = e.place.filter(|p| p.file.contains("lint") && !marked(p).contains(l.code)) {
+                return Err(format!("its failing example is reported at {place}"));
+            }
+        }
+    }
+    error(&l.fixed).map_or(Ok(()), |e| Err(format!("its fixed example gives {e}")))
+}
+
+/// What is wrong with a lint of plans.
+fn finding(l: &Lint) -> Result<(), String> {
+    let all = |e: &Example, change: &Change| -> Result<Vec<Finding>, String> {
+        let list = found(e, change).map_err(|e| format!("an example gives {e}"))?;
+        Ok(list.into_iter().filter(|f| f.code == l.code).collect())
+    };
+    let failing = all(&l.failing, &Change::default())?;
+    let Some(first) = failing.first() else {
+        let others: Vec<String> =
+            found(&l.failing, &Change::default()).unwrap().iter().map(Finding::to_string).collect();
+        return Err(format!("it does not find its failing example; others do: {}", others.join("\n")));
+    };
+    let place = first.place.ok_or("it has no place")?;
+    if !marked(&place).contains(l.code) {
+        return Err(format!("it finds {first}"));
+    }
+    if let Some(f) = all(&l.fixed, &Change::default())?.first() {
+        return Err(format!("it finds something in its fixed example: {f}"));
+    }
+    for f in &failing {
+        let Some(change) = &f.change else { continue };
+        if let Some(f) = all(&l.failing, change)?.first() {
+            return Err(format!("what it suggests, {change}, leaves {f}"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_lint_finds_its_failing_example_and_not_its_fixed_one() {
+    let wrong = |l: &Lint| (if l.is_refusal() { refusal(l) } else { finding(l) }).err();
+    let wrong: Vec<String> =
+        lint::all().filter_map(|l| Some(format!("{} {}: {}", l.code, l.name, wrong(l)?))).collect();
+    assert!(wrong.is_empty(), "{} lints are wrong:\n{}", wrong.len(), wrong.join("\n\n"));
+}
+
+#[test]
+fn there_are_forty_lints_and_no_two_of_one_code_or_name() {
+    let codes: BTreeSet<&str> = lint::all().map(|l| l.code).collect();
+    let names: BTreeSet<&str> = lint::all().map(|l| l.name).collect();
+    assert_eq!((codes.len(), names.len()), (lint::all().count(), lint::all().count()));
+    assert!(codes.len() >= 40, "{} lints", codes.len());
+}
+
+#[test]
+fn a_code_is_explained_with_both_examples() {
+    for l in lint::all() {
+        let text = lint::explain(Some(l.code)).unwrap();
+        for part in [l.about, l.failing.layout, l.fixed.layout, l.failing.mesh, l.fixed.mesh] {
+            assert!(text.contains(part), "{} does not say {part}", l.code);
+        }
+        assert_eq!(lint::explain(Some(l.name)).unwrap(), text);
+    }
+    assert!(lint::explain(Some("unused-axes")).unwrap_err().contains("did you mean unused-axis?"));
+    assert_eq!(lint::explain(None).unwrap().lines().count(), lint::all().count());
+}
