@@ -70,7 +70,7 @@ impl PlanOptions {
             Format::Text => print(&planned.text()?),
             Format::Json => {
                 let document = Document { version: VERSION, plans: planned.reports()? };
-                let text = serde_json::to_string_pretty(&document).map_err(std::io::Error::from);
+                let text = serde_json::to_string(&document).map_err(std::io::Error::from);
                 print(&(written(Path::new("the plan as JSON"), text)? + "\n"))
             }
             Format::Html => print(&report::html::page(&planned.reports()?)),

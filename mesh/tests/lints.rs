@@ -95,6 +95,8 @@ fn there_are_forty_lints_and_no_two_of_one_code_or_name() {
     let names: BTreeSet<&str> = lint::all().map(|l| l.name).collect();
     assert_eq!((codes.len(), names.len()), (lint::all().count(), lint::all().count()));
     assert!(codes.len() >= 40, "{} lints", codes.len());
+    // Refusals first, then each kind's in order.
+    assert!(lint::all().filter(|l| !l.is_refusal()).map(|l| l.code).is_sorted());
 }
 
 #[test]

@@ -49,7 +49,7 @@ Exit codes:
 
 const KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile, --resume, --format and --diff is also a key of the configuration, for --config and --set; further keys are
   groups            numbers of groups of layers that share weights, one after the other, as `1,2,4` [default: 1]
   shared            what of a layer is shared: layer, attention or feed-forward [default: layer]
   reset_slots       optimizer slots start anew when layers are unshared, instead of being copied [default: false]
@@ -77,7 +77,7 @@ The exit codes are in `bert --help`.";
 
 const TUNE_KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile, --resume, --format and --diff is also a key of the configuration, for --config and --set; further keys are
   held_out          share of the sentences that are held out, by a hash of their text [default: 0.1]
   warmup            steps until the learning rate is highest; 0: a tenth of all [default: 0]
   decay, clip       weight decay; what the gradients' norm is cut to [default: 0.01, 1]

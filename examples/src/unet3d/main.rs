@@ -38,7 +38,7 @@ Exit codes:
 
 const KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile, --resume, --format and --diff is also a key of the configuration, for --config and --set; further keys are
   organ_weight      weight of an organ's voxel in the cross-entropy; the background's is 1 [default: 8]
   checkpoint_every  steps between checkpoints; one is always written at the end [default: 50]
   keep              checkpoints to keep [default: 2]

@@ -213,19 +213,19 @@ impl Finding {
 
     /// Whether what is to be done is the same.
     fn same_remedy(&self, other: &Finding) -> bool {
-        let key =
-            |f: &Finding| (f.code, f.help.clone(), f.change.clone(), f.function.clone(), f.dim.clone(), f.axis.clone());
+        let key = |f: &Finding| (f.code, f.help.clone(), f.change.clone(), f.dim.clone(), f.axis.clone());
         key(self) == key(other)
     }
 }
 
-/// Findings of one remedy together, those that cost most first.
+/// Findings of one remedy together, those that cost most first. What they lose is added up within a function; of several
+/// functions, which run at other times, the one that loses most counts.
 pub(super) fn merged(list: Vec<Finding>) -> Vec<Finding> {
-    let mut out: Vec<(f64, Finding)> = vec![];
+    let mut by_function: Vec<(f64, Finding)> = vec![];
     for f in list {
         let weight = f.lost.weight();
-        match out.iter_mut().find(|(_, g)| g.same_remedy(&f)) {
-            None => out.push((weight, f)),
+        match by_function.iter_mut().find(|(_, g)| g.same_remedy(&f) && g.function == f.function) {
+            None => by_function.push((weight, f)),
             Some((most, g)) => {
                 let (mut lost, count) = (g.lost, g.count + f.count);
                 lost.add(&f.lost);
@@ -236,12 +236,24 @@ pub(super) fn merged(list: Vec<Finding>) -> Vec<Finding> {
             }
         }
     }
+    let mut out: Vec<Finding> = vec![];
+    for (_, f) in by_function {
+        match out.iter_mut().find(|g| g.same_remedy(&f)) {
+            None => out.push(f),
+            Some(g) => {
+                let count = g.count + f.count;
+                if f.lost.weight() > g.lost.weight() {
+                    *g = f;
+                }
+                g.count = count;
+            }
+        }
+    }
     let key = |f: &Finding| (f.severity, -f.lost.weight(), -f.lost.held_bytes);
     let order = |a: &Finding, b: &Finding| {
         let (a, b) = (key(a), key(b));
         a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.total_cmp(&b.2))
     };
-    let mut out: Vec<Finding> = out.into_iter().map(|(_, f)| f).collect();
     out.sort_by(order);
     out
 }

@@ -52,7 +52,7 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(|p| by_cause(p, Cause::NeededWhole)),
     },
     Lint {
-        code: "L0206",
+        code: "L0205",
         name: "split-scatter",
         severity: Severity::Warning,
         about: "Sums by index into rows that are split: a summand may be of any row, so that every device gathers all of \
@@ -62,7 +62,7 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(|p| by_cause(p, Cause::Scatter)),
     },
     Lint {
-        code: "L0207",
+        code: "L0206",
         name: "variable-moved",
         severity: Severity::Warning,
         about: "A variable is stored in one layout and used in another, so that it moves in every run of the function. That \
@@ -73,7 +73,7 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(variable_moved_lint),
     },
     Lint {
-        code: "L0209",
+        code: "L0207",
         name: "repeated-gather",
         severity: Severity::Warning,
         about: "Values that are elementwise functions of one tensor are gathered, each by itself. Gather that tensor once \
@@ -83,7 +83,7 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(repeated_gather),
     },
     Lint {
-        code: "L0210",
+        code: "L0208",
         name: "moved-after-cast",
         severity: Severity::Warning,
         about: "A tensor moves after it was cast to a wider type: twice the bytes for the same values. Cast where it is \
@@ -93,7 +93,7 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(moved_after_cast),
     },
     Lint {
-        code: "L0211",
+        code: "L0209",
         name: "all-to-all",
         severity: Severity::Warning,
         about: "A tensor's split goes from one dimension to another, and nearly all of it moves in every run. Where another \
@@ -103,7 +103,7 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(|p| by_cause(p, Cause::AllToAll)),
     },
     Lint {
-        code: "L0212",
+        code: "L0210",
         name: "shifted-blocks",
         severity: Severity::Warning,
         about: "A dimension is split before and after, but its blocks begin elsewhere: a slice, a padding, a concatenation \
@@ -163,12 +163,12 @@ const SCATTER: &str = "rows [token, d_model] added up by index into [vocab, d_mo
 fn scatter(g: &Graph) {
     let words = g.input("words", DType::I32, &[dim("token", 64)]);
     let x = g.input("x", DType::F32, &[dim("token", 64), dim("d_model", 64)]);
-    g.output("y", &x.tanh().scatter_add(&words, &dim("vocab", 512))); // L0206
+    g.output("y", &x.tanh().scatter_add(&words, &dim("vocab", 512))); // L0205
 }
 
 const VARIABLE_MOVED: &str = "a product with a weight [d_in, d_out] that is read with `with_layout(\"\")`";
 fn variable_moved(g: &Graph) {
-    let w = g.variable("w", &[dim("d_in", 64), dim("d_out", 64)], normal(0.1)).with_layout(""); // L0207
+    let w = g.variable("w", &[dim("d_in", 64), dim("d_out", 64)], normal(0.1)).with_layout(""); // L0206
     g.output("y", &g.input("x", DType::F32, &[dim("batch", 64), dim("d_in", 64)]).contract(&w, &["d_in"]));
 }
 fn variable_still(g: &Graph) {
@@ -186,7 +186,7 @@ fn sides(g: &Graph) -> [Tensor; 3] {
 fn twice_gathered(g: &Graph) {
     let [x, a, b] = sides(g);
     let left = x.exp().mul_scalar(0.5).rename("token", "t");
-    let right = x.tanh().mul_scalar(0.5).rename("token", "t"); // L0209
+    let right = x.tanh().mul_scalar(0.5).rename("token", "t"); // L0207
     let [a, b] = [a, b].map(|w| w.rename("token", "t"));
     g.output("y", &left.contract(&a, &["t"]).add(&right.contract(&b, &["t"])));
 }
@@ -200,7 +200,7 @@ fn once_gathered(g: &Graph) {
 const WIDE: &str = "x, `bf16`, cast to `f32` and then used whole";
 fn wide_move(g: &Graph) {
     let x = g.input("x", DType::F32, &[dim("token", 64), dim("d", 64)]).cast(DType::Bf16);
-    g.output("y", &x.cast(DType::F32).add_scalar(1.0).with_layout("").sum_all()); // L0210
+    g.output("y", &x.cast(DType::F32).add_scalar(1.0).with_layout("").sum_all()); // L0208
 }
 fn narrow_move(g: &Graph) {
     let x = g.input("x", DType::F32, &[dim("token", 64), dim("d", 64)]).cast(DType::Bf16);
@@ -210,13 +210,13 @@ fn narrow_move(g: &Graph) {
 const TRANSPOSED: &str = "a matrix [row, col], and exponentials of it with `with_layout(\"col:m\")`";
 fn transposed(g: &Graph) {
     let x = g.input("x", DType::F32, &[dim("row", 64), dim("col", 64)]);
-    g.output("y", &x.tanh().exp().with_layout("col:m").sum_all()); // L0211
+    g.output("y", &x.tanh().exp().with_layout("col:m").sum_all()); // L0209
 }
 
 const CUT: &str = "the middle of x, `x.slice(\"x\", 24, 56)`";
 fn cut(g: &Graph) {
     let x = g.input("x", DType::F32, &[dim("x", 64), dim("y", 64)]);
-    g.output("y", &x.tanh().slice("x", 24, 56).exp()); // L0212
+    g.output("y", &x.tanh().slice("x", 24, 56).exp()); // L0210
 }
 
 /// Why something moves.

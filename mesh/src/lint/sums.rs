@@ -43,16 +43,6 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(|p| split_sums(p, Kind::Norm)),
     },
     Lint {
-        code: "L0407",
-        name: "split-table",
-        severity: Severity::Warning,
-        about: "A lookup by index in a table whose rows are split: each device looks up its own rows, and all-reduces what \
-                was found. Split the table's other dimension, where that sends less.",
-        failing: example(lookup, LOOKUP, "model=4", "vocab:model"),
-        fixed: example(lookup, LOOKUP, "model=4", "d_model:model"),
-        check: Check::Plan(|p| split_sums(p, Kind::Lookup)),
-    },
-    Lint {
         code: "L0404",
         name: "small-all-reduces",
         severity: Severity::Advice,
@@ -83,6 +73,16 @@ pub(super) const LINTS: &[Lint] = &[
         failing: example(accumulated, "gradients added up in a slot, then applied", "data=4", "batch:data"),
         fixed: example(applied, "gradients applied at once", "data=4", "batch:data"),
         check: Check::Plan(each_part),
+    },
+    Lint {
+        code: "L0407",
+        name: "split-table",
+        severity: Severity::Warning,
+        about: "A lookup by index in a table whose rows are split: each device looks up its own rows, and all-reduces what \
+                was found. Split the table's other dimension, where that sends less.",
+        failing: example(lookup, LOOKUP, "model=4", "vocab:model"),
+        fixed: example(lookup, LOOKUP, "model=4", "d_model:model"),
+        check: Check::Plan(|p| split_sums(p, Kind::Lookup)),
     },
 ];
 

@@ -37,9 +37,10 @@ pub(super) const LINTS: &[Lint] = &[
         code: "L0103",
         name: "replicated-logits",
         severity: Severity::Warning,
-        about: "Logits that every device along an axis computes whole, and whose softmax or loss goes over a dimension \
-                that could be split. With a vocabulary they are the largest product and the largest activation of a model. \
-                Split the vocabulary over the axis: maximum and sum of the softmax are small and are combined at the end.",
+        about: "A product that every device along an axis computes whole, and whose softmax goes over a dimension of it \
+                that could be split: logits over a vocabulary are the largest product and the largest activation of many \
+                models, attention scores of others. Split the vocabulary over the axis (maximum and sum of the softmax are \
+                small, and combined at the end), or the heads.",
         failing: example(classifier, CLASSIFIER, "data=2,model=2", "batch:data,d_ff:model"),
         fixed: example(classifier, CLASSIFIER, "data=2,model=2", "batch:data,d_ff:model,vocab:model"),
         check: Check::Plan(replicated_logits),
@@ -253,7 +254,12 @@ fn replicated_product(p: &Planned) -> Vec<Finding> {
 fn replicated_logits(p: &Planned) -> Vec<Finding> {
     let logits: BTreeMap<&Name, Vec<NodeId>> = p.functions.iter().map(|l| (&l.function.name, logits(l))).collect();
     let which = |l: &Lowered, n: NodeId, _: &Prim| logits[&l.function.name].contains(&n);
-    replicated(p, which, |_, axis| format!("each device along `{axis}` computes these logits whole"), true)
+    replicated(
+        p,
+        which,
+        |_, axis| format!("each device along `{axis}` computes this product, of which a softmax is taken, whole"),
+        true,
+    )
 }
 
 fn replicated_map(p: &Planned) -> Vec<Finding> {

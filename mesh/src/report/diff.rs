@@ -5,13 +5,13 @@ use crate::plan::describe::{Table, bytes, flops};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-/// `12.0 KiB -> 8.0 KiB (-33.3 %)`; None where both are equal.
-fn change(before: f64, after: f64, unit: impl Fn(f64) -> String) -> Option<String> {
+/// Before, after and the change in percent; None where both are equal.
+fn change(before: f64, after: f64, unit: impl Fn(f64) -> String) -> Option<[String; 3]> {
     let share = match before {
         0.0 => "new".into(),
         _ => format!("{:+.1} %", 100.0 * (after - before) / before),
     };
-    (before != after).then(|| format!("{} -> {} ({share})", unit(before), unit(after)))
+    (before != after).then(|| [unit(before), unit(after), share])
 }
 
 /// How a tensor is split, in the layout's language.
@@ -41,16 +41,16 @@ pub fn diff(a: &Report, b: &Report) -> String {
     ];
     let _ = writeln!(out, "\nthe device that has most");
     let mut table = Table::default();
-    table.row([&"what", &"change"]);
+    table.row([&"what", &"before", &"after", &"change"]);
     let mut none = true;
     for (name, of, unit) in rows {
-        if let Some(text) = change(most(a, of), most(b, of), unit) {
-            table.row([&name, &text]);
+        if let Some([before, after, share]) = change(most(a, of), most(b, of), unit) {
+            table.row([&name, &before, &after, &share]);
             none = false;
         }
     }
     if none {
-        table.row([&"nothing", &""]);
+        table.row([&"nothing", &"", &"", &""]);
     }
     table.write(&mut out);
 
@@ -64,12 +64,13 @@ pub fn diff(a: &Report, b: &Report) -> String {
     let (before, after) = (by_axis(a), by_axis(b));
     let names: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     let get = |sums: &BTreeMap<String, f64>, n: &String| sums.get(n).copied().unwrap_or(0.0);
-    let rows: Vec<_> = names.into_iter().filter_map(|n| Some((n, change(get(&before, n), get(&after, n), size)?))).collect();
+    let rows: Vec<_> =
+        names.into_iter().filter_map(|n| Some((n, change(get(&before, n), get(&after, n), size)?))).collect();
     if !rows.is_empty() {
         let _ = writeln!(out, "\nsent by all devices");
         let mut table = Table::default();
-        table.row([&"pattern", &"change"]);
-        rows.iter().for_each(|(n, text)| table.row([n, text]));
+        table.row([&"pattern", &"before", &"after", &"change"]);
+        rows.iter().for_each(|(n, [before, after, share])| table.row([n, before, after, share]));
         table.write(&mut out);
     }
 
@@ -77,19 +78,19 @@ pub fn diff(a: &Report, b: &Report) -> String {
     let old: BTreeMap<_, &TensorReport> = a.tensors.iter().map(|t| (key(t), t)).collect();
     let new: BTreeMap<_, &TensorReport> = b.tensors.iter().map(|t| (key(t), t)).collect();
     let mut table = Table::default();
-    table.row([&"tensor", &"kind", &"before", &"after", &"a device"]);
+    table.row([&"tensor", &"kind", &"before", &"after", &"a device", &"then", &"change"]);
     let mut changed = 0;
     for t in &b.tensors {
         let (before, held) = match old.get(&key(t)) {
             Some(o) if split(o) == split(t) && o.most_bytes == t.most_bytes => continue,
             Some(o) => (split(o), change(o.most_bytes as f64, t.most_bytes as f64, size).unwrap_or_default()),
-            None => ("not there".into(), bytes(t.most_bytes)),
+            None => ("not there".into(), [String::new(), bytes(t.most_bytes), String::new()]),
         };
-        table.row([&t.name, &t.kind, &before, &split(t), &held]);
+        table.row([&t.name, &t.kind, &before, &split(t), &held[0], &held[1], &held[2]]);
         changed += 1;
     }
     for t in a.tensors.iter().filter(|t| !new.contains_key(&key(t))) {
-        table.row([&t.name, &t.kind, &split(t), &"not there", &""]);
+        table.row([&t.name, &t.kind, &split(t), &"not there", &"", &"", &""]);
         changed += 1;
     }
     let _ = writeln!(out, "\ntensors whose layout changed: {changed} of {}", b.tensors.len());

@@ -19,8 +19,9 @@ pub struct Span {
 /// Spans that are kept of a device: the largest.
 const KEPT: usize = 400;
 
-/// The largest values of a device's steps, in the order in which they are made. What lies in variables is not among them.
-pub(super) fn spans(plan: &DevicePlan) -> Vec<Span> {
+/// The largest values of a device's steps, in the order in which they are made; `variables` is where those end, which are
+/// not among them.
+pub(super) fn spans(plan: &DevicePlan, variables: usize) -> Vec<Span> {
     let overlaps = |a: Buffer, b: Buffer| a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
     let end = plan.steps.len();
     let mut done: Vec<Span> = vec![];
@@ -33,12 +34,17 @@ pub(super) fn spans(plan: &DevicePlan) -> Vec<Span> {
         for (_, span) in here.iter_mut().filter(|(at, _)| s.inputs.iter().any(|b| overlaps(*at, *b))) {
             span.to = i;
         }
-        let name = if s.label.scope.is_empty() { s.label.op.to_string() } else { format!("{}: {}", s.label.scope, s.label.op) };
-        for written in s.outputs.iter().chain([&s.scratch]).filter(|b| b.bytes > 0) {
+        let name = if s.label.scope.is_empty() {
+            s.label.op.to_string()
+        } else {
+            format!("{}: {}", s.label.scope, s.label.op)
+        };
+        for written in s.outputs.iter().chain([&s.scratch]).filter(|b| b.bytes > 0 && b.offset >= variables) {
             let (over, rest) = here.into_iter().partition(|(at, _)| overlaps(*at, *written));
             here = rest;
             let over: Vec<(Buffer, Span)> = over;
-            done.extend(over.into_iter().map(|(_, span)| span));
+            // What is computed in place of an operand takes no room beside it.
+            done.extend(over.into_iter().map(|(_, s)| Span { to: s.to.min(i.saturating_sub(1)).max(s.from), ..s }));
             here.push((*written, Span { name: name.clone(), bytes: written.bytes, from: i, to: i }));
         }
     }

@@ -182,7 +182,8 @@ fn axes_between(plan: &ProgramPlan, a: usize, b: usize) -> String {
 fn steps(plan: &ProgramPlan, plans: &[DevicePlan]) -> Vec<StepReport> {
     let count = plans.iter().map(|p| p.steps.len()).max().unwrap_or(0);
     let one = |i: usize| {
-        let alike: Vec<(usize, &Step)> = plans.iter().enumerate().filter_map(|(d, p)| Some((d, p.steps.get(i)?))).collect();
+        let alike: Vec<(usize, &Step)> =
+            plans.iter().enumerate().filter_map(|(d, p)| Some((d, p.steps.get(i)?))).collect();
         let (_, first) = alike.first()?;
         let mut axes: BTreeSet<String> = BTreeSet::new();
         let (mut flops, mut bytes, mut sent) = (0.0f64, 0.0f64, 0);
@@ -234,6 +235,7 @@ fn communication(plan: &ProgramPlan, plans: &[DevicePlan]) -> Vec<TrafficReport>
 }
 
 fn memory(plan: &ProgramPlan, key: &Name, plans: &[DevicePlan]) -> Vec<MemoryReport> {
+    let variables = |d: usize| plan.variables[d].iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
     let mut out: Vec<MemoryReport> = vec![];
     for (d, t) in plan.timelines.get(key).into_iter().flatten().enumerate() {
         match out.iter_mut().find(|m| m.alive_bytes == t.alive) {
@@ -242,7 +244,7 @@ fn memory(plan: &ProgramPlan, key: &Name, plans: &[DevicePlan]) -> Vec<MemoryRep
                 devices: vec![d],
                 alive_bytes: t.alive.clone(),
                 fullest: t.fullest,
-                spans: lives::spans(&plans[d]),
+                spans: lives::spans(&plans[d], variables(d)),
             }),
         }
     }
