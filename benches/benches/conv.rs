@@ -1,5 +1,5 @@
 //! A 3x3x3 convolution with bias, forward, or with the gradients of input, filter and bias. Prints one JSON line: seconds
-//! (median) and GFLOP/s; of bf16 without the casts of what is fed.
+//! (median) and GFLOP/s; of 16-bit floats without the casts of what is fed.
 //!
 //! `cargo bench -p benches --bench conv -- --channels 32 --size 64 --what both --threads 2`
 
@@ -64,7 +64,7 @@ fn main() {
     }
     let case = serde_json::json!({"case": "conv", "what": args.what, "channels": c, "size": n});
     args.steps.measure(&mut session, f, flops, case, |clock, session| match args.steps.dtype() {
-        DType::Bf16 => last_run(session, |step| !step.starts_with("map")),
+        DType::Bf16 | DType::F16 => last_run(session, |step| !step.starts_with("map")),
         _ => clock,
     });
 }

@@ -7,7 +7,7 @@ use clap::{Parser, ValueEnum};
 use mesh::chunk::{Tree, TreeDim, shard_chunks};
 use mesh::dim::DType;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{AllReduce, Buffer};
+use mesh::plan::{AllReduce, Buffer, Segments};
 use serde_json::json;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -260,7 +260,7 @@ fn all_reduce(args: &Args, choice: TransportChoice, end: &mut Switchboard, memor
         nodes: owned.iter().map(|o| tree.nodes(o).len()).collect(),
         me,
         order: tree.finish(&owned).into(),
-        segmented: true,
+        segments: Segments::Shared,
     };
     let (input, rest) = memory.split_at_mut(elements * 4);
     let (output, scratch) = rest.split_at_mut(elements * 4);

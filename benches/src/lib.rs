@@ -4,8 +4,11 @@ use coordinator::session::FunctionId;
 use coordinator::{Options, Session};
 use mesh::dim::DType;
 use mesh::layout::{Layout, Mesh};
+use mesh::machine::Machine;
+use mesh::plan::time::estimate;
 use mesh::program::Program;
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// What every measurement of steps takes.
@@ -20,8 +23,8 @@ pub struct Steps {
     /// Threads of each device; 0: the machine's cores shared out.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
-    /// What it computes in: `f32` or `bf16`.
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    /// What it computes in: `f32`, `bf16` or `f16`.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
     dtype: String,
     /// Chunks of a dimension at most; 1 takes exact mode away, so that the difference is its price.
     #[arg(long)]
@@ -32,6 +35,9 @@ pub struct Steps {
     /// Where the time of a step goes as well.
     #[arg(long)]
     pub profile: bool,
+    /// What `coordinator calibrate` wrote: says as well how long a step should take on that machine.
+    #[arg(long)]
+    machine: Option<PathBuf>,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -40,7 +46,11 @@ pub struct Steps {
 impl Steps {
     /// What it computes in.
     pub fn dtype(&self) -> DType {
-        if self.dtype == "bf16" { DType::Bf16 } else { DType::F32 }
+        match self.dtype.as_str() {
+            "bf16" => DType::Bf16,
+            "f16" => DType::F16,
+            _ => DType::F32,
+        }
     }
 
     /// A session of a program.
@@ -95,8 +105,14 @@ impl Steps {
             "impl": "mesh", "dtype": self.dtype, "mesh": self.mesh.to_string(), "threads": session.options().threads(), "step_s": median,
             "min_s": times[0], "max_s": times[times.len() - 1], "gflops": flops as f64 / 1e9 / median, "peak_mib": peak,
         });
+        let predicted = self.machine.as_ref().map(|file| {
+            let text = std::fs::read_to_string(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            let machine = Machine::from_toml(&text).unwrap_or_else(|e| panic!("{e}"));
+            let seconds = estimate(session.plan(), "train", &machine).map(|e| e.seconds);
+            json!({"layout": session.plan().layout.to_string(), "predicted_s": seconds})
+        });
         let losses = first.map(|first| json!({"loss_first": first, "loss_last": loss(session)}));
-        for more in [Some(case), losses].into_iter().flatten() {
+        for more in [Some(case), losses, predicted].into_iter().flatten() {
             if let (Value::Object(line), Value::Object(more)) = (&mut line, more) {
                 line.extend(more);
             }

@@ -1,5 +1,6 @@
 //! The command line of a coordinator: that of the `coordinator` binary, and of model programs that run as their own.
 
+use crate::calibrate::calibrate;
 use crate::certs;
 use crate::server::{Coordinator, ServerOptions};
 use crate::status;
@@ -9,7 +10,7 @@ use proto::control::{DrainRequest, StatusReply, StatusRequest};
 use std::ffi::OsString;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -61,6 +62,15 @@ enum Command {
     Watch {
         #[command(flatten)]
         at: At,
+    },
+    /// Measure this machine, in a quarter of a minute, for `plan --machine FILE`
+    Calibrate {
+        /// Where the description goes
+        #[arg(value_name = "FILE.toml")]
+        file: PathBuf,
+        /// What the machine is called
+        #[arg(long, default_value = "this machine")]
+        name: String,
     },
     /// Have a worker leave: its session writes a checkpoint and goes on without it
     Drain {
@@ -178,8 +188,8 @@ enum Failed {
     /// A store or a state that cannot be used.
     #[error("{0}")]
     Setup(String),
-    #[error("C0043: {0}")]
-    Unknown(String),
+    #[error("C0045: {0}")]
+    Unknown(mesh::lint::Unknown),
     #[error(transparent)]
     Options(#[from] NodeError),
     #[error(transparent)]
@@ -236,6 +246,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Drain { at, worker, reason }) => {
             operate(&at, Role::Client, async |mut c| c.drain(DrainRequest { worker, reason }).await.map(|_| ()))
         }
+        Some(Command::Calibrate { file, name }) => measure(&file, &name),
         None => serve(cli.serve),
     };
     match done {
@@ -245,6 +256,20 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(e.exit_code())
         }
     }
+}
+
+/// Writes what this machine can do to a file.
+fn measure(file: &Path, name: &str) -> Result<(), Failed> {
+    let cannot = |e: std::io::Error| Failed::Setup(format!("C0044: cannot write {}: {e}", file.display()));
+    // What cannot be written is not measured first; what is there stays until that is done.
+    std::fs::OpenOptions::new().append(true).create(true).open(file).map_err(cannot)?;
+    let lines = std::fs::read_to_string("/proc/meminfo").map_err(|e| Failed::System(format!("the memory: {e}")))?;
+    let total =
+        lines.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+    let memory = total.ok_or_else(|| Failed::System("the memory: /proc/meminfo does not say".into()))? * 1024;
+    let found = calibrate(name, memory, |line| eprintln!("{line}")).map_err(|e| Failed::System(e.to_string()))?;
+    say(&found.text());
+    std::fs::write(file, found.machine.to_toml()).map_err(cannot)
 }
 
 /// Asks a coordinator for something.

@@ -4,11 +4,11 @@ use crate::checkpoint::Position;
 use crate::crew::Active;
 use crate::server::{Coordinator, Reply, Sent, invalid};
 use mesh::array::Array;
-use mesh::region::Region;
 use proto::control::{
-    self, ArrayName, ArrayPart, Done, Noted, OpenPart, Opened, SessionName, StatusReply, control_server, open_part,
-    worker_client::WorkerClient,
+    self, ArrayHead, ArrayName, ArrayPart, Done, Noted, OpenPart, Opened, SessionName, StatusReply, array_part::Kind,
+    control_server, open_part, worker_client::WorkerClient,
 };
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -19,46 +19,62 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 use worker::recorder::now_ns;
 use worker::service::foreseen;
-use worker::wire::{self, Assembler};
+use worker::wire::{self, Assembler, Sequence};
 
 /// Shortest time between two reports to one who watches.
 const WATCH: Duration = Duration::from_millis(200);
 /// How long workers have to tell what their devices did.
 const EVENTS_WITHIN: Duration = Duration::from_secs(10);
+/// Parts of a stream that lie here for a worker at the most.
+const PARTS_AHEAD: usize = 2;
 /// Results of one number that are remembered for those who watch.
 const RESULTS: usize = 64;
 
 impl Coordinator {
-    /// Sends arrays to the devices that hold parts of them.
-    async fn spread(&self, mut stream: Streaming<ArrayPart>) -> Reply<Done> {
-        let mut assembler = Assembler::default();
-        while let Some(part) = stream.next().await {
-            let Some((head, array)) = assembler.take(part?).map_err(invalid)? else { continue };
-            let name = head.name.unwrap_or_default();
-            let session = self.session(name.epoch)?;
-            let parts = session.parts(&name)?;
-            if array.shape() != parts[0].ty.shape() || array.dtype() != parts[0].ty.dtype {
-                return Err(invalid(format!(
-                    "C0013: `{}` is {}, and was sent {:?}",
-                    name.name,
-                    parts[0].ty,
-                    array.shape()
-                )));
+    /// Passes boxes of tensors on to the workers whose devices hold them, part by part as they come.
+    async fn spread<F>(
+        &self,
+        mut stream: Streaming<ArrayPart>,
+        call: impl Fn(WorkerClient<Channel>, ReceiverStream<ArrayPart>) -> F,
+    ) -> Reply<Done>
+    where
+        F: Future<Output = Result<Response<Done>, Status>> + Send + 'static,
+    {
+        let mut next = stream.next().await.transpose()?;
+        let head = match &next {
+            Some(ArrayPart { kind: Some(Kind::Head(head)) }) => head,
+            Some(_) => return Err(invalid("C0013: a stream of arrays begins with a head")),
+            // Of a tensor without elements nobody holds anything.
+            None => return Ok(Response::new(Done {})),
+        };
+        let session = self.session(head.name.as_ref().map_or(0, |n| n.epoch))?;
+        let (senders, mut receivers): (Vec<_>, Vec<_>) =
+            session.crew.iter().map(|_| mpsc::channel(PARTS_AHEAD)).map(|(s, r)| (s, Some(r))).unzip();
+        let pass = async {
+            // Dropped at the end, so that workers' streams end.
+            let (senders, mut sequence, mut to) = (senders, Sequence::default(), vec![]);
+            while let Some(part) = next {
+                sequence.take(&part).map_err(invalid)?;
+                if let Some(Kind::Head(head)) = &part.kind {
+                    to = session.holders(head)?;
+                }
+                for (place, holders) in &to {
+                    let kind = match part.kind.clone() {
+                        Some(Kind::Head(head)) => Some(Kind::Head(ArrayHead { holders: holders.clone(), ..head })),
+                        kind => kind,
+                    };
+                    // A worker that takes no more says why in its answer.
+                    let _ = senders[*place].send(ArrayPart { kind }).await;
+                }
+                next = stream.next().await.transpose()?;
             }
-            let feeding = !name.function.is_empty();
-            self.everywhere(&session, |mut client, place| {
-                let sent: Vec<ArrayPart> = session.crew[place]
-                    .1
-                    .iter()
-                    .flat_map(|d| {
-                        let region = &parts[*d as usize].region;
-                        wire::parts(name.clone(), *d, region, &array.part(region))
-                    })
-                    .collect();
-                async move { if feeding { client.feed(iter(sent)).await } else { client.set(iter(sent)).await } }
-            })
-            .await?;
-        }
+            sequence.end().map_err(invalid)
+        };
+        let taken = self.everywhere(&session, |client, place| {
+            call(client, ReceiverStream::new(receivers[place].take().expect("each worker is called once")))
+        });
+        // What is wrong with the stream is no reason to stop: workers are cut off then, and write no box that is not whole.
+        tokio::try_join!(pass, taken)?;
         Ok(Response::new(Done {}))
     }
 
@@ -105,11 +121,11 @@ impl control_server::Control for Coordinator {
     }
 
     async fn feed(&self, request: Request<Streaming<ArrayPart>>) -> Reply<Done> {
-        self.spread(request.into_inner()).await
+        self.spread(request.into_inner(), |mut client, parts| async move { client.feed(parts).await }).await
     }
 
     async fn set(&self, request: Request<Streaming<ArrayPart>>) -> Reply<Done> {
-        self.spread(request.into_inner()).await
+        self.spread(request.into_inner(), |mut client, parts| async move { client.set(parts).await }).await
     }
 
     async fn step(&self, request: Request<control::StepRequest>) -> Reply<Noted> {
@@ -142,9 +158,8 @@ impl control_server::Control for Coordinator {
                 state.results.insert(name.name.clone(), value);
             }
         }
-        let region = Region(whole.shape().iter().map(|n| ("".into(), 0..*n)).collect());
-        let parts = wire::parts(name, 0, &region, &whole);
-        Ok(Response::new(Box::pin(iter(parts.into_iter().map(Ok)))))
+        let parts = wire::parts(name, vec![], &vec![0; whole.shape().len()], &whole);
+        Ok(Response::new(Box::pin(iter(parts.map(Ok)))))
     }
 
     async fn checkpoint(&self, request: Request<control::CheckpointRequest>) -> Reply<Noted> {
@@ -258,6 +273,7 @@ impl Coordinator {
                     while let Some(part) = stream.next().await {
                         found.extend(assembler.take(part?).map_err(invalid)?);
                     }
+                    assembler.end().map_err(invalid)?;
                     Ok(found)
                 }
             })

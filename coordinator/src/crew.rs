@@ -10,7 +10,7 @@ use mesh::layout::Mesh;
 use mesh::plan::{Part, PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
 use proto::control::{
-    self, ArrayName, CopyRequest, LoadHead, LoadPart, Peer, Settings, WriteRequest, load_part,
+    self, ArrayHead, ArrayName, CopyRequest, LoadHead, LoadPart, Peer, Settings, WriteRequest, load_part,
     worker_client::WorkerClient,
 };
 use std::future::Future;
@@ -78,6 +78,33 @@ impl Active {
             plan.inputs.iter().chain(&plan.outputs).find(|(n, _, _)| **n == *name.name).map(|(_, part, _)| part)
         };
         (0..devices.len()).map(|d| part(d).ok_or_else(missing)).collect()
+    }
+
+    /// The workers, by their place in the crew, with their devices that hold just the box which a head announces.
+    ///
+    /// # Errors
+    /// What is neither a feed nor a variable; a box that no device holds so.
+    pub fn holders(&self, head: &ArrayHead) -> Result<Vec<(usize, Vec<u32>)>, Status> {
+        let name = head.name.clone().unwrap_or_default();
+        if name.epoch != self.epoch {
+            return Err(invalid(format!("C0013: a stream of epoch {} goes on in epoch {}", self.epoch, name.epoch)));
+        }
+        let parts = self.parts(&name)?;
+        let plan = self.plan.functions.get(&Name::from(name.function.as_str()));
+        if plan.is_some_and(|devices| devices[0].inputs.iter().all(|(n, _, _)| **n != *name.name)) {
+            return Err(invalid(format!("C0014: `{}` is not fed `{}`", name.function, name.name)));
+        }
+        let holds = |device: &u32| wire::is_head_of(head, parts[*device as usize]);
+        let of = |(_, own): &(u64, Vec<u32>)| own.iter().copied().filter(holds).collect::<Vec<u32>>();
+        let found: Vec<(usize, Vec<u32>)> =
+            self.crew.iter().map(of).enumerate().filter(|(_, d)| !d.is_empty()).collect();
+        if found.is_empty() {
+            return Err(invalid(format!(
+                "C0013: no device holds the box of `{}`, {}, that is of extents {:?} from {:?} on",
+                name.name, parts[0].ty, head.shape, head.start
+            )));
+        }
+        Ok(found)
     }
 }
 
@@ -156,7 +183,7 @@ impl Coordinator {
         &self,
         session: &Arc<Active>,
         wait: bool,
-        call: impl Fn(WorkerClient<Channel>, usize) -> F,
+        mut call: impl FnMut(WorkerClient<Channel>, usize) -> F,
     ) -> Result<Vec<T>, Status>
     where
         T: Send + 'static,
@@ -201,7 +228,7 @@ impl Coordinator {
     pub(crate) async fn everywhere<T, F>(
         &self,
         session: &Arc<Active>,
-        call: impl Fn(WorkerClient<Channel>, usize) -> F,
+        call: impl FnMut(WorkerClient<Channel>, usize) -> F,
     ) -> Result<Vec<T>, Status>
     where
         T: Send + 'static,
@@ -379,7 +406,7 @@ impl Coordinator {
                     amx,
                 };
                 let parts: Vec<LoadPart> = std::iter::once(load_part::Kind::Head(head))
-                    .chain(wire::slices(&bytes).map(load_part::Kind::Program))
+                    .chain(wire::slices(bytes.clone()).map(load_part::Kind::Program))
                     .map(|k| LoadPart { kind: Some(k) })
                     .collect();
                 async move { client.load(iter(parts)).await.map(|r| r.into_inner().links) }

@@ -26,6 +26,14 @@ pub enum Failure {
         /// Why.
         reason: String,
     },
+    /// A source that cannot give a box of what is fed.
+    #[error("C0043: {what} cannot be had: {why}")]
+    Source {
+        /// What, and which box of it.
+        what: String,
+        /// Why.
+        why: String,
+    },
     /// Certificates that are not good, or an address that contradicts them.
     #[error(transparent)]
     Tls(#[from] worker::tls::TlsError),
@@ -41,10 +49,12 @@ impl From<DeviceError> for Failure {
 }
 
 impl Failure {
-    /// The exit code of a program that ends with it: 1 internal, 2 configuration, 4 no good checkpoint, 75 try again.
+    /// The exit code of a program that ends with it: 1 internal, 2 configuration, 3 data, 4 no good checkpoint, 75
+    /// try again.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Program(_) | Failure::Refused { .. } | Failure::Tls(_) => 2,
+            Failure::Source { .. } => 3,
             Failure::Device(_) | Failure::Mesh(_) => 1,
             Failure::Checkpoint(_) => 4,
             Failure::Lost(_) => 75,

@@ -5,18 +5,20 @@ use crate::error::Failure;
 use crate::interrupt;
 use crate::recorder::collect;
 use crate::session::{Need, Options, Peak};
+use crate::source::Piece;
 use mesh::array::Array;
 use mesh::layout::{Layout, Mesh};
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
-use mesh::region::Region;
 use proto::control::{
-    ArrayName, ArrayPart, CheckpointRequest, DeviceEvents, DeviceProfile, EventsRequest, ForeseeHead, Noted, OpenPart,
-    Opened, RestoreNewest, SessionName, Settings, StepRequest, control_client::ControlClient, open_part,
+    ArrayName, CheckpointRequest, DeviceEvents, DeviceProfile, EventsRequest, ForeseeHead, Noted, OpenPart, Opened,
+    RestoreNewest, SessionName, Settings, StepRequest, control_client::ControlClient, open_part,
 };
 use std::cell::RefCell;
 use std::future::Future;
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{StreamExt, iter};
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status, Streaming};
@@ -86,7 +88,9 @@ impl Remote {
         stage: &str,
         (after, carry): (u64, bool),
     ) -> Result<Remote, Failure> {
-        let runtime = Builder::new_current_thread().enable_all().build().map_err(|e| Failure::Mesh(e.to_string()))?;
+        // A thread of its own: connections live, and what was fed is on its way, while this one makes the next box.
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.map_err(|e| Failure::Mesh(e.to_string()))?;
         let bytes = bytes::Bytes::from(wire::encode(program)?);
         let checkpoints = options.checkpoints.as_ref();
         let settings = Settings {
@@ -107,7 +111,7 @@ impl Remote {
             let channel = endpoint.connect().await.map_err(|e| unreachable(url, &e))?;
             let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES);
             let parts: Vec<OpenPart> = std::iter::once(open_part::Kind::Settings(settings))
-                .chain(wire::slices(&bytes).map(open_part::Kind::Program))
+                .chain(wire::slices(bytes).map(open_part::Kind::Program))
                 .map(|k| OpenPart { kind: Some(k) })
                 .collect();
             // A certificate that the coordinator does not accept shows only now.
@@ -156,7 +160,12 @@ impl Remote {
 
     /// Makes a call; remembers it if the session is lost with it.
     fn call<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Failure> {
-        let result = self.runtime.block_on(call).map_err(failed);
+        self.wait(async { call.await.map_err(failed) })
+    }
+
+    /// The same of several calls together.
+    fn wait<T>(&self, calls: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let result = self.runtime.block_on(calls);
         if let Err(Failure::Lost(why)) = &result {
             self.heard.borrow_mut().lost.get_or_insert_with(|| why.clone());
         }
@@ -198,15 +207,36 @@ impl Remote {
         ArrayName { epoch: self.epoch, function: function.into(), name: name.into() }
     }
 
-    fn parts(&self, function: &str, name: &str, array: &Array) -> Vec<ArrayPart> {
-        let whole = array.shape().iter().map(|n| ("".into(), 0..*n)).collect();
-        wire::parts(self.name(function, name), 0, &Region(whole), array)
-    }
-
-    /// Feeds a function.
-    pub fn feed(&mut self, function: &str, name: &str, array: &Array) -> Result<(), Failure> {
-        let parts = self.parts(function, name, array);
-        self.call(self.client.clone().feed(iter(parts))).map(|_| ())
+    /// Sends pieces of a feed, or of a variable (of no function). One is made when the one before is on its way.
+    pub fn send(
+        &mut self,
+        function: &str,
+        name: &str,
+        pieces: impl Iterator<Item = Result<Piece, Failure>>,
+    ) -> Result<(), Failure> {
+        let (name, mut client, (send, receive)) = (self.name(function, name), self.client.clone(), mpsc::channel(1));
+        let make = async move {
+            for piece in pieces {
+                let Piece { at, array, .. } = piece?;
+                let start: Vec<usize> = at.0.iter().map(|(_, r)| r.start).collect();
+                let parts = wire::parts(name.clone(), vec![], &start, &array);
+                drop(array);
+                for part in parts {
+                    if send.send(part).await.is_err() {
+                        // The answer says why nobody takes it.
+                        return Ok(());
+                    }
+                }
+            }
+            Ok(())
+        };
+        let parts = ReceiverStream::new(receive);
+        let setting = function.is_empty();
+        let sent = async move {
+            let sent = if setting { client.set(parts).await } else { client.feed(parts).await };
+            sent.map_err(failed)
+        };
+        self.wait(async { tokio::try_join!(make, sent) }).map(|_| ())
     }
 
     /// Runs a function; watched, it gives what came up first that is not finite.
@@ -232,12 +262,6 @@ impl Remote {
             }
             Err(Status::unavailable(format!("`{name}` came cut short")))
         })
-    }
-
-    /// Sets a variable.
-    pub fn set(&mut self, name: &str, array: &Array) -> Result<(), Failure> {
-        let parts = self.parts("", name, array);
-        self.call(self.client.clone().set(iter(parts))).map(|_| ())
     }
 
     /// Begins a checkpoint.

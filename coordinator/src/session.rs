@@ -6,14 +6,16 @@ use crate::interrupt;
 use crate::keeper::Keeper;
 use crate::profile::{Clock, Profile};
 use crate::remote::Remote;
+use crate::source::{Piece, Source, pieces};
 use mesh::array::Array;
 use mesh::dim::Name;
 use mesh::error::nearest;
 use mesh::layout::{Layout, Mesh};
 use mesh::plan::{PlanOptions, ProgramPlan, plan_program};
 use mesh::program::Program;
-use proto::control::DeviceEvents;
+use proto::control::{DeviceEvents, FunctionTimes};
 use std::time::{Duration, Instant};
+use worker::device::Device;
 use worker::group::{DeviceGroup, carried};
 use worker::kernels::kernel::CpuBackend;
 use worker::service::over_both;
@@ -116,6 +118,8 @@ pub struct Session {
     watched: Option<Vec<NonFinite>>,
     /// By function of the plan.
     clocks: Vec<Clock>,
+    /// Feeds that failed midway.
+    torn: Vec<(FunctionId, Name)>,
 }
 
 impl Session {
@@ -153,7 +157,7 @@ impl Session {
         options: &Options,
     ) -> Result<Session, Failure> {
         let (options, clocks) = (options.clone(), vec![Clock::default(); plan.functions.len()]);
-        let mut session = Session { whole, stage, program, plan, engine, options, watched: None, clocks };
+        let mut session = Session { whole, stage, program, plan, engine, options, watched: None, clocks, torn: vec![] };
         session.init()?;
         Ok(session)
     }
@@ -244,6 +248,7 @@ impl Session {
         }
         self.program = program;
         self.clocks = vec![Clock::default(); self.plan.functions.len()];
+        self.torn.clear();
         Ok(())
     }
 
@@ -316,6 +321,7 @@ impl Session {
         }
         (self.stage, self.program) = (stage, program);
         self.clocks = vec![Clock::default(); self.plan.functions.len()];
+        self.torn.clear();
         self.init()
     }
 
@@ -437,32 +443,45 @@ impl Session {
         &self.plan.functions.values().nth(f.0).expect("made by `function`")[0]
     }
 
-    /// Feeds an array to a function; it stays for the steps to come, until another one is fed or another function runs.
+    /// Feeds a function from an array, or from another [`Source`], which is asked for nothing but the boxes that devices hold;
+    /// what is fed stays for the steps to come, until something else is fed or another function runs.
     ///
     /// # Errors
-    /// A name that is no feed of the function, an array of another shape or dtype.
-    pub fn feed(&mut self, f: FunctionId, name: &str, array: &Array) -> Result<(), Failure> {
+    /// A name that is no feed of the function; a source of another type, or one that fails. If it fails midway, the function
+    /// does not run before it is fed anew; nothing else is lost.
+    pub fn feed(&mut self, f: FunctionId, name: &str, source: &dyn Source) -> Result<(), Failure> {
         let inputs = &self.device_plan(f).inputs;
         let Some(index) = inputs.iter().position(|(n, _, _)| **n == *name) else {
             let near = nearest(name, inputs.iter().map(|(n, _, _)| &**n));
             let help = near.map_or("see the program's inputs".into(), |n| format!("did you mean `{n}`?"));
             return Err(feed(format!("the function takes no feed `{name}`"), help));
         };
-        let ty = &inputs[index].1.ty;
-        if array.dtype() != ty.dtype || array.shape() != ty.shape() {
-            let what = format!("feed `{name}` is {ty}, and was given {} of shape {:?}", array.dtype(), array.shape());
-            return Err(feed(what, "give an array of that type, its dimensions in that order"));
+        let (function, devices) = self.plan.functions.iter().nth(f.0).expect("made by `function`");
+        let what = format!("feed `{name}`");
+        let held = devices.iter().map(|d| &d.inputs[index].1.region);
+        let mut made = 0;
+        let pieces =
+            pieces(&what, &devices[0].inputs[index].1.ty, held, source)?.inspect(|p| made += usize::from(p.is_ok()));
+        let fed = match &mut self.engine {
+            Engine::Embedded(mesh, _) => put(mesh, pieces, |device, array| device.feed(f.0, index, array)),
+            Engine::Remote(r) => r.send(function, name, pieces),
+        };
+        let (of, name) = (f, Name::from(name));
+        self.torn.retain(|torn| *torn != (of, name.clone()));
+        if fed.is_err() && made > 0 {
+            self.torn.push((of, name));
         }
-        let function = self.function_name(f).clone();
-        match &mut self.engine {
-            Engine::Embedded(mesh, _) => (0..mesh.size()).for_each(|d| mesh.device(d).feed(f.0, index, array)),
-            Engine::Remote(r) => r.feed(&function, name, array)?,
-        }
-        Ok(())
+        fed
     }
 
     /// Runs a function as step `step`, with what was fed. Allocates nothing.
+    ///
+    /// # Errors
+    /// A feed that failed midway; devices that fail; a session that is lost.
     pub fn step(&mut self, f: FunctionId, step: u32) -> Result<(), Failure> {
+        if let Some((_, name)) = self.torn.iter().find(|(of, _)| *of == f) {
+            return Err(feed(format!("feed `{name}` failed midway, and is of two kinds now"), "feed it anew"));
+        }
         let (begun, watch) = (Instant::now(), self.watched.is_some());
         let seen = match &mut self.engine {
             Engine::Embedded(mesh, _) => {
@@ -509,6 +528,11 @@ impl Session {
         found.iter().map(text).collect()
     }
 
+    /// The names of a function's results.
+    pub fn results(&self, f: FunctionId) -> impl Iterator<Item = &str> {
+        self.device_plan(f).outputs.iter().map(|(name, _, _)| &**name)
+    }
+
     /// A result of the function that ran last.
     pub fn fetch(&self, f: FunctionId, name: &str) -> Result<Array, Failure> {
         let outputs = &self.device_plan(f).outputs;
@@ -537,7 +561,7 @@ impl Session {
             }
         }
         for (name, array) in feeds {
-            self.feed(f, name, array)?;
+            self.feed(f, name, *array)?;
         }
         self.step(f, step)?;
         let names: Vec<Name> = self.device_plan(f).outputs.iter().map(|(n, _, _)| n.clone()).collect();
@@ -570,15 +594,12 @@ impl Session {
     pub fn set_variable(&mut self, name: &str, array: &Array) -> Result<(), Failure> {
         let index = self.variable_index(name)?;
         let ty = &self.program.variables[index].ty;
-        if array.dtype() != ty.dtype || array.shape() != ty.shape() {
-            let what = format!("variable `{name}` is {ty}, and was given {} {:?}", array.dtype(), array.shape());
-            return Err(feed(what, "give an array of that type"));
-        }
+        let (what, held) = (format!("variable `{name}`"), self.plan.variables.iter().map(|d| &d[index].0.region));
+        let pieces = pieces(&what, ty, held, array)?;
         match &mut self.engine {
-            Engine::Embedded(mesh, _) => (0..mesh.size()).for_each(|d| mesh.device(d).set_variable(index, array)),
-            Engine::Remote(r) => r.set(name, array)?,
+            Engine::Embedded(mesh, _) => put(mesh, pieces, |device, array| device.set_variable(index, array)),
+            Engine::Remote(r) => r.send("", name, pieces),
         }
-        Ok(())
     }
 
     /// BLAKE3 over all variables and optimizer slots, unsharded: by name, of name, type and bytes.
@@ -639,6 +660,27 @@ impl Session {
         };
         Profile::new(&self.plan, &self.clocks, devices)
     }
+
+    /// How long the steps of each device of this process took so far; empty for devices of other processes.
+    pub(crate) fn times(&self) -> Vec<Vec<FunctionTimes>> {
+        match &self.engine {
+            Engine::Embedded(mesh, _) => mesh.times(),
+            Engine::Remote(_) => vec![],
+        }
+    }
+}
+
+/// Puts pieces where `set` says, on every device that holds them.
+fn put(
+    mesh: &DeviceGroup,
+    pieces: impl Iterator<Item = Result<Piece, Failure>>,
+    set: impl Fn(&mut Device, &Array),
+) -> Result<(), Failure> {
+    for piece in pieces {
+        let Piece { devices, array, .. } = piece?;
+        devices.into_iter().for_each(|d| set(&mut mesh.device(d), &array));
+    }
+    Ok(())
 }
 
 /// Whether what each device would need is within its budget.

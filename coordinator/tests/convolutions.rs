@@ -20,7 +20,7 @@ fn window(draw: &mut Draws, name: &str, n: usize, kernel: usize) -> Window {
 }
 
 /// `count` convolutions over `axes` dimensions, each on layouts that split 1, 2 or 3 of them (and the channels); every
-/// third one of bf16.
+/// third one of bf16 or f16.
 fn convolutions(seed: u64, axes: usize, count: usize, kernel: usize, size: usize, transposed: bool) {
     let mut draw = Draws::new(seed);
     let mut done = 0;
@@ -49,7 +49,11 @@ fn convolutions(seed: u64, axes: usize, count: usize, kernel: usize, size: usize
         let taps = windows.iter().map(|w| dim(format!("k.{}", w.dim), w.size));
         let filter: Vec<Dim> = taps.chain([dim("ci", ci / groups), dim("co", co)]).collect();
         let feeds = [f32s(&x, 1), f32s(&filter, 2)];
-        let (dtype, tolerance) = if done % 3 == 2 { (DType::Bf16, 0.08) } else { (DType::F32, 1e-4) };
+        let (dtype, tolerance) = match done % 6 {
+            2 => (DType::Bf16, 0.08),
+            5 => (DType::F16, 0.01),
+            _ => (DType::F32, 1e-4),
+        };
         let p = program(&feeds, true, |_, t| {
             let [x, filter] = [0, 1].map(|i| t[i].cast(dtype));
             let y = match transposed {

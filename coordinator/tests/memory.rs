@@ -6,8 +6,9 @@
 
 mod common;
 
+use common::workers::Workers;
 use common::{f32s, i32s, staged};
-use coordinator::{Failure, Options, Session};
+use coordinator::{Failure, Options, Session, Source};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, dim};
 use mesh::error::Cause;
@@ -16,6 +17,8 @@ use mesh::nn::{self, BatchNorm, Dense, Kernel, Mode};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
 use mesh::program::{Program, ProgramBuilder};
+use mesh::region::Region;
+use ndarray::Array3;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -36,6 +39,9 @@ static CALLS: AtomicUsize = AtomicUsize::new(0);
 /// Bytes of device memory now, and at the most.
 static DEVICE: AtomicUsize = AtomicUsize::new(0);
 static MOST: AtomicUsize = AtomicUsize::new(0);
+/// Bytes of all other memory now, and at the most.
+static HOST: AtomicUsize = AtomicUsize::new(0);
+static HOST_MOST: AtomicUsize = AtomicUsize::new(0);
 static PATTERN: AtomicU8 = AtomicU8::new(0);
 /// The arenas handed out: address and size, in order.
 static ARENAS: [(AtomicPtr<u8>, AtomicUsize); 8] =
@@ -44,10 +50,13 @@ static COUNT: AtomicUsize = AtomicUsize::new(0);
 
 fn taken(layout: Layout) {
     CALLS.fetch_add(1, SeqCst);
-    if of_device(layout) {
-        let now = DEVICE.fetch_add(layout.size(), SeqCst) + layout.size();
-        MOST.fetch_max(now, SeqCst);
-    }
+    let (now, most) = if of_device(layout) { (&DEVICE, &MOST) } else { (&HOST, &HOST_MOST) };
+    most.fetch_max(now.fetch_add(layout.size(), SeqCst) + layout.size(), SeqCst);
+}
+
+fn given_back(layout: Layout) {
+    let now = if of_device(layout) { &DEVICE } else { &HOST };
+    now.fetch_sub(layout.size(), SeqCst);
 }
 
 // SAFETY: all memory is the system allocator's.
@@ -72,14 +81,14 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc_zeroed(layout) }
     }
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        if of_device(layout) {
-            DEVICE.fetch_sub(layout.size(), SeqCst);
-        }
+        given_back(layout);
         // SAFETY: by this function's contract.
         unsafe { System.dealloc(memory, layout) }
     }
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        CALLS.fetch_add(1, SeqCst);
+        // SAFETY: by this function's contract, the size is one that a layout can have.
+        taken(unsafe { Layout::from_size_align_unchecked(size, layout.align()) });
+        given_back(layout);
         // SAFETY: by this function's contract.
         unsafe { System.realloc(memory, layout, size) }
     }
@@ -140,13 +149,15 @@ fn options(mesh: &str, layout: &str, threads: usize) -> Options {
     Options { mesh, layout, threads: Some(threads), seed: 5, ..Options::default() }
 }
 
-const MESHES: [(&str, &str); 6] = [
+const MESHES: [(&str, &str); 8] = [
     ("1", ""),
     ("x=2", "x:x"),
     ("x=3", "y:x"),
     ("x=2,y=2", "x:x,y:y"),
     ("data=2,x=3", "batch:data,x:x"),
     ("x=2,y=2,z=2", "x:x,y:y,batch:z"),
+    ("x=2,y=3", "x:x+y"),
+    ("data=2,x=2", "batch:data,x:x,variables{*:data},gradients{*:data},slots{*:data+x}"),
 ];
 
 fn feeds() -> (Array, Array) {
@@ -280,4 +291,57 @@ fn a_step_over_the_budget_is_refused_before_anything_is_allocated() {
         assert_eq!((COUNT.load(SeqCst), DEVICE.load(SeqCst)), (0, 0));
         assert!(Session::embedded(network(), &Options { memory: Some(needed), ..fits }).is_ok());
     }
+}
+
+/// No test, but what this binary does where it was started as a worker.
+#[test]
+fn worker_process() {
+    common::workers::serve();
+}
+
+/// Numbers by their place, which are nowhere before they are asked for.
+struct Places([usize; 3]);
+
+impl Source for Places {
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+    fn shape(&self) -> Vec<usize> {
+        self.0.to_vec()
+    }
+    fn part(&self, at: &Region) -> Result<Array, Box<dyn std::error::Error + Send + Sync>> {
+        let start: Vec<usize> = at.0.iter().map(|(_, r)| r.start).collect();
+        let place = |i: usize, j: usize, k: usize| {
+            (start[0] + i) * self.0[1] * self.0[2] + (start[1] + j) * self.0[2] + start[2] + k
+        };
+        let shape = at.shape();
+        Ok(Array3::from_shape_fn((shape[0], shape[1], shape[2]), |(i, j, k)| (place(i, j, k) % 8191) as f32).into())
+    }
+}
+
+/// Of 128 MiB in sixteen boxes: one beside the devices that it goes to, or, with a coordinator in this process too and
+/// workers in theirs, the two or three on the way.
+#[test]
+fn neither_a_program_nor_its_coordinator_holds_what_is_fed_by_region() {
+    const SHAPE: [usize; 3] = [128, 512, 512];
+    const BOX: usize = 8 << 20;
+    let d = [dim("a", SHAPE[0]), dim("b", SHAPE[1]), dim("c", SHAPE[2])];
+    let p = common::stepping(|g| g.output("y", &g.input("x", DType::F32, &d).sum(&["b", "c"])));
+    let options = options("m=8,n=2", "a:m,b:n", 1);
+    let fed = |session: &mut Session| {
+        let f = session.function("step").unwrap();
+        let before = HOST.load(SeqCst);
+        HOST_MOST.store(before, SeqCst);
+        session.feed(f, "x", &Places(SHAPE)).unwrap();
+        let most = HOST_MOST.load(SeqCst) - before;
+        session.step(f, 0).unwrap();
+        (most, session.fetch(f, "y").unwrap().to_bytes())
+    };
+    let _alone = alone();
+    let (here, sums) = fed(&mut Session::embedded(p.clone(), &options).unwrap());
+    assert!((BOX..BOX + BOX / 8).contains(&here), "{here} bytes for a box of {BOX}");
+    let workers = Workers::start(&["--devices cpu:8".into(), "--devices cpu:8".into()], Duration::from_secs(30));
+    let (there, same) = fed(&mut workers.session(p, &options));
+    assert!(there < 5 * BOX, "{there} bytes for boxes of {BOX}");
+    assert_eq!(same, sums);
 }

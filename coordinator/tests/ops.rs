@@ -2,14 +2,13 @@
 
 mod common;
 
-use common::{
-    Draws, assert_bits_eq, assert_near, chunks, expected, f32s, grid, i32s, meet, program, run, same_everywhere,
-    same_on_the_grid,
-};
+use common::{Draws, assert_bits_eq, assert_near, chunks, expected, f32s, i32s, meet, program, run, same_on_the_grid};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name, dim};
 use mesh::graph::{Graph, Tensor};
+use mesh::ops::Prim;
 use mesh::ops::binary::{Binary, BinaryFn};
+use mesh::ops::conv::{Conv, ConvTranspose, ConvWeightGrad};
 use mesh::ops::resize::Resize;
 use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
@@ -43,10 +42,15 @@ fn hold_value(what: &str, feeds: &[Feed], build: impl Fn(&Graph, &[Tensor]) -> T
     same_on_the_grid(what, &program(feeds, false, build), feeds, 1e-4);
 }
 
-/// Holds an op of two factors in bf16, with its gradients.
-fn hold_bf16(what: &str, feeds: &[Feed], build: impl Fn(&Graph, &Tensor, &Tensor) -> Tensor) {
-    let p = program(feeds, true, |g, t| build(g, &t[0].cast(DType::Bf16), &t[1].cast(DType::Bf16)));
-    same_on_the_grid(&format!("{what}, bf16"), &p, feeds, 0.03);
+/// The floats of 16 bits, with the error that ops in them may have.
+const HALVES: [(DType, f64); 2] = [(DType::Bf16, 0.03), (DType::F16, 0.004)];
+
+/// Holds an op of two factors in 16 bits, with its gradients.
+fn hold_halves(what: &str, feeds: &[Feed], build: impl Fn(&Graph, &Tensor, &Tensor) -> Tensor) {
+    for (dtype, tolerance) in HALVES {
+        let p = program(feeds, true, |g, t| build(g, &t[0].cast(dtype), &t[1].cast(dtype)));
+        same_on_the_grid(&format!("{what}, {dtype}"), &p, feeds, tolerance);
+    }
 }
 
 /// All subsets of names that are not empty.
@@ -128,14 +132,69 @@ fn comparisons_choices_and_casts() {
 }
 
 #[test]
-fn bf16_values_are_the_same_bits_on_every_layout() {
+fn ops_of_16_bit_floats_are_the_same_bits_on_every_layout() {
+    type Build = fn(&Tensor, &Tensor) -> Tensor;
+    let window = || [Window::padded("b", 3, 2, 1, 1)];
+    let each: [(&str, Build); 16] = [
+        ("a product, a sum and a function", |x, y| x.mul(y).add_scalar(0.5).tanh()),
+        ("a quotient", |x, y| x.div(&y.square().add_scalar(1.0)).exp()),
+        ("a root and a logarithm", |x, y| x.square().add(&y.square()).add_scalar(0.5).sqrt().log()),
+        ("a choice", |x, y| x.less(y).select(&x.neg(), &y.abs())),
+        ("a maximum of two", |x, y| x.maximum(y).minimum(&x.number(0.4))),
+        ("sums", |x, _| x.sum(&["a"])),
+        ("means", |x, _| x.mean(&["a", "b"]).mul(x)),
+        // More than 65504 on the way.
+        ("a mean of large numbers", |x, _| x.add_scalar(2e4).mean_all().sub(&x.number(2e4)).mul(x).mul_scalar(1e-4)),
+        ("maxima", |x, _| x.max(&["b"]).sub(&x.min(&["a"]))),
+        ("a pool", |x, _| x.max_pool(&[Window::valid("b", 2, 2)])),
+        ("windows that overlap", |x, _| x.max_pool(&[Window::padded("b", 3, 2, 1, 1)])),
+        ("copies", |x, _| Tensor::concat(&[&x.slice("b", 1, 5), &x.pad("b", 1, 2, 0.3)], "b").shift("a", 1, true)),
+        ("a broadcast", |x, y| x.mul(&y.rename("b", "c"))),
+        ("a change of order", |x, y| x.reorder(&["b", "a"]).mul(y)),
+        ("rows by index", |x, y| x.gather(&y.mul_scalar(4.9).abs().cast(DType::I32), "a")),
+        ("a sum of products", |x, y| x.contract(y, &["b"]).mul(x)),
+    ];
     let feeds = [feed(&[("a", 5), ("b", 7)], 1), feed(&[("b", 7)], 2)];
-    let p = program(&feeds, true, |_, t| {
-        t[0].cast(DType::Bf16).mul(&t[1].cast(DType::Bf16)).add_scalar(0.5).tanh().cast(DType::F32)
+    for (what, build) in each {
+        hold_halves(what, &feeds, |_, x, y| build(x, y).cast(DType::F32));
+    }
+    // Gradients of a mean over windows are sums over them, which are made in f32.
+    hold_halves("means of windows", &feeds, |_, x, _| x.cast(DType::F32).avg_pool(&window()));
+}
+
+/// Wide and 16-bit sums of products are the same: every f16 is an f32, and the order of summation is that of those.
+#[test]
+fn products_of_f16_are_those_of_the_floats_that_they_are() {
+    let feeds = [
+        feed(&[("batch", 2), ("x", 9), ("y", 11), ("i", 35)], 1),
+        feed(&[("k.x", 3), ("k.y", 2), ("i", 35), ("o", 19)], 2),
+    ];
+    let p = program(&feeds, false, |g, t| {
+        let windows = vec![Window::same("x", 9, 3, 1, 1), Window::padded("y", 2, 2, 1, 0)];
+        let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
+        let (x, w) = (t[0].cast(DType::F16), t[1].cast(DType::F16));
+        for (name, [x, w]) in [("half", [x.clone(), w.clone()]), ("wide", [x, w].map(|t| t.cast(DType::F32)))] {
+            let of = |op: Prim, a: &Tensor, b: &Tensor| g.apply(op, &[a, b]);
+            let y = of(conv.clone().into(), &x, &w);
+            // A gradient of the same numbers in both.
+            let dy = y.cast(DType::F16).cast(x.ty().dtype);
+            let sizes = vec![9, 11];
+            g.output(format!("{name} conv"), &y);
+            g.output(format!("{name} dx"), &of(ConvTranspose { conv: conv.clone(), sizes }.into(), &dy, &w));
+            g.output(format!("{name} dw"), &of(ConvWeightGrad { conv: conv.clone() }.into(), &x, &dy));
+            g.output(format!("{name} contract"), &x.contract_wide(&w, &["i"]));
+            g.output(format!("{name} contract by y"), &x.contract_wide(&dy.rename("y", "z"), &["x", "batch"]));
+        }
+        g.scalar(0.0)
     });
-    let layouts = grid(&p, "f");
-    let layouts: Vec<(&str, &str)> = layouts.iter().map(|(m, l)| (m.as_str(), l.as_str())).collect();
-    same_everywhere("bf16", &p, &feeds, &layouts, 0.02);
+    for (mesh, layout) in [("1", ""), ("m=2", "i:m"), ("m=3,n=2", "x:m,batch:n")] {
+        let found = run(&p, &feeds, mesh, layout, 2);
+        let of = |prefix: &str| -> Vec<(Name, Array)> {
+            found.iter().filter(|(n, _)| n.starts_with(prefix)).cloned().collect()
+        };
+        assert_eq!(of("half").len(), 5);
+        assert_bits_eq("f16", &of("wide"), &of("half"), &format!("{mesh} with {layout}"));
+    }
 }
 
 #[test]
@@ -214,8 +273,8 @@ fn contractions() {
         let feeds = [feed(x, 1), feed(y, 2)];
         let what = format!("{x:?} times {y:?} over {over:?}");
         hold(&what, &feeds, |_, t| t[0].contract(&t[1], over));
-        hold_bf16(&what, &feeds, |_, a, b| a.contract_wide(b, over));
-        hold_bf16(&format!("{what}, rounded"), &feeds, |_, a, b| a.contract(b, over).cast(DType::F32));
+        hold_halves(&what, &feeds, |_, a, b| a.contract_wide(b, over));
+        hold_halves(&format!("{what}, rounded"), &feeds, |_, a, b| a.contract(b, over).cast(DType::F32));
     }
 }
 
@@ -229,7 +288,7 @@ fn contractions_with_grains() {
             a.contract_wide(b, &["k"])
         };
         hold(&what, &feeds, |g, t| product(g, &t[0], &t[1]));
-        hold_bf16(&what, &feeds, product);
+        hold_halves(&what, &feeds, product);
     }
 }
 
@@ -503,12 +562,8 @@ mod random_graphs {
                 let free = free?;
                 let k = dim(window.kernel(), window.size);
                 let filter = g.random(Distribution::Normal, &[k, channel.clone(), dim(*free, 3)]);
-                let conv = mesh::ops::conv::Conv {
-                    windows: vec![window],
-                    input: channel.name.clone(),
-                    output: (*free).into(),
-                    groups: 1,
-                };
+                let conv =
+                    Conv { windows: vec![window], input: channel.name.clone(), output: (*free).into(), groups: 1 };
                 x.conv(&filter, &conv).tanh()
             }
             22 | 23 => {
@@ -577,16 +632,28 @@ mod random_graphs {
         })
     }
 
-    /// Random rules: dimensions to axes, no two that meet in a tensor on one axis, no more shards than chunks.
+    /// Random rules: dimensions to one or two axes, no two that meet in a tensor on one axis, no more shards than chunks;
+    /// others only where they fit.
     fn rules(draw: &mut Draws, axes: &[usize], dims: &[(Name, usize)], meet: &dyn Fn(&str, &str) -> bool) -> String {
-        let mut rules: Vec<(Name, usize)> = vec![];
+        let mut rules: Vec<(Name, Vec<usize>, bool)> = vec![];
         for (d, chunks) in dims {
-            let axis = draw.below(axes.len() + 1);
-            if axis < axes.len() && axes[axis] <= *chunks && rules.iter().all(|(e, a)| *a != axis || !meet(d, e)) {
-                rules.push((d.clone(), axis));
+            let first = draw.below(axes.len() + 1);
+            if first == axes.len() {
+                continue;
             }
+            let second = draw.below(axes.len());
+            let over = if draw.below(2) == 0 && second != first { vec![first, second] } else { vec![first] };
+            let shared = |(e, a, optional): &(Name, Vec<usize>, bool)| {
+                !optional && a.iter().any(|a| over.contains(a)) && meet(d, e)
+            };
+            let fits = over.iter().map(|a| axes[*a]).product::<usize>() <= *chunks && !rules.iter().any(shared);
+            rules.push((d.clone(), over, !fits));
         }
-        rules.iter().map(|(d, a)| format!("{d}:m{a}")).collect::<Vec<_>>().join(",")
+        let text = |(d, over, optional): &(Name, Vec<usize>, bool)| {
+            let over: Vec<String> = over.iter().map(|a| format!("m{a}")).collect();
+            format!("{d}:{}{}", over.join("+"), if *optional { "?" } else { "" })
+        };
+        rules.iter().map(text).collect::<Vec<_>>().join(",")
     }
 
     /// How many graphs; `MESH_GRAPHS=5000` looks further. Only the first ones are held to the reference, since single

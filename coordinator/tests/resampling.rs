@@ -7,6 +7,9 @@ use mesh::dim::{Dim, dim};
 use mesh::ops::max_pool::MaxPoolGrad;
 use mesh::ops::resize::Resize;
 use mesh::ops::window::Window;
+use ndarray::{Array3, s};
+use std::convert::Infallible;
+use worker::data::volume::{Block, Grid, whole};
 
 const NAMES: [&str; 2] = ["x", "y"];
 
@@ -109,8 +112,10 @@ fn the_nearest_element_is_that_of_the_volume_reader() {
     let dims = [dim("x", 5), dim("y", 6), dim("z", 7)];
     let feeds = [f32s(&dims, 1)];
     let p = program(&feeds, false, |_, t| t[0].resize(&[("x", 8), ("y", 3), ("z", 7)], Resize::Nearest));
-    let volume = feeds[0].1.as_f32().unwrap().clone().into_dimensionality().unwrap();
-    let expected = worker::data::volume::resample_nearest(&volume, [8, 3, 7]);
+    let volume: Array3<f32> = feeds[0].1.as_f32().unwrap().clone().into_dimensionality().unwrap();
+    let grid = Grid { from: [5, 6, 7], to: [8, 3, 7] };
+    let slice = |[x, y, z]: &Block| Ok::<_, Infallible>(volume.slice(s![x.clone(), y.clone(), z.clone()]).to_owned());
+    let expected = grid.nearest(&whole(grid.to), slice).unwrap();
     assert_eq!(run(&p, &feeds, "1", "", 1)[0].1, expected.into());
 }
 

@@ -48,7 +48,10 @@ fn feeds_and_names_that_are_wrong_are_errors_with_the_nearest_name() {
     assert!(text(s.fetch(f, "los")).ends_with("the function has no result `los`\n  help: did you mean `loss`?"));
     assert!(text(s.variable("first/kernal")).ends_with("help: did you mean `first/kernel`?"));
     let error = text(s.set_variable("first/kernel", &image));
-    assert!(error.contains("variable `first/kernel` is f32[in:10, hidden:70], and was given f32 [10, 10]"), "{error}");
+    assert!(
+        error.contains("variable `first/kernel` is f32[in:10, hidden:70], and was given f32 of shape [10, 10]"),
+        "{error}"
+    );
     // And it still runs.
     train(&mut s, 0, 1);
 }

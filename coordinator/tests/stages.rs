@@ -5,13 +5,12 @@ mod common;
 use common::f32s;
 use common::run::{options, text};
 use common::staged::{LAYERS, batch, program, shared};
+use common::workers::Workers;
 use coordinator::checkpoint::{Checkpoints, Position};
-use coordinator::server::{Coordinator, ServerOptions};
 use coordinator::{Failure, Options, Session};
 use mesh::array::Array;
 use mesh::program::ProgramBuilder;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Where the layers get their own variables.
@@ -216,61 +215,10 @@ fn a_session_that_is_set_to_a_checkpoint_of_another_stage_has_never_held_both() 
     assert_eq!(train(&mut third, 4, 6), train(&mut s, 4, 6));
 }
 
-/// The command line of a worker, for a process that is to be one.
-const WORKER: &str = "MESH_TEST_WORKER";
-
 /// No test, but what this binary does where it was started as a worker.
 #[test]
 fn worker_process() {
-    if let Ok(line) = std::env::var(WORKER) {
-        worker::cli::main(line.split_whitespace().map(Into::into));
-    }
-}
-
-/// A coordinator in this process, and workers in their own.
-struct Workers {
-    url: String,
-    processes: Vec<Child>,
-    _runtime: tokio::runtime::Runtime,
-}
-
-impl Workers {
-    /// A worker for each of those options; sessions wait this long for more.
-    fn start(options: &[String], wait: Duration) -> Workers {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let socket = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
-        let address = socket.local_addr().unwrap().to_string();
-        let silence = Duration::from_secs(30);
-        let coordinator = Coordinator::new(ServerOptions { wait, silence, ..ServerOptions::default() }).unwrap();
-        runtime.spawn(coordinator.serve(socket));
-        let process = |options: &String| {
-            Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "worker_process", "--nocapture", "--test-threads=1"])
-                .env(WORKER, format!("worker --join {address} --threads 1 {options}"))
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .spawn()
-                .unwrap()
-        };
-        Workers {
-            url: format!("http://{address}"),
-            processes: options.iter().map(process).collect(),
-            _runtime: runtime,
-        }
-    }
-
-    fn session(&self, options: &Options) -> Session {
-        Session::connect(&self.url, program(), options).unwrap()
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        for process in &mut self.processes {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
-    }
+    common::workers::serve();
 }
 
 const SOON: Duration = Duration::from_secs(30);
@@ -280,7 +228,7 @@ fn the_peak_of_worker_processes_is_that_of_devices_in_one_process() {
     let (mesh, layout) = ("a=2,b=2", "hidden:a,batch:b");
     let mut here = Session::embedded(program(), &options(mesh, layout)).unwrap();
     let workers = Workers::start(&["--devices cpu:1".into(), "--devices cpu:3".into()], SOON);
-    let mut there = workers.session(&options(mesh, layout));
+    let mut there = workers.session(program(), &options(mesh, layout));
     for (from, to) in [(0, 1), (1, TAU + 1), (TAU + 1, TAU + 2)] {
         assert_eq!(train(&mut there, from, to), train(&mut here, from, to));
         assert_eq!(there.peaks().unwrap(), here.peaks().unwrap(), "after step {to}");
@@ -297,16 +245,16 @@ fn a_change_that_goes_over_what_one_worker_allows_leaves_all_of_them_in_the_old_
     let workers = Workers::start(&limited(need - 1), SOON);
     // Which worker has which device is not known: both need as much.
     assert_eq!(needed(mesh, layout)[0], need);
-    let mut s = workers.session(&options(mesh, layout));
+    let mut s = workers.session(program(), &options(mesh, layout));
     refused(&mut s);
     drop(s);
     let workers = Workers::start(&limited(need), SOON);
-    let mut s = workers.session(&options(mesh, layout));
+    let mut s = workers.session(program(), &options(mesh, layout));
     s.enter("own", Some("unshare")).unwrap();
     assert_eq!(predicted(&s), needed(mesh, layout));
     // The run's own limit holds for workers that have none.
     let workers = Workers::start(&["--devices cpu:2".into()], SOON);
-    let mut s = workers.session(&Options { memory: Some(need - 1), ..options(mesh, layout) });
+    let mut s = workers.session(program(), &Options { memory: Some(need - 1), ..options(mesh, layout) });
     refused(&mut s);
 }
 
@@ -318,7 +266,7 @@ fn a_session_that_has_shrunk_changes_its_stage_on_the_mesh_that_it_has() {
     let workers = Workers::start(&["--devices cpu:1".into()], Duration::from_secs(2));
     let asked = |memory| Options { memory: Some(memory), shrink: true, ..options("a=2", "hidden:a") };
     {
-        let mut s = workers.session(&asked(need - 1));
+        let mut s = workers.session(program(), &asked(need - 1));
         assert_eq!(s.plan().mesh.size(), 1);
         refused(&mut s);
     }

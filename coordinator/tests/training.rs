@@ -2,13 +2,14 @@
 
 mod common;
 
-use common::{f32s, i32s, program, same_on_the_grid, stepping, steps_on_the_grid};
+use common::{assert_bits_eq, f32s, i32s, program, ramp, run, same_on_the_grid, stepping, steps_on_the_grid};
+use coordinator::Session;
 use mesh::array::Array;
-use mesh::dim::{DType, Dim, dim};
+use mesh::dim::{DType, Dim, Name, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, BatchNorm, Dense, Kernel, Mode};
 use mesh::optim::{Adafactor, Optimizer, Rule, Schedule};
-use mesh::program::Program;
+use mesh::program::{Init, Program};
 
 fn volume() -> Vec<Dim> {
     vec![dim("batch", 3), dim("x", 5), dim("y", 7), dim("channel", 4)]
@@ -131,9 +132,67 @@ fn every_variable_is_the_same_after_four_steps_of_every_optimizer() {
         ("adafactor", Optimizer { rule: factored, ..Optimizer::adafactor(rate()) }),
     ];
     for (name, optimizer) in all {
-        for (clipped, optimizer) in [("", optimizer.clone()), (", clipped", optimizer.clipped(0.3))] {
+        let clipped = optimizer.clone().clipped(0.3);
+        let all = [("", optimizer.clone()), (", clipped", clipped), (", scaled", optimizer.scaled())];
+        for (clipped, optimizer) in all {
             let p = two_layers(&optimizer);
             steps_on_the_grid(&format!("{name}{clipped}"), &p, 4, &[("x", &x), ("labels", &labels)], 2e-3);
+        }
+    }
+}
+
+/// A product in f16 whose gradient has the size of its input times 65536, trained with the loss scaled.
+fn overflowing() -> Program {
+    stepping(|g| {
+        let x = g.input("x", DType::F32, &[dim("batch", 8), dim("in", 6)]).cast(DType::F16);
+        let w = g.variable("w", &[dim("in", 6), dim("out", 4)], nn::init::he_normal(6));
+        let y = x.contract(&w.cast(DType::F16), &["in"]);
+        let bias = g.variable("bias", &[dim("out", 4)], Init::zeros());
+        let loss = y.cast(DType::F32).add(&bias).mean_all();
+        Optimizer::adam(0.01).clipped(1.0).scaled().apply(g, &loss).output(g);
+        g.output("loss", &loss);
+    })
+}
+
+#[test]
+fn a_step_whose_gradient_overflows_is_skipped_on_all_devices_and_halves_the_scale() {
+    let small = ramp(&[dim("batch", 8), dim("in", 6)], 1);
+    // Of one device's part of w a gradient is more than 65504, at the first scale and at the next one.
+    let [mut large, mut larger] = [small.clone(), small.clone()];
+    large[[5, 4]] = 40.0;
+    larger[[5, 4]] = 100.0;
+    let inputs = [&small, &large, &small, &larger, &small];
+    let train = |mesh: &str, layout: &str| {
+        let mut session = Session::embedded(overflowing(), &run::options(mesh, layout)).unwrap();
+        let names: Vec<Name> = session.program().variables.iter().map(|v| v.name.clone()).collect();
+        let variables =
+            |s: &Session| -> Vec<(Name, Array)> { names.iter().map(|n| (n.clone(), s.variable(n).unwrap())).collect() };
+        let mut seen = vec![(vec![], variables(&session))];
+        for (step, x) in (0..).zip(inputs) {
+            let out = session.run("step", step, &[("x", &x.clone().into())]).unwrap();
+            seen.push((out, variables(&session)));
+        }
+        seen
+    };
+    let value = |list: &[(Name, Array)], name: &str| list.iter().find(|(n, _)| **n == *name).unwrap().1.to_f32();
+    let whole = train("1", "");
+    let after = [(65_536.0, 0.0), (32_768.0, 1.0), (32_768.0, 1.0), (16_384.0, 2.0), (16_384.0, 2.0)];
+    for (step, (scale, skipped)) in after.into_iter().enumerate() {
+        let ((out, now), (_, before)) = (&whole[step + 1], &whole[step]);
+        assert_eq!((value(now, "loss_scale"), value(out, "skipped_steps")), (Some(scale), Some(skipped)), "{step}");
+        assert_eq!(value(out, "loss_scale"), value(before, "loss_scale"), "what the step's loss was multiplied by");
+        let skips = step % 2 == 1;
+        assert_eq!(value(out, "grad_norm").unwrap().is_finite(), !skips, "step {step}");
+        assert!(value(out, "loss").unwrap().is_finite());
+        for ((name, now), (_, before)) in now.iter().zip(before).filter(|((n, _), _)| !n.starts_with("loss_scale")) {
+            assert_eq!(now.to_bytes() == before.to_bytes(), skips, "{name} after step {step}");
+        }
+    }
+    for (mesh, layout) in [("m=2", "in:m"), ("m=2", "batch:m"), ("m=2", "out:m"), ("m=3,n=2", "in:m,batch:n")] {
+        for (step, ((out, now), (out_split, now_split))) in whole.iter().zip(train(mesh, layout)).enumerate() {
+            let on = format!("{mesh} with {layout}, {step} steps done");
+            assert_bits_eq("results", out, &out_split, &on);
+            assert_bits_eq("variables", now, &now_split, &on);
         }
     }
 }

@@ -53,6 +53,13 @@ pub struct DeviceOptions {
     shrink: bool,
 }
 
+impl DeviceOptions {
+    /// Takes a number of devices, if none is given.
+    pub fn or_devices(&mut self, n: Option<usize>) {
+        self.devices = self.devices.or(n);
+    }
+}
+
 /// Options of the run.
 #[derive(Args, Default)]
 pub struct RunOptions {

@@ -242,7 +242,9 @@ impl Progress {
         self.warm.get_or_insert_with(Instant::now);
         let mut text = format!("loss {loss:.4}");
         for (name, value) in shown {
-            text += &format!("  {name} {value:.4}");
+            // Counts have no fraction.
+            let digits = if value.fract() == 0.0 { 0 } else { 4 };
+            text += &format!("  {name} {value:.digits$}");
         }
         text += &format!("  {} {}/s", speed(work.amount / seconds), work.unit);
         if let Some((flops, _)) = work.flops {

@@ -2,7 +2,7 @@
 //!
 //! A program's `train` is: [`Task::begin`], its data, [`Task::session`] with its program, its introduction,
 //! [`Task::train`] with its [`Model`], and whatever it makes of the trained variables. Its `eval` is [`Task::begun`], a
-//! session, [`Task::restored`]; its `plan` ends in [`print`].
+//! session, [`Task::restored`]; its `plan` is in [`crate::plan`].
 
 use crate::chart::{Chart, Series};
 use crate::report::{Figures, Phases, Progress, Row, Rows, Work, bytes, column, say};
@@ -201,10 +201,10 @@ pub fn devices(options: &Options) -> String {
         options.mesh,
         count(options.mesh.size(), "device"),
         count(options.threads(), "thread"),
-        if options.layout.rules().is_empty() { "of nothing split".into() } else { options.layout.to_string() },
+        if options.layout.is_empty() { "of nothing split".into() } else { options.layout.to_string() },
     );
     for (axis, _) in options.mesh.axes().iter().filter(|(_, size)| *size > 1) {
-        if !options.layout.rules().iter().any(|(_, a)| a == axis) {
+        if !options.layout.uses(axis) {
             text +=
                 &format!("note     no dimension is split over the axis `{axis}`: devices along it do the same work\n");
         }
@@ -227,6 +227,8 @@ pub struct Ran {
     pub loss: f32,
     /// The norm of all gradients.
     pub grad_norm: f32,
+    /// Whether loss scaling skipped the update, and the next step has a smaller scale.
+    pub skipped: bool,
     /// The numbers of its samples.
     pub samples: Vec<u64>,
     /// What to show besides.
@@ -237,6 +239,25 @@ pub struct Ran {
     pub run: Duration,
     /// Of that, the device that did so longest, moving data and waiting for others.
     pub communicate: Duration,
+}
+
+impl Ran {
+    /// Takes what a function shows of its update.
+    ///
+    /// # Errors
+    /// As [`scalar`].
+    pub fn update(&mut self, session: &Session, f: FunctionId) -> Result<(), Failed> {
+        self.grad_norm = scalar(session, f, "grad_norm")?;
+        if session.results(f).any(|name| name == "loss_scale") {
+            let [scale, skipped] = [scalar(session, f, "loss_scale")?, scalar(session, f, "skipped_steps")?];
+            // At the least scale nothing is left to halve.
+            self.skipped = !self.grad_norm.is_finite() && scale > 1.0;
+            let figures = [("loss_scale", f64::from(scale)), ("skipped_steps", f64::from(skipped))];
+            self.figures.row.extend(figures);
+            self.figures.shown.extend([("scale", figures[0].1), ("skipped", figures[1].1)]);
+        }
+        Ok(())
+    }
 }
 
 /// What a model brings to its training.
@@ -259,7 +280,7 @@ pub trait Model {
     }
 }
 
-/// Runs the function `f`, which gives `loss` and `grad_norm`, with what `feed` gives it; says which samples that were.
+/// Runs the function `f`, which gives `loss` and what [`Ran::update`] takes, with what `feed` gives it; says which samples that were.
 ///
 /// # Errors
 /// As [`Model::run`].
@@ -274,9 +295,10 @@ pub fn one(
     let fed = begun.elapsed();
     session.step(f, step)?;
     let run = begun.elapsed() - fed;
-    let (loss, grad_norm) = (scalar(session, f, "loss")?, scalar(session, f, "grad_norm")?);
-    let (figures, communicate) = (Figures::default(), session.communicated());
-    Ok(Ran { loss, grad_norm, samples, figures, feed: fed, run, communicate })
+    let (loss, communicate) = (scalar(session, f, "loss")?, session.communicated());
+    let mut ran = Ran { loss, samples, feed: fed, run, communicate, ..Ran::default() };
+    ran.update(session, f)?;
+    Ok(ran)
 }
 
 impl<C: Settings> Task<C> {
@@ -481,6 +503,10 @@ impl<C: Settings> Task<C> {
         session.watch(true);
         while at.step <= last && session.non_finite().is_empty() {
             let ran = model.run(session, &at)?;
+            if ran.skipped && ran.loss.is_finite() {
+                // What was infinite was meant to be found out: it did no harm.
+                session.watch(true);
+            }
             at.step += 1;
             at.samples += ran.samples.len() as u64;
         }
@@ -555,7 +581,7 @@ impl<M: Model> drive::Run for Training<'_, M> {
         }
         let seconds = (ran.feed + ran.run).as_secs_f64();
         self.progress.step(step, loss, &ran.figures.shown, &self.model.work(), seconds);
-        if !loss.is_finite() || !grad_norm.is_finite() {
+        if !loss.is_finite() || !(grad_norm.is_finite() || ran.skipped) {
             return Err(diverged(format!("at step {step} the loss is {loss}, the gradient's norm {grad_norm}")));
         }
         Ok(())

@@ -3,9 +3,10 @@
 use crate::memory::Recompute;
 use mesh::dim::DType;
 use mesh::error::nearest;
-use mesh::layout::Mesh;
+use mesh::layout::{Layout, Mesh};
+use mesh::optim::Optimizer;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Element type of the computation.
@@ -16,6 +17,18 @@ pub enum Dtype {
     F32,
     /// bfloat16; variables, sums, statistics, softmax and losses stay 32-bit floats.
     Bf16,
+    /// IEEE half precision, likewise, with the loss scaled.
+    F16,
+}
+
+impl Dtype {
+    /// An optimizer for gradients of this type.
+    pub fn trains(self, optimizer: Optimizer) -> Optimizer {
+        match self {
+            Dtype::F32 | Dtype::Bf16 => optimizer,
+            Dtype::F16 => optimizer.scaled(),
+        }
+    }
 }
 
 impl From<Dtype> for DType {
@@ -23,6 +36,7 @@ impl From<Dtype> for DType {
         match dtype {
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::Bf16,
+            Dtype::F16 => DType::F16,
         }
     }
 }
@@ -32,7 +46,8 @@ impl From<Dtype> for DType {
 pub struct Common {
     /// Device mesh: axes with sizes, `x=2,y=2`.
     pub mesh: String,
-    /// Layout rules, `x:x,y:y`; empty: those that the mesh's axes mean by their names.
+    /// Layout rules, `x:x,y:y`, in a file also as a table; empty: those that the mesh's axes mean by their names.
+    #[serde(deserialize_with = "layout_text")]
     pub layout: String,
     /// Steps to train.
     pub steps: u32,
@@ -63,6 +78,14 @@ impl Default for Common {
             checkpoint_every: 50,
             keep: 2,
         }
+    }
+}
+
+/// A layout's text, from that or from a table of rules.
+fn layout_text<'a, D: Deserializer<'a>>(from: D) -> Result<String, D::Error> {
+    match toml::Value::deserialize(from)? {
+        toml::Value::String(text) => Ok(text),
+        rules => Ok(rules.try_into::<Layout>().map_err(serde::de::Error::custom)?.to_string()),
     }
 }
 
@@ -190,7 +213,8 @@ pub trait Settings: Clone + Default + Serialize + DeserializeOwned {
             };
             let mut table = toml::Table::try_from(&config).map_err(|e| value_error(e.to_string()))?;
             let Some(old) = table.get(key) else {
-                let keys: Vec<&str> = table.keys().map(String::as_str).collect();
+                let mut keys: Vec<&str> = table.keys().map(String::as_str).collect();
+                keys.sort_unstable();
                 let near = nearest(key, keys.iter().copied());
                 let help = near.map_or(format!("the keys are {}", keys.join(", ")), |n| format!("did you mean `{n}`?"));
                 return Err(Mistake::UnknownKey { key: key.clone(), place: place(key), help });
@@ -391,6 +415,18 @@ mod tests {
         std::fs::write(&path, "rate = 1\n\nbase = \"wide\"\n").unwrap();
         let e = Config::default().with_file(&path).unwrap_err().to_string();
         assert!(e.contains("`base` cannot be \"wide\"") && e.contains("config.toml:3"), "{e}");
+    }
+
+    #[test]
+    fn a_layout_is_a_text_or_a_table() {
+        let table = "[layout]\nbatch = \"data\"\n[layout.slots]\n\"*\" = \"data\"\n[layout.\"b/**\"]\nx = \"none\"\n";
+        let with = |text: &str| Config::default().with(&text.parse().unwrap(), |_| "here".into());
+        let config = with(table).unwrap();
+        assert_eq!(config.common.layout, "batch:data,slots{*:data},b/**{x:none}");
+        // Written and read again it is the same text.
+        assert_eq!(with(&config.to_toml()).unwrap().common.layout, config.common.layout);
+        let e = with("[layout]\nbatch = \"\"").unwrap_err().to_string();
+        assert!(e.starts_with("U0002: `layout`") && e.contains("error[L0001]: `batch:`"), "{e}");
     }
 
     #[test]

@@ -38,6 +38,16 @@ fn hash(ran: &Ran) -> &str {
     ran.out.lines().find_map(|l| l.strip_prefix("variables ")).unwrap_or_else(|| panic!("{}{}", ran.out, ran.err))
 }
 
+/// Removes a run's checkpoints of more steps, as if it had been stopped there.
+fn stop_after(place: &Place, run: &str, step: u32) {
+    let step_of = |name: &str| name.split(|c: char| !c.is_ascii_digit()).find_map(|n| n.parse::<u32>().ok());
+    for entry in fs::read_dir(place.path(run).join("checkpoints")).unwrap().flatten() {
+        if step_of(&entry.file_name().to_string_lossy()).is_some_and(|s| s > step) {
+            fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
+}
+
 #[test]
 fn worker_processes_unshare_and_drop_with_the_bits_of_one_process_and_resume_at_the_unsharing() {
     let place = place(4);
@@ -51,13 +61,7 @@ fn worker_processes_unshare_and_drop_with_the_bits_of_one_process_and_resume_at_
     for (step, mesh) in [(9, "data=2"), (10, "model=2"), (11, "seq=2,data=2")] {
         let out = format!("at{step}");
         place.ok(&format!("pretrain {SMALL} {method} --out {out} --set keep=1000"));
-        let all = fs::read_dir(place.path(&out).join("checkpoints")).unwrap().flatten();
-        let step_of = |name: &str| name.split(|c: char| !c.is_ascii_digit()).find_map(|n| n.parse::<u32>().ok());
-        for entry in all {
-            if step_of(&entry.file_name().to_string_lossy()).is_some_and(|s| s > step) {
-                fs::remove_dir_all(entry.path()).unwrap();
-            }
-        }
+        stop_after(&place, &out, step);
         let resumed = place.ok(&format!("pretrain --resume --out {out} --mesh {mesh} --threads 1"));
         assert!(resumed.err.contains(&format!("with {step} steps done")), "{}", resumed.err);
         assert_eq!(hash(&resumed), hash(&alone), "resumed at {step} on {mesh}");
@@ -160,6 +164,43 @@ fn a_regression_learns_the_numbers_of_words_with_the_same_bits_on_a_mesh() {
     assert!(alone.out.contains("Pearson correlation"), "{}", alone.out);
     place.ok(&format!("{tune} --out mesh --mesh data=2,model=2"));
     assert_eq!(bits(&place.rows("mesh")), bits(&rows));
+}
+
+#[test]
+fn a_run_in_f16_skips_steps_while_its_scale_is_too_large_and_is_resumed_with_it() {
+    let place = place(2);
+    // Errors of 4 have gradients that do not fit into f16 at the first scale.
+    fs::write(place.path("numbers.tsv"), films(&[("good", "4"), ("bad", "-4"), ("play", "1")])).unwrap();
+    let tune = "finetune --from none --size config.json --vocab vocab.txt --task regression --data numbers.tsv --seq 16 \
+                --batch 8 --threads 1 --dtype f16 --dropout 0 --set held_out=0.3 --set checkpoint_every=2";
+    let whole = place.ok(&format!("{tune} --steps 60 --rate 0.01 --out whole"));
+    place.ok(&format!("{tune} --steps 60 --rate 0.01 --out parts --mesh data=2 --set keep=1000"));
+    stop_after(&place, "parts", 6);
+    let resumed = place.ok("finetune --resume --out parts --mesh model=2 --threads 1 --workers 2");
+    assert!(resumed.err.contains("with 6 steps done"), "{}", resumed.err);
+    assert_eq!(hash(&resumed), hash(&whole));
+    let [rows, parts] = ["whole", "parts"].map(|name| place.rows(name));
+    let (mut scale, mut skipped) = (65_536.0, 0.0);
+    for (row, part) in rows.iter().zip(&parts) {
+        assert_eq!([&row["loss_scale"], &row["skipped_steps"]], [&part["loss_scale"], &part["skipped_steps"]]);
+        assert_eq!(row["loss_scale"].as_f64(), Some(scale), "{row}");
+        // An infinite number is none in JSON.
+        if row["grad_norm"].is_null() {
+            (scale, skipped) = (scale / 2.0, skipped + 1.0);
+        }
+        assert_eq!(row["skipped_steps"].as_f64(), Some(skipped), "{row}");
+    }
+    assert!(skipped > 0.0 && skipped < 10.0, "{skipped} steps of 60");
+    assert!(whole.err.contains("scale 65536  skipped 1"), "{}", whole.err);
+    let loss = |row: &serde_json::Value| row["loss"].as_f64().unwrap();
+    assert!(loss(&rows[59]) < 0.5 * loss(&rows[0]), "{} to {}", rows[0], rows[59]);
+
+    // Where training diverges later, the steps that were skipped are not to blame.
+    let ran = place.run(&format!("{tune} --steps 30 --rate 1e30 --set warmup=1 --set clip=0 --out wild"));
+    let rows = place.rows("wild");
+    assert!(ran.code == 1 && ran.err.contains("U0008") && rows[0]["grad_norm"].is_null(), "{}", ran.err);
+    let last = rows.len() - 1;
+    assert!(last > 1 && ran.err.contains(&format!("  --> step {last}: ")), "{last} steps: {}", ran.err);
 }
 
 #[test]

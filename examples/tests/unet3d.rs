@@ -78,13 +78,17 @@ fn training_gives_the_same_bits_on_every_mesh_and_the_memory_that_the_plan_says(
     let (pair, split) = (train("pair", "1", 2, 1), train("split-pair", "data=2,x=2", 2, 4));
     assert_eq!(bits(&split), bits(&pair), "two views on the mesh data=2,x=2");
     assert_ne!(pair[19]["loss_bits"], single[19]["loss_bits"]);
-    let half = train_in("bf16", "half", "1", 1, 1);
-    for (i, (mesh, devices)) in [("z=3", 3), ("x=2,y=2,z=2", 8)].into_iter().enumerate() {
-        let rows = train_in("bf16", &format!("split-half{i}"), mesh, 1, devices);
-        assert_eq!(bits(&rows), bits(&half), "bf16 on the mesh {mesh}");
+    for dtype in ["bf16", "f16"] {
+        let half = train_in(dtype, &format!("half-{dtype}"), "1", 1, 1);
+        for (i, (mesh, devices)) in [("z=3", 3), ("x=2,y=2,z=2", 8)].into_iter().enumerate() {
+            let rows = train_in(dtype, &format!("split-{dtype}{i}"), mesh, 1, devices);
+            assert_eq!(bits(&rows), bits(&half), "{dtype} on the mesh {mesh}");
+        }
+        let [first, loss, wide] = [&half[0], &half[19], &single[19]].map(|row| row["loss"].as_f64().unwrap());
+        assert!((loss / wide - 1.0).abs() < 0.05 && loss != wide, "{dtype} {loss}, f32 {wide}");
+        assert!(loss < 0.8 * first, "{dtype} {loss} after {first}");
+        assert_eq!(half[19]["loss_scale"].as_f64(), (dtype == "f16").then_some(65_536.0), "{dtype}");
     }
-    let [loss, wide] = [&half, &single].map(|rows| rows[19]["loss"].as_f64().unwrap());
-    assert!((loss / wide - 1.0).abs() < 0.05 && loss != wide, "bf16 {loss}, f32 {wide}");
 }
 
 const SMALL: &str = "--data phantom --crop 16x12x10 --base 4 --dropout 0.2 --augment";
@@ -160,7 +164,7 @@ fn mistakes_on_the_command_line_name_their_place_and_what_to_do() {
         &["error[L0007]: dimension `x` (size 2, 2 chunks)", "--> examples/src/unet3d/model.rs:", "x=2 or less"],
     );
     place.fails(&plan("--mesh data=2"), 2, &["error[L0007]: dimension `batch` (size 1", "do not split `batch`"]);
-    place.fails(&plan("--dtype f8"), 2, &["f8", "f32, bf16"]);
+    place.fails(&plan("--dtype f8"), 2, &["f8", "f32, bf16, f16"]);
     place.fails(&plan("--dropout 1"), 2, &["--dropout 1", "help:"]);
     place.fails(&plan("--rate nan"), 2, &["--rate NaN"]);
     place.fails("plan --data phantom --norm group --base 6", 2, &["4 groups", "--base 6"]);

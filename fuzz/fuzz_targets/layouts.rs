@@ -5,8 +5,14 @@ use libfuzzer_sys::fuzz_target;
 use mesh::layout::{Layout, Mesh};
 
 fn seeds() -> Vec<Vec<u8>> {
-    let texts =
-        ["data=2, x=2, y=2\nbatch:data, x:x, y:y, d_ff:model", "1\n", "a=8\nx:a", "a=0\nx:a+b", "a=2,a=2\nx:a,x:b"];
+    let texts = [
+        "data=2, x=2, y=2\nbatch:data, x:x, y:y, d_ff:model",
+        "1\n",
+        "a=8\nx:a?",
+        "a=0\nx:a+b",
+        "a=2,a=2\nx:a,x:b",
+        "a=2\nslots{*:a,b.*/**{x:none}};/c{x:a}",
+    ];
     texts.map(|t| t.into()).into()
 }
 

@@ -2,8 +2,11 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
-use worker::data::nifti::parse;
+use worker::data::nifti::Volume;
+use worker::data::volume::whole;
 
 /// A file of 2 x 3 x 2 voxels: a header with what is looked at, and data.
 fn volume(datatype: i16, bits: i16, big_endian: bool) -> Vec<u8> {
@@ -38,13 +41,21 @@ fn seeds() -> Vec<Vec<u8>> {
     kinds.iter().flat_map(|(t, bits)| [false, true].map(|big| volume(*t, *bits, big))).collect()
 }
 
+thread_local!(static FILE: File = tempfile::tempfile().expect("a file"));
+
 fuzz_target!(
     init: fuzz::seed("nifti", seeds()),
     |bytes: &[u8]| {
-        if let Ok(volume) = parse(bytes, Path::new("fuzzed.nii")) {
-            let said: Vec<usize> = volume.header.dim[1..4].iter().map(|d| usize::from(*d)).collect();
-            assert_eq!(volume.voxels.shape(), said);
-            assert!(volume.voxels.len() <= bytes.len());
+        let file = FILE.with(|f| f.try_clone().expect("the file"));
+        file.set_len(0).expect("a file that can be written");
+        (&file).seek(SeekFrom::Start(0)).and_then(|_| (&file).write_all(bytes)).expect("a file that can be written");
+        if let Ok(volume) = Volume::of(file, Path::new("fuzzed.nii")) {
+            let shape = volume.shape();
+            assert_eq!(shape.to_vec(), volume.header().dim[1..4].iter().map(|d| usize::from(*d)).collect::<Vec<_>>());
+            assert!(shape.iter().product::<usize>() <= bytes.len());
+            let whole = volume.read(&whole(shape)).expect("what it says that it has");
+            let last = volume.read(&shape.map(|n| n - 1..n)).expect("the last voxel");
+            assert_eq!(last[[0; 3]].to_bits(), whole[shape.map(|n| n - 1)].to_bits());
         }
     }
 );

@@ -32,10 +32,10 @@ impl Array {
             Array::Bool(a) => a.shape(),
         }
     }
-    /// Zeros, or false; `bf16` goes by way of `f32`.
+    /// Zeros, or false; 16-bit floats go by way of `f32`.
     pub fn zeros(dtype: DType, shape: &[usize]) -> Array {
         match dtype {
-            DType::F32 | DType::Bf16 => Array::F32(ArrayD::zeros(shape)),
+            DType::F32 | DType::Bf16 | DType::F16 => Array::F32(ArrayD::zeros(shape)),
             DType::I32 => Array::I32(ArrayD::zeros(shape)),
             DType::Bool => Array::Bool(ArrayD::from_elem(shape, false)),
         }
@@ -90,7 +90,7 @@ impl Array {
             DType::F32 => Array::F32(ArrayD::from_shape_vec(shape, words().map(f32::from_le_bytes).collect()).ok()?),
             DType::I32 => Array::I32(ArrayD::from_shape_vec(shape, words().map(i32::from_le_bytes).collect()).ok()?),
             DType::Bool => Array::Bool(ArrayD::from_shape_vec(shape, bytes.iter().map(|b| *b != 0).collect()).ok()?),
-            DType::Bf16 => return None,
+            DType::Bf16 | DType::F16 => return None,
         })
     }
     /// The `f32` array, if it is one.

@@ -128,6 +128,8 @@ pub enum DType {
     F32,
     /// bfloat16.
     Bf16,
+    /// IEEE binary16.
+    F16,
     /// 32-bit signed integer.
     I32,
     /// True or false, a byte each.
@@ -139,13 +141,17 @@ impl DType {
     pub fn bytes(self) -> usize {
         match self {
             DType::F32 | DType::I32 => 4,
-            DType::Bf16 => 2,
+            DType::Bf16 | DType::F16 => 2,
             DType::Bool => 1,
         }
     }
     /// Whether gradients flow through values of this type.
     pub fn is_float(self) -> bool {
-        matches!(self, DType::F32 | DType::Bf16)
+        matches!(self, DType::F32 | DType::Bf16 | DType::F16)
+    }
+    /// Whether it is a float of 16 bits: each is an `f32` too, as which it is computed with.
+    pub fn is_half(self) -> bool {
+        matches!(self, DType::Bf16 | DType::F16)
     }
 }
 
@@ -154,6 +160,7 @@ impl fmt::Display for DType {
         f.write_str(match self {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
+            DType::F16 => "f16",
             DType::I32 => "i32",
             DType::Bool => "bool",
         })

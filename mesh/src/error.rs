@@ -109,19 +109,26 @@ pub enum Cause {
         /// The nearest axis.
         nearest: Option<Name>,
     },
-    /// A layout rule names a dimension that no tensor of the program has, or that its own tensor does not have.
-    #[error("layout rule `{rule}` names the dimension `{dim}`, which {}", match tensor {
-        Some(t) => format!("{t} does not have"),
-        None => "no tensor of the program has".into(),
-    })]
+    /// A layout rule names a dimension that no tensor has which it is for.
+    #[error("layout rule `{rule}` names the dimension `{dim}`, which {lacking}")]
     UnknownDimension {
         /// The rule.
         rule: String,
         /// The dimension.
         dim: Name,
-        /// The tensor whose own rule it is: op and type.
-        tensor: Option<Name>,
+        /// Who does not have it: "no tensor of the program has".
+        lacking: String,
         /// The nearest dimension.
+        nearest: Option<Name>,
+    },
+    /// A layout rule's scope matches no path of the program.
+    #[error("layout rule `{rule}` is for the scope `{scope}`, in which the program has nothing")]
+    UnknownScope {
+        /// The rule.
+        rule: String,
+        /// The scope.
+        scope: Name,
+        /// The nearest path, or section.
         nearest: Option<Name>,
     },
     /// A layout has two rules for one dimension.
@@ -152,7 +159,7 @@ pub enum Cause {
         /// The devices.
         devices: usize,
     },
-    /// A dimension has fewer chunks than its axis has devices.
+    /// A dimension has fewer chunks than its axes have devices.
     #[error(
         "dimension `{dim}` (size {size}, {chunks} chunks) of {tensor} cannot be split over the mesh axis `{axis}` (size {shards})"
     )]
@@ -165,9 +172,9 @@ pub enum Cause {
         size: usize,
         /// Its chunks.
         chunks: usize,
-        /// The axis.
+        /// The axis, or several: `data+x`.
         axis: Name,
-        /// The axis' size.
+        /// The shards.
         shards: usize,
     },
     /// The plan does not fit into the memory allowed.
@@ -223,6 +230,7 @@ impl Cause {
             Cause::AxisTwice { .. } => "L0005",
             Cause::MeshSize { .. } => "L0006",
             Cause::MoreShardsThanChunks { .. } => "L0007",
+            Cause::UnknownScope { .. } => "L0008",
             Cause::OverMemory { .. } => "M0001",
         }
     }
@@ -241,6 +249,9 @@ impl Cause {
                 nearest(n).unwrap_or("add the axis to the mesh, or take the rule out".into())
             }
             Cause::UnknownDimension { nearest: n, .. } => nearest(n).unwrap_or("take the rule out".into()),
+            Cause::UnknownScope { nearest: n, .. } => {
+                nearest(n).unwrap_or("patterns are of whole paths: `decoder` and all below it is `decoder/**`".into())
+            }
             Cause::TwoRules { .. } => "keep one of them".into(),
             Cause::AxisTwice { first, second, .. } => {
                 format!("map only one of `{first}` and `{second}` to this axis, or override this tensor's layout")
@@ -249,10 +260,11 @@ impl Cause {
                 format!("make the axis sizes multiply to {devices}, or change the number of devices")
             }
             Cause::MoreShardsThanChunks { chunks: 1, dim, axis, .. } => {
-                format!("do not split `{dim}`: leave the axis `{axis}` or its rule out")
+                format!("do not split `{dim}`: leave its rule out, or let it stay whole where it must, `{dim}:{axis}?`")
             }
-            Cause::MoreShardsThanChunks { chunks, axis, .. } => {
-                format!("use a mesh with {axis}={chunks} or less, or do not split this dimension")
+            Cause::MoreShardsThanChunks { chunks, dim, axis, .. } => {
+                let mesh = if axis.contains('+') { format!("{chunks} devices") } else { format!("{axis}={chunks}") };
+                format!("use a mesh with {mesh} or less there, or let it stay whole where it must, `{dim}:{axis}?`")
             }
             Cause::OverMemory { .. } => {
                 "split more dimensions over more devices, use a smaller crop or batch, put the \

@@ -5,9 +5,10 @@
 
 use crate::dim::{DType, Dim, Name, Type};
 use crate::error::{Cause, Error, Place};
+use crate::layout::Section;
 use crate::op::GradContext;
 use crate::ops::{self, Prim};
-use crate::program::{Block, Init, VarId, Variables};
+use crate::program::{Block, Init, VarId, Variable, Variables};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -21,6 +22,37 @@ impl NodeId {
     /// As an index.
     pub fn index(self) -> usize {
         self.0 as usize
+    }
+}
+
+/// What a node or a variable is for: layouts may have rules for each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Role {
+    /// A part of the forward pass.
+    #[default]
+    Forward,
+    /// A part of the backward pass, what it makes again included.
+    Backward,
+    /// The gradient of a variable, or a variable in which it is added up.
+    Gradient,
+    /// A part of an optimizer's update, or one of its slots.
+    Update,
+    /// A variable, trained or not, or its start.
+    Variable,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Role; 5] = [Role::Forward, Role::Backward, Role::Gradient, Role::Update, Role::Variable];
+
+    /// The section of a layout whose rules are for it.
+    pub fn section(self) -> Section {
+        match self {
+            Role::Forward | Role::Backward => Section::Activations,
+            Role::Gradient => Section::Gradients,
+            Role::Update => Section::Slots,
+            Role::Variable => Section::Variables,
+        }
     }
 }
 
@@ -39,6 +71,8 @@ pub struct Node {
     pub scope: Name,
     /// Layout rules for this tensor alone, as text (`"x:x, channel:model"`).
     pub layout: Option<Name>,
+    /// What it is for.
+    pub role: Role,
 }
 
 type CustomGrad = Rc<dyn Fn(&Tensor) -> Vec<Option<Tensor>>>;
@@ -52,6 +86,8 @@ pub(crate) struct State {
     pub assigns: Vec<(VarId, NodeId)>,
     pub reads: HashMap<VarId, NodeId>,
     scopes: Vec<Name>,
+    /// What the nodes are for that are made now.
+    role: Role,
     renamings: Vec<Renaming>,
     pub error: Option<Error>,
     custom: HashMap<NodeId, (Vec<NodeId>, CustomGrad)>,
@@ -106,6 +142,7 @@ impl Graph {
             assigns: vec![],
             reads: HashMap::new(),
             scopes: vec![],
+            role: Role::Forward,
             renamings: vec![],
             error: None,
             custom: HashMap::new(),
@@ -153,6 +190,14 @@ impl Graph {
         let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![path.into()]);
         let out = build();
         self.0.borrow_mut().scopes = outer;
+        out
+    }
+
+    /// Runs `build`, whose nodes and variables are for `role`.
+    pub(crate) fn with_role<T>(&self, role: Role, build: impl FnOnce() -> T) -> T {
+        let outer = std::mem::replace(&mut self.0.borrow_mut().role, role);
+        let out = build();
+        self.0.borrow_mut().role = outer;
         out
     }
 
@@ -245,7 +290,8 @@ impl Graph {
             }
         };
         let id = NodeId(s.nodes.len() as u32);
-        s.nodes.push(Node { op, inputs, ty, place, scope, layout: None });
+        let role = s.role;
+        s.nodes.push(Node { op, inputs, ty, place, scope, layout: None, role });
         drop(s);
         Tensor { graph: self.clone(), id }
     }
@@ -269,7 +315,7 @@ impl Graph {
         let inputs: Vec<NodeId> = node.inputs.iter().map(|&i| self.again(i)).collect();
         let mut s = self.0.borrow_mut();
         let clone = NodeId(s.nodes.len() as u32);
-        s.nodes.push(Node { inputs, ..node });
+        s.nodes.push(Node { inputs, role: Role::Backward, ..node });
         if let Some(b) = &mut s.backward {
             b.clones.insert((id, b.region), clone);
         }
@@ -321,8 +367,13 @@ impl Graph {
         let path = if scope.is_empty() { name.to_string() } else { format!("{scope}/{name}") };
         let renamings = self.0.borrow().renamings.clone();
         let path: Name = renamings.iter().rev().fold(path, |path, rename| rename(&path)).into();
+        let role = match self.0.borrow().role {
+            Role::Forward | Role::Backward | Role::Variable => Role::Variable,
+            own @ (Role::Gradient | Role::Update) => own,
+        };
+        let (ty, place) = (Type::new(DType::F32, dims), self.place());
         let variables = self.0.borrow().variables.clone();
-        let id = variables.borrow_mut().declare(path, Type::new(DType::F32, dims), init, trainable, self.place());
+        let id = variables.borrow_mut().declare(Variable { name: path, ty, init, trainable, role, place });
         match id {
             Ok(id) => self.read(id),
             Err(e) => {
@@ -477,6 +528,7 @@ impl Graph {
         };
         self.0.borrow_mut().backward =
             Some(Backward { boundary: NodeId(len as u32), region: None, clones: HashMap::new() });
+        let outer = std::mem::replace(&mut self.0.borrow_mut().role, Role::Backward);
         let one = self.scalar(1.0);
         let mut sums: HashMap<NodeId, Tensor> = HashMap::from([(loss.id, one)]);
         for i in (0..=loss.id.index()).rev() {
@@ -499,8 +551,15 @@ impl Graph {
                 }
             }
         }
-        let out = wrt.iter().map(|t| sums.get(&t.id).cloned().unwrap_or_else(|| t.zeros_like())).collect();
-        self.0.borrow_mut().backward = None;
+        let out: Vec<Tensor> = wrt.iter().map(|t| sums.get(&t.id).cloned().unwrap_or_else(|| t.zeros_like())).collect();
+        let mut s = self.0.borrow_mut();
+        (s.backward, s.role) = (None, outer);
+        for (t, grad) in wrt.iter().zip(&out) {
+            if matches!(s.nodes[t.id.index()].op, Prim::Read(_)) {
+                s.mark_gradient(grad.id, len);
+            }
+        }
+        drop(s);
         out
     }
 
@@ -556,6 +615,23 @@ impl State {
         let inside = |r: &Region| r.nodes.clone().filter(|i| !stays(*i)).map(|i| NodeId(i as u32)).collect();
         let inside: Vec<Vec<NodeId>> = self.regions.iter().map(inside).collect();
         self.regions.iter_mut().zip(inside).for_each(|(r, inside)| r.inside = inside);
+    }
+
+    /// Marks a variable's gradient among the nodes from `begin` on, and what it is made from element by element: the
+    /// gradients of each of several uses, or of a cast.
+    fn mark_gradient(&mut self, id: NodeId, begin: usize) {
+        let node = &mut self.nodes[id.index()];
+        if id.index() < begin || node.role == Role::Gradient {
+            return;
+        }
+        node.role = Role::Gradient;
+        let (op, size) = (node.op.op(), node.ty.elements());
+        let parts = if op.elementwise() || op.copies() { node.inputs.clone() } else { vec![] };
+        for part in parts {
+            if self.nodes[part.index()].ty.elements() == size {
+                self.mark_gradient(part, begin);
+            }
+        }
     }
 
     /// By node: the region that it is in.
@@ -627,7 +703,7 @@ impl State {
     /// Whether a node is a product in fewer bits: that is kept instead of the product.
     fn narrows_product(&self, node: &Node) -> bool {
         let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product();
-        matches!(node.op, Prim::Cast(_)) && node.ty.dtype == DType::Bf16 && node.inputs.iter().all(of_product)
+        matches!(node.op, Prim::Cast(_)) && node.ty.dtype.is_half() && node.inputs.iter().all(of_product)
     }
 }
 

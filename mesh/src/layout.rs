@@ -1,11 +1,20 @@
-//! Meshes, layouts and who owns what.
+//! Meshes and the language of layouts: rules that say which dimension is split over which axes of a mesh.
+//!
+//! ```text
+//! layout  = { (rule | block) [","|";"|newline] }
+//! rule    = dimension ":" axes                      batch:data    d_ff:x+y    heads:model?    x:none    *:data
+//! axes    = "none" | axis { "+" axis } ["?"]
+//! block   = (section | pattern) "{" layout "}"      slots{ *:data }    decoder/**{ x:none, channel:model }
+//! section = "variables" | "gradients" | "slots" | "activations"
+//! ```
+//!
+//! A scope's pattern is a path whose parts may hold `*` (any text) or be `**` (any number of parts); it may begin with `/`,
+//! as it must for a module that is called like a section. Scopes may stand in a section, and no other block in a block. The same in TOML is a table: rules are `dimension = "axes"`, blocks are tables.
+//! What the rules mean for a tensor is [`crate::placement`]'s.
 
-use crate::chunk::shard_chunks;
-use crate::dim::{Name, Type, is_name};
-use crate::error::{Cause, Error, Place, nearest};
-use crate::program::{Chunking, Program};
-use crate::region::Region;
-use std::collections::BTreeMap;
+use crate::dim::{Name, is_name};
+use crate::error::{Cause, Error};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
 
@@ -32,6 +41,11 @@ impl Mesh {
     /// Index of the axis of that name.
     pub fn axis(&self, name: &str) -> Option<usize> {
         self.axes.iter().position(|(n, _)| *n == name)
+    }
+    /// This mesh with an axis of another size; without it, if that is None.
+    pub(crate) fn resized(&self, axis: &str, size: Option<usize>) -> Mesh {
+        let resize = |(name, old): &(Name, usize)| Some((name.clone(), if *name == axis { size? } else { *old }));
+        Mesh { axes: self.axes.iter().filter_map(resize).collect() }
     }
     /// Where a device lies along each axis.
     pub fn coordinates(&self, device: usize) -> Vec<usize> {
@@ -82,7 +96,7 @@ impl FromStr for Mesh {
         for part in text.split(',') {
             let (name, size) = part.split_once('=').ok_or_else(|| syntax(part))?;
             let (name, size) = (name.trim(), size.trim().parse::<usize>().map_err(|_| syntax(part))?);
-            if !is_name(name) || size == 0 || size > 1 << 20 {
+            if !is_name(name) || name == NONE || size == 0 || size > 1 << 20 {
                 return Err(syntax(part));
             }
             if axes.iter().any(|(n, _)| *n == name) {
@@ -104,199 +118,430 @@ impl FromStr for Mesh {
     }
 }
 
-/// Layout rules: which dimension is split over which mesh axis, `batch:data, x:x`.
+/// What a rule has in place of an axis where a dimension is not split.
+const NONE: &str = "none";
+/// What a rule has in place of a dimension that each tensor chooses.
+pub const ANY: &str = "*";
+
+/// A rule: a dimension is split over axes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// The dimension, or [`ANY`]: the largest that can be split and is not split otherwise.
+    pub dim: Name,
+    /// The axes, the outermost first; none: it is not split.
+    pub axes: Vec<Name>,
+    /// Whether a tensor that cannot be split so stays whole there, in place of an error.
+    pub optional: bool,
+}
+
+impl Rule {
+    /// `data+x?`, as behind the colon.
+    fn over(&self) -> String {
+        let axes = self.axes.iter().map(|a| &**a).collect::<Vec<_>>().join("+");
+        match (axes.as_str(), self.optional) {
+            ("", _) => NONE.into(),
+            (axes, true) => format!("{axes}?"),
+            (axes, false) => axes.into(),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.dim, self.over())
+    }
+}
+
+impl FromStr for Rule {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Rule, Error> {
+        let syntax = |expected: &str| Cause::Syntax { text: text.trim().into(), expected: expected.into() };
+        let (dim, over) = text.split_once(':').map(|(d, a)| (d.trim(), a.trim())).unwrap_or_default();
+        let (over, optional) = match over.strip_suffix('?') {
+            Some(over) => (over.trim_end(), true),
+            None => (over, false),
+        };
+        let axes: Vec<&str> = if over == NONE { vec![] } else { over.split('+').map(str::trim).collect() };
+        if !(is_name(dim) || dim == ANY)
+            || axes.iter().any(|a| !is_name(a) || *a == NONE)
+            || axes.is_empty() && optional
+        {
+            return Err(syntax("a rule dimension:axis, such as `x:x` in `batch:data, x:x`").into());
+        }
+        if axes.iter().enumerate().any(|(i, a)| axes[..i].contains(a)) {
+            return Err(syntax("a rule that names each axis once, such as `batch:data+x`").into());
+        }
+        Ok(Rule { dim: dim.into(), axes: axes.into_iter().map(Name::from).collect(), optional })
+    }
+}
+
+/// The kinds of tensors that may have rules of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Section {
+    /// Variables, where they live between steps.
+    Variables,
+    /// The gradients of variables, and where they are added up.
+    Gradients,
+    /// Optimizer slots and the update.
+    Slots,
+    /// Everything else.
+    Activations,
+}
+
+impl Section {
+    /// All of them.
+    pub const ALL: [Section; 4] = [Section::Variables, Section::Gradients, Section::Slots, Section::Activations];
+}
+
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Section::Variables => "variables",
+            Section::Gradients => "gradients",
+            Section::Slots => "slots",
+            Section::Activations => "activations",
+        })
+    }
+}
+
+/// A pattern of paths in a program: `decoder/**`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pattern(Name);
+
+impl Pattern {
+    /// Whether it matches a path. `*` in a part stands for any text, the part `**` for any number of parts.
+    pub fn matches(&self, path: &str) -> bool {
+        let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+        wild(&self.0.split('/').collect::<Vec<_>>(), &parts, &|p| *p == "**", &|p, part| {
+            wild(&p.chars().collect::<Vec<_>>(), &part.chars().collect::<Vec<_>>(), &|c| *c == '*', &|c, d| c == d)
+        })
+    }
+    /// Its text without the wild cards at its ends, to look for what was meant.
+    pub(crate) fn core(&self) -> &str {
+        self.0.trim_matches(|c| c == '*' || c == '/')
+    }
+}
+
+/// Whether a list matches a pattern in which `any` stands for any number of elements.
+fn wild<P, T>(pattern: &[P], list: &[T], any: &dyn Fn(&P) -> bool, one: &dyn Fn(&P, &T) -> bool) -> bool {
+    // By length of the list's part: whether the pattern so far matches it.
+    let mut reached: Vec<bool> = (0..=list.len()).map(|n| n == 0).collect();
+    for p in pattern {
+        if any(p) {
+            (1..reached.len()).for_each(|n| reached[n] |= reached[n - 1]);
+        } else {
+            (1..reached.len()).rev().for_each(|n| reached[n] = reached[n - 1] && one(p, &list[n - 1]));
+            reached[0] = false;
+        }
+    }
+    reached[list.len()]
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A single part would look like a section, or in a table like a dimension.
+        let alone = is_name(&self.0) || *self.0 == *ANY;
+        write!(f, "{}{}", if alone { "/" } else { "" }, self.0)
+    }
+}
+
+impl FromStr for Pattern {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Pattern, Error> {
+        let text = text.trim();
+        let path = text.strip_prefix('/').unwrap_or(text);
+        let part = |p: &str| !p.is_empty() && !p.contains(|c: char| c.is_whitespace() || "{},;:".contains(c));
+        if text.len() > 256 || !path.split('/').all(part) {
+            let expected = "a pattern of paths, such as `decoder/**` in `decoder/**{ x:none }`".into();
+            return Err(Cause::Syntax { text: text.into(), expected }.into());
+        }
+        Ok(Pattern(path.into()))
+    }
+}
+
+/// Which tensors the rules of a block are for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// A kind of tensors.
+    Section(Section),
+    /// What is in some modules.
+    Scope(Pattern),
+}
+
+impl fmt::Display for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Head::Section(s) => fmt::Display::fmt(s, f),
+            Head::Scope(p) => fmt::Display::fmt(p, f),
+        }
+    }
+}
+
+impl FromStr for Head {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Head, Error> {
+        match Section::ALL.into_iter().find(|s| s.to_string() == text.trim()) {
+            Some(section) => Ok(Head::Section(section)),
+            None => text.parse().map(Head::Scope),
+        }
+    }
+}
+
+/// Layout rules: which dimension is split over which mesh axes, `batch:data, x:x, slots{ *:data }`.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Layout {
-    rules: Vec<(Name, Name)>,
+    /// Rules for every tensor.
+    pub(crate) rules: Vec<Rule>,
+    /// Rules for some.
+    pub(crate) blocks: Vec<(Head, Layout)>,
+}
+
+/// A rule with the blocks around it.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoped<'a> {
+    /// The section it stands in.
+    pub section: Option<Section>,
+    /// The scope it stands in.
+    pub scope: Option<&'a Pattern>,
+    /// The rule.
+    pub rule: &'a Rule,
+}
+
+impl fmt::Display for Scoped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.section, self.scope) {
+            (None, None) => write!(f, "{}", self.rule),
+            (Some(s), None) => write!(f, "{s}{{{}}}", self.rule),
+            (None, Some(p)) => write!(f, "{p}{{{}}}", self.rule),
+            (Some(s), Some(p)) => write!(f, "{s}{{{p}{{{}}}}}", self.rule),
+        }
+    }
 }
 
 impl Layout {
-    /// The rules in order: dimension, axis.
-    pub fn rules(&self) -> &[(Name, Name)] {
-        &self.rules
-    }
-    /// The axis of a dimension.
-    pub fn axis_of(&self, dim: &str) -> Option<&Name> {
-        self.rules.iter().find(|(d, _)| *d == dim).map(|(_, a)| a)
-    }
-
-    /// The rules that concern a part of a program. One that names nothing in the whole of it stays, to be refused.
-    pub fn of(&self, part: &Program, whole: &Program) -> Layout {
-        let (part, whole) = (dimensions(part), dimensions(whole));
-        let concerns = |d: &str| part.contains_key(d) || !whole.contains_key(d);
-        Layout { rules: self.rules.iter().filter(|(d, _)| concerns(d)).cloned().collect() }
-    }
-
-    /// Checks the rules against mesh and program.
+    /// This layout with more rules for every tensor, or blocks.
     ///
     /// # Errors
-    /// A rule that names an axis the mesh does not have or a dimension that no tensor of the program has; at the place
-    /// of the first tensor with the rule's dimension (or the one that is nearest).
-    pub fn check(&self, mesh: &Mesh, program: &Program) -> Result<(), Error> {
-        let dims = dimensions(program);
-        let here = |dim: Option<&str>, e: Error| match dim.and_then(|d| dims.get(d)) {
-            Some(place) => e.at(*place),
-            None => e,
+    /// A text that is no layout; a second rule for a dimension, or a second block for the same tensors.
+    pub fn with(mut self, text: &str) -> Result<Layout, Error> {
+        let more: Layout = text.parse()?;
+        more.rules.into_iter().try_for_each(|rule| self.add_rule(rule))?;
+        more.blocks.into_iter().try_for_each(|(head, block)| self.add_block(head, block))?;
+        Ok(self)
+    }
+
+    /// This layout with rules for what is in the modules of a pattern: `layout.scope("decoder/**", "x:none")`.
+    ///
+    /// # Errors
+    /// As [`Layout::with`]; blocks among the rules.
+    pub fn scope(self, pattern: &str, rules: &str) -> Result<Layout, Error> {
+        self.block(Head::Scope(pattern.parse()?), rules)
+    }
+
+    /// This layout with rules (and scopes) for a kind of tensors: `layout.section(Section::Slots, "*:data")`.
+    ///
+    /// # Errors
+    /// As [`Layout::with`]; sections among the rules.
+    pub fn section(self, section: Section, rules: &str) -> Result<Layout, Error> {
+        self.block(Head::Section(section), rules)
+    }
+
+    fn block(self, head: Head, rules: &str) -> Result<Layout, Error> {
+        self.with(&format!("{head}{{{}}}", rules.parse::<Layout>()?))
+    }
+
+    /// Whether it has no rule.
+    pub fn is_empty(&self) -> bool {
+        self.scoped().next().is_none()
+    }
+
+    /// Whether some rule names the axis.
+    pub fn uses(&self, axis: &str) -> bool {
+        self.scoped().any(|s| s.rule.axes.iter().any(|a| *a == axis))
+    }
+
+    /// All rules in order, with the blocks around them.
+    pub fn scoped(&self) -> impl Iterator<Item = Scoped<'_>> {
+        let mut all = vec![];
+        self.collect(None, None, &mut all);
+        all.into_iter()
+    }
+
+    fn collect<'a>(&'a self, section: Option<Section>, scope: Option<&'a Pattern>, all: &mut Vec<Scoped<'a>>) {
+        all.extend(self.rules.iter().map(|rule| Scoped { section, scope, rule }));
+        for (head, block) in &self.blocks {
+            match head {
+                Head::Section(s) => block.collect(Some(*s), scope, all),
+                Head::Scope(p) => block.collect(section, Some(p), all),
+            }
+        }
+    }
+
+    /// This layout with another rule in place of each, or none.
+    pub(crate) fn mapped(&self, to: &dyn Fn(Scoped) -> Option<Rule>) -> Layout {
+        self.mapped_in(None, None, to)
+    }
+
+    fn mapped_in(
+        &self,
+        section: Option<Section>,
+        scope: Option<&Pattern>,
+        to: &dyn Fn(Scoped) -> Option<Rule>,
+    ) -> Layout {
+        let rules = self.rules.iter().filter_map(|rule| to(Scoped { section, scope, rule })).collect();
+        let inner = |(head, block): &(Head, Layout)| {
+            let block = match head {
+                Head::Section(s) => block.mapped_in(Some(*s), scope, to),
+                Head::Scope(p) => block.mapped_in(section, Some(p), to),
+            };
+            (!block.is_empty()).then(|| (head.clone(), block))
         };
-        for (dim, axis) in &self.rules {
-            let rule = format!("{dim}:{axis}");
-            if mesh.axis(axis).is_none() {
-                let near = nearest(axis, mesh.axes.iter().map(|(n, _)| &**n)).map(Name::from);
-                let cause = Cause::UnknownAxis { rule, axis: axis.clone(), mesh: mesh.to_string(), nearest: near };
-                return Err(here(Some(&**dim), cause.into()));
-            }
-            if !dims.contains_key(&**dim) {
-                let near = nearest(dim, dims.keys().copied());
-                let cause =
-                    Cause::UnknownDimension { rule, dim: dim.clone(), tensor: None, nearest: near.map(Name::from) };
-                let mut e = here(near, cause.into());
-                if dims.len() <= 40 {
-                    e = e.note(format!("the dimensions are {}", dims.into_keys().collect::<Vec<_>>().join(", ")));
-                }
-                return Err(e);
-            }
+        Layout { rules, blocks: self.blocks.iter().filter_map(inner).collect() }
+    }
+
+    /// This layout with a rule for the tensors of a section and a scope, in place of the one that they have there for its
+    /// dimension, if they have one.
+    pub(crate) fn replacing(mut self, section: Option<Section>, scope: Option<&Pattern>, rule: Rule) -> Layout {
+        let heads = section.map(Head::Section).into_iter().chain(scope.cloned().map(Head::Scope));
+        let mut block = &mut self;
+        for head in heads {
+            let at = block.blocks.iter().position(|(h, _)| *h == head).unwrap_or_else(|| {
+                block.blocks.push((head, Layout::default()));
+                block.blocks.len() - 1
+            });
+            block = &mut block.blocks[at].1;
+        }
+        match block.rules.iter_mut().find(|r| r.dim == rule.dim) {
+            Some(old) => *old = rule,
+            None => block.rules.push(rule),
+        }
+        self
+    }
+
+    fn add_rule(&mut self, rule: Rule) -> Result<(), Error> {
+        if self.rules.iter().any(|r| r.dim == rule.dim) {
+            return Err(Cause::TwoRules { dim: rule.dim }.into());
+        }
+        self.rules.push(rule);
+        Ok(())
+    }
+
+    fn add_block(&mut self, head: Head, block: Layout) -> Result<(), Error> {
+        if self.blocks.iter().any(|(h, _)| *h == head) {
+            return Err(Cause::TwiceNamed { what: "blocks of the layout", name: head.to_string().into() }.into());
+        }
+        // What is empty says nothing, and is not written.
+        if !block.is_empty() {
+            self.blocks.push((head, block));
         }
         Ok(())
     }
-}
 
-/// The dimensions of a program, each with the place of a tensor that has it.
-fn dimensions(program: &Program) -> BTreeMap<&str, Place> {
-    // The functions that the user wrote come first, for the places.
-    let functions = program.functions.values().filter(|f| f.name != "init");
-    let nodes = functions.flat_map(|f| f.nodes.iter().map(|n| (&n.ty, n.place)));
-    let variables = program.variables.iter().map(|v| (&v.ty, v.place));
-    let mut dims = BTreeMap::new();
-    for (ty, place) in nodes.chain(variables) {
-        ty.dims.iter().for_each(|d| {
-            dims.entry(&*d.name).or_insert(place);
-        });
+    /// Reads rules and blocks up to the end of the block inside `within`; returns the rest of the text.
+    fn read<'a>(&mut self, mut text: &'a str, within: &[Head], whole: &str) -> Result<&'a str, Error> {
+        let unbalanced = || -> Error {
+            let expected = "a layout whose blocks are closed, such as `slots{ *:data }`".into();
+            Cause::Syntax { text: whole.trim().into(), expected }.into()
+        };
+        loop {
+            let end = text.find([',', ';', '\n', '{', '}']).unwrap_or(text.len());
+            let (part, stop) = (&text[..end], text[end..].chars().next());
+            text = text.get(end + 1..).unwrap_or_default();
+            let here = |e| inside(e, "layout", whole, part);
+            if stop == Some('{') {
+                let head: Head = part.parse().map_err(here)?;
+                let fits = match within {
+                    [] => true,
+                    [Head::Section(_)] => matches!(head, Head::Scope(_)),
+                    _ => false,
+                };
+                if !fits {
+                    let expected = "a scope in a section, and no other block in a block".into();
+                    return Err(here(Cause::Syntax { text: part.trim().into(), expected }.into()));
+                }
+                let mut block = Layout::default();
+                text = block.read(text, &[within, std::slice::from_ref(&head)].concat(), whole)?;
+                self.add_block(head, block).map_err(here)?;
+                continue;
+            }
+            if !part.trim().is_empty() {
+                part.parse().and_then(|rule| self.add_rule(rule)).map_err(here)?;
+            }
+            match (stop, within) {
+                (None, []) => return Ok(""),
+                (Some('}'), [_, ..]) => return Ok(text),
+                (None, _) | (Some('}'), []) => return Err(unbalanced()),
+                _ => {}
+            }
+        }
     }
-    dims
 }
 
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (d, a)) in self.rules.iter().enumerate() {
-            write!(f, "{}{d}:{a}", if i > 0 { "," } else { "" })?;
-        }
-        Ok(())
+        let rules = self.rules.iter().map(Rule::to_string);
+        let blocks = self.blocks.iter().map(|(head, block)| format!("{head}{{{block}}}"));
+        f.write_str(&rules.chain(blocks).collect::<Vec<_>>().join(","))
     }
 }
 
 impl FromStr for Layout {
     type Err = Error;
     fn from_str(text: &str) -> Result<Layout, Error> {
-        let mut rules: Vec<(Name, Name)> = Vec::new();
-        for part in text.split(',').filter(|p| !p.trim().is_empty()) {
-            let (dim, axis) = part.split_once(':').map(|(d, a)| (d.trim(), a.trim())).unwrap_or(("", ""));
-            if axis.contains('+') {
-                let help = format!("map `{dim}` to one axis");
-                let what = format!("several axes for one dimension (`{}`)", part.trim());
-                return Err(inside(Cause::NotYet { what, help }.into(), "layout", text, part));
-            }
-            if !is_name(dim) || !is_name(axis) {
-                let expected = "a rule dimension:axis, such as `x:x` in `batch:data, x:x`".into();
-                return Err(inside(Cause::Syntax { text: part.trim().into(), expected }.into(), "layout", text, part));
-            }
-            if rules.iter().any(|(d, _)| *d == dim) {
-                return Err(inside(Cause::TwoRules { dim: dim.into() }.into(), "layout", text, part));
-            }
-            rules.push((dim.into(), axis.into()));
-        }
-        Ok(Layout { rules })
+        let mut layout = Layout::default();
+        layout.read(text, &[], text)?;
+        Ok(layout)
     }
 }
 
-/// The mesh axis of each dimension of one tensor; None where it is not split.
-pub type Spec = Vec<Option<usize>>;
-
-/// A mesh with the rules that apply to a program: answers who owns what.
-pub struct Placement<'a> {
-    /// The mesh.
-    pub mesh: &'a Mesh,
-    /// The rules.
-    pub layout: &'a Layout,
-    /// The program's chunks.
-    pub chunking: &'a Chunking,
+impl Serialize for Layout {
+    /// A table: `batch = "data"`, and a table for each block.
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeMap;
+        let mut map = to.serialize_map(Some(self.rules.len() + self.blocks.len()))?;
+        self.rules.iter().try_for_each(|r| map.serialize_entry(&r.dim, &r.over()))?;
+        self.blocks.iter().try_for_each(|(head, block)| map.serialize_entry(&head.to_string(), block))?;
+        map.end()
+    }
 }
 
-impl Placement<'_> {
-    /// The mesh axis that a rule of `layout` gives a dimension; axes of size 1 split nothing.
-    pub fn axis(&self, layout: &Layout, dim: &str) -> Option<usize> {
-        let axis = self.mesh.axis(layout.axis_of(dim)?)?;
-        (self.mesh.axes[axis].1 > 1).then_some(axis)
+impl<'a> Deserialize<'a> for Layout {
+    /// A table, or a layout's text.
+    fn deserialize<D: Deserializer<'a>>(from: D) -> Result<Layout, D::Error> {
+        let (Written::Text(text) | Written::Table(text)) = Written::deserialize(from)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
+}
 
-    /// How a tensor is split: by its own rules if it has any, else by the layout's; never along `whole` dimensions.
-    ///
-    /// # Errors
-    /// Two dimensions on one axis, more shards than chunks, a mistyped rule of the tensor's own.
-    pub fn spec(&self, what: &str, ty: &Type, own: Option<&str>, whole: &[Name], place: Place) -> Result<Spec, Error> {
-        let own: Option<Layout> = own.map(str::parse).transpose().map_err(|e: Error| e.at(place))?;
-        if let Some(own) = &own {
-            self.check_own(own, what, ty, place)?;
-        }
-        let layout = own.as_ref().unwrap_or(self.layout);
-        let mut spec: Spec = vec![None; ty.dims.len()];
-        for (i, d) in ty.dims.iter().enumerate().filter(|(_, d)| !whole.contains(&d.name)) {
-            let Some(axis) = self.axis(layout, &d.name) else { continue };
-            let name = || self.mesh.axes[axis].0.clone();
-            let tensor = || format!("{what} {ty}");
-            if let Some(first) = spec.iter().position(|s| *s == Some(axis)) {
-                let (first, second) = (ty.dims[first].name.clone(), d.name.clone());
-                return Err(Error::from(Cause::AxisTwice { tensor: tensor(), axis: name(), first, second }).at(place));
-            }
-            let (chunks, shards) = (self.chunking.count(&d.name, d.size), self.mesh.axes[axis].1);
-            if chunks < shards {
-                let cause = Cause::MoreShardsThanChunks {
-                    tensor: tensor(),
-                    dim: d.name.clone(),
-                    size: d.size,
-                    chunks,
-                    axis: name(),
-                    shards,
-                };
-                return Err(Error::from(cause).at(place));
-            }
-            spec[i] = Some(axis);
-        }
-        Ok(spec)
-    }
+/// A layout of some format, as text.
+enum Written {
+    Text(String),
+    Table(String),
+}
 
-    fn check_own(&self, own: &Layout, what: &str, ty: &Type, place: Place) -> Result<(), Error> {
-        for (dim, axis) in &own.rules {
-            let rule = format!("{dim}:{axis}");
-            if self.mesh.axis(axis).is_none() && self.layout.rules.iter().all(|(_, a)| a != axis) {
-                let near = nearest(axis, self.mesh.axes.iter().map(|(n, _)| &**n)).map(Name::from);
-                let cause = Cause::UnknownAxis { rule, axis: axis.clone(), mesh: self.mesh.to_string(), nearest: near };
-                return Err(Error::from(cause).at(place));
+impl<'a> Deserialize<'a> for Written {
+    fn deserialize<D: Deserializer<'a>>(from: D) -> Result<Written, D::Error> {
+        struct Visitor;
+        impl<'a> serde::de::Visitor<'a> for Visitor {
+            type Value = Written;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("layout rules: a text, or a table of axes by dimension, with a table for each block")
             }
-            if !ty.has(dim) {
-                let near = nearest(dim, ty.dims.iter().map(|d| &*d.name)).map(Name::from);
-                let tensor = Some(format!("{what} {ty}").into());
-                let cause = Cause::UnknownDimension { rule, dim: dim.clone(), tensor, nearest: near };
-                return Err(Error::from(cause).at(place));
+            fn visit_str<E>(self, text: &str) -> Result<Written, E> {
+                Ok(Written::Text(text.into()))
+            }
+            fn visit_map<A: serde::de::MapAccess<'a>>(self, mut map: A) -> Result<Written, A::Error> {
+                let mut parts = vec![];
+                while let Some((key, value)) = map.next_entry::<String, Written>()? {
+                    parts.push(match value {
+                        Written::Text(axes) => format!("{key}:{axes}"),
+                        Written::Table(rules) => format!("{key}{{{rules}}}"),
+                    });
+                }
+                Ok(Written::Table(parts.join(",")))
             }
         }
-        Ok(())
-    }
-
-    /// The elements of a dimension that a device owns when the dimension is split over `axis`.
-    pub fn owned(&self, dim: &crate::dim::Dim, axis: Option<usize>, device: usize) -> std::ops::Range<usize> {
-        let Some(axis) = axis else { return 0..dim.size };
-        let chunks = self.chunking.count(&dim.name, dim.size);
-        let own = shard_chunks(chunks, self.mesh.axes[axis].1, self.mesh.coordinates(device)[axis]);
-        own.start * dim.size / chunks..own.end * dim.size / chunks
-    }
-
-    /// The part of a tensor that each device owns.
-    pub fn regions(&self, ty: &Type, spec: &Spec) -> Vec<Region> {
-        (0..self.mesh.size())
-            .map(|d| {
-                Region(ty.dims.iter().zip(spec).map(|(dim, a)| (dim.name.clone(), self.owned(dim, *a, d))).collect())
-            })
-            .collect()
+        from.deserialize_any(Visitor)
     }
 }
 
@@ -305,37 +550,101 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Rules for some of the dimensions.
+    fn rules() -> impl Strategy<Value = String> {
+        let axes = prop_oneof![
+            Just("none".to_string()),
+            ("[a-d]{1,2}", any::<bool>()).prop_map(|(a, o)| format!("{a}{}", if o { "?" } else { "" })),
+            Just("a+ b".to_string()),
+            Just("c+a+b?".to_string()),
+        ];
+        let dim = prop_oneof![Just("*".to_string()), Just("x".to_string()), "[a-z]{1,4}", Just("k.x".to_string())];
+        prop::collection::btree_map(dim, axes, 0..4)
+            .prop_map(|m| m.iter().map(|(d, a)| format!(" {d} : {a}")).collect::<Vec<_>>().join(" ;"))
+    }
+
+    /// Scopes, each with rules.
+    fn scopes() -> impl Strategy<Value = String> {
+        let pattern = prop_oneof![
+            Just("**"),
+            Just("decoder/**"),
+            Just("a.*/b"),
+            Just("*/*"),
+            Just("x"),
+            Just("*"),
+            Just("/slots")
+        ];
+        prop::collection::btree_map(pattern, rules(), 0..3)
+            .prop_map(|m| m.iter().map(|(p, r)| format!("{p} {{{r}}}")).collect::<Vec<_>>().join("\n"))
+    }
+
+    /// A layout's text.
+    fn layouts() -> impl Strategy<Value = String> {
+        let section = (0usize..4, rules(), scopes()).prop_map(|(s, r, p)| (Section::ALL[s], format!("{r},{p}")));
+        (rules(), scopes(), prop::collection::vec(section, 0..3)).prop_map(|(rules, scopes, mut sections)| {
+            sections.sort();
+            sections.dedup_by_key(|(s, _)| *s);
+            let sections = sections.iter().map(|(s, r)| format!("{s}{{{r}}}")).collect::<Vec<_>>().join(", ");
+            format!("{rules};{scopes},{sections}")
+        })
+    }
+
     proptest! {
         #[test]
-        fn meshes_and_layouts_read_back_as_they_are_written(axes in prop::collection::btree_map("[a-z]{1,5}", 1usize..9, 0..4)) {
+        fn meshes_read_back_as_they_are_written(axes in prop::collection::btree_map("[a-z]{1,3}", 1usize..9, 0..4)) {
             let text = axes.iter().map(|(n, s)| format!("{n}={s}")).collect::<Vec<_>>().join(", ");
             let mesh: Mesh = text.parse().unwrap();
             prop_assert_eq!(mesh.to_string().parse::<Mesh>().unwrap(), mesh.clone());
             prop_assert_eq!(mesh.size(), axes.values().product::<usize>());
-            let rules = axes.keys().map(|n| format!("{n}_dim:{n}")).collect::<Vec<_>>().join(" , ");
-            let layout: Layout = rules.parse().unwrap();
-            prop_assert_eq!(layout.to_string().parse::<Layout>().unwrap(), layout);
         }
 
         #[test]
-        fn no_text_makes_the_parsers_panic(text in ".{0,40}") {
-            let _ = text.parse::<Mesh>();
-            let _ = text.parse::<Layout>();
-        }
-
-        #[test]
-        fn shards_tile_every_dimension(size in 8usize..100, p in 1usize..9) {
-            let mesh: Mesh = format!("a={p}").parse().unwrap();
-            let layout: Layout = "x:a".parse().unwrap();
-            let place = Placement { mesh: &mesh, layout: &layout, chunking: &Chunking::default() };
-            let d = crate::dim::dim("x", size);
-            let mut next = 0;
-            for i in 0..p {
-                let r = place.owned(&d, place.axis(&layout, "x"), i);
-                prop_assert_eq!(r.start, next);
-                next = r.end;
+        fn layouts_read_back_as_they_are_written(text in layouts()) {
+            let layout: Layout = text.parse().unwrap();
+            prop_assert_eq!(layout.to_string().parse::<Layout>().unwrap(), layout.clone());
+            let table = toml::to_string(&layout).unwrap();
+            prop_assert_eq!(toml::from_str::<Layout>(&table).unwrap(), layout.clone(), "{}", table);
+            // Built part by part it is the same.
+            let mut built = Layout::default();
+            for rule in &layout.rules {
+                built = built.with(&rule.to_string()).unwrap();
             }
-            prop_assert_eq!(next, size);
+            for (head, block) in &layout.blocks {
+                built = match head {
+                    Head::Section(s) => built.section(*s, &block.to_string()),
+                    Head::Scope(p) => built.scope(&p.to_string(), &block.to_string()),
+                }.unwrap();
+            }
+            prop_assert_eq!(&built, &layout);
+            prop_assert_eq!(&layout.mapped(&|s| Some(s.rule.clone())), &layout);
+        }
+
+        #[test]
+        fn no_text_makes_the_parsers_panic(text in ".{0,40}", marks in "[a*:/+?{},; \n-]{0,40}") {
+            for text in [text, marks] {
+                let _ = text.parse::<Mesh>();
+                let read = text.parse::<Layout>();
+                prop_assert!(read.is_ok_and(|l| l.to_string().parse::<Layout>() == Ok(l)) || text.parse::<Layout>().is_err());
+                let _ = toml::from_str::<Layout>(&text);
+            }
+        }
+
+        #[test]
+        fn a_star_is_any_text_and_two_are_any_parts(parts in prop::collection::vec("[ab]{1,3}", 0..4), at in 0usize..4) {
+            let path = parts.join("/");
+            let matches = |p: &str| p.parse::<Pattern>().unwrap().matches(&path);
+            prop_assert!(matches("**"));
+            prop_assert_eq!(matches("*"), parts.len() == 1);
+            prop_assert_eq!(matches("*/**"), !parts.is_empty());
+            prop_assert_eq!(matches("**/*b"), parts.last().is_some_and(|p| p.ends_with('b')));
+            prop_assert_eq!(matches("a*/**/b"), parts.len() > 1 && parts[0].starts_with('a') && parts[parts.len() - 1] == "b");
+            if at < parts.len() {
+                let mut pattern = parts.clone();
+                pattern[at] = "*".into();
+                prop_assert!(matches(&pattern.join("/")));
+                pattern[at] = "c".into();
+                prop_assert!(!matches(&pattern.join("/")));
+            }
         }
     }
 }

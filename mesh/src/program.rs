@@ -3,7 +3,7 @@
 use crate::chunk;
 use crate::dim::{Name, Type};
 use crate::error::{Cause, Error, Place};
-use crate::graph::{Graph, Node, NodeId};
+use crate::graph::{Graph, Node, NodeId, Role};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
 use std::cell::RefCell;
@@ -59,8 +59,23 @@ pub struct Variable {
     pub init: Init,
     /// Whether optimizers train it.
     pub trainable: bool,
+    /// What it is for: a variable of the model, an optimizer's slot, or where a gradient is added up.
+    pub role: Role,
     /// Where it is declared.
     pub place: Place,
+}
+
+impl Variable {
+    /// The scope in which the nodes of its role are: its own path, that of the variable whose slot it is, or for a
+    /// gradient that of the module.
+    fn belongs_to(&self) -> &str {
+        let levels = match self.role {
+            Role::Forward | Role::Backward | Role::Variable => 0,
+            Role::Update => 1,
+            Role::Gradient => 2,
+        };
+        (0..levels).fold(&*self.name, |path, _| path.rsplit_once('/').map_or("", |(parent, _)| parent))
+    }
 }
 
 /// The variables of a program under construction, and what else its functions share.
@@ -75,23 +90,18 @@ pub struct Variables {
 }
 
 impl Variables {
-    pub(crate) fn declare(
-        &mut self,
-        name: Name,
-        ty: Type,
-        init: Init,
-        trainable: bool,
-        place: Place,
-    ) -> Result<VarId, Error> {
-        if let Some(i) = self.list.iter().position(|v| v.name == name) {
+    /// The variable of that name, declared if it is not yet.
+    pub(crate) fn declare(&mut self, new: Variable) -> Result<VarId, Error> {
+        if let Some(i) = self.list.iter().position(|v| v.name == new.name) {
             let first = &self.list[i];
-            if first.ty != ty {
-                let cause = Cause::VariableType { name, first: first.ty.to_string(), second: ty.to_string() };
-                return Err(Error::new(cause).at(place).note(format!("declared first at {}", first.place)));
+            if first.ty != new.ty {
+                let (first_ty, second) = (first.ty.to_string(), new.ty.to_string());
+                let cause = Cause::VariableType { name: new.name, first: first_ty, second };
+                return Err(Error::new(cause).at(new.place).note(format!("declared first at {}", first.place)));
             }
             return Ok(VarId(i as u32));
         }
-        self.list.push(Variable { name, ty, init, trainable, place });
+        self.list.push(new);
         Ok(VarId(self.list.len() as u32 - 1))
     }
 }
@@ -442,14 +452,16 @@ impl ProgramBuilder {
         let list = self.variables.borrow().list.clone();
         self.function("init", |g| {
             for (i, v) in list.iter().enumerate() {
-                let value = match &v.init {
+                let start = || match &v.init {
                     Init::Constant(c) => g.scalar(*c).broadcast(&v.ty.dims),
                     Init::Random { distribution, scale, offset } => {
                         let draw = g.random_keyed(*distribution, &v.ty.dims, crate::rng::key_of(&v.name));
                         draw.mul_scalar(*scale).add_scalar(*offset)
                     }
                 };
-                g.assign(&g.read(VarId(i as u32)), &value);
+                // Each device draws the part that it will hold.
+                let set = || g.assign(&g.read(VarId(i as u32)), &start());
+                g.with_role(v.role, || g.scoped_at(v.belongs_to(), set));
             }
         })?;
         let variables = self.variables.borrow();

@@ -4,15 +4,20 @@
 //! is the op's sharding rule ([`crate::op::Op::needs`]); where a device does not hold it, a move fetches it (a halo, a
 //! gather, an all-to-all, whatever the regions say: a move is defined by who holds which global indices, so it cannot
 //! bring the wrong data). Where a dimension that is summed over is split, devices compute the subtrees of the canonical
-//! summation tree that they own, and an all-reduce finishes the tree.
+//! summation tree that they own, and an all-reduce finishes the tree. If the result is to be split over the very axes that
+//! split the sum, either the inputs are gathered, or a reduce-scatter finishes on each device its part of the result:
+//! whatever moves fewer bytes, and of equals the second, which needs less memory.
+//!
+//! A variable lies as the rules for variables say; each use takes of it what it needs. What the forward pass has gathered
+//! is not kept for the backward pass, which gathers again.
 
 use crate::chunk::{ChunkBox, Tree};
-use crate::dim::{Name, Type};
+use crate::dim::{Dim, Name, Type};
 use crate::error::Error;
-use crate::graph::NodeId;
-use crate::layout::{Placement, Spec};
+use crate::graph::{NodeId, Role};
 use crate::ops::Prim;
 use crate::ops::reduce::ReduceFn;
+use crate::placement::{Placement, Spec, Subject};
 use crate::program::{Function, VarId};
 use crate::region::Region;
 use std::collections::HashMap;
@@ -70,7 +75,7 @@ pub enum SpmdOp {
     },
     /// The same tensor, held otherwise.
     Move,
-    /// Finishes sums that several devices hold in parts.
+    /// Finishes sums that several devices hold in parts: of all that they hold, or (a reduce-scatter) of a part for each.
     AllReduce {
         /// How parts are combined.
         f: ReduceFn,
@@ -115,20 +120,41 @@ pub struct SpmdProgram {
 /// A layout that cannot be applied to one of its tensors, with the tensor's place in the user's source.
 pub fn lower(function: &Function, placement: &Placement) -> Result<SpmdProgram, Error> {
     let mut l = Lowering { function, placement, out: SpmdProgram::default(), moved: HashMap::new() };
-    let mut values: Vec<(ValueId, Spec)> = Vec::with_capacity(function.nodes.len());
+    let mut values: Vec<Held> = Vec::with_capacity(function.nodes.len());
     for (i, _) in function.nodes.iter().enumerate() {
         let value = l.node(NodeId(i as u32), &values)?;
         values.push(value);
     }
-    l.out.outputs = function.outputs.iter().map(|(n, id)| (n.clone(), values[id.index()].0)).collect();
+    l.out.outputs = function.outputs.iter().map(|(n, id)| (n.clone(), values[id.index()].value)).collect();
     Ok(l.out)
+}
+
+/// A node's result.
+struct Held {
+    value: ValueId,
+    /// How it is split, for ops that sum over its dimensions.
+    spec: Spec,
+    /// How it lies, if it is a variable that lies otherwise than the forward and backward pass use it.
+    stored: Option<Spec>,
 }
 
 struct Lowering<'a> {
     function: &'a Function,
     placement: &'a Placement<'a>,
     out: SpmdProgram,
-    moved: HashMap<(ValueId, Vec<Region>), ValueId>,
+    /// Moves by value, by what each device needs, and for a variable by pass.
+    moved: HashMap<(ValueId, Vec<Region>, bool), ValueId>,
+}
+
+/// One way to compute a node's result.
+struct Way {
+    /// How what each device computes of it is split: the result, or more of it.
+    spec: Spec,
+    /// The axes over which each reduced dimension is split.
+    reduced: Spec,
+    /// What each device iterates over.
+    at: Vec<Region>,
+    sum: Option<Sum>,
 }
 
 impl Lowering<'_> {
@@ -147,82 +173,23 @@ impl Lowering<'_> {
     }
 
     /// The value such that every device holds at least `needed` of it.
-    fn moved(&mut self, value: ValueId, needed: Vec<Region>, node: NodeId) -> ValueId {
-        let held = &self.out.values[value.index()];
-        if held.regions.iter().zip(&needed).all(|(h, n)| h.contains(n)) {
+    fn moved(&mut self, held: &Held, needed: Vec<Region>, node: NodeId) -> ValueId {
+        let value = held.value;
+        let lies = &self.out.values[value.index()];
+        if lies.regions.iter().zip(&needed).all(|(h, n)| h.contains(n)) {
             return value;
         }
-        if let Some(&m) = self.moved.get(&(value, needed.clone())) {
+        // What is gathered of a variable goes after the forward pass, or it would be there all the time.
+        let again = held.stored.is_some() && self.function.node(node).role != Role::Forward;
+        if let Some(&m) = self.moved.get(&(value, needed.clone(), again)) {
             return m;
         }
-        let ty = held.ty.clone();
-        let output = self.finished(&ty, needed.clone(), node);
-        self.out.instrs.push(Instr { op: SpmdOp::Move, inputs: vec![value], output });
-        self.moved.insert((value, needed), output);
+        let output = self.exactly(value, needed.clone(), node);
+        self.moved.insert((value, needed, again), output);
         output
     }
 
-    fn node(&mut self, id: NodeId, values: &[(ValueId, Spec)]) -> Result<(ValueId, Spec), Error> {
-        let node = self.function.node(id);
-        let (op, types) = (node.op.op(), self.function.input_types(node));
-        let own = node.layout.as_deref();
-        let spec = self.placement.spec(op.name(), &node.ty, own, &op.whole(&types, &node.ty), node.place)?;
-        let regions = self.placement.regions(&node.ty, &spec);
-        match &node.op {
-            Prim::Input(input) => {
-                let v = self.finished(&node.ty, regions, id);
-                self.out.inputs.push((input.name.clone(), v));
-                return Ok((v, spec));
-            }
-            Prim::Read(read) => {
-                // A variable lies as the layout's rules say; its own rules say how this function uses it.
-                let stored = self.placement.spec("variable", &node.ty, None, &[], node.place)?;
-                let stored = self.placement.regions(&node.ty, &stored);
-                let v = self.finished(&node.ty, stored, id);
-                self.out.reads.push((read.var, v));
-                return Ok((self.moved(v, regions, id), spec));
-            }
-            Prim::Assign(assign) => {
-                let value = values[node.inputs[0].index()].0;
-                let held = &self.out.values[value.index()];
-                let v = if held.regions == regions { value } else { self.exactly(value, regions, id) };
-                self.out.assigns.push((assign.var, v));
-                return Ok((v, spec));
-            }
-            _ => {}
-        }
-        let (at, sum) = self.iteration(id, &spec, regions.clone(), values);
-        let mut inputs = Vec::new();
-        for (i, input) in node.inputs.iter().enumerate() {
-            let needed = at.iter().map(|at| op.needs(i, &types, &node.ty, at)).collect();
-            inputs.push(self.moved(values[input.index()].0, needed, id));
-        }
-        let nodes: Vec<usize> = match &sum {
-            Some(s) => s.owned.iter().map(|o| s.tree.nodes(o).len()).collect(),
-            None => vec![1; self.devices()],
-        };
-        let split: Vec<usize> = sum.as_ref().map(|_| self.reduced_axes(id, &spec, values)).unwrap_or_default();
-        let output = self.value(node.ty.clone(), regions.clone(), nodes, id);
-        self.out.instrs.push(Instr { op: SpmdOp::Compute { prim: node.op.clone(), sum: sum.clone() }, inputs, output });
-        if split.is_empty() {
-            return Ok((output, spec));
-        }
-        let f = match &node.op {
-            Prim::Reduce(r) => r.f,
-            _ => ReduceFn::Sum,
-        };
-        let coordinates: Vec<Vec<usize>> = (0..self.devices()).map(|d| self.placement.mesh.coordinates(d)).collect();
-        let together = |a: usize, b: usize| {
-            (0..coordinates[a].len()).all(|axis| split.contains(&axis) || coordinates[a][axis] == coordinates[b][axis])
-        };
-        let groups = (0..self.devices()).map(|d| (0..self.devices()).filter(|&e| together(d, e)).collect()).collect();
-        let done = self.finished(&node.ty, regions, id);
-        let sum = sum.unwrap_or(Sum { tree: Tree { dims: vec![] }, owned: vec![] });
-        self.out.instrs.push(Instr { op: SpmdOp::AllReduce { f, sum, groups }, inputs: vec![output], output: done });
-        Ok((done, spec))
-    }
-
-    /// The value held in just these regions (a variable's): a move if they differ.
+    /// The value held in just these regions: a move.
     fn exactly(&mut self, value: ValueId, regions: Vec<Region>, node: NodeId) -> ValueId {
         let ty = self.out.values[value.index()].ty.clone();
         let output = self.finished(&ty, regions, node);
@@ -230,71 +197,185 @@ impl Lowering<'_> {
         output
     }
 
-    /// The axis of each reduced dimension: that by which the inputs which have it are split, unless the result needs
-    /// the axis for a dimension of its own.
-    fn reduced_spec(&self, id: NodeId, spec: &Spec, values: &[(ValueId, Spec)]) -> Spec {
-        let node = self.function.node(id);
-        let types = self.function.input_types(node);
-        let mut used: Vec<usize> = spec.iter().flatten().copied().collect();
-        node.op
-            .op()
-            .reduced(&types)
-            .iter()
-            .map(|d| {
-                let axes = node.inputs.iter().zip(&types).filter_map(|(i, t)| {
-                    let p = t.dims.iter().position(|e| e == d)?;
-                    values[i.index()].1[p]
+    fn node(&mut self, id: NodeId, values: &[Held]) -> Result<Held, Error> {
+        let (function, placement) = (self.function, self.placement);
+        let node = function.node(id);
+        let (op, types) = (node.op.op(), function.input_types(node));
+        let spec = placement.spec(&Subject::node(function, node))?;
+        let regions = placement.regions(&node.ty, &spec);
+        match &node.op {
+            Prim::Input(input) => {
+                let value = self.finished(&node.ty, regions, id);
+                self.out.inputs.push((input.name.clone(), value));
+                return Ok(Held { value, spec, stored: None });
+            }
+            Prim::Read(read) => {
+                let stored = self.stored(read.var)?;
+                let value = self.finished(&node.ty, placement.regions(&node.ty, &stored), id);
+                self.out.reads.push((read.var, value));
+                let held = Held { value, stored: (stored != spec).then_some(stored), spec };
+                // Rules of its own say how this function uses it.
+                return Ok(match node.layout {
+                    Some(_) => Held { value: self.moved(&held, regions, id), stored: None, ..held },
+                    None => held,
                 });
-                let axis = axes.into_iter().find(|a| !used.contains(a))?;
-                let shards = self.placement.mesh.axes()[axis].1;
-                let enough = self.placement.chunking.count(&d.name, d.size) >= shards;
-                enough.then(|| {
-                    used.push(axis);
-                    axis
-                })
-            })
-            .collect()
+            }
+            Prim::Assign(assign) => {
+                let spec = self.stored(assign.var)?;
+                let regions = placement.regions(&node.ty, &spec);
+                let value = values[node.inputs[0].index()].value;
+                let there = self.out.values[value.index()].regions == regions;
+                let value = if there { value } else { self.exactly(value, regions, id) };
+                self.out.assigns.push((assign.var, value));
+                return Ok(Held { value, spec, stored: None });
+            }
+            _ => {}
+        }
+        if let Some(stored) = self.cast_where_it_lies(id, &regions, values) {
+            let regions = placement.regions(&node.ty, &stored);
+            let value = self.finished(&node.ty, regions, id);
+            let op = SpmdOp::Compute { prim: node.op.clone(), sum: None };
+            self.out.instrs.push(Instr { op, inputs: vec![values[node.inputs[0].index()].value], output: value });
+            return Ok(Held { value, spec, stored: Some(stored) });
+        }
+        let way = self.way(id, &spec, &regions, values);
+        let mut inputs = Vec::new();
+        for (i, input) in node.inputs.iter().enumerate() {
+            let needed = way.at.iter().map(|at| op.needs(i, &types, &node.ty, at)).collect();
+            inputs.push(self.moved(&values[input.index()], needed, id));
+        }
+        let computed = placement.regions(&node.ty, &way.spec);
+        let output = self.value(node.ty.clone(), computed, self.nodes(&way), id);
+        let prim = node.op.clone();
+        self.out.instrs.push(Instr { op: SpmdOp::Compute { prim, sum: way.sum.clone() }, inputs, output });
+        let groups = self.groups(&way);
+        let (Some(sum), true) = (way.sum, groups[0].len() > 1) else {
+            return Ok(Held { value: output, spec, stored: None });
+        };
+        let f = match &node.op {
+            Prim::Reduce(r) => r.f,
+            _ => ReduceFn::Sum,
+        };
+        let value = self.finished(&node.ty, regions, id);
+        self.out.instrs.push(Instr { op: SpmdOp::AllReduce { f, sum, groups }, inputs: vec![output], output: value });
+        Ok(Held { value, spec, stored: None })
     }
 
-    fn reduced_axes(&self, id: NodeId, spec: &Spec, values: &[(ValueId, Spec)]) -> Vec<usize> {
-        self.reduced_spec(id, spec, values).into_iter().flatten().collect()
+    /// How a variable lies.
+    fn stored(&self, var: VarId) -> Result<Spec, Error> {
+        self.placement.spec(&Subject::variable(&self.placement.program.variables[var.index()]))
     }
 
-    /// The iteration region of each device (its part of the result and of the reduced dimensions), and the sum.
-    fn iteration(
-        &self,
-        id: NodeId,
-        spec: &Spec,
-        regions: Vec<Region>,
-        values: &[(ValueId, Spec)],
-    ) -> (Vec<Region>, Option<Sum>) {
+    /// Whether a variable is cast before it is gathered: how it lies, if that is less than `used` of it on every device.
+    fn cast_where_it_lies(&self, id: NodeId, used: &[Region], values: &[Held]) -> Option<Spec> {
+        let node = self.function.node(id);
+        let input = &values[node.inputs.first().filter(|_| matches!(node.op, Prim::Cast(_)))?.index()];
+        let lies = &self.out.values[input.value.index()].regions;
+        input.stored.clone().filter(|_| used.iter().zip(lies).all(|(used, lies)| used.contains(lies)))
+    }
+
+    /// The devices that each device finishes a sum with: those that differ along the axes which split it only.
+    fn groups(&self, way: &Way) -> Vec<Vec<usize>> {
+        let split: Vec<usize> = way.reduced.iter().flatten().copied().collect();
+        let at: Vec<Vec<usize>> = (0..self.devices()).map(|d| self.placement.mesh.coordinates(d)).collect();
+        let together = |a: usize, b: usize| (0..at[a].len()).all(|x| split.contains(&x) || at[a][x] == at[b][x]);
+        (0..self.devices()).map(|d| (0..self.devices()).filter(|&e| together(d, e)).collect()).collect()
+    }
+
+    /// How many nodes of the summation tree each device computes.
+    fn nodes(&self, way: &Way) -> Vec<usize> {
+        match &way.sum {
+            Some(s) => s.owned.iter().map(|o| s.tree.nodes(o).len()).collect(),
+            None => vec![1; self.devices()],
+        }
+    }
+
+    /// How a node's result, of which each device is to have `regions`, is computed.
+    fn way(&self, id: NodeId, spec: &Spec, regions: &[Region], values: &[Held]) -> Way {
         let node = self.function.node(id);
         let reduced = node.op.op().reduced(&self.function.input_types(node));
-        if reduced.is_empty() {
-            return (regions, None);
+        let used: Vec<usize> = spec.iter().flatten().copied().collect();
+        let gathered = self.along(&reduced, spec.clone(), self.split(id, &reduced, used, values), &node.ty);
+        let split = self.split(id, &reduced, vec![], values);
+        if split == gathered.reduced {
+            return gathered;
         }
-        let axes = self.reduced_spec(id, spec, values);
-        let tree = self.placement.chunking.tree(&reduced);
-        let mut owned = Vec::new();
-        let mut at = Vec::new();
-        for (device, mut region) in regions.into_iter().enumerate() {
-            let mut chunks = Vec::new();
-            for ((d, axis), t) in reduced.iter().zip(&axes).zip(&tree.dims) {
-                let own = match axis {
-                    Some(a) => {
-                        let (shards, i) =
-                            (self.placement.mesh.axes()[*a].1, self.placement.mesh.coordinates(device)[*a]);
-                        crate::chunk::shard_chunks(t.chunks, shards, i)
-                    }
-                    None => 0..t.chunks,
-                };
-                region = region.with(&d.name, self.placement.owned(d, *axis, device));
-                chunks.push(own);
+        // Of a dimension's axes those in front of one that splits the sum stay: their shards are around the result's.
+        let free = |a: &&usize| !split.iter().flatten().any(|s| s == *a);
+        let around = spec.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
+        let scattered = self.along(&reduced, around, split, &node.ty);
+        let traffic = |way: &Way| self.traffic(id, way, regions, values);
+        if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
+    }
+
+    /// The axes of each reduced dimension: those by which the inputs which have it are split, as far as they are free.
+    fn split(&self, id: NodeId, reduced: &[Dim], mut used: Vec<usize>, values: &[Held]) -> Spec {
+        let node = self.function.node(id);
+        let types = self.function.input_types(node);
+        let passes = matches!(node.role, Role::Forward | Role::Backward);
+        let axes_of = |input: NodeId, at: usize| {
+            let held = &values[input.index()];
+            let spec = held.stored.as_ref().filter(|_| !passes).unwrap_or(&held.spec);
+            spec[at].clone()
+        };
+        let mut of = |d: &Dim| {
+            let inputs = node.inputs.iter().zip(&types);
+            let all = inputs.filter_map(|(i, t)| Some(axes_of(*i, t.dims.iter().position(|e| e == d)?)));
+            let free = all.map(|axes| axes.into_iter().filter(|a| !used.contains(a)).collect::<Vec<_>>());
+            let axes = free.into_iter().find(|axes| !axes.is_empty()).unwrap_or_default();
+            let enough = self.placement.chunks(d) >= self.placement.shards(&axes);
+            let axes = if enough { axes } else { vec![] };
+            used.extend(&axes);
+            axes
+        };
+        reduced.iter().map(&mut of).collect()
+    }
+
+    /// The way along reduced dimensions that are split so.
+    fn along(&self, dims: &[Dim], spec: Spec, reduced: Spec, ty: &Type) -> Way {
+        let at = self.placement.regions(ty, &spec);
+        if dims.is_empty() {
+            return Way { spec, reduced, at, sum: None };
+        }
+        let (mut iterated, mut owned) = (vec![], vec![]);
+        for (device, mut region) in at.into_iter().enumerate() {
+            let mut chunks = vec![];
+            for (d, axes) in dims.iter().zip(&reduced) {
+                region = region.with(&d.name, self.placement.owned(d, axes, device));
+                chunks.push(self.placement.owned_chunks(d, axes, device));
             }
             owned.push(chunks);
-            at.push(region);
+            iterated.push(region);
         }
-        (at, Some(Sum { tree, owned }))
+        let tree = self.placement.program.chunking.tree(dims);
+        Way { spec, reduced, at: iterated, sum: Some(Sum { tree, owned }) }
+    }
+
+    /// Bytes that all devices together receive if a node is computed so: of its inputs and of parts of sums.
+    fn traffic(&self, id: NodeId, way: &Way, regions: &[Region], values: &[Held]) -> usize {
+        let node = self.function.node(id);
+        let (op, types) = (node.op.op(), self.function.input_types(node));
+        let mut bytes = 0;
+        for (i, input) in node.inputs.iter().enumerate() {
+            let held = &self.out.values[values[input.index()].value.index()];
+            for (at, held) in way.at.iter().zip(&held.regions) {
+                let needed = op.needs(i, &types, &node.ty, at);
+                bytes += (needed.elements() - needed.intersect(held).elements()) * types[i].dtype.bytes();
+            }
+        }
+        let (nodes, groups, computed) =
+            (self.nodes(way), self.groups(way), self.placement.regions(&node.ty, &way.spec));
+        for (d, group) in groups.iter().enumerate() {
+            let others: usize = group.iter().filter(|e| **e != d).map(|e| nodes[*e]).sum();
+            // An all-reduce goes by segments, and each device sends its own to the others.
+            let elements = if computed[d] == regions[d] {
+                (others + group.len() - 1) * regions[d].elements() / group.len()
+            } else {
+                others * regions[d].elements()
+            };
+            bytes += elements * node.ty.dtype.bytes();
+        }
+        bytes
     }
 }
 
@@ -305,6 +386,7 @@ impl fmt::Display for SpmdProgram {
             let name = match &i.op {
                 SpmdOp::Compute { prim, .. } => prim.op().name(),
                 SpmdOp::Move => "move",
+                SpmdOp::AllReduce { .. } if self.values[i.inputs[0].index()].regions != out.regions => "reduce-scatter",
                 SpmdOp::AllReduce { .. } => "all-reduce",
             };
             let inputs: Vec<String> = i.inputs.iter().map(|v| format!("%{}", v.0)).collect();

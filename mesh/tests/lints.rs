@@ -1,7 +1,8 @@
 //! Every lint finds its failing example, at the place that is marked there, and not its fixed one; what it suggests helps.
 
-use mesh::error::{Error, Place};
-use mesh::lint::{self, Change, Example, Finding, Lint};
+use mesh::error::Error;
+use mesh::layout::{Layout, Mesh};
+use mesh::lint::{self, Change, Example, Finding, Given, Lint};
 use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
 use mesh::program::Program;
 use std::collections::BTreeSet;
@@ -18,46 +19,57 @@ impl Backend for Plain {
     }
 }
 
-fn plan(p: &Program, mesh: &str, layout: &str, e: &Example) -> Result<ProgramPlan, Error> {
-    let options = PlanOptions { memory: e.memory, devices: e.devices };
-    plan_program(p, &mesh.parse()?, &layout.parse()?, &options, &Plain)
+fn plan(p: &Program, mesh: &Mesh, layout: &Layout, memory: Option<usize>) -> Result<ProgramPlan, Error> {
+    plan_program(p, mesh, layout, &PlanOptions { memory, devices: None }, &Plain)
+}
+
+/// What planning refuses an example for, if it does.
+fn refused(e: &Example) -> Option<Error> {
+    let planned = |p: Program| {
+        let options = PlanOptions { memory: e.memory, devices: e.devices };
+        plan_program(&p, &e.mesh.parse()?, &e.layout.parse()?, &options, &Plain)
+    };
+    e.program().and_then(planned).err()
 }
 
 /// What is found in an example, with its mesh and layout or others.
 fn found(e: &Example, change: &Change) -> Result<Vec<Finding>, Error> {
-    let p = e.program().expect("examples can be built");
-    let mesh = change.mesh.as_deref().unwrap_or(e.mesh);
-    let layout = change.layout.as_deref().unwrap_or(e.layout);
-    lint::check(&p, &plan(&p, mesh, layout, e)?, e.memory)
+    let p = e.program()?;
+    let mesh = change.mesh.clone().map_or_else(|| e.mesh.parse(), Ok)?;
+    let layout = change.layout.clone().map_or_else(|| e.layout.parse(), Ok)?;
+    let given = Given { memory: e.memory, machine: None, plan: &|mesh, layout| plan(&p, mesh, layout, None) };
+    lint::check(&p, &plan(&p, &mesh, &layout, None)?, &given)
 }
 
 /// Codes that the source marks at a place.
-fn marked(place: &Place) -> String {
-    let source = std::fs::read_to_string(format!("../{}", place.file)).expect("places are in files of this project");
-    let line = source.lines().nth(place.line as usize - 1).expect("places are lines of them");
+fn marked(place: &str) -> String {
+    let (file, line) = place.split_once(':').expect("places are file, line and column");
+    let line: usize = line.split(':').next().and_then(|n| n.parse().ok()).expect("lines are numbers");
+    let source = std::fs::read_to_string(format!("../{file}")).expect("places are in files of this project");
+    let line = source.lines().nth(line - 1).expect("places are lines of them");
     line.split_once("// ").map_or(String::new(), |(_, codes)| codes.into())
 }
 
 /// What is wrong with a lint that planning itself reports.
 fn refusal(l: &Lint) -> Result<(), String> {
-    let error = |e: &Example| found(e, &Change::default()).err();
-    match error(&l.failing) {
+    match refused(&l.failing) {
         None => return Err("its failing example is accepted".into()),
         Some(e) if e.cause.code() != l.code => return Err(format!("its failing example gives {e}")),
         Some(e) => {
-            if let Some(place) = e.place.filter(|p| p.file.contains("lint") && !marked(p).contains(l.code)) {
+            if let Some(place) = e.place.filter(|p| p.file.contains("lint") && !marked(&p.to_string()).contains(l.code))
+            {
                 return Err(format!("its failing example is reported at {place}"));
             }
         }
     }
-    error(&l.fixed).map_or(Ok(()), |e| Err(format!("its fixed example gives {e}")))
+    refused(&l.fixed).map_or(Ok(()), |e| Err(format!("its fixed example gives {e}")))
 }
 
 /// What is wrong with a lint of plans.
 fn finding(l: &Lint) -> Result<(), String> {
     let all = |e: &Example, change: &Change| -> Result<Vec<Finding>, String> {
         let list = found(e, change).map_err(|e| format!("an example gives {e}"))?;
-        Ok(list.into_iter().filter(|f| f.code == l.code).collect())
+        Ok(list.into_iter().filter(|f| *f.code == *l.code).collect())
     };
     let failing = all(&l.failing, &Change::default())?;
     let Some(first) = failing.first() else {
@@ -65,8 +77,8 @@ fn finding(l: &Lint) -> Result<(), String> {
             found(&l.failing, &Change::default()).unwrap().iter().map(Finding::to_string).collect();
         return Err(format!("it does not find its failing example; others do: {}", others.join("\n")));
     };
-    let place = first.place.ok_or("it has no place")?;
-    if !marked(&place).contains(l.code) {
+    let place = first.place.as_ref().ok_or("it has no place")?;
+    if !marked(place).contains(l.code) {
         return Err(format!("it finds {first}"));
     }
     if let Some(f) = all(&l.fixed, &Change::default())?.first() {
@@ -108,6 +120,6 @@ fn a_code_is_explained_with_both_examples() {
         }
         assert_eq!(lint::explain(Some(l.name)).unwrap(), text);
     }
-    assert!(lint::explain(Some("unused-axes")).unwrap_err().contains("did you mean unused-axis?"));
+    assert!(lint::explain(Some("unused-axes")).unwrap_err().help.contains("did you mean unused-axis?"));
     assert_eq!(lint::explain(None).unwrap().lines().count(), lint::all().count());
 }

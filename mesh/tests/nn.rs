@@ -256,17 +256,19 @@ fn the_first_of_the_largest_is_the_prediction() {
 }
 
 #[test]
-fn layers_work_in_bf16_with_f32_variables() {
+fn layers_work_in_16_bits_with_f32_variables() {
     let d = volume();
-    assert_layer_gradients(&d, ramp(&d, 13), |_, x| {
-        let x = x.cast(DType::Bf16);
-        let x = nn::batch_norm(&x, "b", "channel", &BatchNorm::default(), Mode::Train);
-        let x = nn::dropout(&nn::leaky_relu(&x, 0.1), 0.5, Mode::Train);
-        let x = nn::softplus(&nn::gelu(&nn::silu(&nn::layer_norm(&x.relu(), "l", &["channel"], 1e-3))));
-        let x = nn::softmax(&nn::gelu_tanh(&x), &["channel"]);
-        assert_eq!(x.ty().dtype, DType::Bf16);
-        nn::log_softmax(&x, &["channel"])
-    });
+    for dtype in [DType::Bf16, DType::F16] {
+        assert_layer_gradients(&d, ramp(&d, 13), |_, x| {
+            let x = x.cast(dtype);
+            let x = nn::batch_norm(&x, "b", "channel", &BatchNorm::default(), Mode::Train);
+            let x = nn::dropout(&nn::leaky_relu(&x, 0.1), 0.5, Mode::Train);
+            let x = nn::softplus(&nn::gelu(&nn::silu(&nn::layer_norm(&x.relu(), "l", &["channel"], 1e-3))));
+            let x = nn::softmax(&nn::gelu_tanh(&x), &["channel"]);
+            assert_eq!(x.ty().dtype, dtype);
+            nn::log_softmax(&x, &["channel"])
+        });
+    }
 }
 
 #[test]

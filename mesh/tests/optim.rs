@@ -6,7 +6,7 @@ use common::ramp;
 use mesh::dim::{Dim, Name, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::op::Reference;
-use mesh::optim::{Adafactor, Adam, Optimizer, Rule, Schedule, Sgd};
+use mesh::optim::{Adafactor, Adam, LossScale, Optimizer, Rule, Schedule, Sgd};
 use mesh::program::{Init, Program, ProgramBuilder};
 use mesh::reference::{self, Values};
 use ndarray::Axis;
@@ -159,6 +159,125 @@ fn without_clipping_no_update_depends_on_another_variables_gradient() {
         open.extend(&f.node(id).inputs);
     }
     assert!(reads.contains(&"layer/w") && !reads.iter().any(|n| n.contains("bias")), "{reads:?}");
+}
+
+#[test]
+fn a_scaled_loss_trains_as_the_loss_itself() {
+    assert_follows(&Optimizer::sgd(0.1).scaled(), |_, w, g, _| w - 0.1 * g);
+    assert_follows(&Optimizer::adam(0.01).scaled(), |t, w, g, s| w - 0.01 * adam(t, g, s, 1e-8));
+    let d = [dim("in", 3), dim("out", 2)];
+    let clipped = Optimizer::momentum(0.1, 0.9).clipped(0.5);
+    let (plain, scaled) = (train(&clipped, &d, 3).0, train(&clipped.clone().scaled(), &d, 3).0);
+    for ((w, bias, out), (w_scaled, bias_scaled, out_scaled)) in plain.iter().zip(&scaled) {
+        assert_eq!((w, bias), (w_scaled, bias_scaled), "a power of two changes no bit");
+        assert_eq!(out[&Name::from("norm")], out_scaled[&Name::from("norm")]);
+    }
+}
+
+#[test]
+fn a_step_whose_gradient_is_not_finite_changes_nothing_but_the_scale() {
+    let d = [dim("in", 3), dim("out", 2)];
+    let scale = LossScale { start: 4.0, most: 8.0, doubled_after: 2 };
+    let optimizers = [
+        Optimizer::adam(0.01).clipped(1.0),
+        Optimizer::momentum(0.1, 0.9),
+        Optimizer { rule: Rule::Adafactor(Adafactor { momentum: 0.9, ..Adafactor::default() }), ..Optimizer::sgd(0.1) },
+    ];
+    for optimizer in optimizers {
+        let p = program(&Optimizer { loss_scale: Some(scale), ..optimizer.clone() }, &d);
+        let mut variables = reference::init(&p, 1);
+        variables.insert("layer/w".into(), ramp(&d, 1));
+        let states = ["loss_scale", "loss_scale/good_steps", "loss_scale/skipped_steps"];
+        // What one gradient of w is in a step, and what the states are after it.
+        let steps = [
+            (1.0, [4.0, 1.0, 0.0]),
+            (f64::INFINITY, [2.0, 0.0, 1.0]),
+            (f64::NAN, [1.0, 0.0, 2.0]),
+            (f64::NEG_INFINITY, [1.0, 0.0, 3.0]),
+            (1.0, [1.0, 1.0, 3.0]),
+            (1.0, [2.0, 0.0, 3.0]),
+            (1.0, [2.0, 1.0, 3.0]),
+            (1.0, [4.0, 0.0, 3.0]),
+            (1.0, [4.0, 1.0, 3.0]),
+            (1.0, [8.0, 0.0, 3.0]),
+            (1.0, [8.0, 1.0, 3.0]),
+            (1.0, [8.0, 0.0, 3.0]),
+        ];
+        let mut updates = vec![];
+        for (step, (gradient, after)) in steps.into_iter().enumerate() {
+            let mut target = &variables[&Name::from("layer/w")] - 1.0;
+            target[[1, 0]] += 1.0 - gradient;
+            variables.insert("layer/target".into(), target);
+            let before = variables.clone();
+            let out = reference::run(&p, p.function("train").unwrap(), &Values::new(), &mut variables, 1, step as u32);
+            let states = states.map(|n| variables[&Name::from(n)].sum());
+            assert_eq!(states, after, "after step {step}");
+            let norm = out[&Name::from("norm")].sum();
+            let kept = |name: &Name| before[name] == variables[name];
+            let moved = |name: &&Name| !kept(name) && !name.starts_with("loss_scale") && **name != *"layer/target";
+            match gradient.is_finite() {
+                true => updates.push(&variables[&Name::from("layer/w")] - &before[&Name::from("layer/w")]),
+                false => assert_eq!((norm, before.keys().find(moved)), (f64::INFINITY, None), "step {step}"),
+            }
+            assert!(!gradient.is_finite() || norm.is_finite() && moved(&&"layer/w".into()), "step {step}");
+        }
+        // Steps that were skipped do not count: the mean of Adam is as young as its updates are few.
+        let plain = train_on_ones(&optimizer, &d, updates.len() as u32);
+        if matches!(optimizer.rule, Rule::Adam(_)) {
+            for (a, b) in updates.iter().zip(plain) {
+                assert!((a - &b).iter().all(|e| e.abs() < 1e-9), "{a} and {b}");
+            }
+        }
+    }
+}
+
+/// The updates of `w` when all its gradients are 1.
+fn train_on_ones(optimizer: &Optimizer, d: &[Dim], steps: u32) -> Vec<Reference> {
+    let p = program(optimizer, d);
+    let mut variables = reference::init(&p, 1);
+    variables.insert("layer/w".into(), ramp(d, 1));
+    let step = |step| {
+        let before = variables[&Name::from("layer/w")].clone();
+        variables.insert("layer/target".into(), &before - 1.0);
+        reference::run(&p, p.function("train").unwrap(), &Values::new(), &mut variables, 1, step);
+        &variables[&Name::from("layer/w")] - &before
+    };
+    (0..steps).map(step).collect()
+}
+
+#[test]
+fn a_scaled_step_in_parts_is_skipped_if_any_part_is_not_finite() {
+    let d = [dim("in", 3)];
+    let optimizer = Optimizer::adam(0.1).scaled();
+    let mut p = ProgramBuilder::new();
+    let variables = p
+        .function("accumulate", |g| {
+            let w = g.variable("w", &d, Init::ones());
+            let x = g.input("x", mesh::dim::DType::F32, &d);
+            optimizer.accumulate(g, &w.mul(&x).sum_all(), 2)
+        })
+        .unwrap();
+    p.function("update", |g| optimizer.apply_accumulated(g, &variables).output(g)).unwrap();
+    let p = p.finish().unwrap();
+    let mut variables = reference::init(&p, 1);
+    let mut run = |name: &str, step, x: [f64; 3]| {
+        let feeds = [("x".into(), ndarray::arr1(&x).into_dyn())].into_iter().collect();
+        let out = reference::run(&p, p.function(name).unwrap(), &feeds, &mut variables, 1, step);
+        (out, ["w", "w/gradient", "loss_scale"].map(|n| variables[&Name::from(n)].clone()))
+    };
+    let ones = ndarray::arr1(&[1.0; 3]).into_dyn();
+    run("accumulate", 0, [1.0, f64::INFINITY, 0.0]);
+    run("accumulate", 1, [2.0, f64::NEG_INFINITY, 0.0]);
+    let (out, [w, gradient, scale]) = run("update", 0, [0.0; 3]);
+    assert_eq!((w, gradient.sum(), scale.sum()), (ones.clone(), 0.0, 32_768.0));
+    let shown = |out: &Values| ["loss_scale", "skipped_steps"].map(|n| out[&Name::from(n)].sum());
+    assert_eq!(shown(&out), [65_536.0, 1.0]);
+    run("accumulate", 2, [1.0, 4.0, 0.0]);
+    let (_, [_, gradient, _]) = run("accumulate", 3, [3.0, 2.0, 0.0]);
+    assert_eq!(gradient, ndarray::arr1(&[2.0, 3.0, 0.0]).into_dyn(), "the mean, not scaled");
+    let (out, [w, gradient, _]) = run("update", 1, [0.0; 3]);
+    assert!(w[[0]] < 1.0 && w[[1]] < 1.0 && w[[2]] == 1.0 && gradient.sum() == 0.0);
+    assert_eq!((out[&Name::from("grad_norm")].sum(), shown(&out)), (13f64.sqrt(), [32_768.0, 1.0]));
 }
 
 fn rms(a: &Reference) -> f64 {

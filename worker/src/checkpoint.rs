@@ -243,6 +243,7 @@ fn dtype_of(d: DType) -> Dtype {
     match d {
         DType::F32 => Dtype::F32,
         DType::Bf16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
         DType::I32 => Dtype::I32,
         DType::Bool => Dtype::BOOL,
     }

@@ -7,7 +7,7 @@ use crate::transport::{Transport, TransportError};
 use mesh::chunk::Finish;
 use mesh::dim::DType;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{AllReduce, Exchange, Message, Wire};
+use mesh::plan::{AllReduce, Exchange, Message, Segments, Wire};
 
 /// A message with its packing prepared.
 struct Mail {
@@ -95,7 +95,8 @@ impl ExchangePlan {
     }
 }
 
-/// An all-reduce, prepared: everyone finishes a segment of the result, and sends it to all others.
+/// An all-reduce, prepared: everyone finishes a segment of the result, and sends it to all others; or a reduce-scatter, in
+/// which it is what each is to have.
 ///
 /// Roofline: memory. Of a result of `n` bytes on `p` devices with a node each, a device reads the `n` bytes that are to be
 /// combined where their owners have them, writes `n/p`, and copies the other `n - n/p`: `3n` bytes in all. (What a link
@@ -104,6 +105,13 @@ pub struct AllReducePlan {
     work: AllReduce,
     /// By participant: its first node among all that the others send.
     first: Vec<usize>,
+    /// By participant: the first element of its segment in a node, or in the scratch and the copy that brings it there.
+    segments: Vec<Segment>,
+}
+
+enum Segment {
+    Node(usize),
+    Scratch(usize, CopyPlan),
 }
 
 /// Results on the stack at a time: a tree over owners is no deeper.
@@ -122,10 +130,28 @@ impl AllReducePlan {
                 at
             })
             .collect();
-        AllReducePlan { work: work.clone(), first }
+        let segment = |p: usize| match (work.segment_start(p), &work.segments) {
+            (None, Segments::Boxes(boxes)) => {
+                Segment::Scratch(work.packed_start(p), CopyPlan::new(&boxes[p], work.dtype.bytes()))
+            }
+            (start, _) => Segment::Node(start.unwrap_or(0)),
+        };
+        AllReducePlan { work: work.clone(), first, segments: (0..work.devices.len()).map(segment).collect() }
     }
 
-    /// Runs it: `input` is `[nodes, elements]`, `output` is `[elements]`.
+    /// Where this device's nodes of what participant `p` finishes begin, and how far apart they are, in elements.
+    unsafe fn nodes_for(&self, p: usize, input: *const u8, scratch: *mut u8) -> (*const u8, usize) {
+        let size = self.work.dtype.bytes();
+        // SAFETY: by the contract of `run`.
+        unsafe {
+            match &self.segments[p] {
+                Segment::Node(start) => (input.add(start * size), self.work.elements),
+                Segment::Scratch(start, _) => (scratch.add(start * size).cast_const(), self.work.segment_elements(p)),
+            }
+        }
+    }
+
+    /// Runs it: `input` is `[nodes, elements]`, `output` is `[elements]`, or this device's segment of that.
     ///
     /// # Safety
     /// Input, output and scratch are buffers as large as the work says, which do not overlap.
@@ -139,25 +165,33 @@ impl AllReducePlan {
     ) -> Result<(), TransportError> {
         let w = &self.work;
         let size = w.dtype.bytes();
-        let own = w.segment(w.me);
+        let own = w.segment_elements(w.me);
         let others = || (0..w.devices.len()).filter(|p| *p != w.me);
         // SAFETY: by this function's contract; what is posted stays as it is until `finish`.
         unsafe {
-            for p in others() {
-                let segment = w.segment(p);
-                for node in 0..w.nodes[w.me] {
-                    let from = input.add((node * w.elements + segment.start) * size);
-                    transport.send(w.devices[p], from, segment.len() * size)?;
+            for (p, segment) in self.segments.iter().enumerate() {
+                let elements = w.segment_elements(p);
+                if let Segment::Scratch(start, copy) = segment {
+                    for node in 0..w.nodes[w.me] {
+                        let to = scratch.add((start + node * elements) * size);
+                        copy.run(pool, input.add(node * w.elements * size), to);
+                    }
+                }
+                let (first, apart) = self.nodes_for(p, input, scratch);
+                for node in (0..w.nodes[w.me]).filter(|_| p != w.me) {
+                    transport.send(w.devices[p], first.add(node * apart * size), elements * size)?;
                 }
             }
             for p in others() {
                 for node in 0..w.nodes[p] {
-                    let to = scratch.add((self.first[p] + node) * own.len() * size);
-                    transport.borrow(w.devices[p], to, own.len() * size)?;
+                    let to = scratch.add((self.first[p] + node) * own * size);
+                    transport.borrow(w.devices[p], to, own * size)?;
                 }
             }
-            let parts = Parts { plan: self, input, others: transport.borrowed()? };
-            let result = output.add(own.start * size);
+            let (mine, apart) = self.nodes_for(w.me, input, scratch);
+            let parts = Parts { plan: self, mine, apart, others: transport.borrowed()? };
+            let start = if w.segments == Segments::Shared { w.segment_start(w.me).unwrap_or(0) } else { 0 };
+            let result = output.add(start * size);
             // Each combination is a loop of its own, so that the compiler can make it one of vectors.
             match (w.dtype, w.f) {
                 (DType::I32, ReduceFn::Sum) => parts.combine(result.cast(), pool, i32::wrapping_add),
@@ -165,15 +199,21 @@ impl AllReducePlan {
                 (DType::I32, ReduceFn::Min) => parts.combine(result.cast(), pool, i32::min),
                 (DType::Bool, ReduceFn::Sum | ReduceFn::Max) => parts.combine(result, pool, |a: u8, b| a | b),
                 (DType::Bool, ReduceFn::Min) => parts.combine(result, pool, |a: u8, b| a & b),
-                (DType::F32 | DType::Bf16, ReduceFn::Sum) => parts.combine(result.cast(), pool, |a: f32, b| a + b),
-                (DType::F32 | DType::Bf16, ReduceFn::Max) => parts.combine(result.cast(), pool, math::max::<f32>),
-                (DType::F32 | DType::Bf16, ReduceFn::Min) => parts.combine(result.cast(), pool, math::min::<f32>),
+                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Sum) => {
+                    parts.combine(result.cast(), pool, |a: f32, b| a + b)
+                }
+                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Max) => {
+                    parts.combine(result.cast(), pool, math::max::<f32>)
+                }
+                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Min) => {
+                    parts.combine(result.cast(), pool, math::min::<f32>)
+                }
             }
-            if w.segmented {
+            if w.segments == Segments::Shared {
                 for p in others() {
-                    transport.send(w.devices[p], result, own.len() * size)?;
-                    let segment = w.segment(p);
-                    transport.recv(w.devices[p], output.add(segment.start * size), segment.len() * size)?;
+                    transport.send(w.devices[p], result, own * size)?;
+                    let (start, elements) = (w.segment_start(p).unwrap_or(0), w.segment_elements(p));
+                    transport.recv(w.devices[p], output.add(start * size), elements * size)?;
                 }
             }
         }
@@ -185,7 +225,9 @@ impl AllReducePlan {
 #[derive(Clone, Copy)]
 struct Parts<'a> {
     plan: &'a AllReducePlan,
-    input: *const u8,
+    /// The first one of this device's nodes, and how far apart they are.
+    mine: *const u8,
+    apart: usize,
     /// What the others have sent, in the order of participants and nodes.
     others: &'a [*const u8],
 }
@@ -201,7 +243,7 @@ impl Parts<'_> {
     /// Combines the parts along the tree, block by block of elements.
     unsafe fn combine<T: Copy + Default>(&self, output: *mut T, pool: &Pool, f: impl Fn(T, T) -> T + Copy + Sync) {
         let output = Output(output);
-        let blocks = self.plan.work.segment(self.plan.work.me).len().div_ceil(BLOCK);
+        let blocks = self.plan.work.segment_elements(self.plan.work.me).div_ceil(BLOCK);
         let tasks = if blocks < 64 { 1 } else { pool.threads() };
         pool.run(tasks, &|t, _| {
             // The wrappers, not the pointers inside, are shared with the tasks.
@@ -216,8 +258,7 @@ impl Parts<'_> {
 
     unsafe fn block<T: Copy>(&self, at: usize, stack: &mut [[T; BLOCK]; DEPTH], output: *mut T, f: impl Fn(T, T) -> T) {
         let w = &self.plan.work;
-        let own = w.segment(w.me);
-        let n = BLOCK.min(own.len() - at);
+        let n = BLOCK.min(w.segment_elements(w.me) - at);
         let mut top = 0;
         let mut steps = w.order.iter().peekable();
         while let Some(step) = steps.next() {
@@ -226,7 +267,7 @@ impl Parts<'_> {
                     // SAFETY: a participant's nodes have a segment's elements each, and nobody writes to them now.
                     let part = unsafe {
                         let first = if owner == w.me {
-                            self.input.cast::<T>().add(node * w.elements + own.start)
+                            self.mine.cast::<T>().add(node * self.apart)
                         } else {
                             self.others[self.plan.first[owner] + node].cast::<T>()
                         };

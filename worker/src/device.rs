@@ -257,7 +257,7 @@ impl Device {
         };
     }
 
-    /// Copies what this device holds of feed `index` out of the whole array, or out of an array of just that.
+    /// Sets what this device holds of feed `index`.
     pub fn feed(&mut self, function: usize, index: usize, array: &Array) {
         let (_, part, buffer) = &self.functions[function].1.inputs[index];
         self.touched = self.touched.max(buffer.offset + buffer.bytes);
@@ -270,7 +270,7 @@ impl Device {
         self.read(part, *buffer, array);
     }
 
-    /// Copies what this device holds of a variable out of the whole array, or out of an array of just that.
+    /// Sets what this device holds of a variable.
     pub fn set_variable(&mut self, index: usize, array: &Array) {
         let (part, buffer) = &self.variables[index];
         self.write(part, *buffer, array);
@@ -300,15 +300,15 @@ impl Device {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.arena.at(*buffer), bytes.len()) };
     }
 
-    /// The array is the whole tensor or just the part.
     fn write(&self, part: &Part, buffer: Buffer, array: &Array) {
-        let (to, at) = (self.arena.at(buffer), place(part, array));
+        assert_eq!((array.dtype(), array.shape()), (part.ty.dtype, &*part.region.shape()), "an array of another part");
+        let to = self.arena.at(buffer);
         // SAFETY: the buffer is this part's and no step runs now.
         unsafe {
             match array {
-                Array::F32(a) => held::<f32>(part, to).assign(&a.slice(at.as_slice())),
-                Array::I32(a) => held::<i32>(part, to).assign(&a.slice(at.as_slice())),
-                Array::Bool(a) => held::<u8>(part, to).assign(&a.slice(at.as_slice()).mapv(u8::from)),
+                Array::F32(a) => held::<f32>(part, to).assign(a),
+                Array::I32(a) => held::<i32>(part, to).assign(a),
+                Array::Bool(a) => held::<u8>(part, to).assign(&a.mapv(u8::from)),
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::transport::InProcess;
 use crate::watch::NonFinite;
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
-use proto::control::DeviceProfile;
+use proto::control::{DeviceProfile, FunctionTimes};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -173,15 +173,20 @@ impl DeviceGroup {
         self.recorders.iter().map(|(_, r)| r.communicated_ns()).max().unwrap_or(0)
     }
 
+    /// How long each device's steps took so far.
+    pub fn times(&self) -> Vec<Vec<FunctionTimes>> {
+        self.recorders.iter().map(|(_, recorder)| recorder.times()).collect()
+    }
+
     /// How long each device's steps took, and what the device can do at the most, which is measured now.
     pub fn profile(&mut self) -> Vec<DeviceProfile> {
         let Roofline { product_flops: [f32_flops, bf16_flops], memory_bytes } =
             Roofline::measure(self.size(), self.each);
-        let of = |(device, recorder): &(usize, Arc<Recorder>)| {
-            let (device, functions) = (*device as u32, recorder.times());
+        let of = |((device, _), functions): (&(usize, Arc<Recorder>), Vec<FunctionTimes>)| {
+            let device = *device as u32;
             DeviceProfile { device, f32_flops, bf16_flops, memory_bytes, functions }
         };
-        self.recorders.iter().map(of).collect()
+        self.recorders.iter().zip(self.times()).map(of).collect()
     }
 
     /// Number of devices.

@@ -260,30 +260,15 @@ impl WorkerService {
         Ok(control::Loaded { links })
     }
 
-    /// Takes arrays off a stream and writes each where `place` says.
+    /// Takes boxes of tensors off a stream and writes each where it lies on the devices that it names.
     async fn take(&self, mut stream: Streaming<control::ArrayPart>) -> Result<Response<control::Done>, Status> {
         let mut assembler = Assembler::default();
         while let Some(part) = stream.next().await {
             let Some((head, array)) = assembler.take(part?).map_err(Status::invalid_argument)? else { continue };
-            let name = head.name.unwrap_or_default();
-            let device = head.device as usize;
-            self.with(name.epoch, move |l| {
-                let place = l.place(&name)?;
-                let (at, part) = l.part(place, device)?;
-                if array.shape() != part.region.shape() || array.dtype() != part.ty.dtype {
-                    let text =
-                        format!("W0024: `{}` is {} here, and was sent {:?}", name.name, part.region, array.shape());
-                    return Err(Status::invalid_argument(text));
-                }
-                let mut device = l.group.device(at);
-                match place {
-                    Place::Variable(v) => device.set_variable(v, &array),
-                    Place::Edge { function, index, .. } => device.feed(function, index, &array),
-                }
-                Ok(())
-            })
-            .await?;
+            let epoch = head.name.as_ref().map_or(0, |n| n.epoch);
+            self.with(epoch, move |l| l.put(&head, &array)).await?;
         }
+        assembler.end().map_err(Status::invalid_argument)?;
         Ok(Response::new(control::Done {}))
     }
 }
@@ -308,6 +293,39 @@ impl Loaded {
         let input = find(&plan.inputs).map(|index| Place::Edge { function, index, input: true });
         let output = || find(&plan.outputs).map(|index| Place::Edge { function, index, input: false });
         input.or_else(output).ok_or_else(missing)
+    }
+
+    /// Writes a box to every device that its head names; to none if it is not just what each of them holds.
+    fn put(&self, head: &control::ArrayHead, array: &Array) -> Result<(), Status> {
+        let name = head.name.clone().unwrap_or_default();
+        let place = self.place(&name)?;
+        if let Place::Edge { input: false, .. } = place {
+            let text = format!("W0025: `{}` is a result of `{}`, which is not fed", name.name, name.function);
+            return Err(Status::invalid_argument(text));
+        }
+        if head.holders.len() > self.own.len() {
+            return Err(Status::invalid_argument("W0022: more devices than this worker has"));
+        }
+        let mut places = Vec::new();
+        for device in &head.holders {
+            let (at, part) = self.part(place, *device as usize)?;
+            if !wire::is_head_of(head, part) {
+                let text = format!(
+                    "W0024: device {device} holds {} of `{}`, {}, and was sent the box of extents {:?} from {:?} on",
+                    part.region, name.name, part.ty, head.shape, head.start
+                );
+                return Err(Status::invalid_argument(text));
+            }
+            places.push(at);
+        }
+        for at in places {
+            let mut device = self.group.device(at);
+            match place {
+                Place::Variable(v) => device.set_variable(v, array),
+                Place::Edge { function, index, .. } => device.feed(function, index, array),
+            }
+        }
+        Ok(())
     }
 
     fn function(&self, name: &str) -> Result<usize, Status> {
@@ -409,7 +427,8 @@ impl worker_server::Worker for WorkerService {
                         Place::Variable(v) => held.variable(v, &mut array),
                         Place::Edge { function, index, .. } => held.fetch(function, index, &mut array),
                     }
-                    parts.extend(wire::parts(name.clone(), *device as u32, &part.region, &array));
+                    let start: Vec<usize> = part.region.0.iter().map(|(_, r)| r.start).collect();
+                    parts.extend(wire::parts(name.clone(), vec![*device as u32], &start, &array));
                 }
                 Ok(parts)
             })

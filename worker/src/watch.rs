@@ -152,6 +152,7 @@ fn infinite(c: f64, dtype: DType) -> bool {
     match dtype {
         DType::F32 => (c as f32).is_infinite(),
         DType::Bf16 => half::bf16::from_f64(c).is_infinite(),
+        DType::F16 => half::f16::from_f64(c).is_infinite(),
         DType::I32 | DType::Bool => false,
     }
 }
@@ -207,11 +208,12 @@ pub unsafe fn scan(dtype: DType, values: *const u8, elements: usize) -> Scan {
             let odd = all.iter().enumerate().filter(|(_, v)| !v.is_finite());
             odd.for_each(|(i, v)| scan.note(i, v.is_nan()));
         }
-        DType::Bf16 => {
+        DType::Bf16 | DType::F16 => {
             // SAFETY: as above.
             let all = unsafe { std::slice::from_raw_parts(values.cast::<u16>(), elements) };
-            let odd = all.iter().enumerate().filter(|(_, v)| **v & 0x7f80 == 0x7f80);
-            odd.for_each(|(i, v)| scan.note(i, *v & 0x7f != 0));
+            let infinity = if dtype == DType::F16 { 0x7c00 } else { 0x7f80 };
+            let odd = all.iter().map(|v| v & 0x7fff).enumerate().filter(|(_, v)| *v >= infinity);
+            odd.for_each(|(i, v)| scan.note(i, v > infinity));
         }
         DType::I32 | DType::Bool => {}
     }
@@ -239,6 +241,9 @@ mod tests {
             let both = scan(DType::Bf16, halves.as_ptr().cast(), 4);
             assert_eq!(both, Scan { infinite: odd(1, 3), nan: odd(1, 2) });
             assert_eq!(both.odd().collect::<Vec<_>>(), [(false, odd(1, 3)), (true, odd(1, 2))]);
+            let halves: [u16; 4] = [0x3c00, 0x7bff, 0x7e00, 0xfc00];
+            let both = scan(DType::F16, halves.as_ptr().cast(), 4);
+            assert_eq!(both, Scan { infinite: odd(1, 3), nan: odd(1, 2) });
             assert!(scan(DType::I32, halves.as_ptr().cast(), 2).finite());
         }
     }
@@ -268,6 +273,7 @@ mod tests {
             assert!(infinite(c, DType::F32) && infinite(c, DType::Bf16) && !infinite(c, DType::I32), "{c}");
         }
         assert!(!infinite(f64::from(f32::MIN), DType::F32) && infinite(f64::from(f32::MIN), DType::Bf16));
+        assert!(!infinite(65_519.0, DType::F16) && infinite(-65_520.0, DType::F16));
     }
 
     #[test]

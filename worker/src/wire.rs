@@ -7,16 +7,16 @@ use crate::watch::{NonFinite, Origin};
 use mesh::array::Array;
 use mesh::dim::{DType, Dim, Name, Type, is_name};
 use mesh::error::{Cause, Error, Place};
-use mesh::graph::{Node, NodeId};
+use mesh::graph::{Node, NodeId, Role};
+use mesh::plan::Part;
 use mesh::program::{Chunking, Function, Program, VarId, Variable};
-use mesh::region::Region;
 use prost::Message;
 use proto::{control, program as wire};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 
 /// Version of the program format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Largest encoded program.
 pub const PROGRAM_BYTES: usize = 64 << 20;
 /// Bytes of a part of a stream.
@@ -32,6 +32,7 @@ fn dtype(d: DType) -> wire::DType {
     match d {
         DType::F32 => wire::DType::F32,
         DType::Bf16 => wire::DType::Bf16,
+        DType::F16 => wire::DType::F16,
         DType::I32 => wire::DType::I32,
         DType::Bool => wire::DType::Bool,
     }
@@ -41,10 +42,25 @@ fn dtype_from(d: i32) -> Result<DType, Error> {
     match wire::DType::try_from(d) {
         Ok(wire::DType::F32) => Ok(DType::F32),
         Ok(wire::DType::Bf16) => Ok(DType::Bf16),
+        Ok(wire::DType::F16) => Ok(DType::F16),
         Ok(wire::DType::I32) => Ok(DType::I32),
         Ok(wire::DType::Bool) => Ok(DType::Bool),
         Ok(wire::DType::Unspecified) | Err(_) => Err(invalid(format!("{d} is no dtype"))),
     }
+}
+
+fn role(r: Role) -> wire::Role {
+    match r {
+        Role::Forward => wire::Role::Forward,
+        Role::Backward => wire::Role::Backward,
+        Role::Gradient => wire::Role::Gradient,
+        Role::Update => wire::Role::Update,
+        Role::Variable => wire::Role::Variable,
+    }
+}
+
+fn role_from(r: i32) -> Result<Role, Error> {
+    Role::ALL.into_iter().find(|own| i32::from(role(*own)) == r).ok_or_else(|| invalid(format!("{r} is no role")))
 }
 
 /// Texts by index, each once.
@@ -81,6 +97,7 @@ pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
                 r#type: Some(wire::Type { dtype: dtype(v.ty.dtype).into(), dims }),
                 init: json(&v.init)?,
                 trainable: v.trainable,
+                role: role(v.role).into(),
                 place: texts.place(v.place),
             })
         })
@@ -98,6 +115,7 @@ pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
                     place: texts.place(n.place),
                     scope: texts.add(&n.scope),
                     layout: n.layout.as_ref().map(|l| l.to_string()),
+                    role: role(n.role).into(),
                 })
             });
             Ok(wire::Function {
@@ -211,6 +229,7 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
             ty: Type::new(dtype_from(ty.dtype)?, dims(ty.dims)?),
             init: bounded(&v.init)?,
             trainable: v.trainable,
+            role: role_from(v.role)?,
             place: place(v.place)?,
         });
     }
@@ -229,6 +248,7 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
                 place: place(n.place)?,
                 scope: text(n.scope)?.into(),
                 layout: n.layout.map(Name::from),
+                role: role_from(n.role)?,
             });
         }
         let function = Function {
@@ -252,36 +272,87 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
 }
 
 /// Bytes, cut for the parts of a stream.
-pub fn slices(bytes: &bytes::Bytes) -> impl Iterator<Item = bytes::Bytes> {
-    (0..bytes.len()).step_by(PART_BYTES).map(|i| bytes.slice(i..(i + PART_BYTES).min(bytes.len())))
+pub fn slices(bytes: bytes::Bytes) -> impl Iterator<Item = bytes::Bytes> {
+    (0..bytes.len()).step_by(PART_BYTES).map(move |i| bytes.slice(i..(i + PART_BYTES).min(bytes.len())))
 }
 
-/// An array, or the box `at` of one, as the parts of a stream: its head, then its bytes.
-pub fn parts(name: control::ArrayName, device: u32, at: &Region, array: &Array) -> Vec<control::ArrayPart> {
+/// A box of a tensor as the parts of a stream: its head, then its bytes. It begins at `start`; `holders` are the devices that hold it.
+pub fn parts(
+    name: control::ArrayName,
+    holders: Vec<u32>,
+    start: &[usize],
+    array: &Array,
+) -> impl Iterator<Item = control::ArrayPart> + use<> {
     use control::array_part::Kind;
     let head = control::ArrayHead {
         name: Some(name),
         dtype: dtype(array.dtype()).into(),
-        start: at.0.iter().map(|(_, r)| r.start as u64).collect(),
+        start: start.iter().map(|s| *s as u64).collect(),
         shape: array.shape().iter().map(|n| *n as u64).collect(),
-        device,
+        holders,
     };
-    let bytes = bytes::Bytes::from(array.to_bytes());
-    let all = std::iter::once(Kind::Head(head)).chain(slices(&bytes).map(Kind::Data));
-    all.map(|kind| control::ArrayPart { kind: Some(kind) }).collect()
+    let all = std::iter::once(Kind::Head(head)).chain(slices(array.to_bytes().into()).map(Kind::Data));
+    all.map(|kind| control::ArrayPart { kind: Some(kind) })
+}
+
+/// Whether that is the head of just this box of a tensor.
+pub fn is_head_of(head: &control::ArrayHead, part: &Part) -> bool {
+    let ranges = || part.region.0.iter().map(|(_, r)| r);
+    dtype_from(head.dtype).is_ok_and(|d| d == part.ty.dtype)
+        && head.start.iter().copied().eq(ranges().map(|r| r.start as u64))
+        && head.shape.iter().copied().eq(ranges().map(|r| r.len() as u64))
 }
 
 /// A question for what a program would take, as the parts of a stream: its head, then the encoded program.
 pub fn foresee(head: control::ForeseeHead, program: &bytes::Bytes) -> Vec<control::ForeseePart> {
     use control::foresee_part::Kind;
-    let data = slices(program).map(Kind::Program);
+    let data = slices(program.clone()).map(Kind::Program);
     std::iter::once(Kind::Head(head)).chain(data).map(|kind| control::ForeseePart { kind: Some(kind) }).collect()
+}
+
+/// Holds the parts of a stream of arrays to their order and to the sizes that their heads say.
+#[derive(Default)]
+pub struct Sequence {
+    /// Bytes of the present array that are still to come.
+    left: usize,
+}
+
+impl Sequence {
+    /// Looks at the next part.
+    ///
+    /// # Errors
+    /// One that does not follow, and arrays beyond [`ARRAY_BYTES`]; in words.
+    pub fn take(&mut self, part: &control::ArrayPart) -> Result<(), String> {
+        use control::array_part::Kind;
+        match &part.kind {
+            Some(Kind::Head(head)) if self.left == 0 => {
+                let dtype = dtype_from(head.dtype).map_err(|e| e.to_string())?;
+                if head.shape.len() > 16 || head.start.len() != head.shape.len() {
+                    return Err("an array's start and extents do not belong together".into());
+                }
+                let bytes = head.shape.iter().try_fold(dtype.bytes(), |n, s| n.checked_mul(usize::try_from(*s).ok()?));
+                self.left = bytes.filter(|b| *b <= ARRAY_BYTES).ok_or("an array beyond all bounds")?;
+            }
+            Some(Kind::Data(data)) if self.left > 0 && data.len() <= self.left => self.left -= data.len(),
+            _ => return Err("the parts of an array do not follow each other".into()),
+        }
+        Ok(())
+    }
+
+    /// That the stream may end here.
+    ///
+    /// # Errors
+    /// An array that is cut short; in words.
+    pub fn end(&self) -> Result<(), String> {
+        if self.left == 0 { Ok(()) } else { Err(format!("{} bytes of an array are missing", self.left)) }
+    }
 }
 
 /// Puts the parts of a stream of arrays together again.
 #[derive(Default)]
 pub struct Assembler {
-    head: Option<(control::ArrayHead, DType, Vec<usize>, usize)>,
+    sequence: Sequence,
+    head: control::ArrayHead,
     bytes: Vec<u8>,
 }
 
@@ -289,33 +360,32 @@ impl Assembler {
     /// Takes the next part; gives an array when it is complete.
     ///
     /// # Errors
-    /// Parts that do not follow each other, and arrays beyond [`ARRAY_BYTES`]; in words.
+    /// As for [`Sequence::take`].
     pub fn take(&mut self, part: control::ArrayPart) -> Result<Option<(control::ArrayHead, Array)>, String> {
         use control::array_part::Kind;
-        match (part.kind, &self.head) {
-            (Some(Kind::Head(head)), None) => {
-                let dtype = dtype_from(head.dtype).map_err(|e| e.to_string())?;
-                let shape: Vec<usize> = head.shape.iter().map(|n| *n as usize).collect();
-                let bytes = shape.iter().try_fold(dtype.bytes(), |n, s| n.checked_mul(*s));
-                let bytes = bytes.filter(|b| *b <= ARRAY_BYTES).ok_or("an array beyond all bounds")?;
-                if shape.len() > 16 || head.start.len() != shape.len() {
-                    return Err("an array's start and extents do not belong together".into());
-                }
-                self.head = Some((head, dtype, shape, bytes));
-            }
-            (Some(Kind::Data(data)), Some((_, _, _, bytes))) if self.bytes.len() + data.len() <= *bytes => {
-                self.bytes.extend_from_slice(&data);
-            }
-            _ => return Err("the parts of an array do not follow each other".into()),
+        self.sequence.take(&part)?;
+        match part.kind {
+            Some(Kind::Head(head)) => self.head = head,
+            Some(Kind::Data(data)) => self.bytes.extend_from_slice(&data),
+            None => {}
         }
-        match &self.head {
-            Some((_, dtype, shape, bytes)) if self.bytes.len() == *bytes => {
-                let array = Array::from_bytes(*dtype, shape, &self.bytes).ok_or("an array of no known dtype")?;
-                self.bytes.clear();
-                Ok(self.head.take().map(|(head, ..)| (head, array)))
-            }
-            _ => Ok(None),
+        if self.sequence.left > 0 {
+            return Ok(None);
         }
+        let head = std::mem::take(&mut self.head);
+        let shape: Vec<usize> = head.shape.iter().map(|n| *n as usize).collect();
+        let dtype = dtype_from(head.dtype).map_err(|e| e.to_string())?;
+        let array = Array::from_bytes(dtype, &shape, &self.bytes).ok_or("an array of no known dtype")?;
+        self.bytes.clear();
+        Ok(Some((head, array)))
+    }
+
+    /// That the stream may end here.
+    ///
+    /// # Errors
+    /// As for [`Sequence::end`].
+    pub fn end(&self) -> Result<(), String> {
+        self.sequence.end()
     }
 }
 

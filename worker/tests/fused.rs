@@ -29,7 +29,7 @@ impl Choices {
     }
 }
 
-const DTYPES: [DType; 4] = [DType::F32, DType::Bf16, DType::I32, DType::Bool];
+const DTYPES: [DType; 5] = [DType::F32, DType::Bf16, DType::F16, DType::I32, DType::Bool];
 
 const COMPARISONS: [CompareFn; 6] =
     [CompareFn::Eq, CompareFn::Ne, CompareFn::Lt, CompareFn::Le, CompareFn::Gt, CompareFn::Ge];
@@ -43,7 +43,8 @@ fn access(c: &mut Choices, extents: &[usize]) -> Access {
             step = step * n + c.of(&[0, 0, 5]);
         }
     }
-    Access { dtype: c.of(&[DType::F32, DType::F32, DType::Bf16, DType::I32, DType::Bool]), offset: c.below(4), strides }
+    let dtype = c.of(&[DType::F32, DType::F32, DType::Bf16, DType::F16, DType::I32, DType::Bool]);
+    Access { dtype, offset: c.below(4), strides }
 }
 
 /// A body over some operands; values of every dtype, used more than once and late.
@@ -115,6 +116,9 @@ fn numbers(c: &mut Choices, dtype: DType, n: usize) -> Vec<u8> {
     let element = |c: &mut Choices| match dtype {
         DType::F32 => float(c).to_le_bytes().to_vec(),
         DType::Bf16 => ((float(c).to_bits() >> 16) as u16).to_le_bytes().to_vec(),
+        // Some of them subnormal.
+        DType::F16 if c.below(20) == 0 => (c.below(0x400) as u16).to_le_bytes().to_vec(),
+        DType::F16 => half::f16::from_f32(float(c)).to_le_bytes().to_vec(),
         DType::I32 => (c.below(9) as i32 - 3).to_le_bytes().to_vec(),
         DType::Bool => vec![c.below(2) as u8],
     };
@@ -131,6 +135,10 @@ fn elements(dtype: DType, bytes: &[u8]) -> Vec<u32> {
         DType::Bf16 => {
             let of = |b: &[u8]| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
             bytes.chunks(2).map(of).map(|v| if v.is_nan() { 1 << 31 | 1 } else { v.to_bits() }).collect()
+        }
+        DType::F16 => {
+            let of = |b: &[u8]| half::f16::from_le_bytes([b[0], b[1]]);
+            bytes.chunks(2).map(of).map(|v| if v.is_nan() { 1 << 31 | 1 } else { v.to_bits().into() }).collect()
         }
         DType::I32 | DType::Bool => bytes.iter().map(|b| u32::from(*b)).collect(),
     }

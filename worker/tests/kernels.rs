@@ -77,6 +77,13 @@ fn numbers(dtype: DType, bytes: usize, key: u32) -> Vec<u8> {
             let value = |i: usize| (draw(i) * 2.0 - 0.9) * scale(i, 7) * scale(i, 29);
             (0..bytes / 2).flat_map(|i| ((value(i).to_bits() >> 16) as u16).to_le_bytes()).collect()
         }
+        DType::F16 => {
+            // Now and then a subnormal number, or a large one.
+            let scale = |i: usize| if i.is_multiple_of(11) { 1e-6 } else { 1.0 };
+            let scale = |i: usize| if i.is_multiple_of(17) { 30.0 } else { scale(i) };
+            let value = |i: usize| half::f16::from_f32((draw(i) * 2.0 - 0.9) * scale(i));
+            (0..bytes / 2).flat_map(|i| value(i).to_le_bytes()).collect()
+        }
         DType::Bool => (0..bytes).map(|i| u8::from(draw(i) < 0.5)).collect(),
     }
 }
@@ -222,7 +229,7 @@ fn network(dtype: DType) -> Program {
 
 #[test]
 fn the_work_of_a_network_is_the_same_bits_on_every_instruction_set_and_thread() {
-    for dtype in [DType::F32, DType::Bf16] {
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
         network_holds(dtype);
     }
 }
@@ -275,7 +282,7 @@ fn products(dtype: DType) -> Program {
 
 #[test]
 fn an_epilogue_gives_the_bits_of_its_product_and_its_loop() {
-    for dtype in [DType::F32, DType::Bf16] {
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
         let mut seen = BTreeSet::new();
         hold(&products(dtype), "1", "", &mut seen);
         assert!(seen.contains("with an epilogue"));
@@ -312,7 +319,11 @@ fn every_function_of_a_value_is_the_same_bits_on_every_instruction_set_and_threa
         }
         outputs.push(x.cast(DType::I32));
         outputs.push(i.cast(DType::F32));
-        outputs.push(x.cast(DType::Bf16).cast(DType::F32));
+        for dtype in [DType::Bf16, DType::F16] {
+            outputs.push(x.cast(dtype).exp().cast(DType::F32));
+            outputs.push(i.cast(dtype).add(&x.cast(dtype)).cast(DType::F32));
+        }
+        outputs.push(x.cast(DType::F16).cast(DType::Bf16).cast(DType::F16).cast(DType::F32));
         for over in [vec!["a"], vec!["b"], vec!["a", "b"]] {
             outputs.extend([
                 x.sum(&over),
@@ -338,7 +349,11 @@ fn every_function_of_a_value_is_the_same_bits_on_every_instruction_set_and_threa
 }
 
 #[test]
-fn products_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() {
+fn products_of_16_bit_floats_are_the_same_bits_on_every_instruction_set_and_thread() {
+    [DType::Bf16, DType::F16].into_iter().for_each(products_hold);
+}
+
+fn products_hold(dtype: DType) {
     // Sides in either order, leaves of even and odd length, pieces of several leaves and leaves of several pieces.
     for (m, k, n, grain) in [(37, 75, 70, 1), (20, 64, 33, 32), (17, 2602, 5, 1301), (3, 1200, 40, 7), (1, 9, 1, 3)] {
         let of = |names: [&str; 3]| {
@@ -349,7 +364,7 @@ fn products_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() {
             g.grain("k", grain);
             let sides = [(["batch", "m", "k"], ["batch", "k", "n"]), (["k", "batch", "m"], ["n", "k", "batch"])];
             for (i, (a, b)) in sides.iter().enumerate() {
-                let half = |name: String, dims: [&str; 3]| g.input(name, DType::F32, &of(dims)).cast(DType::Bf16);
+                let half = |name: String, dims: [&str; 3]| g.input(name, DType::F32, &of(dims)).cast(dtype);
                 let (a, b) = (half(format!("a{i}"), *a), half(format!("b{i}"), *b));
                 g.output(format!("y{i}"), &a.contract_wide(&b, &["k"]));
                 g.output(format!("z{i}"), &a.contract_wide(&b, &["k", "batch"]));
@@ -365,7 +380,11 @@ fn products_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() {
 }
 
 #[test]
-fn convolutions_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() {
+fn convolutions_of_16_bit_floats_are_the_same_bits_on_every_instruction_set_and_thread() {
+    [DType::Bf16, DType::F16].into_iter().for_each(convolutions_hold);
+}
+
+fn convolutions_hold(dtype: DType) {
     // Channels and voxels in leaves of even and odd length; a leaf of voxels that is summed in several pieces.
     for (sizes, channels, grains, layout) in [
         ([5, 6, 21], [13, 35], [5, 3], "i:m"),
@@ -385,7 +404,7 @@ fn convolutions_of_bf16_are_the_same_bits_on_every_instruction_set_and_thread() 
                 let z = Window::same("z", sizes[2], 3, 1 + n, 1);
                 let windows = vec![x, y, z];
                 let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
-                let half = |name: String, dims: &[Dim]| g.input(name, DType::F32, dims).cast(DType::Bf16);
+                let half = |name: String, dims: &[Dim]| g.input(name, DType::F32, dims).cast(dtype);
                 let kernel: Vec<Dim> = conv.windows.iter().map(|w| dim(w.kernel(), w.size)).collect();
                 let of = |dims: &[Dim], more: &[(&str, usize)]| {
                     dims.iter().cloned().chain(more.iter().map(|(d, n)| dim(*d, *n))).collect::<Vec<_>>()

@@ -4,7 +4,7 @@
 use mesh::chunk::{Tree, TreeDim, shard_chunks};
 use mesh::dim::DType;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{AllReduce, BoxCopy, Buffer, Exchange, ExchangeKind, Message, Wire};
+use mesh::plan::{AllReduce, BoxCopy, Buffer, Exchange, ExchangeKind, Message, Segments, Wire};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -614,19 +614,44 @@ fn processes_with_several_devices_each_mix_links() {
 #[test]
 fn collectives_give_the_same_bits_over_every_transport() {
     for devices in [3, 4] {
-        for segmented in [false, true] {
-            let reduced = KINDS.map(|kind| all_reduce(kind, devices, segmented));
+        let mut whole = vec![];
+        for segments in [Segments::All, Segments::Shared] {
+            let reduced = KINDS.map(|kind| all_reduce(kind, devices, segments.clone()));
             assert!(reduced[0].iter().all(|r| *r == reduced[0][0]), "all devices have the same");
             assert!(reduced.iter().all(|r| *r == reduced[0]), "all transports give the same");
+            whole = reduced[0][0].clone();
+        }
+        // By columns, which are no stretches, and by rows, which are; unevenly.
+        let cut = |n: usize, d: usize| shard_chunks(n, devices, d);
+        for columns in [true, false] {
+            let part = |d: usize| if columns { (0..ROWS, cut(COLUMNS, d)) } else { (cut(ROWS, d), 0..COLUMNS) };
+            let boxes = (0..devices).map(part).map(|(r, c)| BoxCopy {
+                extents: vec![r.len(), c.len()],
+                from: r.start * COLUMNS + c.start,
+                from_strides: vec![COLUMNS, 1],
+                to: 0,
+                to_strides: vec![c.len(), 1],
+            });
+            let boxes = Segments::Boxes(boxes.collect());
+            let expected: Vec<Vec<u32>> = (0..devices)
+                .map(part)
+                .map(|(r, c)| r.flat_map(|r| whole[r * COLUMNS..][c.clone()].to_vec()).collect())
+                .collect();
+            for kind in KINDS {
+                assert!(all_reduce(kind, devices, boxes.clone()) == expected, "a reduce-scatter is a part of it");
+            }
         }
         let exchanged = KINDS.map(|kind| exchange(kind, devices));
         assert!(exchanged.iter().all(|r| *r == exchanged[0]));
     }
 }
 
+const ROWS: usize = 7;
+const COLUMNS: usize = 10_003;
+
 /// Every device's result of an all-reduce of values of very different sizes, as bits.
-fn all_reduce(kind: Kind, devices: usize, segmented: bool) -> Vec<Vec<u32>> {
-    let elements = 70_001;
+fn all_reduce(kind: Kind, devices: usize, segments: Segments) -> Vec<Vec<u32>> {
+    let elements = ROWS * COLUMNS;
     let tree = Tree { dims: vec![TreeDim { size: 8, chunks: 8 }] };
     let owned: Vec<_> = (0..devices).map(|d| vec![shard_chunks(8, devices, d)]).collect();
     let nodes: Vec<usize> = owned.iter().map(|o| tree.nodes(o).len()).collect();
@@ -642,11 +667,12 @@ fn all_reduce(kind: Kind, devices: usize, segmented: bool) -> Vec<Vec<u32>> {
             nodes: nodes.clone(),
             me,
             order: order.clone().into(),
-            segmented,
+            segments: segments.clone(),
         };
         let value = |i: usize| ((i * 2654435761 + me * 97) % 1009) as f32 * 10f32.powi((i % 13) as i32 - 6);
         let input: Vec<f32> = (0..nodes[me] * elements).map(value).collect();
-        let mut output = vec![0f32; elements];
+        let scattered = matches!(segments, Segments::Boxes(_));
+        let mut output = vec![0f32; if scattered { work.segment_elements(me) } else { elements }];
         let mut scratch = vec![0u8; work.scratch_bytes()];
         let plan = AllReducePlan::new(&work);
         let pool = Pool::new(1, None);

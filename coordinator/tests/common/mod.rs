@@ -3,6 +3,7 @@
 
 pub mod run;
 pub mod staged;
+pub mod workers;
 
 use coordinator::{Options, Session};
 use mesh::array::Array;

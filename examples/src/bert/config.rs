@@ -79,6 +79,7 @@ impl Training {
         let rate = Schedule::Polynomial { start: self.rate, end: 0.0, power, steps }.warmup(warmup);
         let adam = Adam { eps: 1e-6, trust: self.optimizer == OptimizerKind::Lamb, ..Adam::default() };
         let optimizer = Optimizer { rule: Rule::Adam(adam), ..Optimizer::adamw(rate, self.decay) };
+        let optimizer = self.dtype.trains(optimizer);
         if self.clip > 0.0 { optimizer.clipped(self.clip) } else { optimizer }
     }
 

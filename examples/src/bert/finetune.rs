@@ -292,10 +292,10 @@ impl<'a> Tuning<'a> {
         let (batch, seq) = (self.config.batch, self.config.seq);
         let pad = self.vocabulary.specials.pad as i32;
         let token = |(b, s): (usize, usize)| rows.get(b).and_then(|r| r.tokens.get(s)).copied().unwrap_or(pad);
-        session.feed(f, "tokens", &Array2::from_shape_fn((batch, seq), token).into())?;
-        session.feed(f, "segments", &Array2::<i32>::zeros((batch, seq)).into())?;
+        session.feed(f, "tokens", &Array::from(Array2::from_shape_fn((batch, seq), token)))?;
+        session.feed(f, "segments", &Array::from(Array2::<i32>::zeros((batch, seq))))?;
         let length = |b: usize| rows.get(b).map_or(1, |r| r.tokens.len() as i32);
-        session.feed(f, "lengths", &Array1::from_shape_fn(batch, length).into())?;
+        session.feed(f, "lengths", &Array::from(Array1::from_shape_fn(batch, length)))?;
         Ok(())
     }
 
@@ -339,7 +339,7 @@ impl Model for Tuning<'_> {
         let mut ran = run::one(session, f, at.step, |session| {
             let rows: Vec<&Encoded> = ids.iter().map(|i| &tuning.train[*i as usize]).collect();
             tuning.feed(session, f, &rows)?;
-            let labels = match tuning.config.task {
+            let labels: Array = match tuning.config.task {
                 LabelKind::Classes => Array1::from_iter(rows.iter().map(|r| r.label as i32)).into(),
                 LabelKind::Regression => Array1::from_iter(rows.iter().map(|r| r.label)).into(),
             };

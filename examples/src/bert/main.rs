@@ -33,6 +33,8 @@ Examples:
   bert pretrain --workers 4 --mesh data=4             each device in a process of its own, with the same bits
   bert eval --out runs/drop                           also of a run of finetune
   bert plan --size large --mesh data=8,model=8        what that would need; allocates nothing
+  bert plan --size base --machine h100x8              how long a step would take there
+  bert plan --machine h100x4 --format html            as a page, on the standard output; json for programs
   bert export --out runs/drop --to drop-hf            for Hugging Face's transformers
   bert finetune --out runs/films                      MiniLM, to tell good from bad reviews of films
   bert finetune --from drop-hf --data mine.tsv --out runs/mine
@@ -49,7 +51,7 @@ Exit codes:
 
 const KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace, --profile, --resume, --format and --diff is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
   groups            numbers of groups of layers that share weights, one after the other, as `1,2,4` [default: 1]
   shared            what of a layer is shared: layer, attention or feed-forward [default: layer]
   reset_slots       optimizer slots start anew when layers are unshared, instead of being copied [default: false]
@@ -77,7 +79,7 @@ The exit codes are in `bert --help`.";
 
 const TUNE_KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace, --profile, --resume, --format and --diff is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
   held_out          share of the sentences that are held out, by a hash of their text [default: 0.1]
   warmup            steps until the learning rate is highest; 0: a tenth of all [default: 0]
   decay, clip       weight decay; what the gradients' norm is cut to [default: 0.01, 1]
@@ -113,7 +115,7 @@ enum Command {
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs, by stage. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
     Plan(Plan),
-    /// Say what a finding of `plan`, or an error of a layout, means, and how it is made and mended
+    /// Say what a code means, of a finding of `plan` or of an error, and how it is made and mended
     Explain(Explain),
     /// Fine-tune an encoder to judge sentences, and write a run folder
     #[command(after_long_help = TUNE_KEYS)]
@@ -134,6 +136,15 @@ struct Plan {
     options: Options,
     #[command(flatten)]
     plan: PlanOptions,
+}
+
+impl Plan {
+    fn plan(mut self) -> Result<(), Failed> {
+        match self.plan.shown(&mut self.options.devices)? {
+            Some(shown) => train::plan(self.options.task()?, &shown),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Args)]
@@ -316,15 +327,15 @@ impl TuneOptions {
 }
 
 fn main() -> ExitCode {
-    let result = match &Cli::parse().command {
+    let result = match Cli::parse().command {
         Command::Pretrain(o) => o.task().and_then(|t| train::pretrain(&t)),
         Command::Eval(o) => o.eval(),
-        Command::Plan(o) => o.plan.run(|| train::plan(&o.options.task()?)),
+        Command::Plan(o) => o.plan(),
         Command::Explain(o) => o.run(),
         Command::Finetune(o) => o.task().and_then(|t| finetune::finetune(&t)),
-        Command::Export(o) => folders::export(o),
-        Command::Embed(o) => folders::embed(o),
-        Command::Compare(o) => compare::compare(o),
+        Command::Export(o) => folders::export(&o),
+        Command::Embed(o) => folders::embed(&o),
+        Command::Compare(o) => compare::compare(&o),
         Command::Process(process) => return process.main(),
     };
     cli::exit(result)

@@ -83,8 +83,8 @@ impl Pretraining {
 
     /// The program. In each stage it has
     /// - `train` (feeds of [`Text::feeds`], `positions` and `targets` `i32[batch, prediction]`, `weights`
-    ///   `f32[batch, prediction]`, `next` `i32[batch]`; gives `loss` and `grad_norm`), or, where a step has several parts,
-    ///   `accumulate` (the same, without `grad_norm`) and `update` (gives `grad_norm`);
+    ///   `f32[batch, prediction]`, `next` `i32[batch]`; gives `loss` and the outputs of [`mesh::optim::Update::output`]), or, where a step
+    ///   has several parts, `accumulate` (the same, gives `loss`) and `update` (gives the others);
     /// - `eval` (the same feeds; gives sums over the batch: `loss_sum`, `correct`, `weight`, and `next_correct`).
     ///
     /// Between stages there is `unshare`, named like the stage it ends.
@@ -121,21 +121,21 @@ impl Pretraining {
                 let update = self.optimizer.apply(g, &losses.loss);
                 losses.follow(self.dropping.as_ref());
                 g.output("loss", &losses.loss);
-                g.output("grad_norm", &update.grad_norm);
+                update.output(g);
             })?;
             return Ok(vec![name]);
         }
         let [accumulate, update] = ["accumulate", "update"].map(|n| self.named(n, stage));
         let variables: Vec<VarId> = p.function(accumulate.clone(), |g| {
             let losses = build(g);
-            let variables = Optimizer::accumulate(g, &losses.loss, self.parts);
+            let variables = self.optimizer.accumulate(g, &losses.loss, self.parts);
             losses.follow(self.dropping.as_ref());
             g.output("loss", &losses.loss);
             variables
         })?;
         p.function(update.clone(), |g| {
             let update = self.optimizer.apply_accumulated(g, &variables);
-            g.output("grad_norm", &update.grad_norm);
+            update.output(g);
         })?;
         Ok(vec![accumulate, update])
     }
@@ -236,7 +236,7 @@ pub struct FineTuning {
 
 impl FineTuning {
     /// The program: `train` (feeds of [`Text::feeds`]; `labels`, `i32[batch]` for classes and `f32[batch]` for a
-    /// regression; gives `loss`, `grad_norm`) and `eval` (feeds of the text; gives `judgement`: the class `i32[batch]`,
+    /// regression; gives `loss` and the outputs of [`mesh::optim::Update::output`]) and `eval` (feeds of the text; gives `judgement`: the class `i32[batch]`,
     /// or the number `f32[batch]`).
     ///
     /// # Errors
@@ -258,7 +258,7 @@ impl FineTuning {
             };
             let update = self.optimizer.apply(g, &loss);
             g.output("loss", &loss);
-            g.output("grad_norm", &update.grad_norm);
+            update.output(g);
         })?;
         p.function("eval", |g| {
             let output = self.output(g, &batch, Mode::Eval);

@@ -8,11 +8,12 @@ use coordinator::{Options, Position, Session};
 use examples::bert::dropping::{Dropping, Specials};
 use examples::bert::program::Pretraining;
 use examples::memory::Fitted;
-use examples::plan::Planned;
+use examples::plan::Shown;
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use examples::text::kept;
 use examples::text::sampler::Batch;
+use mesh::array::Array;
 use mesh::dim::Name;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -178,14 +179,14 @@ struct Training<'a> {
 
 /// Feeds a batch.
 fn feed(session: &mut Session, f: FunctionId, batch: &Batch, next_sentence: bool) -> Result<(), Failed> {
-    session.feed(f, "tokens", &batch.tokens.clone().into())?;
-    session.feed(f, "segments", &batch.segments.clone().into())?;
-    session.feed(f, "lengths", &batch.lengths.clone().into())?;
-    session.feed(f, "positions", &batch.positions.clone().into())?;
-    session.feed(f, "targets", &batch.targets.clone().into())?;
-    session.feed(f, "weights", &batch.weights.clone().into())?;
+    session.feed(f, "tokens", &Array::from(batch.tokens.clone()))?;
+    session.feed(f, "segments", &Array::from(batch.segments.clone()))?;
+    session.feed(f, "lengths", &Array::from(batch.lengths.clone()))?;
+    session.feed(f, "positions", &Array::from(batch.positions.clone()))?;
+    session.feed(f, "targets", &Array::from(batch.targets.clone()))?;
+    session.feed(f, "weights", &Array::from(batch.weights.clone()))?;
     if next_sentence {
-        session.feed(f, "next", &batch.next.clone().into())?;
+        session.feed(f, "next", &Array::from(batch.next.clone()))?;
     }
     Ok(())
 }
@@ -223,7 +224,7 @@ impl Model for Training<'_> {
             }
             let f = session.function(&p.named("update", stage))?;
             session.step(f, at.step)?;
-            ran.grad_norm = scalar(session, f, "grad_norm")?;
+            ran.update(session, f)?;
             ran.run = begun.elapsed() - ran.feed;
             ran
         };
@@ -320,19 +321,20 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What a run would do, stage by stage.
-pub fn plan(task: &Task) -> Result<Planned, Failed> {
+/// Prints what a run would do.
+pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
+    shown.fit(&mut task)?;
     let options = task.options()?;
     let c = &task.config;
     let setup = Setup::new(c, Specials::default())?;
-    let Fitted { program, text: recomputed } = setup.program(task, &options)?;
+    let Fitted { program, text: recomputed } = setup.program(&task, &options)?;
     let introduction = introduction(c, &setup, &c.data, &options, program.parameters()) + &recomputed;
-    let mut functions = vec![];
-    for stage in 0..setup.first.len() {
+    let of_stage = |stage: usize| {
         let p = &setup.pretraining;
-        let of_stage = program.stage(&p.stage_name(stage))?;
+        let program = program.stage(&p.stage_name(stage))?;
         let function = p.named(if c.parts > 1 { "accumulate" } else { "train" }, stage);
-        functions.push((function, options.plan(&of_stage)?, of_stage));
-    }
-    Ok(Planned { introduction, functions, memory: options.memory })
+        shown.plan(&options, program, function)
+    };
+    let plans = (0..setup.first.len()).map(of_stage).collect::<Result<Vec<_>, Failed>>()?;
+    shown.print("bert", &introduction, &plans)
 }

@@ -25,8 +25,8 @@ Examples:
   unet3d train --coordinator head:7070 --tls DIR      on the workers of a cluster
   unet3d eval --out runs/big
   unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
-  unet3d plan --mesh x=8 --format html > plan.html    a page about that
-  unet3d explain L0301                                what a finding of `plan` means
+  unet3d plan --size 256 --base 32 --machine h100x16  how long a step would take there
+  unet3d plan --machine h100x4 --format html          as a page, on the standard output; json for programs
 
 Exit codes:
    0  done
@@ -38,7 +38,7 @@ Exit codes:
 
 const KEYS: &str = "\
 Every option but --devices, --coordinator, --tls, --workers, --transport, --shrink, --config, --set, --out, --checkpoints,
---trace, --profile, --resume, --format and --diff is also a key of the configuration, for --config and --set; further keys are
+--trace, --profile and --resume is also a key of the configuration, for --config and --set; further keys are
   organ_weight      weight of an organ's voxel in the cross-entropy; the background's is 1 [default: 8]
   checkpoint_every  steps between checkpoints; one is always written at the end [default: 50]
   keep              checkpoints to keep [default: 2]
@@ -83,7 +83,7 @@ enum Command {
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
     Plan(Plan),
-    /// Say what a finding of `plan`, or an error of a layout, means, and how it is made and mended
+    /// Say what a code means, of a finding of `plan` or of an error, and how it is made and mended
     Explain(Explain),
     #[command(flatten)]
     Process(Process),
@@ -95,6 +95,15 @@ struct Plan {
     options: Options,
     #[command(flatten)]
     plan: PlanOptions,
+}
+
+impl Plan {
+    fn plan(mut self) -> Result<(), Failed> {
+        match self.plan.shown(&mut self.options.devices)? {
+            Some(shown) => train::plan(self.options.task(false)?, &shown),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Args)]
@@ -168,10 +177,10 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    let result = match &Cli::parse().command {
+    let result = match Cli::parse().command {
         Command::Train(o) => o.task(false).and_then(|t| train::train(&t)),
         Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
-        Command::Plan(o) => o.plan.run(|| train::plan(&o.options.task(false)?)),
+        Command::Plan(o) => o.plan(),
         Command::Explain(o) => o.run(),
         Command::Process(process) => return process.main(),
     };

@@ -124,7 +124,7 @@ fn training(p: &mut ProgramBuilder, shape: &Shape, config: &Config) -> Result<()
         let (loss, dice) = judge(g, &logits, &labels, config, "batch");
         let update = optimizer(config).apply(g, &loss);
         g.output("loss", &loss);
-        g.output("grad_norm", &update.grad_norm);
+        update.output(g);
         g.output("dice", &organ_mean(&dice));
     })
 }
@@ -141,8 +141,8 @@ fn evaluation(p: &mut ProgramBuilder, shape: &Shape, config: &Config) -> Result<
     })
 }
 
-/// The program: `train` (feeds `image` and `labels`; gives `loss`, `grad_norm`, `dice`) and `eval` (the same feeds for
-/// one case; gives `prediction`, `loss`, `dice` by class). `train` recomputes those of its blocks, `encoder.0` to
+/// The program: `train` (feeds `image` and `labels`; gives `loss`, `dice` and the outputs of
+/// [`mesh::optim::Update::output`]) and `eval` (the same feeds for one case; gives `prediction`, `loss`, `dice` by class). `train` recomputes those of its blocks, `encoder.0` to
 /// `decoder.0`.
 pub fn program(shape: &Shape, config: &Config, recompute: &[Name]) -> Result<Program, Error> {
     let mut p = ProgramBuilder::recomputing(recompute);
@@ -162,11 +162,11 @@ fn optimizer(config: &Config) -> Optimizer {
     let rate = config.rate;
     // As published: a factor of 0.3 every 20,000 steps.
     let steps = Schedule::StepDecay { start: rate, factor: 0.3, every: 20_000 };
-    match config.optimizer {
+    config.dtype.trains(match config.optimizer {
         OptimizerKind::Adafactor => Optimizer::adafactor(steps),
         OptimizerKind::Adam => Optimizer::adam(steps),
         OptimizerKind::Sgd => Optimizer::momentum(steps, 0.9),
-    }
+    })
 }
 
 #[cfg(test)]

@@ -1,23 +1,24 @@
 //! The commands: `train`, `eval` and `plan`.
 
 use crate::config::{Config, times};
-use crate::data::{Outline, Scan};
+use crate::data::{Images, Labels, Outline, Scan};
 use crate::model::{self, Shape};
 use coordinator::drive::again;
-use coordinator::{Options, Position, Session};
+use coordinator::session::FunctionId;
+use coordinator::{Failure, Options, Position, Session};
 use examples::memory::Fitted;
-use examples::plan::Planned;
-use examples::report::{Figures, Work, say, thousands};
+use examples::plan::Shown;
+use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
-use ndarray::{Array4, Array5, ArrayD, Axis, Ix4};
-use worker::data::{picture, volume::View};
+use ndarray::{Axis, Ix4};
+use worker::data::volume::View;
 
 /// What is to be done.
 pub type Task = run::Task<Config>;
 
 fn scan(task: &Task) -> Result<Scan, Failed> {
-    Ok(Scan::load(&task.config, |text| eprintln!("{text}"))?)
+    Ok(Scan::open(&task.config, |text| eprintln!("{text}"))?)
 }
 
 fn shape(outline: &Outline) -> Shape {
@@ -59,21 +60,10 @@ fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: us
     text + &run::devices(options)
 }
 
-/// Views of one step as feeds: `image [batch, x, y, z, channel]`, `labels [batch, x, y, z]`.
-fn views(scan: &Scan, views: &[View]) -> (Array, Array) {
-    let mut images = Vec::new();
-    let mut labels = Vec::new();
-    for view in views {
-        let (i, l) = view.apply(&scan.image, &scan.labels);
-        images.push(i.insert_axis(Axis(3)));
-        labels.push(l);
-    }
-    let stack = |v: &[ndarray::Array4<f32>]| -> Array5<f32> {
-        ndarray::stack(Axis(0), &v.iter().map(|a| a.view()).collect::<Vec<_>>()).expect("views are of one shape")
-    };
-    let labels: Array4<i32> =
-        ndarray::stack(Axis(0), &labels.iter().map(|a| a.view()).collect::<Vec<_>>()).expect("views are of one shape");
-    (stack(&images).into(), labels.into())
+/// Feeds views of a scan.
+fn feed(session: &mut Session, f: FunctionId, scan: &Scan, views: &[View]) -> Result<(), Failure> {
+    session.feed(f, "image", &Images(scan, views))?;
+    session.feed(f, "labels", &Labels(scan, views))
 }
 
 /// Trains.
@@ -104,34 +94,36 @@ impl Model for Training<'_> {
             let ids: Vec<u64> = (at.samples..at.samples + c.batch as u64).collect();
             let (seed, classes) = (c.common.seed, self.scan.classes.len());
             let draw = |id: &u64| if c.augment { View::draw(seed, *id, classes) } else { View::plain(*id, classes) };
-            let (image, labels) = views(self.scan, &ids.iter().map(draw).collect::<Vec<_>>());
-            session.feed(f, "image", &image)?;
-            session.feed(f, "labels", &labels)?;
+            feed(session, f, self.scan, &ids.iter().map(draw).collect::<Vec<_>>())?;
             Ok(ids)
         })?;
         let dice = f64::from(scalar(session, f, "dice")?);
-        ran.figures = Figures { row: vec![("dice", dice)], shown: vec![("dice", dice)] };
+        ran.figures.row.push(("dice", dice));
+        ran.figures.shown.push(("dice", dice));
         Ok(ran)
     }
 
     fn work(&self) -> Work {
-        let voxels = self.config.batch * self.scan.image.len();
+        let voxels = self.config.batch * self.scan.shape().iter().product::<usize>();
         Work { amount: voxels as f64 / 1e6, unit: "Mvoxel", flops: None }
     }
 }
 
 /// Predicts the whole volume, says how good that is, and writes prediction and picture.
 fn judge(task: &Task, scan: &Scan, session: &mut Session) -> Result<(), Failed> {
-    let (image, labels) = views(scan, &[View::plain(0, scan.classes.len())]);
-    let feeds = [("image", &image), ("labels", &labels)];
-    let results = again(session, |note| eprintln!("{note}"), |s| s.run("eval", 0, &feeds))?;
-    let result = |name: &str| results.iter().find(|(n, _)| **n == *name).map(|(_, a)| a);
-    let loss = result("loss").and_then(Array::to_f32).unwrap_or(f32::NAN);
+    let plain = [View::plain(0, scan.classes.len())];
+    let judged = |s: &mut Session| {
+        let f = s.function("eval")?;
+        feed(s, f, scan, &plain)?;
+        s.step(f, 0)?;
+        Ok::<_, Failure>((s.fetch(f, "loss")?, s.fetch(f, "dice")?, s.fetch(f, "prediction")?))
+    };
+    let (loss, dice, predicted) = again(session, |note| eprintln!("{note}"), judged)?;
+    let loss = loss.to_f32().unwrap_or(f32::NAN);
     if !loss.is_finite() {
         return Err(diverged(format!("the loss of the whole volume is {loss}")));
     }
-    let dice: Vec<f32> =
-        result("dice").and_then(Array::as_f32).map(|a| a.iter().copied().collect()).unwrap_or_default();
+    let dice: Vec<f32> = dice.as_f32().map(|a| a.iter().copied().collect()).unwrap_or_default();
     let organs = &dice[1.min(dice.len())..];
     say(format!("loss {loss:.4}"));
     for (name, d) in scan.classes.iter().zip(&dice) {
@@ -142,13 +134,12 @@ fn judge(task: &Task, scan: &Scan, session: &mut Session) -> Result<(), Failed> 
         scan.classes[0],
         organs.iter().sum::<f32>() / organs.len().max(1) as f32
     ));
-    let Some(Array::I32(predicted)) = result("prediction") else { return Ok(()) };
-    let predicted: ArrayD<i32> = predicted.clone();
+    let Array::I32(predicted) = predicted else { return Ok(()) };
     let Ok(predicted) = predicted.into_dimensionality::<Ix4>() else { return Ok(()) };
-    let predicted = predicted.index_axis(Axis(0), 0).to_owned();
+    let predicted = predicted.index_axis(Axis(0), 0);
     let (nii, png) = (task.out.join("prediction.nii.gz"), task.out.join("prediction.png"));
-    scan.write_prediction(&nii, &predicted)?;
-    picture::write(&png, &scan.image, &scan.labels, &predicted)?;
+    scan.write_prediction(&nii, predicted)?;
+    scan.write_picture(&png, predicted)?;
     say(format!("wrote {} and {}", nii.display(), png.display()));
     Ok(())
 }
@@ -165,12 +156,12 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
     judge(task, &scan, session)
 }
 
-/// What a run would do.
-pub fn plan(task: &Task) -> Result<Planned, Failed> {
+/// Prints what a run would do.
+pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
+    shown.fit(&mut task)?;
     let options = task.options()?;
     let outline = Outline::of(&task.config)?;
-    let Fitted { program, text } = program(task, &outline, &options)?;
+    let Fitted { program, text } = program(&task, &outline, &options)?;
     let introduction = introduction(&task.config, &outline, &options, program.parameters()) + &text;
-    let functions = vec![("train".into(), options.plan(&program)?, program)];
-    Ok(Planned { introduction, functions, memory: options.memory })
+    shown.print("unet3d", &introduction, &[shown.plan(&options, program, "train".into())?])
 }

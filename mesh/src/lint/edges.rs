@@ -1,7 +1,8 @@
 //! The program's edges: feeds, fetches, variables and checkpoints; and work that is done twice.
 
-use super::planned::{Lowered, Planned};
-use super::{Check, Finding, Lint, Severity, example};
+use super::lowered::Lowered;
+use super::planned::Planned;
+use super::{Change, Check, Finding, Lint, Severity, example};
 use crate::dim::{DType, dim};
 use crate::graph::{Graph, NodeId};
 use crate::nn::init::normal;
@@ -347,12 +348,8 @@ fn lone_writer(p: &Planned) -> Vec<Finding> {
     }
     let message = format!("one device writes `{}`, {} % of every checkpoint", largest.name, 100 * bytes / all.max(1));
     let help = "split a dimension of it, so that each device writes its part";
-    let enough =
-        |d: &&crate::dim::Dim| p.axes().any(|(_, _, size)| p.chunks(&d.name, d.size) >= size) && !p.has_rule(&d.name);
-    let changes = largest.ty.dims.iter().filter(enough).flat_map(|d| {
-        let axes: Vec<_> = p.axes().map(|(_, name, _)| name.clone()).collect();
-        axes.into_iter().map(|a| super::Change::split(&p.plan.layout, &d.name, &a, &p.rules_of(&a))).collect::<Vec<_>>()
-    });
-    let change = p.better(changes);
+    let pairs = largest.ty.dims.iter().flat_map(|d| p.axes().map(move |(_, axis, _)| (d, axis)));
+    let pairs = pairs.filter(|(d, axis)| p.has_room(d, axis));
+    let change = p.better(pairs.map(|(d, axis)| Change::only(&p.plan.layout, &d.name, axis)));
     vec![Finding::new(message, help).place(largest.place).change(change)]
 }

@@ -1,16 +1,17 @@
 //! What a lint found: where, what it costs and what to do about it.
 
-use super::planned::Lowered;
+use super::change::Change;
+use super::lowered::Lowered;
+use super::prices::Prices;
 use crate::dim::Name;
 use crate::error::Place;
 use crate::graph::NodeId;
-use crate::layout::{Layout, Mesh};
-use crate::plan::describe::{bytes, flops, thousands};
-use serde::Serialize;
+use crate::plan::describe::{bytes, flops, seconds, thousands};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// How bad something is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Nothing runs.
@@ -31,14 +32,8 @@ impl fmt::Display for Severity {
     }
 }
 
-/// Operations that a device makes in the time of sending a byte, where nothing is known of the machine: what findings of
-/// unlike kinds are compared by.
-pub const FLOPS_A_BYTE: f64 = 100.0;
-/// Bytes that a device sends in the time that a message takes, however short it is.
-pub const BYTES_A_MESSAGE: f64 = 4096.0;
-
 /// What is lost, a run of the function and on the device that loses most.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Lost {
     /// Floating-point operations.
     pub flops: f64,
@@ -48,17 +43,13 @@ pub struct Lost {
     pub messages: f64,
     /// Bytes of memory.
     pub held_bytes: f64,
+    /// Seconds on a machine, as estimated: what the change that is suggested saves, or else what operations, bytes and
+    /// messages take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
 }
 
 impl Lost {
-    /// Time, in operations: what sorts findings.
-    pub fn weight(&self) -> f64 {
-        self.flops + FLOPS_A_BYTE * (self.sent_bytes + BYTES_A_MESSAGE * self.messages)
-    }
-    /// Seconds on a device that computes and sends so fast.
-    pub fn seconds(&self, flops_per_second: f64, bytes_per_second: f64) -> f64 {
-        self.flops / flops_per_second + self.sent_bytes / bytes_per_second
-    }
     fn add(&mut self, other: &Lost) {
         self.flops += other.flops;
         self.sent_bytes += other.sent_bytes;
@@ -67,60 +58,23 @@ impl Lost {
     }
 }
 
-/// Another mesh, another layout, or both: what can be applied as it is.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Change {
-    /// The whole mesh in place of the one there is.
-    pub mesh: Option<String>,
-    /// The whole layout in place of the one there is.
-    pub layout: Option<String>,
-}
-
-impl Change {
-    /// Another layout, of these rules.
-    pub(super) fn rules(rules: &[(Name, Name)]) -> Change {
-        let text: Vec<String> = rules.iter().map(|(d, a)| format!("{d}:{a}")).collect();
-        Change { mesh: None, layout: Some(text.join(",")) }
-    }
-    /// `dim` split over `axis`, and no dimension of `not` over anything.
-    pub(super) fn split(layout: &Layout, dim: &Name, axis: &Name, not: &[&Name]) -> Change {
-        let others = layout.rules().iter().filter(|(d, _)| d != dim && !not.contains(&d));
-        Change::rules(&others.cloned().chain([(dim.clone(), axis.clone())]).collect::<Vec<_>>())
-    }
-    /// No rule for `dim`.
-    pub(super) fn without(layout: &Layout, dim: &Name) -> Change {
-        Change::rules(&layout.rules().iter().filter(|(d, _)| d != dim).cloned().collect::<Vec<_>>())
-    }
-    /// An axis of `size` devices; of one: none.
-    pub(super) fn resized(mesh: &Mesh, layout: &Layout, axis: &Name, size: usize) -> Change {
-        let axes = mesh
-            .axes()
-            .iter()
-            .map(|(n, s)| (n, if n == axis { size } else { *s }))
-            .filter(|(n, s)| *n != axis || *s > 1);
-        let text: Vec<String> = axes.map(|(n, s)| format!("{n}={s}")).collect();
-        let text = if text.is_empty() { "1".into() } else { text.join(",") };
-        let rules: Vec<_> = layout.rules().iter().filter(|(_, a)| size > 1 || a != axis).cloned().collect();
-        let fewer = rules.len() < layout.rules().len();
-        Change { mesh: Some(text), layout: fewer.then(|| Change::rules(&rules).layout).flatten() }
-    }
-}
-
-impl fmt::Display for Change {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mesh = self.mesh.as_ref().map(|m| format!("--mesh {m}"));
-        let layout = self.layout.as_ref().map(|l| format!("--layout {}", if l.is_empty() { "''" } else { l }));
-        f.write_str(&[mesh, layout].into_iter().flatten().collect::<Vec<_>>().join(" "))
-    }
+/// What a plan takes that was made with a change.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tried {
+    /// The most memory that a device needs.
+    pub peak_bytes: usize,
+    /// Seconds of a run, on a machine, as estimated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
 }
 
 /// Something that a lint found; of several with the same remedy, the one that costs most, with what all of them lose.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
     /// The lint's code.
-    pub code: &'static str,
+    pub code: Name,
     /// Its name.
-    pub name: &'static str,
+    pub name: Name,
     /// How bad it is.
     pub severity: Severity,
     /// What was found.
@@ -129,11 +83,12 @@ pub struct Finding {
     pub help: String,
     /// What to do, as something that can be applied.
     pub change: Option<Change>,
+    /// What that would take, if it was planned.
+    pub tried: Option<Tried>,
     /// The function it is in; none: the whole program.
     pub function: Option<Name>,
-    /// Place in the user's source.
-    #[serde(serialize_with = "place")]
-    pub place: Option<Place>,
+    /// Place in the user's source: file, line and column.
+    pub place: Option<String>,
     /// Scope in the program.
     pub scope: Option<Name>,
     /// Op and type of the tensor.
@@ -148,19 +103,16 @@ pub struct Finding {
     pub count: usize,
 }
 
-fn place<S: serde::Serializer>(place: &Option<Place>, s: S) -> Result<S::Ok, S::Error> {
-    place.map(|p| p.to_string()).serialize(s)
-}
-
 impl Finding {
     pub(super) fn new(message: impl Into<String>, help: impl Into<String>) -> Finding {
         Finding {
-            code: "",
-            name: "",
+            code: "".into(),
+            name: "".into(),
             severity: Severity::Warning,
             message: message.into(),
             help: help.into(),
             change: None,
+            tried: None,
             function: None,
             place: None,
             scope: None,
@@ -177,10 +129,10 @@ impl Finding {
         self.function = Some(l.function.name.clone());
         self.scope = Some(n.scope.clone());
         self.tensor = Some(format!("{} {}", n.op.op().name(), n.ty));
-        Finding { place: Some(n.place), ..self }
+        self.place(n.place)
     }
     pub(super) fn place(self, place: Place) -> Finding {
-        Finding { place: Some(place), ..self }
+        Finding { place: Some(place.to_string()), ..self }
     }
     pub(super) fn dim(self, dim: &Name) -> Finding {
         Finding { dim: Some(dim.clone()), ..self }
@@ -213,17 +165,17 @@ impl Finding {
 
     /// Whether what is to be done is the same.
     fn same_remedy(&self, other: &Finding) -> bool {
-        let key = |f: &Finding| (f.code, f.help.clone(), f.change.clone(), f.dim.clone(), f.axis.clone());
-        key(self) == key(other)
+        let about = |f: &Finding| (f.code.clone(), f.help.clone(), f.dim.clone(), f.axis.clone());
+        about(self) == about(other) && self.change == other.change
     }
 }
 
 /// Findings of one remedy together, those that cost most first. What they lose is added up within a function; of several
 /// functions, which run at other times, the one that loses most counts.
-pub(super) fn merged(list: Vec<Finding>) -> Vec<Finding> {
+pub(super) fn merged(list: Vec<Finding>, prices: &Prices) -> Vec<Finding> {
     let mut by_function: Vec<(f64, Finding)> = vec![];
     for f in list {
-        let weight = f.lost.weight();
+        let weight = prices.of(&f.lost);
         match by_function.iter_mut().find(|(_, g)| g.same_remedy(&f) && g.function == f.function) {
             None => by_function.push((weight, f)),
             Some((most, g)) => {
@@ -242,14 +194,14 @@ pub(super) fn merged(list: Vec<Finding>) -> Vec<Finding> {
             None => out.push(f),
             Some(g) => {
                 let count = g.count + f.count;
-                if f.lost.weight() > g.lost.weight() {
+                if prices.of(&f.lost) > prices.of(&g.lost) {
                     *g = f;
                 }
                 g.count = count;
             }
         }
     }
-    let key = |f: &Finding| (f.severity, -f.lost.weight(), -f.lost.held_bytes);
+    let key = |f: &Finding| (f.severity, -prices.of(&f.lost), -f.lost.held_bytes);
     let order = |a: &Finding, b: &Finding| {
         let (a, b) = (key(a), key(b));
         a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.total_cmp(&b.2))
@@ -288,10 +240,21 @@ impl fmt::Display for Finding {
         if !lost.is_empty() {
             let of = self.function.as_ref().map(|n| format!(" of `{n}`")).unwrap_or_default();
             write!(f, "\n  = it costs a device {lost}, a run{of}")?;
+            if let Some(s) = self.lost.seconds.filter(|s| *s > 0.0) {
+                write!(f, ": {} as estimated", seconds(s))?;
+            }
         }
         write!(f, "\n  help: {}", self.help)?;
-        match &self.change {
-            Some(change) => write!(f, ": {change}"),
+        if let Some(change) = &self.change {
+            write!(f, ": {change}")?;
+        }
+        match self.tried {
+            Some(Tried { peak_bytes, seconds: Some(s) }) => {
+                write!(f, "\n  = planned so, a run takes {}, and a device {} at most", seconds(s), bytes(peak_bytes))
+            }
+            Some(Tried { peak_bytes, seconds: None }) => {
+                write!(f, "\n  = planned so, a device takes {} at most", bytes(peak_bytes))
+            }
             None => Ok(()),
         }
     }

@@ -1,37 +1,15 @@
-//! Memory: what is held several times, what could be made again, and peaks that one step makes.
+//! Memory: what could be made again, peaks that one step makes, and copies.
 
-use super::planned::{Lowered, Planned};
+use super::planned::Planned;
 use super::{Change, Check, Finding, Lint, Severity, example};
 use crate::dim::{DType, Name, dim};
-use crate::graph::{Graph, NodeId, Tensor};
+use crate::graph::{Graph, Tensor};
 use crate::nn::init::normal;
 use crate::ops::Prim;
 use crate::optim::Optimizer;
 use crate::plan::ExchangeKind;
-use crate::plan::Timeline;
 
 pub(super) const LINTS: &[Lint] = &[
-    Lint {
-        code: "L0601",
-        name: "replicated-variables",
-        severity: Severity::Warning,
-        about: "Memory is short (more than 7 of 10 parts of it are needed), and every device along an axis holds all of the \
-                trained variables. Split a dimension of the largest ones over the axis; what is needed whole is then gathered.",
-        failing: example(wide_sgd, WIDE, "data=4", "batch:data").within(300 << 10),
-        fixed: example(wide_sgd, WIDE, "data=4", "d_out:data").within(300 << 10),
-        check: Check::Plan(|p| replicated(p, true)),
-    },
-    Lint {
-        code: "L0602",
-        name: "replicated-slots",
-        severity: Severity::Warning,
-        about: "Memory is short, and every device along an axis holds all of the optimizer's slots and other state, Adam's \
-                two of each variable for instance. Split a dimension of the largest ones over the axis, or take an optimizer \
-                with smaller slots (Adafactor).",
-        failing: example(wide_adam, WIDE_ADAM, "data=4", "batch:data").within(450 << 10),
-        fixed: example(wide_adam, WIDE_ADAM, "data=4", "d_out:data").within(450 << 10),
-        check: Check::Plan(|p| replicated(p, false)),
-    },
     Lint {
         code: "L0603",
         name: "recompute",
@@ -105,22 +83,6 @@ pub(super) const LINTS: &[Lint] = &[
         check: Check::Plan(wide_type),
     },
 ];
-
-fn dense(g: &Graph) -> Tensor {
-    let x = g.input("x", DType::F32, &[dim("batch", 8), dim("d_in", 64)]);
-    let w = g.variable("w", &[dim("d_in", 64), dim("d_out", 256)], normal(0.1)); // L0601
-    x.contract(&w, &["d_in"]).tanh().sum_all()
-}
-const WIDE: &str = "a layer [d_in:64] -> [d_out:256], trained by SGD";
-fn wide_sgd(g: &Graph) {
-    let loss = dense(g);
-    Optimizer::sgd(0.1).apply(g, &loss);
-}
-const WIDE_ADAM: &str = "a layer [d_in:64] -> [d_out:256], trained by Adam";
-fn wide_adam(g: &Graph) {
-    let loss = dense(g);
-    Optimizer::adam(0.1).apply(g, &loss); // L0602
-}
 
 fn deep(g: &Graph, part: impl Fn(usize, &dyn Fn() -> Tensor) -> Tensor) {
     let mut x = g.input("x", DType::F32, &[dim("row", 64), dim("d", 32)]); // L0603
@@ -221,54 +183,8 @@ fn bf16_layer(g: &Graph) {
     layers(g, DType::Bf16);
 }
 
-fn replicated(p: &Planned, trained: bool) -> Vec<Finding> {
-    let mut out = vec![];
-    if !p.is_short() {
-        return out;
-    }
-    for (axis, name, size) in p.axes() {
-        let l = &p.functions[0];
-        let whole = |v: usize| {
-            let parts: Vec<_> = p.plan.variables.iter().map(|d| d[v].0.region.clone()).collect();
-            l.split(&parts, axis).is_empty()
-        };
-        let list = p.program.variables.iter().enumerate().filter(|(i, v)| v.trainable == trained && whole(*i));
-        let list: Vec<_> = list.map(|(i, v)| (p.plan.variables[0][i].1.bytes, v)).collect();
-        let held: usize = list.iter().map(|(b, _)| b).sum();
-        let lost = held as f64 * (1.0 - 1.0 / size as f64);
-        if lost < 0.05 * p.peak() as f64 {
-            continue;
-        }
-        let Some((_, largest)) = list.iter().max_by_key(|(b, _)| *b) else { continue };
-        let rules = p.rules_of(name);
-        let dims = largest.ty.dims.iter().filter(|d| p.chunks(&d.name, d.size) >= size && !p.has_rule(&d.name));
-        let with = dims.clone().map(|d| Change::split(&p.plan.layout, &d.name, name, &[]));
-        let instead = dims.map(|d| Change::split(&p.plan.layout, &d.name, name, &rules));
-        let change = with.chain(instead).find(|c| p.trial(c).is_some_and(|t| t.variables < 0.9 * p.now.variables));
-        let what = if trained { "variables" } else { "optimizer slots and statistics" };
-        let message = format!("memory is short, and each device along `{name}` holds all of {} {what}", list.len());
-        let help = format!("split a dimension of the largest, `{}`, over `{name}`", largest.name);
-        let finding = Finding::new(message, help).place(largest.place).axis(name);
-        out.push(finding.held(lost).change(change).counted(list.len()));
-    }
-    out
-}
-
-/// The function and device that need most memory.
-fn fullest<'p>(p: &'p Planned) -> Option<(&'p Lowered<'p>, usize, &'p Timeline)> {
-    let all = p.functions.iter().flat_map(|l| {
-        let timelines = p.plan.timelines.get(&l.function.name).into_iter().flatten();
-        timelines.enumerate().map(move |(d, t)| (l, d, t))
-    });
-    all.max_by_key(|(l, d, _)| p.plan.functions[&l.function.name][*d].arena_bytes)
-}
-
-fn node_of_step(p: &Planned, l: &Lowered, device: usize, step: usize) -> Option<NodeId> {
-    p.plan.functions[&l.function.name][device].steps.get(step).map(|s| s.label.node)
-}
-
 fn recompute(p: &Planned) -> Vec<Finding> {
-    let Some((l, _, t)) = fullest(p).filter(|_| p.is_short()) else { return vec![] };
+    let Some((l, _, t)) = p.fullest().filter(|_| p.is_short()) else { return vec![] };
     let names = l.function.blocks.iter().map(|b| &*b.name);
     let inside = t.inside.iter().map(|by_step| by_step.get(t.fullest).copied().unwrap_or(0));
     let blocks: Vec<(&str, usize)> = names.zip(inside).filter(|(_, b)| *b > 0).collect();
@@ -286,14 +202,14 @@ fn recompute(p: &Planned) -> Vec<Finding> {
 }
 
 fn cliff_lint(p: &Planned) -> Vec<Finding> {
-    let Some((l, device, t)) = fullest(p) else { return vec![] };
+    let Some((l, device, t)) = p.fullest() else { return vec![] };
     let near = (t.alive.len() / 20).max(1);
     let far = t.alive.iter().enumerate().filter(|(i, _)| i.abs_diff(t.fullest) > near).map(|(_, b)| *b).max();
     let (most, rest) = (t.alive.get(t.fullest).copied().unwrap_or(0), far.unwrap_or(usize::MAX));
     if rest == usize::MAX || 2 * most < 3 * rest || t.alive.len() < 20 {
         return vec![];
     }
-    let Some(node) = node_of_step(p, l, device, t.fullest) else { return vec![] };
+    let Some(node) = p.node_of_step(l, device, t.fullest) else { return vec![] };
     let message = format!(
         "this step needs {}, and no step that is not near it more than {}",
         crate::plan::describe::bytes(most),
@@ -320,10 +236,9 @@ fn replicated_activation(p: &Planned) -> Vec<Finding> {
                 continue;
             }
             let (id, node) = l.node_of(i);
-            let dims = node.ty.dims.iter().filter(|d| p.chunks(&d.name, d.size) >= size && !p.has_rule(&d.name));
-            let rules = p.rules_of(name);
-            let with = dims.clone().map(|d| Change::split(&p.plan.layout, &d.name, name, &[]));
-            let instead = dims.map(|d| Change::split(&p.plan.layout, &d.name, name, &rules));
+            let dims = node.ty.dims.iter().filter(|d| p.has_room(d, name));
+            let with = dims.clone().map(|d| Change::split(&p.plan.layout, &d.name, name));
+            let instead = dims.map(|d| Change::only(&p.plan.layout, &d.name, name));
             let Some(change) = with.chain(instead).find(|c| p.trial(c).is_some()) else { continue };
             let message = format!("memory is short, and each device along `{name}` holds all of this activation");
             let lost = held as f64 * (1.0 - 1.0 / size as f64);
@@ -361,7 +276,7 @@ fn uneven_memory(p: &Planned) -> Vec<Finding> {
     let peaks: Vec<usize> = (0..p.plan.mesh.size()).map(|d| p.plan.arena_bytes(d)).collect();
     let most = peaks.iter().copied().max().unwrap_or(0);
     let mean = peaks.iter().sum::<usize>() as f64 / peaks.len() as f64;
-    let Some((l, device, t)) = fullest(p).filter(|_| most as f64 > 1.2 * mean) else { return vec![] };
+    let Some((_, device, _)) = p.fullest().filter(|_| most as f64 > 1.2 * mean) else { return vec![] };
     let mut changes = p.axes().filter_map(|(_, name, size)| {
         let chunks = p.program.chunking.chunks;
         let divisor = (1..=size).rev().find(|n| chunks.is_multiple_of(*n))?;
@@ -376,9 +291,8 @@ fn uneven_memory(p: &Planned) -> Vec<Finding> {
     let finding = Finding::new(message, "use an axis whose size divides the number of chunks")
         .held(most as f64 - mean)
         .change(change);
-    let node = node_of_step(p, l, device, t.fullest).or(l.function.outputs.first().map(|(_, n)| *n));
-    vec![match node {
-        Some(node) => finding.at(l, node),
+    vec![match p.fullest_node() {
+        Some((l, node)) => finding.at(l, node),
         None => finding,
     }]
 }
@@ -408,7 +322,7 @@ fn stored_broadcast(p: &Planned) -> Vec<Finding> {
 }
 
 fn wide_type(p: &Planned) -> Vec<Finding> {
-    let Some((l, _, t)) = fullest(p).filter(|_| p.is_short()) else { return vec![] };
+    let Some((l, _, t)) = p.fullest().filter(|_| p.is_short()) else { return vec![] };
     let mut products = l.computes().filter(|(_, op)| op.is_product()).peekable();
     let Some((first, _)) = products.peek().copied() else { return vec![] };
     let wide = |(i, _): (&crate::spmd::Instr, &Prim)| i.inputs.iter().all(|v| l.value(*v).ty.dtype == DType::F32);

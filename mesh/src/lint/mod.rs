@@ -8,12 +8,16 @@
 //!
 //! To add a lint, add an entry to the table of its kind. `mesh/tests/lints.rs` runs all of them.
 
+mod change;
 mod edges;
 mod finding;
+mod lowered;
 mod memory;
 mod moves;
 mod planned;
+mod prices;
 mod refusals;
+mod sections;
 mod shards;
 mod sums;
 mod windows;
@@ -21,11 +25,13 @@ mod work;
 
 use crate::error::Error;
 use crate::graph::Graph;
+use crate::layout::{Layout, Mesh};
+use crate::machine::Machine;
 use crate::plan::ProgramPlan;
 use crate::program::{Program, ProgramBuilder};
-pub use finding::{BYTES_A_MESSAGE, Change, FLOPS_A_BYTE, Finding, Lost, Severity};
+pub use change::Change;
+pub use finding::{Finding, Lost, Severity, Tried};
 use planned::Planned;
-pub(crate) use planned::split_along;
 use std::fmt::Write;
 
 /// Something that can be wrong with a layout.
@@ -108,6 +114,7 @@ pub fn all() -> impl Iterator<Item = &'static Lint> {
         windows::LINTS,
         sums::LINTS,
         shards::LINTS,
+        sections::LINTS,
         memory::LINTS,
         edges::LINTS,
     ]
@@ -120,31 +127,71 @@ pub fn find(code: &str) -> Option<&'static Lint> {
     all().find(|l| l.code.eq_ignore_ascii_case(code) || l.name == code)
 }
 
-/// What a finding has to lose at the least: a share of the operations and bytes of a run, or of the memory.
+/// What a finding has to lose at the least: a share of the time of a run, or of the memory.
 const WORTHWHILE: f64 = 0.01;
+/// Changes that are planned whole at the most, for the findings that cost most.
+const PLANNED: usize = 8;
 
-/// Runs all lints on what is planned; `memory` is what a device may use. Of one remedy there is one finding, and those that
-/// cost most come first.
+/// What findings are looked for with.
+pub struct Given<'a> {
+    /// Bytes of memory that a device may use, if that is limited.
+    pub memory: Option<usize>,
+    /// The machine that times are for.
+    pub machine: Option<&'a Machine>,
+    /// Plans the program on another mesh, with another layout, and without a limit of memory.
+    pub plan: &'a dyn Fn(&Mesh, &Layout) -> Result<ProgramPlan, Error>,
+}
+
+/// Runs all lints on what is planned, also if that needs more memory than a device may use. Of one remedy there is one
+/// finding, and those that cost most come first.
 ///
 /// # Errors
 /// A plan of another program.
-pub fn check(program: &Program, plan: &ProgramPlan, memory: Option<usize>) -> Result<Vec<Finding>, Error> {
-    let p = Planned::new(program, plan, memory)?;
+pub fn check(program: &Program, plan: &ProgramPlan, given: &Given) -> Result<Vec<Finding>, Error> {
+    let p = Planned::new(program, plan, given)?;
     let mut found = vec![];
     for lint in all() {
         let Check::Plan(check) = lint.check else { continue };
-        let label = |f: Finding| Finding { code: lint.code, name: lint.name, severity: lint.severity, ..f };
+        let label =
+            |f: Finding| Finding { code: lint.code.into(), name: lint.name.into(), severity: lint.severity, ..f };
         found.extend(check(&p).into_iter().map(label));
     }
-    let mut found = finding::merged(found);
+    let mut found = finding::merged(found, &p.prices);
     found.retain(|f| {
         let all = p.functions.iter().find(|l| Some(&l.function.name) == f.function.as_ref());
-        let run = all.map_or(p.now.lost, |l| l.total).weight();
-        let time = f.lost.weight() / run.max(1.0);
+        let run = p.prices.of(&all.map_or(p.now.lost, |l| l.total));
+        let time = if run > 0.0 { p.prices.of(&f.lost) / run } else { 0.0 };
         let memory = f.lost.held_bytes / p.peak().max(1) as f64;
         f.lost == Lost::default() || time.max(memory) >= WORTHWHILE
     });
-    Ok(found)
+    Ok(judged(&p, found))
+}
+
+/// Findings with what their changes take as planned, the first ones. One that this refutes is none: the change does not fit,
+/// or saves nothing of the memory, or of the time, that it is about.
+fn judged(p: &Planned, found: Vec<Finding>) -> Vec<Finding> {
+    let mut left = PLANNED;
+    let mut judge = |mut f: Finding| {
+        f.lost.seconds = p.given.machine.map(|_| p.prices.of(&f.lost));
+        let Some(change) = f.change.as_ref().filter(|_| left > 0) else { return Some(f) };
+        left -= 1;
+        f.tried = p.planned(change, f.function.as_ref());
+        let now = p.as_it_is(f.function.as_ref()).seconds;
+        // On another mesh there are other devices.
+        let (Some(then), None) = (f.tried, &change.mesh) else { return Some(f) };
+        if p.over().is_none() && p.given.memory.is_some_and(|m| then.peak_bytes > m) {
+            return None;
+        }
+        if f.lost.held_bytes > 0.0 {
+            return (then.peak_bytes < p.peak()).then_some(f);
+        }
+        if let (Some(now), Some(then)) = (now, then.seconds) {
+            f.lost.seconds = Some(now - then);
+            return (then < now).then_some(f);
+        }
+        Some(f)
+    };
+    found.into_iter().filter_map(&mut judge).collect()
 }
 
 /// Findings as text for people: the `most` first ones.
@@ -162,11 +209,21 @@ pub fn text(found: &[Finding], most: usize) -> String {
     out
 }
 
+/// A code that there is not.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{what}\n  help: {help}")]
+pub struct Unknown {
+    /// What was asked for.
+    pub what: String,
+    /// What may have been meant.
+    pub help: String,
+}
+
 /// All there is to say about a code, or a list of all of them.
 ///
 /// # Errors
-/// A code that there is not: what to say then.
-pub fn explain(code: Option<&str>) -> Result<String, String> {
+/// A code that there is not.
+pub fn explain(code: Option<&str>) -> Result<String, Unknown> {
     let mut out = String::new();
     let Some(code) = code else {
         for l in all() {
@@ -177,7 +234,7 @@ pub fn explain(code: Option<&str>) -> Result<String, String> {
     let Some(l) = find(code) else {
         let near = crate::error::nearest(code, all().flat_map(|l| [l.code, l.name]));
         let help = near.map_or("`explain` without a code lists all of them".into(), |n| format!("did you mean {n}?"));
-        return Err(format!("there is nothing to explain about `{code}`\n  help: {help}"));
+        return Err(Unknown { what: format!("there is nothing to explain about `{code}`"), help });
     };
     let _ = writeln!(out, "{}[{}]: {}\n\n{}", l.severity, l.code, l.name, l.about);
     for (title, e) in [("like this", &l.failing), ("better", &l.fixed)] {

@@ -1,9 +1,11 @@
 //! Data that move between devices: gathers, all-to-alls, and what moves although it need not.
 
-use super::planned::{Lowered, Moved, Planned};
+use super::lowered::{Lowered, Moved};
+use super::planned::Planned;
 use super::{Change, Check, Finding, Lint, Severity, example};
 use crate::dim::{DType, Dim, Name, dim};
 use crate::graph::{Graph, NodeId, Tensor};
+use crate::layout::Section;
 use crate::nn::{self, init::normal};
 use crate::ops::Prim;
 use crate::plan::ExchangeKind;
@@ -144,9 +146,9 @@ fn no_gather(g: &Graph) {
 
 const CONTESTED: &str = "a product of x [batch, d_in] and w [batch, d_in, d_out]'s mean over the batch";
 fn contested(g: &Graph) {
-    let x = g.input("x", DType::F32, &[dim("batch", 64), dim("d_in", 64)]);
-    let w = g.variable("w", &[dim("d_in", 64), dim("d_hidden", 16)], normal(0.1));
-    let v = g.variable("v", &[dim("d_hidden", 16), dim("d_out", 64)], normal(0.1));
+    let x = g.input("x", DType::F32, &[dim("batch", 64), dim("d_in", 32)]);
+    let w = g.variable("w", &[dim("d_in", 32), dim("d_hidden", 16)], normal(0.1));
+    let v = g.variable("v", &[dim("d_hidden", 16), dim("d_out", 512)], normal(0.1));
     let both = w.with_layout("").contract(&v, &["d_hidden"]).with_layout("");
     g.output("y", &x.tanh().contract(&both, &["d_in"])); // L0203
 }
@@ -292,12 +294,21 @@ fn sliced_again(l: &Lowered, m: &Moved) -> bool {
         })
 }
 
+/// Whether rules for variables, gradients or slots alone say how one side lies: they take memory for time on purpose.
+fn meant(p: &Planned, l: &Lowered, m: &Moved) -> bool {
+    let sides = [m.by, l.root(l.origin(m.from))].map(|node| l.function.node(node).role.section());
+    // What a variable is read as has the role of its reader.
+    let read = l.variable(m.from).map(|v| p.program.variables[v.index()].role.section());
+    sides.into_iter().chain(read).any(|s| s != Section::Activations && p.has_section(s))
+}
+
 /// A finding for each move of that cause.
 fn each(p: &Planned, what: Cause, say: impl Fn(&Lowered, &Moved) -> Option<Finding>) -> Vec<Finding> {
     let mut out = vec![];
     for l in &p.functions {
         let moves = l.moves.iter().filter(|m| m.bytes >= 0.1 * super::WORTHWHILE * l.total.sent_bytes);
-        out.extend(moves.filter(|m| cause(p, l, m) == what).filter_map(|m| say(l, m)));
+        let moves = moves.filter(|m| !meant(p, l, m) && cause(p, l, m) == what);
+        out.extend(moves.filter_map(|m| say(l, m)));
     }
     out
 }
@@ -315,16 +326,13 @@ fn about(l: &Lowered, m: &Moved) -> Option<(Name, usize)> {
 fn otherwise(p: &Planned, l: &Lowered, m: &Moved, dim: &Name, axis: usize) -> Option<Change> {
     let axis_name = p.axis_name(axis);
     let node = l.function.node(m.by);
-    let dims = node.ty.dims.iter().chain(&l.value(m.from).ty.dims);
-    let enough = dims.filter(|d| p.chunks(&d.name, d.size) >= p.axis_size(axis));
-    let dims: Vec<Name> = enough.map(|d| d.name.clone()).collect();
+    let dims: Vec<Dim> = node.ty.dims.iter().chain(&l.value(m.from).ty.dims).cloned().collect();
     let mut changes = p.instead(dim, axis_name, &dims);
     // Another name of a renamed dimension has a rule of its own.
-    let ruled: Vec<&Name> = p.rules_of(axis_name);
-    for d in dims.iter().filter(|d| !ruled.contains(d)) {
-        changes.push(Change::split(&p.plan.layout, d, axis_name, &ruled));
+    for d in dims.iter().filter(|d| p.has_room(d, axis_name)) {
+        changes.push(Change::only(&p.plan.layout, &d.name, axis_name));
     }
-    changes.extend(ruled.iter().map(|d| Change::without(&p.plan.layout, d)));
+    changes.extend(p.rules_of(axis_name).iter().map(|d| Change::without(&p.plan.layout, d, axis_name)));
     p.better(changes)
 }
 

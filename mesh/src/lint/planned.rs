@@ -1,23 +1,24 @@
-//! A planned program as lints see it: what each instruction computes and moves, and what another layout would.
+//! A planned program as lints see it, and what it would be with a change.
 
-use super::finding::{Change, Lost};
-use crate::dim::{Name, Type};
+use super::Given;
+use super::change::{Change, about_time};
+use super::finding::{Lost, Tried};
+use super::lowered::{Lowered, split_along};
+use super::prices::Prices;
+use crate::dim::{Dim, Name, Type};
 use crate::error::Error;
-use crate::graph::{Node, NodeId};
-use crate::layout::{Layout, Mesh, Placement};
-use crate::ops::Prim;
-use crate::ops::reduce::ReduceFn;
-use crate::plan::{self, ExchangeKind, ProgramPlan};
-use crate::program::{Function, Program};
+use crate::graph::NodeId;
+use crate::layout::{ANY, Layout, Mesh, Section};
+use crate::placement::{Placement, Subject};
+use crate::plan::{ProgramPlan, Timeline, time};
+use crate::program::Program;
 use crate::region::Region;
-use crate::spmd::{self, Instr, SpmdOp, SpmdProgram, Sum, Value, ValueId};
+use crate::spmd::{self, SpmdOp};
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-/// Layouts that are tried at the most in the search for better ones: each is a lowering of the whole program.
+/// Changes that are lowered at the most in the search for better ones: each is a lowering of the whole program.
 const TRIALS: usize = 40;
-/// Operations that a random number takes; the op itself counts none.
-const FLOPS_A_DRAW: f64 = 25.0;
 
 /// What a run of every function takes on the device that it takes most of.
 #[derive(Clone, Copy, Debug, Default)]
@@ -31,81 +32,49 @@ pub(super) struct Total {
 pub(super) struct Planned<'a> {
     pub program: &'a Program,
     pub plan: &'a ProgramPlan,
-    /// Bytes that a device may use.
-    pub memory: Option<usize>,
+    pub given: &'a Given<'a>,
+    pub prices: Prices,
     /// All but `init`.
     pub functions: Vec<Lowered<'a>>,
     pub now: Total,
     tried: RefCell<HashMap<String, Option<Total>>>,
-}
-
-/// Data that move between devices: what a device receives.
-pub(super) struct Moved {
-    pub from: ValueId,
-    pub kind: ExchangeKind,
-    /// Who needs them.
-    pub by: NodeId,
-    /// Dimensions that are split before and not after it, each with its axis.
-    pub gathered: Vec<(Name, usize)>,
-    /// By device.
-    pub received: Vec<f64>,
-    /// Of those, the most.
-    pub bytes: f64,
-    pub to: ValueId,
-}
-
-/// A function on a mesh.
-pub(super) struct Lowered<'a> {
-    pub function: &'a Function,
-    pub spmd: SpmdProgram,
-    pub mesh: Mesh,
-    /// By value: instructions that read it.
-    pub readers: Vec<Vec<usize>>,
-    /// By value: the instruction that makes it.
-    pub producer: Vec<Option<usize>>,
-    pub moves: Vec<Moved>,
-    pub total: Lost,
+    planned: RefCell<HashMap<String, Option<(usize, HashMap<Name, f64>)>>>,
 }
 
 /// The functions of a program, lowered; without the one that runs once.
 fn lowered<'a>(program: &'a Program, mesh: &Mesh, layout: &Layout) -> Result<Vec<Lowered<'a>>, Error> {
     layout.check(mesh, program)?;
-    let placement = Placement { mesh, layout, chunking: &program.chunking };
+    let placement = Placement::new(mesh, layout, program);
     let functions = program.functions.values().filter(|f| f.name != "init");
     functions.map(|f| Ok(Lowered::new(f, spmd::lower(f, &placement)?, mesh))).collect()
 }
 
 fn total(program: &Program, mesh: &Mesh, layout: &Layout, functions: &[Lowered]) -> Result<Total, Error> {
-    let placement = Placement { mesh, layout, chunking: &program.chunking };
+    let placement = Placement::new(mesh, layout, program);
     let mut held = vec![0; mesh.size()];
     for v in &program.variables {
-        let spec = placement.spec("variable", &v.ty, None, &[], v.place)?;
+        let spec = placement.spec(&Subject::variable(v))?;
         for (d, r) in placement.regions(&v.ty, &spec).iter().enumerate() {
             held[d] += r.elements() * v.ty.dtype.bytes();
         }
     }
     let sum = |f: fn(&Lost) -> f64| functions.iter().map(|l| f(&l.total)).sum();
-    let lost = Lost { flops: sum(|l| l.flops), sent_bytes: sum(|l| l.sent_bytes), messages: 0.0, held_bytes: 0.0 };
+    let lost = Lost { flops: sum(|l| l.flops), sent_bytes: sum(|l| l.sent_bytes), ..Lost::default() };
     Ok(Total { lost, variables: held.into_iter().max().unwrap_or(0) as f64 })
 }
 
-fn along(mesh: &Mesh, axis: usize) -> (usize, usize) {
-    let axes = mesh.axes();
-    (0, (axes[axis].1 - 1) * axes[axis + 1..].iter().map(|(_, s)| s).product::<usize>())
-}
-
-/// The dimensions of which devices along an axis hold unlike ranges.
-pub(crate) fn split_along(mesh: &Mesh, regions: &[Region], axis: usize) -> Vec<Name> {
-    let (a, b) = along(mesh, axis);
-    let dims = regions[a].0.iter().zip(&regions[b].0);
-    dims.filter(|((_, r), (_, s))| r != s).map(|((n, _), _)| n.clone()).collect()
+/// The most memory that a device needs.
+fn peak(plan: &ProgramPlan) -> usize {
+    (0..plan.mesh.size()).map(|d| plan.peak_bytes(d)).max().unwrap_or(0)
 }
 
 impl<'a> Planned<'a> {
-    pub fn new(program: &'a Program, plan: &'a ProgramPlan, memory: Option<usize>) -> Result<Planned<'a>, Error> {
+    pub fn new(program: &'a Program, plan: &'a ProgramPlan, given: &'a Given<'a>) -> Result<Planned<'a>, Error> {
         let functions = lowered(program, &plan.mesh, &plan.layout)?;
         let now = total(program, &plan.mesh, &plan.layout, &functions)?;
-        Ok(Planned { program, plan, memory, functions, now, tried: RefCell::default() })
+        let prices = given.machine.map_or(Prices::default(), |m| Prices::on(m, plan.mesh.size()));
+        let (tried, planned) = (RefCell::default(), RefCell::default());
+        Ok(Planned { program, plan, given, prices, functions, now, tried, planned })
     }
 
     /// The axes that have more than one device: index, name, devices.
@@ -129,32 +98,90 @@ impl<'a> Planned<'a> {
                     .any(|i| matches!(&i.op, SpmdOp::Compute { sum: Some(s), .. } if l.sums(s, axis)))
         })
     }
+    /// Whether a variable lies whole on every device along an axis.
+    pub fn is_whole(&self, variable: usize, axis: usize) -> bool {
+        let parts: Vec<Region> = self.plan.variables.iter().map(|d| d[variable].0.region.clone()).collect();
+        split_along(&self.plan.mesh, &parts, axis).is_empty()
+    }
     /// Whether a tensor has the dimensions of a variable: it is one, or a gradient, or a slot.
     pub fn like_a_variable(&self, ty: &Type) -> bool {
         self.program.variables.iter().any(|v| v.ty.dims == ty.dims)
     }
     /// The most memory that a device needs.
     pub fn peak(&self) -> usize {
-        (0..self.plan.mesh.size()).map(|d| self.plan.peak_bytes(d)).max().unwrap_or(0)
+        peak(self.plan)
     }
     /// Whether memory is short: more than 7 of 10 parts of it are needed.
     pub fn is_short(&self) -> bool {
-        self.memory.is_some_and(|m| self.peak() * 10 > m * 7)
+        self.given.memory.is_some_and(|m| self.peak() as f64 > 0.7 * m as f64)
     }
-    /// A dimension that a rule is for.
+    /// What a device may use, if the plan needs more.
+    pub fn over(&self) -> Option<usize> {
+        self.given.memory.filter(|m| self.peak() > *m)
+    }
+    /// The function and device that need most memory, and that over time.
+    pub fn fullest(&self) -> Option<(&Lowered<'a>, usize, &'a Timeline)> {
+        let all = self.functions.iter().flat_map(|l| {
+            let timelines = self.plan.timelines.get(&l.function.name).into_iter().flatten();
+            timelines.enumerate().map(move |(d, t)| (l, d, t))
+        });
+        all.max_by_key(|(l, d, _)| self.plan.functions[&l.function.name][*d].arena_bytes)
+    }
+    /// The node that a step is of.
+    pub fn node_of_step(&self, l: &Lowered, device: usize, step: usize) -> Option<NodeId> {
+        self.plan.functions[&l.function.name][device].steps.get(step).map(|s| s.label.node)
+    }
+    /// The node of the step at which most memory is needed, or a result where that is the end.
+    pub fn fullest_node(&self) -> Option<(&Lowered<'a>, NodeId)> {
+        let (l, device, t) = self.fullest()?;
+        let node = self.node_of_step(l, device, t.fullest).or(l.function.outputs.first().map(|(_, n)| *n));
+        Some((l, node.or(l.function.assigns.first().map(|(_, n)| *n))?))
+    }
+    /// Whether there are rules for a kind of tensors alone: they are so for a reason.
+    pub fn has_section(&self, section: Section) -> bool {
+        self.plan.layout.scoped().any(|s| s.section == Some(section))
+    }
+    /// Whether a rule splits a dimension.
     pub fn has_rule(&self, dim: &Name) -> bool {
-        self.plan.layout.axis_of(dim).is_some()
+        self.rules().any(|(d, _)| d == dim)
     }
-    /// The dimensions split over an axis by a rule.
+    /// Whether a rule splits a dimension over an axis.
+    pub fn splits(&self, dim: &Name, axis: &Name) -> bool {
+        self.rules().any(|(d, axes)| d == dim && axes.contains(axis))
+    }
+    /// The dimensions that rules split over an axis.
     pub fn rules_of(&self, axis: &Name) -> Vec<&Name> {
-        self.plan.layout.rules().iter().filter(|(_, a)| a == axis).map(|(d, _)| d).collect()
+        let mut dims: Vec<&Name> = self.rules().filter(|(_, axes)| axes.contains(axis)).map(|(d, _)| d).collect();
+        dims.sort();
+        dims.dedup();
+        dims
+    }
+    /// The dimensions that rules split, with the axes.
+    fn rules(&self) -> impl Iterator<Item = (&Name, &Vec<Name>)> {
+        let split =
+            self.plan.layout.scoped().filter(|s| about_time(s) && *s.rule.dim != *ANY && !s.rule.axes.is_empty());
+        split.map(|s| (&s.rule.dim, &s.rule.axes))
+    }
+    /// Into how many shards rules split a dimension, at the most.
+    pub fn shards(&self, dim: &Name) -> usize {
+        let sizes =
+            |axes: &Vec<Name>| axes.iter().filter_map(|a| Some(self.axis_size(self.plan.mesh.axis(a)?))).product();
+        self.rules().filter(|(d, _)| *d == dim).map(|(_, axes)| sizes(axes)).max().unwrap_or(1)
     }
     /// Chunks of a dimension.
-    pub fn chunks(&self, dim: &Name, size: usize) -> usize {
-        self.program.chunking.count(dim, size)
+    pub fn chunks(&self, dim: &Dim) -> usize {
+        self.program.chunking.count(&dim.name, dim.size)
+    }
+    /// Whether a dimension has chunks enough to be split over an axis too.
+    pub fn has_room(&self, dim: &Dim, axis: &Name) -> bool {
+        let devices = self.plan.mesh.axis(axis).map_or(1, |a| self.axis_size(a));
+        !self.splits(&dim.name, axis) && self.chunks(dim) >= devices.saturating_mul(self.shards(&dim.name))
     }
 
-    /// What a change would make of the program; None where it cannot be.
+    fn mesh_and_layout<'c>(&'c self, change: &'c Change) -> (&'c Mesh, &'c Layout) {
+        (change.mesh.as_ref().unwrap_or(&self.plan.mesh), change.layout.as_ref().unwrap_or(&self.plan.layout))
+    }
+    /// What a change would make of the program, lowered; None where it cannot be.
     pub fn trial(&self, change: &Change) -> Option<Total> {
         let key = change.to_string();
         if let Some(known) = self.tried.borrow().get(&key) {
@@ -163,213 +190,58 @@ impl<'a> Planned<'a> {
         if self.tried.borrow().len() >= TRIALS {
             return None;
         }
-        let outcome = || {
-            let mesh: Mesh = change.mesh.as_ref().map_or(Ok(self.plan.mesh.clone()), |m| m.parse()).ok()?;
-            let layout: Layout = change.layout.as_ref().map_or(Ok(self.plan.layout.clone()), |l| l.parse()).ok()?;
-            total(self.program, &mesh, &layout, &lowered(self.program, &mesh, &layout).ok()?).ok()
-        };
-        let outcome = outcome();
+        let (mesh, layout) = self.mesh_and_layout(change);
+        let outcome = lowered(self.program, mesh, layout).and_then(|l| total(self.program, mesh, layout, &l)).ok();
         self.tried.borrow_mut().insert(key, outcome);
         outcome
     }
-    /// The change that saves most, of some, if one does: time, and no memory of variables where that is short.
+    /// The change that saves most time, of some, if one does, and takes no more memory for variables where that is short.
     pub fn better(&self, changes: impl IntoIterator<Item = Change>) -> Option<Change> {
         let tried = changes.into_iter().filter_map(|c| Some((self.trial(&c)?, c)));
         let fits = |t: &Total| !self.is_short() || t.variables <= self.now.variables;
-        let saves = |t: &Total| t.lost.weight() < 0.995 * self.now.lost.weight();
-        let best =
-            tried.filter(|(t, _)| fits(t) && saves(t)).min_by(|a, b| a.0.lost.weight().total_cmp(&b.0.lost.weight()));
+        let time = |t: &Total| self.prices.of(&t.lost);
+        let saves = |t: &Total| time(t) < 0.995 * time(&self.now);
+        let best = tried.filter(|(t, _)| fits(t) && saves(t)).min_by(|a, b| time(&a.0).total_cmp(&time(&b.0)));
         best.map(|(_, c)| c)
     }
     /// Some dimensions split over an axis, each by itself.
-    pub fn rules(&self, axis: &Name, dims: &[Name]) -> Vec<Change> {
-        dims.iter().take(5).map(|d| Change::split(&self.plan.layout, d, axis, &[])).collect()
+    pub fn splitting(&self, axis: &Name, dims: &[Name]) -> Vec<Change> {
+        dims.iter().take(5).map(|d| Change::split(&self.plan.layout, d, axis)).collect()
     }
     /// Some dimensions split over an axis in place of `dim`.
-    pub fn instead(&self, dim: &Name, axis: &Name, dims: &[Name]) -> Vec<Change> {
-        let others = dims.iter().filter(|d| *d != dim && !self.has_rule(d)).take(5);
-        others.map(|d| Change::split(&self.plan.layout, d, axis, &[dim])).collect()
+    pub fn instead(&self, dim: &Name, axis: &Name, dims: &[Dim]) -> Vec<Change> {
+        let others = dims.iter().filter(|d| d.name != *dim && self.has_room(d, axis)).take(5);
+        others.map(|d| Change::instead(&self.plan.layout, dim, axis, &d.name)).collect()
+    }
+
+    /// What a plan with a change takes, whole: its peak, and on a machine the seconds of a run of `function`, or of the
+    /// one that takes longest; None where there is no such plan.
+    pub fn planned(&self, change: &Change, function: Option<&Name>) -> Option<Tried> {
+        let key = change.to_string();
+        let make = || {
+            let (mesh, layout) = self.mesh_and_layout(change);
+            let plan = (self.given.plan)(mesh, layout).ok()?;
+            Some((peak(&plan), self.seconds(&plan)))
+        };
+        let mut planned = self.planned.borrow_mut();
+        let (peak_bytes, seconds) = planned.entry(key).or_insert_with(make).as_ref()?;
+        Some(Tried { peak_bytes: *peak_bytes, seconds: longest(seconds, function) })
+    }
+    /// What the plan takes that there is.
+    pub fn as_it_is(&self, function: Option<&Name>) -> Tried {
+        Tried { peak_bytes: self.peak(), seconds: longest(&self.seconds(self.plan), function) }
+    }
+    fn seconds(&self, plan: &ProgramPlan) -> HashMap<Name, f64> {
+        let names = self.functions.iter().map(|l| &l.function.name);
+        let estimate = |n: &Name| Some((n.clone(), time::estimate(plan, n, self.given.machine?)?.seconds));
+        names.filter_map(estimate).collect()
     }
 }
 
-impl<'a> Lowered<'a> {
-    fn new(function: &'a Function, spmd: SpmdProgram, mesh: &Mesh) -> Lowered<'a> {
-        let mut readers = vec![vec![]; spmd.values.len()];
-        let mut producer = vec![None; spmd.values.len()];
-        for (i, instr) in spmd.instrs.iter().enumerate() {
-            instr.inputs.iter().for_each(|v| readers[v.index()].push(i));
-            producer[instr.output.index()] = Some(i);
-        }
-        let total = Lost::default();
-        let mut l = Lowered { function, spmd, mesh: mesh.clone(), readers, producer, moves: vec![], total };
-        l.moves = l.spmd.instrs.iter().filter(|i| matches!(i.op, SpmdOp::Move)).map(|i| l.moved(i)).collect();
-        let mut flops = vec![0.0; mesh.size()];
-        let mut sent = vec![0.0; mesh.size()];
-        for i in &l.spmd.instrs {
-            for d in 0..mesh.size() {
-                flops[d] += l.flops(i, d);
-                sent[d] += l.all_reduced(i, d);
-            }
-        }
-        for m in l.moves.iter() {
-            m.received.iter().zip(&mut sent).for_each(|(r, s)| *s += r);
-        }
-        let most = |list: Vec<f64>| list.into_iter().fold(0.0, f64::max);
-        l.total = Lost { flops: most(flops), sent_bytes: most(sent), ..Lost::default() };
-        l
-    }
-
-    pub fn value(&self, v: ValueId) -> &Value {
-        &self.spmd.values[v.index()]
-    }
-    /// The node that an instruction is of.
-    pub fn node_of(&self, i: &Instr) -> (NodeId, &Node) {
-        let id = self.value(i.output).node;
-        (id, self.function.node(id))
-    }
-    /// Computations, with their op.
-    pub fn computes(&self) -> impl Iterator<Item = (&Instr, &Prim)> {
-        self.spmd.instrs.iter().filter_map(|i| match &i.op {
-            SpmdOp::Compute { prim, .. } => Some((i, prim)),
-            SpmdOp::Move | SpmdOp::AllReduce { .. } => None,
-        })
-    }
-    /// Sums that devices finish together, with the axes that they do along, and what combines them.
-    pub fn all_reduces(&self) -> impl Iterator<Item = (&Instr, Vec<usize>, ReduceFn)> {
-        self.spmd.instrs.iter().filter_map(|i| match &i.op {
-            SpmdOp::AllReduce { f, sum, .. } => {
-                Some((i, (0..self.mesh.axes().len()).filter(|a| self.sums(sum, *a)).collect(), *f))
-            }
-            SpmdOp::Move | SpmdOp::Compute { .. } => None,
-        })
-    }
-    /// Devices that differ in an axis alone: its first and its last one.
-    pub fn along(&self, axis: usize) -> (usize, usize) {
-        along(&self.mesh, axis)
-    }
-    /// The dimensions that lie otherwise along an axis.
-    pub fn split(&self, regions: &[Region], axis: usize) -> Vec<Name> {
-        split_along(&self.mesh, regions, axis)
-    }
-    /// Whether devices along an axis sum up unlike parts.
-    pub fn sums(&self, sum: &Sum, axis: usize) -> bool {
-        let (a, b) = self.along(axis);
-        sum.owned[a] != sum.owned[b]
-    }
-    /// What a device goes over: its part of the result and of what is summed.
-    pub fn iteration(&self, i: &Instr, device: usize) -> Region {
-        let mut at = self.value(i.output).regions[device].clone();
-        if let SpmdOp::Compute { prim, sum: Some(sum) } = &i.op {
-            let node = self.function.node(self.value(i.output).node);
-            let reduced = prim.op().reduced(&self.function.input_types(node));
-            for (d, range) in reduced.iter().zip(sum.tree.elements(&sum.owned[device])) {
-                at = at.with(&d.name, range);
-            }
-        }
-        at
-    }
-    /// Its dimensions, whole.
-    pub fn dims(&self, i: &Instr) -> Vec<crate::dim::Dim> {
-        let (_, node) = self.node_of(i);
-        let mut dims = node.ty.dims.clone();
-        dims.extend(node.op.op().reduced(&self.function.input_types(node)));
-        dims
-    }
-    /// Whether devices along an axis compute the same.
-    pub fn replicated(&self, i: &Instr, axis: usize) -> bool {
-        let (a, b) = self.along(axis);
-        self.iteration(i, a) == self.iteration(i, b)
-    }
-    /// Operations of an instruction on a device.
-    pub fn flops(&self, i: &Instr, device: usize) -> f64 {
-        let SpmdOp::Compute { prim, .. } = &i.op else { return 0.0 };
-        let (_, node) = self.node_of(i);
-        let all = match prim {
-            Prim::Random(_) => FLOPS_A_DRAW * node.ty.elements() as f64,
-            _ => prim.op().flops(&self.function.input_types(node), &node.ty) as f64,
-        };
-        let own = self.iteration(i, device);
-        let dims = self.dims(i);
-        dims.iter().fold(all, |f, d| f * own.get(&d.name).map_or(d.size, |r| r.len()) as f64 / d.size.max(1) as f64)
-    }
-    /// The most of a device.
-    pub fn most_flops(&self, i: &Instr) -> f64 {
-        (0..self.mesh.size()).map(|d| self.flops(i, d)).fold(0.0, f64::max)
-    }
-    /// Bytes that a device sends to finish a sum.
-    pub fn all_reduced(&self, i: &Instr, device: usize) -> f64 {
-        let SpmdOp::AllReduce { f, sum, groups } = &i.op else { return 0.0 };
-        let value = self.value(i.output);
-        let together = plan::Together::new(sum, &groups[device]);
-        let elements = value.regions[device].elements();
-        plan::all_reduce(*f, value.ty.dtype, &together, elements, device).sent_bytes() as f64
-    }
-    /// The most of a device.
-    pub fn most_all_reduced(&self, i: &Instr) -> f64 {
-        (0..self.mesh.size()).map(|d| self.all_reduced(i, d)).fold(0.0, f64::max)
-    }
-
-    fn moved(&self, i: &Instr) -> Moved {
-        let (from, to) = (self.value(i.inputs[0]), self.value(i.output));
-        let element = to.ty.dtype.bytes();
-        let received: Vec<f64> = from
-            .regions
-            .iter()
-            .zip(&to.regions)
-            .map(|(f, t)| (t.elements() - t.intersect(f).elements()) as f64 * element as f64)
-            .collect();
-        let mut gathered = vec![];
-        for axis in (0..self.mesh.axes().len()).filter(|a| self.mesh.axes()[*a].1 > 1) {
-            let after = self.split(&to.regions, axis);
-            let before = self.split(&from.regions, axis);
-            gathered.extend(before.into_iter().filter(|d| !after.contains(d)).map(|d| (d, axis)));
-        }
-        let bytes = received.iter().copied().fold(0.0, f64::max);
-        let kind = plan::kind(&from.regions, &to.regions);
-        Moved { from: i.inputs[0], kind, by: to.node, gathered, received, bytes, to: i.output }
-    }
-    /// The node that made a value, wherever it was moved for.
-    pub fn origin(&self, v: ValueId) -> NodeId {
-        match self.producer[v.index()].map(|i| &self.spmd.instrs[i]) {
-            Some(Instr { op: SpmdOp::Move, inputs, .. }) => self.origin(inputs[0]),
-            _ => self.value(v).node,
-        }
-    }
-    /// The node at the start of a chain of elementwise functions of one value (and of scalars), casts and renames.
-    pub fn root(&self, mut node: NodeId) -> NodeId {
-        loop {
-            let n = self.function.node(node);
-            match &n.op {
-                Prim::Unary(_) | Prim::Cast(_) | Prim::Rename(_) => node = n.inputs[0],
-                Prim::Binary(_) => {
-                    let scalar = |i: &NodeId| self.function.node(*i).ty.dims.is_empty();
-                    match n.inputs[..] {
-                        [a, b] if scalar(&b) && !scalar(&a) => node = a,
-                        [a, b] if scalar(&a) && !scalar(&b) => node = b,
-                        _ => return node,
-                    }
-                }
-                _ => return node,
-            }
-        }
-    }
-    /// The variable that a value is, cast or renamed at the most.
-    pub fn variable(&self, v: ValueId) -> Option<crate::program::VarId> {
-        match &self.function.node(self.root(self.origin(v))).op {
-            Prim::Read(r) => Some(r.var),
-            _ => None,
-        }
-    }
-    /// By node: the nodes that take it.
-    pub fn takers(&self) -> BTreeMap<NodeId, Vec<NodeId>> {
-        let mut takers: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
-        for (i, n) in self.function.nodes.iter().enumerate() {
-            n.inputs.iter().for_each(|input| takers.entry(*input).or_default().push(NodeId(i as u32)));
-        }
-        takers
-    }
-    /// Whether a function trains: it sets variables from their gradients.
-    pub fn trains(&self, program: &Program) -> bool {
-        self.function.assigns.iter().any(|(v, _)| program.variables[v.index()].trainable)
+/// The seconds of a function, or the most of one.
+fn longest(seconds: &HashMap<Name, f64>, function: Option<&Name>) -> Option<f64> {
+    match function {
+        Some(function) => seconds.get(function).copied(),
+        None => seconds.values().copied().max_by(f64::total_cmp),
     }
 }

@@ -1,6 +1,7 @@
 //! Shards that are unequal or too small.
 
-use super::planned::{Lowered, Planned};
+use super::lowered::Lowered;
+use super::planned::Planned;
 use super::{Change, Check, Finding, Lint, Severity, example};
 use crate::dim::{DType, Dim, Name, dim};
 use crate::graph::{Graph, NodeId};
@@ -132,11 +133,13 @@ fn shares(l: &Lowered, i: &Instr, dim: &Name, axis: usize) -> Vec<usize> {
 fn uneven_shards(p: &Planned) -> Vec<Finding> {
     let mut out = vec![];
     for (axis, name, size) in p.axes() {
-        let uneven = |d: &Dim| !p.chunks(&d.name, d.size).is_multiple_of(size);
+        let uneven = |d: &Dim| !p.chunks(d).is_multiple_of(p.shards(&d.name));
         let Some(w) = waiting(p, axis, uneven) else { continue };
         let l = &p.functions[w.function];
-        let chunks = p.chunks(&w.dim.name, w.dim.size);
-        let divisor = (1..=size).rev().find(|n| chunks.is_multiple_of(*n)).unwrap_or(1);
+        let chunks = p.chunks(&w.dim);
+        // The devices of other axes that the dimension is split over.
+        let others = (p.shards(&w.dim.name) / size).max(1);
+        let divisor = (1..=size).rev().find(|n| chunks.is_multiple_of(n * others)).unwrap_or(1);
         let change = Change::resized(&p.plan.mesh, &p.plan.layout, name, divisor);
         let change = p.trial(&change).map(|_| change);
         let message = format!(
@@ -153,7 +156,7 @@ fn uneven_shards(p: &Planned) -> Vec<Finding> {
 fn odd_extent(p: &Planned) -> Vec<Finding> {
     let mut out = vec![];
     for (axis, name, size) in p.axes() {
-        let even = |d: &Dim| p.chunks(&d.name, d.size).is_multiple_of(size);
+        let even = |d: &Dim| p.chunks(d).is_multiple_of(p.shards(&d.name));
         let Some(w) = waiting(p, axis, even) else { continue };
         let message =
             format!("`{}` over {size} devices is {} elements on one and {} on another", w.dim, w.most, w.least);
@@ -178,15 +181,13 @@ fn small(
             for (axis, name, size) in p.axes() {
                 let shares = shares(l, i, &d.name, axis);
                 let own = shares.iter().max().copied().unwrap_or(d.size);
-                if own >= least || own == d.size || p.plan.layout.axis_of(&d.name) != Some(name) {
+                if own >= least || own == d.size || !p.splits(&d.name, name) {
                     continue;
                 }
-                let others =
-                    l.dims(i).into_iter().filter(|e| p.chunks(&e.name, e.size) >= size && e.size / size >= least);
-                let others: Vec<Name> = others.map(|e| e.name).collect();
+                let others: Vec<Dim> = l.dims(i).into_iter().filter(|e| e.size / size >= least).collect();
                 // Time in kernels is not in operations: any split that is not worse will do.
                 let possible = p.instead(&d.name, name, &others).into_iter().filter_map(|c| Some((p.trial(&c)?, c)));
-                let fine = possible.filter(|(t, _)| t.lost.weight() <= 1.01 * p.now.lost.weight());
+                let fine = possible.filter(|(t, _)| p.prices.of(&t.lost) <= 1.01 * p.prices.of(&p.now.lost));
                 let change = fine.map(|(_, c)| c).next();
                 let flops = l.most_flops(i) * (least as f64 / own.max(1) as f64 - 1.0);
                 let finding = Finding::new(say(&d, own), format!("split another dimension over `{name}`"));

@@ -1,8 +1,9 @@
 //! Sums over split dimensions: all-reduces that another split would not need, and those that are too small or too many.
 
-use super::planned::{Lowered, Planned};
+use super::lowered::Lowered;
+use super::planned::Planned;
 use super::{Change, Check, Finding, Lint, Severity, example};
-use crate::dim::{DType, Name, dim};
+use crate::dim::{DType, dim};
 use crate::graph::{Graph, Tensor};
 use crate::nn::{self, init::normal};
 use crate::ops::Prim;
@@ -137,7 +138,7 @@ fn layer(g: &Graph) -> Tensor {
 }
 fn accumulated(g: &Graph) {
     let loss = layer(g);
-    Optimizer::accumulate(g, &loss, 4);
+    Optimizer::sgd(0.1).accumulate(g, &loss, 4);
 }
 fn applied(g: &Graph) {
     let loss = layer(g);
@@ -194,11 +195,9 @@ fn split_sums(p: &Planned, which: Kind) -> Vec<Finding> {
             let (id, node) = l.node_of(i);
             let reduced = node.op.op().reduced(&l.function.input_types(node));
             for axis in axes {
-                let (name, size) = (p.axis_name(axis), p.axis_size(axis));
-                let Some(dim) = reduced.iter().find(|d| p.plan.layout.axis_of(&d.name) == Some(name)) else { continue };
-                let kept = node.ty.dims.iter().filter(|d| p.chunks(&d.name, d.size) >= size);
-                let kept: Vec<Name> = kept.map(|d| d.name.clone()).collect();
-                let Some(change) = p.better(p.instead(&dim.name, name, &kept)) else { continue };
+                let name = p.axis_name(axis);
+                let Some(dim) = reduced.iter().find(|d| p.splits(&d.name, name)) else { continue };
+                let Some(change) = p.better(p.instead(&dim.name, name, &node.ty.dims)) else { continue };
                 let what = match which {
                     Kind::Product => format!("this `{}` sums over", node.op.op().name()),
                     Kind::Softmax => "this softmax goes over".into(),

@@ -1,7 +1,8 @@
 //! Windows along split dimensions: halos of convolutions, pooling and resampling.
 
-use super::planned::{Lowered, Moved, Planned};
-use super::{Check, Finding, Lint, Severity, example};
+use super::lowered::{Lowered, Moved};
+use super::planned::Planned;
+use super::{Change, Check, Finding, Lint, Severity, example};
 use crate::dim::{DType, Name, dim};
 use crate::graph::Graph;
 use crate::nn::{self, Kernel};
@@ -101,10 +102,8 @@ fn wide_halo(p: &Planned) -> Vec<Finding> {
         for m in l.moves.iter().filter(|m| m.kind == ExchangeKind::Halo && m.bytes > 0.5 * block(l, m)) {
             let node = l.function.node(m.by);
             for (dim, axis) in halo_axes(l, m) {
-                let (name, size) = (p.axis_name(axis), p.axis_size(axis));
-                let dims: Vec<Name> =
-                    node.ty.dims.iter().filter(|d| p.chunks(&d.name, d.size) >= size).map(|d| d.name.clone()).collect();
-                let change = p.better(p.instead(&dim, name, &dims));
+                let name = p.axis_name(axis);
+                let change = p.better(p.instead(&dim, name, &node.ty.dims));
                 let share = 100.0 * m.bytes / block(l, m).max(1.0);
                 let message =
                     format!("the halo of this `{}` along `{dim}` is {share:.0} % of a block", node.op.op().name());
@@ -149,7 +148,7 @@ fn beyond_neighbour(p: &Planned) -> Vec<Finding> {
                     "this `{}` fetches from devices up to {far} away along `{name}`",
                     l.function.node(m.by).op.op().name()
                 );
-                let change = super::Change::resized(&p.plan.mesh, &p.plan.layout, name, fewer);
+                let change = Change::resized(&p.plan.mesh, &p.plan.layout, name, fewer);
                 let change = p.trial(&change).map(|_| change);
                 let finding = Finding::new(message, format!("use fewer devices along `{name}`")).at(l, m.by);
                 out.push(finding.dim(&dim).axis(name).sent(m.bytes).change(change));

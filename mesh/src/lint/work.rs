@@ -1,7 +1,8 @@
 //! Work that is not shared out: axes that split nothing, and what each device along an axis computes whole.
 
-use super::planned::{Lowered, Planned};
-use super::{Check, Finding, Lint, Severity, example};
+use super::lowered::Lowered;
+use super::planned::Planned;
+use super::{Change, Check, Finding, Lint, Lost, Severity, example};
 use crate::dim::{DType, Name, dim};
 use crate::graph::{Graph, NodeId};
 use crate::nn::{self, init::normal};
@@ -138,9 +139,9 @@ fn unused_axis(p: &Planned) -> Vec<Finding> {
     let unused = p.axes().filter(|(axis, ..)| !p.uses(*axis));
     let one = |(_, name, size): (usize, &Name, usize)| {
         let flops = p.now.lost.flops * (1.0 - 1.0 / size as f64);
-        let (change, help) = match p.better(p.rules(name, &splittable(p, name, size))) {
+        let (change, help) = match p.better(p.splitting(name, &splittable(p, name))) {
             Some(change) => (change, "split a dimension over it"),
-            None => (super::Change::resized(&p.plan.mesh, &p.plan.layout, name, 1), "take the axis out of the mesh"),
+            None => (Change::resized(&p.plan.mesh, &p.plan.layout, name, 1), "take the axis out of the mesh"),
         };
         let message = format!("nothing is split over the axis `{name}`: its {size} devices all do the same");
         let finding = Finding::new(message, help).axis(name).flops(flops).change(Some(change));
@@ -159,19 +160,18 @@ fn costliest<'p>(p: &'p Planned) -> Option<(&'p Lowered<'p>, NodeId)> {
     Some((l, l.node_of(i).0))
 }
 
-/// Dimensions without a rule that have chunks enough for so many devices, those of most operations first.
-fn splittable(p: &Planned, axis: &Name, devices: usize) -> Vec<Name> {
+/// Dimensions that have chunks enough to be split over an axis too, those of most operations first.
+fn splittable(p: &Planned, axis: &Name) -> Vec<Name> {
     let mut flops: BTreeMap<Name, f64> = BTreeMap::new();
     for l in &p.functions {
         for (i, _) in l.computes() {
             for d in l.dims(i) {
-                let enough = p.chunks(&d.name, d.size) >= devices;
-                let most = if enough { l.flops(i, 0) } else { f64::NEG_INFINITY };
+                let most = if p.has_room(&d, axis) { l.flops(i, 0) } else { f64::NEG_INFINITY };
                 *flops.entry(d.name).or_default() += most;
             }
         }
     }
-    let mut dims: Vec<(Name, f64)> = flops.into_iter().filter(|(d, f)| *f > 0.0 && !p.has_rule(d)).collect();
+    let mut dims: Vec<(Name, f64)> = flops.into_iter().filter(|(_, f)| *f > 0.0).collect();
     dims.sort_by(|a, b| b.1.total_cmp(&a.1));
     // A dimension of the axis' name is meant for it.
     dims.sort_by_key(|(d, _)| d != axis);
@@ -193,12 +193,11 @@ fn replicated(
             let flops: f64 = alike.iter().map(|(.., f)| f * (1.0 - 1.0 / size as f64)).sum();
             let Some((most, op, _)) = alike.iter().max_by(|a, b| a.2.total_cmp(&b.2)) else { continue };
             // Not worth a search.
-            if flops < super::WORTHWHILE * l.total.weight() {
+            if p.prices.of(&Lost { flops, ..Lost::default() }) < super::WORTHWHILE * p.prices.of(&l.total) {
                 continue;
             }
-            let dims = l.dims(most).into_iter().filter(|d| !p.has_rule(&d.name) && p.chunks(&d.name, d.size) >= size);
-            let dims: Vec<Name> = dims.map(|d| d.name).collect();
-            let change = p.better(p.rules(name, &dims));
+            let dims: Vec<Name> = l.dims(most).into_iter().filter(|d| p.has_room(d, name)).map(|d| d.name).collect();
+            let change = p.better(p.splitting(name, &dims));
             if change.is_none() && only_if_better {
                 continue;
             }
@@ -298,7 +297,7 @@ fn ignored_rule(p: &Planned) -> Vec<Finding> {
             });
             let message = format!("the rule `{dim}:{name}` splits nothing: the ops that make `{dim}` need it whole");
             let finding = Finding::new(message, "take the rule out").dim(dim).axis(name);
-            let finding = finding.change(Some(super::Change::without(&p.plan.layout, dim)));
+            let finding = finding.change(Some(Change::without(&p.plan.layout, dim, name)));
             out.extend(at.map(|(l, node)| finding.at(l, node)));
         }
     }

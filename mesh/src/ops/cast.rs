@@ -32,7 +32,7 @@ impl Op for Cast {
     }
     fn reference(&self, x: &[&Reference], _: &[&Type], _: &Type) -> Reference {
         x[0].mapv(|v| match self.to {
-            DType::F32 | DType::Bf16 => v,
+            DType::F32 | DType::Bf16 | DType::F16 => v,
             DType::I32 => v.trunc(),
             DType::Bool => f64::from(v != 0.0),
         })
@@ -40,13 +40,18 @@ impl Op for Cast {
 }
 
 impl Tensor {
-    /// The same values in another dtype; itself if it has that one, and what it was before if it was `bf16` made wide.
+    /// The same values in another dtype; itself if it has that one, and what it was before if it was a 16-bit float made wide.
     #[track_caller]
     pub fn cast(&self, to: DType) -> Tensor {
         if self.ty().dtype == to {
             return self.clone();
         }
-        let before = if to == DType::Bf16 { self.cast_from() } else { None };
+        let before = if to.is_half() { self.cast_from() } else { None };
         before.filter(|t| t.ty().dtype == to).unwrap_or_else(|| self.apply(Cast { to }))
+    }
+    /// The same values in `f32`, of 16-bit floats; itself otherwise.
+    #[track_caller]
+    pub(crate) fn wide(&self) -> Tensor {
+        if self.ty().dtype.is_half() { self.cast(DType::F32) } else { self.clone() }
     }
 }

@@ -1,4 +1,4 @@
-//! `contract`: products of two tensors summed over dimensions; einsum by names. The sum is `f32`, of `bf16` factors too.
+//! `contract`: products of two tensors summed over dimensions; einsum by names. The sum is `f32`, of 16-bit factors too.
 //!
 //! C1. Both are floats of one dtype.
 //! C2. A dimension that both have is of the same size in both.
@@ -107,7 +107,7 @@ impl Tensor {
         self.contract_wide(other, over).cast(self.ty().dtype)
     }
 
-    /// [`Tensor::contract`] as it was summed: `f32`, of `bf16` factors too.
+    /// [`Tensor::contract`] as it was summed: `f32`, of 16-bit factors too.
     #[track_caller]
     pub fn contract_wide(&self, other: &Tensor, over: &[&str]) -> Tensor {
         self.graph().apply(Contract { over: over.iter().map(|&n| n.into()).collect() }, &[self, other])

@@ -13,7 +13,7 @@
 //! C3. Input and output channel have unlike names, and the input has no dimension of the output channel's name.
 //! C4. In memory the channel comes last and the spatial dimensions before it in the windows' order (the builder sees
 //!     to it).
-//! C5. Floats of one dtype. What is summed is `f32`, of `bf16` factors too.
+//! C5. Floats of one dtype. What is summed is `f32`, of 16-bit factors too.
 //! C6. The spatial sizes fit: the input is at least as large as the windows need for one output; a transposed
 //!     convolution's sizes give the outputs that there are.
 

@@ -93,7 +93,6 @@ impl Tensor {
     #[track_caller]
     pub fn gather(&self, indices: &Tensor, dim: &str) -> Tensor {
         let dtype = self.ty().dtype;
-        let wide = if dtype == DType::Bf16 { self.cast(DType::F32) } else { self.clone() };
-        self.graph().apply(Gather { dim: dim.into() }, &[&wide, indices]).cast(dtype)
+        self.graph().apply(Gather { dim: dim.into() }, &[&self.wide(), indices]).cast(dtype)
     }
 }

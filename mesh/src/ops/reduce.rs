@@ -1,8 +1,8 @@
 //! `reduce`: the sum, maximum or minimum over dimensions.
 //!
 //! C1. Every reduced dimension is a dimension of the input, named once.
-//! C2. Sums take `f32` and `i32`, maxima and minima `bool` as well. `bf16` is reduced in `f32`, so that parts of a sum
-//!     that devices exchange are not rounded: the methods cast.
+//! C2. Sums take `f32` and `i32`, maxima and minima `bool` as well. 16-bit floats are reduced in `f32`, so that parts
+//!     of a sum that devices exchange are not rounded: the methods cast.
 
 use crate::dim::{DType, Dim, Name, Type};
 use crate::error::{Refusal, nearest, refuse};
@@ -61,8 +61,8 @@ impl Op for Reduce {
         if self.f == ReduceFn::Sum && x[0].dtype == DType::Bool {
             return refuse("C2", "cannot add up bools", "cast to f32 or i32 first");
         }
-        if x[0].dtype == DType::Bf16 {
-            return refuse("C2", "cannot reduce bf16", "cast to f32 first");
+        if x[0].dtype.is_half() {
+            return refuse("C2", format!("cannot reduce {}", x[0].dtype), "cast to f32 first");
         }
         Ok(x[0].without(&self.over))
     }
@@ -110,8 +110,7 @@ impl Tensor {
     #[track_caller]
     fn reduce(&self, f: ReduceFn, over: &[&str]) -> Tensor {
         let dtype = self.ty().dtype;
-        let wide = if dtype == DType::Bf16 { self.cast(DType::F32) } else { self.clone() };
-        wide.apply(Reduce { f, over: over.iter().map(|&n| n.into()).collect() }).cast(dtype)
+        self.wide().apply(Reduce { f, over: over.iter().map(|&n| n.into()).collect() }).cast(dtype)
     }
     /// The sum over the dimensions named.
     #[track_caller]
@@ -140,7 +139,9 @@ impl Tensor {
         for n in over {
             count *= self.dim(n).size;
         }
-        self.sum(over).div(&self.number(count.max(1) as f32))
+        // The sum itself may be more than 16 bits hold.
+        let wide = self.wide();
+        wide.sum(over).div(&wide.number(count.max(1) as f32)).cast(self.ty().dtype)
     }
     /// The sum over all dimensions.
     #[track_caller]

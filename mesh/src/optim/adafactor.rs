@@ -1,7 +1,8 @@
 //! Adafactor (Shazeer and Stern 2018): Adam's second moment in the memory of a row and a column.
 
-use crate::dim::{DType, Dim};
-use crate::graph::{Graph, Tensor};
+use super::Step;
+use crate::dim::Dim;
+use crate::graph::Tensor;
 use crate::program::Init;
 
 /// Adafactor. The second moment of a variable whose two largest dimensions have at least `factored_from` elements each
@@ -46,16 +47,13 @@ impl Adafactor {
         }
     }
 
-    pub(super) fn update(&self, g: &Graph, variable: &Tensor, grad: &Tensor) -> Tensor {
-        let dims = grad.ty().dims;
-        let count = g.step().cast(DType::F32).add_scalar(1.0);
+    pub(super) fn update(&self, step: &Step, variable: &Tensor, grad: &Tensor) -> Tensor {
+        let (g, dims, count) = (step.g, grad.ty().dims, step.count());
         let fresh = count.pow(&g.scalar(-self.exponent));
         let kept = fresh.neg().add_scalar(1.0);
         let follow = |slot: &str, now: &Tensor| {
             let old = g.state(slot, &now.ty().dims, Init::zeros());
-            let next = old.mul(&kept).add(&now.mul(&fresh));
-            g.assign(&old, &next);
-            next
+            step.set(&old, &old.mul(&kept).add(&now.mul(&fresh)))
         };
         let square = grad.square().add_scalar(self.eps);
         let scaled = match self.factors(&dims) {
@@ -77,8 +75,6 @@ impl Adafactor {
             return update;
         }
         let slot = g.state("adafactor.m", &dims, Init::zeros());
-        let mean = slot.mul_scalar(self.momentum).add(&update.mul_scalar(1.0 - self.momentum));
-        g.assign(&slot, &mean);
-        mean
+        step.set(&slot, &slot.mul_scalar(self.momentum).add(&update.mul_scalar(1.0 - self.momentum)))
     }
 }

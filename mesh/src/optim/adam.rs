@@ -1,7 +1,7 @@
 //! Gradient descent, Adam and LAMB.
 
-use crate::dim::DType;
-use crate::graph::{Graph, Tensor};
+use super::Step;
+use crate::graph::Tensor;
 use crate::program::Init;
 
 /// Gradient descent. Slot `momentum` where there is momentum.
@@ -14,13 +14,12 @@ pub struct Sgd {
 }
 
 impl Sgd {
-    pub(super) fn update(&self, g: &Graph, grad: &Tensor) -> Tensor {
+    pub(super) fn update(&self, step: &Step, grad: &Tensor) -> Tensor {
         if self.momentum == 0.0 {
             return grad.clone();
         }
-        let slot = g.state("momentum", &grad.ty().dims, Init::zeros());
-        let sum = slot.mul_scalar(self.momentum).add(grad);
-        g.assign(&slot, &sum);
+        let slot = step.g.state("momentum", &grad.ty().dims, Init::zeros());
+        let sum = step.set(&slot, &slot.mul_scalar(self.momentum).add(grad));
         if self.nesterov { sum.mul_scalar(self.momentum).add(grad) } else { sum }
     }
 }
@@ -48,14 +47,13 @@ impl Default for Adam {
 }
 
 impl Adam {
-    pub(super) fn update(&self, g: &Graph, grad: &Tensor) -> Tensor {
-        let dims = grad.ty().dims;
+    pub(super) fn update(&self, step: &Step, grad: &Tensor) -> Tensor {
+        let (g, dims) = (step.g, grad.ty().dims);
         let (m, v) = (g.state("adam.m", &dims, Init::zeros()), g.state("adam.v", &dims, Init::zeros()));
         let m_next = m.mul_scalar(self.beta1).add(&grad.mul_scalar(1.0 - self.beta1));
         let v_next = v.mul_scalar(self.beta2).add(&grad.square().mul_scalar(1.0 - self.beta2));
-        g.assign(&m, &m_next);
-        g.assign(&v, &v_next);
-        let count = g.step().cast(DType::F32).add_scalar(1.0);
+        let (m_next, v_next) = (step.set(&m, &m_next), step.set(&v, &v_next));
+        let count = step.count();
         let start = |beta: f32| g.scalar(beta).pow(&count).neg().add_scalar(1.0);
         let root = v_next.div(&start(self.beta2)).sqrt().add_scalar(self.eps);
         m_next.div(&start(self.beta1)).div(&root)

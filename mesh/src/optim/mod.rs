@@ -2,17 +2,20 @@
 //!
 //! An optimizer's [`Rule`] turns a variable's gradient and slots into an update; [`Schedule`] gives the learning rate.
 //! Slots are variables beside the one they belong to (`conv/filter/adam.m` for `conv/filter`), so that layout rules by
-//! name reach both.
+//! name reach both. [`LossScale`] is for gradients in `f16`.
 
 pub mod adafactor;
 pub mod adam;
+pub mod loss_scale;
 pub mod schedule;
 
 pub use adafactor::Adafactor;
 pub use adam::{Adam, Sgd};
+pub use loss_scale::{LossScale, Scaled};
 pub use schedule::Schedule;
 
-use crate::graph::{Graph, Tensor};
+use crate::dim::DType;
+use crate::graph::{Graph, Role, Tensor};
 use crate::program::{Init, VarId};
 
 /// How a gradient becomes an update.
@@ -39,6 +42,8 @@ pub struct Optimizer {
     pub decay: f32,
     /// Which variables decay, by path; as given all but biases and the scales of norms.
     pub decays: fn(&str) -> bool,
+    /// How the loss is scaled, if at all.
+    pub loss_scale: Option<LossScale>,
 }
 
 /// Whether a variable of that path decays: not a `bias` and not a norm's `scale`.
@@ -49,20 +54,63 @@ pub fn decays(path: &str) -> bool {
 /// Where a variable's gradients are added up.
 #[track_caller]
 fn gradient_slot(g: &Graph, id: VarId, variable: &Tensor) -> Tensor {
-    g.scoped_at(g.variable_name(id), || g.state("gradient", &variable.ty().dims, Init::zeros()))
+    let slot = || g.state("gradient", &variable.ty().dims, Init::zeros());
+    g.with_role(Role::Gradient, || g.scoped_at(g.variable_name(id), slot))
 }
 
 /// What a training step may show of its update.
 pub struct Update {
-    /// The norm of all gradients together, before clipping; `f32` scalar. Costs nothing where it is not used.
+    /// The norm of all gradients together, not scaled and before clipping; `f32` scalar, infinite where loss scaling skips
+    /// the step. Costs nothing where it is not used.
     pub grad_norm: Tensor,
     /// The learning rate; `f32` scalar.
     pub rate: Tensor,
+    /// What loss scaling does, if there is any.
+    pub scaled: Option<Scaled>,
+}
+
+impl Update {
+    /// Makes outputs of what a run shows: `grad_norm`, and with loss scaling `loss_scale` and `skipped_steps`.
+    #[track_caller]
+    pub fn output(&self, g: &Graph) {
+        g.output("grad_norm", &self.grad_norm);
+        if let Some(scaled) = &self.scaled {
+            g.output("loss_scale", &scaled.scale);
+            g.output("skipped_steps", &scaled.skipped);
+        }
+    }
+}
+
+/// A step, as rules see it.
+struct Step<'a> {
+    g: &'a Graph,
+    scaled: Option<&'a Scaled>,
+}
+
+impl Step<'_> {
+    /// Sets a variable or slot, if the step counts; gives what it is then.
+    fn set(&self, variable: &Tensor, next: &Tensor) -> Tensor {
+        let next = match self.scaled {
+            Some(scaled) => scaled.finite.select(next, variable),
+            None => next.clone(),
+        };
+        self.g.assign(variable, &next);
+        next
+    }
+
+    /// The number of the step among those that count, an `f32` scalar from 1.
+    fn count(&self) -> Tensor {
+        let count = self.g.step().cast(DType::F32).add_scalar(1.0);
+        match self.scaled {
+            Some(scaled) => count.sub(&scaled.skipped_before),
+            None => count,
+        }
+    }
 }
 
 impl Optimizer {
     fn new(rule: Rule, rate: impl Into<Schedule>) -> Optimizer {
-        Optimizer { rule, rate: rate.into(), clip_norm: None, decay: 0.0, decays }
+        Optimizer { rule, rate: rate.into(), clip_norm: None, decay: 0.0, decays, loss_scale: None }
     }
     /// Gradient descent without momentum.
     pub fn sgd(rate: impl Into<Schedule>) -> Optimizer {
@@ -93,6 +141,10 @@ impl Optimizer {
     pub fn clipped(self, norm: f32) -> Optimizer {
         Optimizer { clip_norm: Some(norm), ..self }
     }
+    /// This optimizer with the loss scaled as usual, for gradients in `f16`.
+    pub fn scaled(self) -> Optimizer {
+        Optimizer { loss_scale: Some(LossScale::default()), ..self }
+    }
 
     /// Adds the backward pass of `loss` and one step on every trained variable that the graph reads.
     ///
@@ -100,15 +152,24 @@ impl Optimizer {
     #[track_caller]
     pub fn apply(&self, g: &Graph, loss: &Tensor) -> Update {
         let variables = g.trainable();
-        let wrt: Vec<&Tensor> = variables.iter().map(|(_, t)| t).collect();
-        let grads = g.gradients(loss, &wrt);
+        let grads = self.gradients(g, loss, &variables);
         self.update(g, &variables, &grads)
+    }
+
+    /// The gradients of `loss` by some variables.
+    #[track_caller]
+    fn gradients(&self, g: &Graph, loss: &Tensor, variables: &[(VarId, Tensor)]) -> Vec<Tensor> {
+        let wrt: Vec<&Tensor> = variables.iter().map(|(_, t)| t).collect();
+        match &self.loss_scale {
+            Some(scale) => scale.gradients(g, loss, &wrt),
+            None => g.gradients(loss, &wrt),
+        }
     }
 
     /// One step on variables with those gradients.
     #[track_caller]
     fn update(&self, g: &Graph, variables: &[(VarId, Tensor)], grads: &[Tensor]) -> Update {
-        g.layer("optimizer", || {
+        let update = || {
             let squares = grads.iter().map(|grad| grad.square().sum_all());
             let grad_norm = squares.reduce(|a, b| a.add(&b)).unwrap_or(g.scalar(0.0)).sqrt();
             let factor = self.clip_norm.map(|most| {
@@ -116,29 +177,37 @@ impl Optimizer {
                 g.scalar(most).div(&grad_norm.maximum(&g.scalar(most)))
             });
             let rate = self.rate.rate(g);
+            let scaled = self.loss_scale.as_ref().map(|scale| scale.follow(g, &grad_norm));
+            let step = Step { g, scaled: scaled.as_ref() };
             for ((id, variable), grad) in variables.iter().zip(grads) {
                 let path = g.variable_name(*id);
                 let grad = match &factor {
                     Some(factor) => grad.mul(factor),
                     None => grad.clone(),
                 };
-                g.scoped_at(&path, || self.step(g, &path, variable, &grad, &rate));
+                g.scoped_at(&path, || self.step(&step, &path, variable, &grad, &rate));
             }
-            Update { grad_norm, rate }
-        })
+            let grad_norm = match &scaled {
+                // One infinity, whatever made it.
+                Some(scaled) => scaled.finite.select(&grad_norm, &g.scalar(f32::INFINITY)),
+                None => grad_norm,
+            };
+            Update { grad_norm, rate, scaled }
+        };
+        g.layer("optimizer", || g.with_role(Role::Update, update))
     }
 
     /// Adds the gradients of `loss`, divided by `parts`, up in slots (`gradient`) instead of using them: a step in `parts`
     /// micro-batches is so many runs of a function that accumulates, then one of a function with what is returned here
     /// and [`Optimizer::apply_accumulated`].
     #[track_caller]
-    pub fn accumulate(g: &Graph, loss: &Tensor, parts: u32) -> Vec<VarId> {
+    pub fn accumulate(&self, g: &Graph, loss: &Tensor, parts: u32) -> Vec<VarId> {
         let variables = g.trainable();
-        let wrt: Vec<&Tensor> = variables.iter().map(|(_, t)| t).collect();
-        let grads = g.gradients(loss, &wrt);
+        let grads = self.gradients(g, loss, &variables);
         for ((id, variable), grad) in variables.iter().zip(&grads) {
             let slot = gradient_slot(g, *id, variable);
-            g.assign(&slot, &slot.add(&grad.mul_scalar(1.0 / parts.max(1) as f32)));
+            let sum = || slot.add(&grad.mul_scalar(1.0 / parts.max(1) as f32));
+            g.assign(&slot, &g.with_role(Role::Gradient, sum));
         }
         variables.into_iter().map(|(id, _)| id).collect()
     }
@@ -149,21 +218,21 @@ impl Optimizer {
         let variables: Vec<(VarId, Tensor)> = variables.iter().map(|id| (*id, g.read(*id))).collect();
         let slots: Vec<Tensor> = variables.iter().map(|(id, t)| gradient_slot(g, *id, t)).collect();
         let update = self.update(g, &variables, &slots);
-        slots.iter().for_each(|slot| g.assign(slot, &slot.zeros_like()));
+        g.with_role(Role::Gradient, || slots.iter().for_each(|slot| g.assign(slot, &slot.zeros_like())));
         update
     }
 
-    fn step(&self, g: &Graph, path: &str, variable: &Tensor, grad: &Tensor, rate: &Tensor) {
+    fn step(&self, step: &Step, path: &str, variable: &Tensor, grad: &Tensor, rate: &Tensor) {
         let decay = if (self.decays)(path) { self.decay } else { 0.0 };
         let decayed = |update: Tensor| match decay {
             0.0 => update,
             _ => update.add(&variable.mul_scalar(decay)),
         };
         let update = match &self.rule {
-            Rule::Sgd(rule) => decayed(rule.update(g, grad)),
-            Rule::Adam(rule) => rule.trusted(variable, decayed(rule.update(g, grad))),
-            Rule::Adafactor(rule) => decayed(rule.update(g, variable, grad)),
+            Rule::Sgd(rule) => decayed(rule.update(step, grad)),
+            Rule::Adam(rule) => rule.trusted(variable, decayed(rule.update(step, grad))),
+            Rule::Adafactor(rule) => decayed(rule.update(step, variable, grad)),
         };
-        g.assign(variable, &variable.sub(&update.mul(rate)));
+        step.set(variable, &variable.sub(&update.mul(rate)));
     }
 }

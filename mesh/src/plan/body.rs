@@ -139,7 +139,7 @@ impl Builder<'_> {
             Prim::Broadcast(_) => return inputs[0],
             other => unreachable!("{} is not elementwise", other.op().name()),
         };
-        if dtype == DType::Bf16 && rounds(prim) {
+        if dtype.is_half() && rounds(prim) {
             // At every op, so that it makes no difference which values are stored.
             let wide = self.push(made, DType::F32);
             return self.push(Instr::Cast(wide), dtype);
@@ -148,7 +148,7 @@ impl Builder<'_> {
     }
 }
 
-/// Whether an op of `bf16` values may give one that is none.
+/// Whether an op of 16-bit floats may give one that is none.
 fn rounds(prim: &Prim) -> bool {
     match prim {
         Prim::Unary(u) => !matches!(u.f, UnaryFn::Neg | UnaryFn::Abs | UnaryFn::Sign | UnaryFn::Relu | UnaryFn::Floor),

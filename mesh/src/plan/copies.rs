@@ -134,6 +134,10 @@ fn bytes_of(value: f64, dtype: DType) -> [u8; 4] {
             let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
             rounded.to_le_bytes()
         }
+        DType::F16 => {
+            let [low, high] = half::f16::from_f32(value as f32).to_le_bytes();
+            [low, high, 0, 0]
+        }
         DType::Bool => [u8::from(value != 0.0), 0, 0, 0],
     }
 }

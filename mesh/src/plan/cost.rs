@@ -3,7 +3,7 @@
 //! Both are of one device and count nothing twice: an element that is used again is read once. A profile divides them by
 //! the time that the step took.
 
-use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Step, Work};
+use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Segments, Step, Work};
 use crate::body::{Access, Instr, Loop};
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Type};
@@ -48,12 +48,15 @@ impl Step {
         }
     }
 
-    /// The dtype that it multiplies in.
+    /// The dtype of a product's factors; `f32` for all else.
     pub fn dtype(&self) -> DType {
-        match &self.work {
-            Work::Op(op) if op.inputs.iter().all(|p| p.ty.dtype == DType::Bf16) => DType::Bf16,
-            Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) => DType::F32,
-            Work::Exchange(_) | Work::AllReduce(_) => DType::F32,
+        let factors = match &self.work {
+            Work::Op(op) => op.inputs.as_slice(),
+            Work::Map(_) | Work::Reduce(_) | Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => &[],
+        };
+        match factors.first().map(|p| p.ty.dtype) {
+            Some(half) if half.is_half() && factors.iter().all(|p| p.ty.dtype == half) => half,
+            _ => DType::F32,
         }
     }
 
@@ -147,9 +150,16 @@ fn moved(e: &Exchange) -> usize {
     2 * (kept + received)
 }
 
-/// It combines its segment of all parts, and copies the others' segments.
+/// It combines its segment of all parts, and copies the others' segments: their results, or nodes of boxes.
 fn all_reduce(a: &AllReduce) -> (usize, usize) {
-    let (parts, own) = (a.nodes.iter().sum::<usize>(), a.segment(a.me).len());
-    let copied = a.elements - own;
+    let (parts, own) = (a.nodes.iter().sum::<usize>(), a.segment_elements(a.me));
+    let copied = match a.segments {
+        Segments::All => 0,
+        Segments::Shared => a.elements - own,
+        Segments::Boxes(_) => {
+            let packed = (0..a.devices.len()).filter(|p| a.segment_start(*p).is_none());
+            packed.map(|p| a.nodes[a.me] * a.segment_elements(p)).sum()
+        }
+    };
     (parts.saturating_sub(1) * own, ((parts + 1) * own + 2 * copied) * a.dtype.bytes())
 }

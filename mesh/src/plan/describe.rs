@@ -1,11 +1,12 @@
 //! A plan as text for people.
 
-use super::step::Work;
+use super::step::{Segments, Work};
 use super::{DevicePlan, ProgramPlan, Timeline};
-use crate::dim::Name;
+use crate::dim::{Name, Type};
 use crate::error::Place;
 use crate::graph::Node;
-use crate::layout::Placement;
+use crate::layout::Mesh;
+use crate::placement::{Placement, Spec, Subject};
 use crate::program::{Function, Program};
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
@@ -20,6 +21,13 @@ pub fn bytes(n: usize) -> String {
         unit += 1;
     }
     if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
+}
+
+/// `1.5 ms`.
+pub fn seconds(t: f64) -> String {
+    let units = [("s", 1.0), ("ms", 1e-3), ("us", 1e-6)];
+    let (unit, size) = units.into_iter().find(|(_, size)| t >= *size).unwrap_or(("us", 1e-6));
+    format!("{:.1} {unit}", t / size)
 }
 
 /// `5,600,960`.
@@ -56,7 +64,7 @@ fn layer(scope: &str) -> String {
 }
 
 /// The first part of a scope, `encoder.0`: what people call a stage, a block or a level.
-fn stage(scope: &str) -> String {
+pub(super) fn stage(scope: &str) -> String {
     if scope.is_empty() { "(top)".into() } else { scope.split('/').take(1).collect() }
 }
 
@@ -68,6 +76,11 @@ impl Table {
     /// Adds a row; the first one is the headings.
     pub fn row<const N: usize>(&mut self, cells: [&dyn Display; N]) {
         self.0.push(cells.map(|c| c.to_string()).into());
+    }
+
+    /// Whether it has no row.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Writes it, two spaces in.
@@ -125,15 +138,34 @@ fn traffic(work: &Work) -> Option<(usize, usize)> {
         Work::Exchange(e) => Some((e.sends.iter().map(|m| m.bytes).sum(), e.sends.len())),
         Work::AllReduce(a) => {
             let others = a.devices.len() - 1;
-            Some((a.sent_bytes(), others * (a.nodes[a.me] + usize::from(a.segmented))))
+            Some((a.sent_bytes(), others * (a.nodes[a.me] + usize::from(a.segments == Segments::Shared))))
         }
         Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) => None,
     }
 }
 
-fn is_product(n: &Node) -> bool {
-    let name = n.op.op().name();
-    name.starts_with("conv") || name == "contract"
+/// How a tensor is split: `x:x,y:y`, or `whole`.
+pub(super) fn split(mesh: &Mesh, ty: &Type, spec: &Spec) -> String {
+    let over = |axes: &[usize]| axes.iter().map(|a| &*mesh.axes()[*a].0).collect::<Vec<_>>().join("+");
+    let split = ty.dims.iter().zip(spec).filter(|(_, axes)| !axes.is_empty());
+    let split: Vec<String> = split.map(|(d, axes)| format!("{}:{}", d.name, over(axes))).collect();
+    if split.is_empty() { "whole".into() } else { split.join(",") }
+}
+
+/// The largest activation of each stage of a function, in the order of the program.
+pub(super) fn largest<'a>(program: &Program, f: &'a Function) -> Vec<(String, &'a Node)> {
+    let mut largest: Vec<(String, &Node)> = Vec::new();
+    // Tensors of a variable's type are variables, their gradients and slots.
+    let own = |n: &&Node| !n.ty.dims.is_empty() && !program.variables.iter().any(|v| v.ty.dims == n.ty.dims);
+    for n in f.nodes.iter().filter(|n| !n.scope.is_empty()).filter(own) {
+        let name = stage(&n.scope);
+        match largest.iter_mut().find(|(l, _)| *l == name) {
+            Some((_, old)) if old.ty.bytes() >= n.ty.bytes() => {}
+            Some((_, old)) => *old = n,
+            None => largest.push((name, n)),
+        }
+    }
+    largest
 }
 
 impl ProgramPlan {
@@ -154,7 +186,7 @@ impl ProgramPlan {
 
     fn devices_text(&self, devices: &[DevicePlan], out: &mut String) {
         let _ = writeln!(out, "\ndevices: {}", self.mesh.size());
-        let layout = if self.layout.rules().is_empty() { "everything whole".into() } else { self.layout.to_string() };
+        let layout = if self.layout.is_empty() { "everything whole".into() } else { self.layout.to_string() };
         let _ = writeln!(out, "  mesh    {}\n  layout  {layout}", self.mesh);
         let biggest = |d: &DevicePlan| {
             let by_size = |(_, part, _): &&(Name, super::Part, super::Buffer)| part.ty.bytes();
@@ -196,31 +228,16 @@ impl ProgramPlan {
     }
 
     fn activations_text(&self, program: &Program, f: &Function, out: &mut String) {
-        let placement = Placement { mesh: &self.mesh, layout: &self.layout, chunking: &program.chunking };
-        let mut largest: Vec<(String, &Node)> = Vec::new();
-        // Tensors of a variable's type are variables, their gradients and slots.
-        let own = |n: &&Node| !n.ty.dims.is_empty() && !program.variables.iter().any(|v| v.ty.dims == n.ty.dims);
-        for n in f.nodes.iter().filter(|n| !n.scope.is_empty()).filter(own) {
-            let name = stage(&n.scope);
-            match largest.iter_mut().find(|(l, _)| *l == name) {
-                Some((_, old)) if old.ty.bytes() >= n.ty.bytes() => {}
-                Some((_, old)) => *old = n,
-                None => largest.push((name, n)),
-            }
-        }
+        let placement = Placement::new(&self.mesh, &self.layout, program);
         let _ = writeln!(out, "\nactivations: the largest of each group of layers");
         let mut table = Table::default();
         table.row([&"group", &"type", &"layout", &"a device, at least", &"at most"]);
-        for (name, n) in largest {
-            let Ok(spec) = placement.spec("", &n.ty, n.layout.as_deref(), &[], n.place) else { continue };
-            let axis = |a: usize| &self.mesh.axes()[a].0;
-            let split: Vec<String> =
-                n.ty.dims.iter().zip(&spec).filter_map(|(d, a)| a.map(|a| format!("{}:{}", d.name, axis(a)))).collect();
+        for (name, n) in largest(program, f) {
+            let Ok(spec) = placement.spec(&Subject::node(f, n)) else { continue };
             let held: Vec<usize> =
                 placement.regions(&n.ty, &spec).iter().map(|r| r.elements() * n.ty.dtype.bytes()).collect();
             let (least, most) = (held.iter().min().unwrap_or(&0), held.iter().max().unwrap_or(&0));
-            let how = if split.is_empty() { "whole".into() } else { split.join(",") };
-            table.row([&name, &n.ty, &how, &bytes(*least), &bytes(*most)]);
+            table.row([&name, &n.ty, &split(&self.mesh, &n.ty, &spec), &bytes(*least), &bytes(*most)]);
         }
         table.write(out);
     }
@@ -400,7 +417,7 @@ fn flops_text(f: &Function, out: &mut String) {
     let mut rest = 0;
     for n in &f.nodes {
         let flops = n.op.op().flops(&f.input_types(n), &n.ty);
-        if is_product(n) { *by_op.entry(n.op.op().name()).or_default() += flops } else { rest += flops }
+        if n.op.is_product() { *by_op.entry(n.op.op().name()).or_default() += flops } else { rest += flops }
     }
     let products: u64 = by_op.values().sum();
     let _ = writeln!(out, "\nFLOPs: {} a step, of which {} in products", flops(f.flops()), flops(products));
@@ -420,6 +437,7 @@ mod tests {
     fn numbers_are_written_for_people() {
         assert_eq!([0, 999, 1000, 5_600_960].map(thousands), ["0", "999", "1,000", "5,600,960"]);
         assert_eq!([1023, 1536, 3 << 30].map(bytes), ["1023 B", "1.5 KiB", "3.0 GiB"]);
+        assert_eq!([0.0, 2.5e-6, 0.0031, 75.0].map(seconds), ["0.0 us", "2.5 us", "3.1 ms", "75.0 s"]);
     }
 
     #[test]

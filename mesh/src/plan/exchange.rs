@@ -1,7 +1,7 @@
 //! Makes the moves and all-reduces of one device: who sends which bytes to whom.
 
 use super::body::strides;
-use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Wire};
+use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Segments, Wire};
 use crate::chunk;
 use crate::dim::DType;
 use crate::ops::reduce::ReduceFn;
@@ -107,16 +107,33 @@ impl Together {
     }
 }
 
-/// The all-reduce of a device.
-pub(crate) fn all_reduce(f: ReduceFn, dtype: DType, together: &Together, elements: usize, device: usize) -> AllReduce {
+/// The all-reduce of a device: each holds nodes of the region `held`, and comes to hold the result's region `done`, all
+/// or a part of it.
+pub(crate) fn all_reduce(
+    f: ReduceFn,
+    dtype: DType,
+    together: &Together,
+    held: &[Region],
+    done: &[Region],
+    device: usize,
+) -> AllReduce {
+    let held = &held[device];
+    let scattered = together.devices.iter().any(|d| done[*d] != *held);
+    let segments = match held.elements() {
+        _ if scattered => {
+            Segments::Boxes(together.devices.iter().map(|d| box_copy(&done[*d], held, &done[*d])).collect())
+        }
+        elements if elements >= SEGMENTED => Segments::Shared,
+        _ => Segments::All,
+    };
     AllReduce {
         f,
         dtype,
-        elements,
+        elements: held.elements(),
         devices: together.devices.clone(),
         nodes: together.nodes.clone(),
         me: together.devices.iter().position(|&d| d == device).unwrap_or(0),
         order: together.order.clone(),
-        segmented: elements >= SEGMENTED,
+        segments,
     }
 }

@@ -324,11 +324,12 @@ impl Planner<'_> {
                 (Work::Exchange(work), group.inputs.clone(), name.into(), scratch)
             }
             SpmdOp::AllReduce { f, groups, .. } => {
-                let elements = out.regions[device].elements();
+                let held = &spmd.values[instr.inputs[0].index()].regions;
                 let together = &self.sums[&(group.instrs[0], groups[device][0])];
-                let work = all_reduce(*f, out.ty.dtype, together, elements, device);
+                let work = all_reduce(*f, out.ty.dtype, together, held, &out.regions, device);
                 let scratch = work.scratch_bytes();
-                (Work::AllReduce(work), group.inputs.clone(), "all-reduce".into(), scratch)
+                let name = if held == &out.regions { "all-reduce" } else { "reduce-scatter" };
+                (Work::AllReduce(work), group.inputs.clone(), name.into(), scratch)
             }
             SpmdOp::Compute { prim: Prim::Reduce(r), sum } => {
                 let work = Work::Reduce(self.reduction(group, device, r, sum.as_ref()));

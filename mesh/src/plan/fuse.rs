@@ -109,7 +109,7 @@ impl<'a> Fused<'a> {
             if let Some(prim) = self.elementwise(instr.output) {
                 let below: usize = instr.inputs.iter().map(|i| length[i.index()]).sum();
                 // What is rounded takes another instruction for that.
-                let own = if self.ty(instr.output).dtype == DType::Bf16 { 2 } else { 1 };
+                let own = if self.ty(instr.output).dtype.is_half() { 2 } else { 1 };
                 let n = below + if is_free(prim) { 0 } else { own };
                 // What is rounded next is cut behind that, where it takes half of the memory.
                 let cut = n > LONGEST && !narrowed.contains(&instr.output);
@@ -173,7 +173,7 @@ impl<'a> Fused<'a> {
         let mut uses: HashMap<ValueId, usize> = HashMap::new();
         let results = self.spmd.outputs.iter().map(|(_, v)| v).chain(self.spmd.assigns.iter().map(|(_, v)| v));
         self.spmd.instrs.iter().flat_map(|i| &i.inputs).chain(results).for_each(|v| *uses.entry(*v).or_default() += 1);
-        let rounds = |v: ValueId| matches!(self.elementwise(v), Some(Prim::Cast(_))) && self.ty(v).dtype == DType::Bf16;
+        let rounds = |v: ValueId| matches!(self.elementwise(v), Some(Prim::Cast(_))) && self.ty(v).dtype.is_half();
         let rounded = self.spmd.instrs.iter().filter(|i| rounds(i.output)).flat_map(|i| &i.inputs);
         rounded.filter(|v| uses[*v] == 1 && self.ty(**v).dtype == DType::F32).copied().collect()
     }
@@ -299,7 +299,7 @@ impl<'a> Fused<'a> {
     /// Whether a value is a product in fewer bits, which its epilogue stores in place of the product.
     fn narrows_product(&self, v: ValueId) -> bool {
         matches!(self.elementwise(v), Some(Prim::Cast(_)))
-            && self.ty(v).dtype == DType::Bf16
+            && self.ty(v).dtype.is_half()
             && self.producer[v.index()].is_some_and(|i| self.is_whole_product(self.spmd.instrs[i].inputs[0]))
     }
 

@@ -2,7 +2,8 @@
 //!
 //! [`fuse`] decides what is stored and what is computed inside the loops that use it; `body` makes the loops,
 //! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
-//! puts them together into [`step`]s, and [`cost`] says what each takes; [`recompute`] chooses what a backward pass makes
+//! puts them together into [`step`]s; [`cost`] says what each takes, and [`time`] how long a machine needs; [`describe`] is a plan
+//! as text, [`report`] as data, [`html`] as a page, and [`diff`] what two differ in; [`recompute`] chooses what a backward pass makes
 //! again. The peak that a plan predicts is what execution uses, byte for byte, because execution has no other memory than
 //! the plan's.
 
@@ -10,17 +11,22 @@ mod body;
 mod copies;
 pub mod cost;
 pub mod describe;
+pub mod diff;
 mod exchange;
 mod function;
 pub mod fuse;
+pub mod html;
 pub mod memory;
 pub mod recompute;
+pub mod report;
 pub mod step;
+pub mod time;
 
-use crate::dim::{DType, Name};
+use crate::dim::Name;
 use crate::error::{Cause, Error};
-use crate::layout::{Layout, Mesh, Placement};
+use crate::layout::{Layout, Mesh};
 use crate::ops::Prim;
+use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use crate::spmd;
 pub(crate) use exchange::{Together, all_reduce, kind};
@@ -28,7 +34,7 @@ pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
 pub use step::{
     ALIGN, AllReduce, Backend, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message, OpWork,
-    Part, Step, Wire, Work,
+    Part, Segments, Step, Wire, Work,
 };
 
 /// What a plan has to keep to.
@@ -88,7 +94,7 @@ impl ProgramPlan {
     }
 }
 
-/// Holds back what no kernel takes yet: indexing and reductions of `bf16`.
+/// Holds back what no kernel takes yet: indexing and reductions of 16-bit floats.
 fn in_f32(function: &Function) -> Result<(), Error> {
     for node in &function.nodes {
         let op = node.op.op();
@@ -97,8 +103,9 @@ fn in_f32(function: &Function) -> Result<(), Error> {
             || node.op.is_product()
             || matches!(node.op, Prim::Input(_) | Prim::Read(_) | Prim::Assign(_))
             || matches!(node.op, Prim::MaxPool(_) | Prim::MaxPoolGrad(_));
-        if !takes && function.input_types(node).iter().any(|t| t.dtype == DType::Bf16) {
-            let what = format!("`{}` of bf16", op.name());
+        let types = function.input_types(node);
+        if let Some(half) = types.iter().find(|t| !takes && t.dtype.is_half()) {
+            let what = format!("`{}` of {}", op.name(), half.dtype);
             let help = "cast its inputs to f32 and the result back".into();
             return Err(Error::from(Cause::NotYet { what, help }).at(node.place));
         }
@@ -122,11 +129,11 @@ pub fn plan_program(
         return Err(Cause::MeshSize { mesh: mesh.to_string(), size: mesh.size(), devices }.into());
     }
     layout.check(mesh, program)?;
-    let placement = Placement { mesh, layout, chunking: &program.chunking };
+    let placement = Placement::new(mesh, layout, program);
     let mut variables: Vec<Vec<(Part, Buffer)>> = vec![vec![]; mesh.size()];
     let mut base = vec![0; mesh.size()];
     for v in &program.variables {
-        let spec = placement.spec("variable", &v.ty, None, &[], v.place)?;
+        let spec = placement.spec(&Subject::variable(v))?;
         for (d, region) in placement.regions(&v.ty, &spec).into_iter().enumerate() {
             let bytes = region.elements() * v.ty.dtype.bytes();
             variables[d].push((Part { ty: v.ty.clone(), region }, Buffer { offset: base[d], bytes }));

@@ -132,6 +132,18 @@ pub struct BoxCopy {
     pub to_strides: Vec<usize>,
 }
 
+impl BoxCopy {
+    /// Whether what is read is one stretch.
+    pub fn is_contiguous(&self) -> bool {
+        let mut next = 1;
+        self.extents.iter().zip(&self.from_strides).rev().all(|(n, stride)| {
+            let follows = *n == 1 || *stride == next;
+            next *= n;
+            follows
+        })
+    }
+}
+
 /// Boxes that move between devices: halo exchange, all-gather, all-to-all, permute, slice. One input, one output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Exchange {
@@ -187,18 +199,29 @@ pub enum Wire {
     },
 }
 
-/// An all-reduce along the summation tree.
+/// Who finishes which elements of an all-reduce. The bits are the same, since each element is combined by the same tree.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Segments {
+    /// Everyone all of them: for small ones.
+    All,
+    /// Everyone an even share, whose results go to the others.
+    Shared,
+    /// Everyone what it is to have in the end, a box of what all hold parts of: a reduce-scatter. By participant, the
+    /// copy of the box into a place of its own.
+    Boxes(Vec<BoxCopy>),
+}
+
+/// An all-reduce along the summation tree, or a reduce-scatter.
 ///
-/// Participant `p` holds `[nodes[p], elements]`; everyone gets `[elements]`, combined by `order`. Small ones are sent
-/// to everyone at once. Large ones are cut into one segment a participant ([`AllReduce::segment`]), which finishes it
-/// and sends the result to the others; the bits are the same, since each element is combined by the same tree.
+/// Participant `p` holds `[nodes[p], elements]`, and finishes a segment of that ([`AllReduce::segment_elements`]),
+/// combined by `order`. Everyone gets `[elements]`, or its own segment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AllReduce {
     /// How parts are combined.
     pub f: ReduceFn,
     /// Element type (`f32`, `i32` or `bool`).
     pub dtype: DType,
-    /// Elements of the result.
+    /// Elements of a node.
     pub elements: usize,
     /// Devices that take part, in order.
     pub devices: Vec<usize>,
@@ -208,31 +231,57 @@ pub struct AllReduce {
     pub me: usize,
     /// The combination: a stack machine over (participant, node).
     pub order: Arc<[chunk::Finish]>,
-    /// Whether it goes by segments.
-    pub segmented: bool,
+    /// Who finishes what.
+    pub segments: Segments,
 }
 
 impl AllReduce {
-    /// Elements of the result that participant `p` finishes.
-    pub fn segment(&self, p: usize) -> std::ops::Range<usize> {
-        if self.segmented { chunk::chunk_range(self.elements, self.devices.len(), p) } else { 0..self.elements }
+    /// Elements that participant `p` finishes.
+    pub fn segment_elements(&self, p: usize) -> usize {
+        match &self.segments {
+            Segments::All => self.elements,
+            Segments::Shared => chunk::chunk_range(self.elements, self.devices.len(), p).len(),
+            Segments::Boxes(boxes) => boxes[p].extents.iter().product(),
+        }
     }
 
-    /// Bytes of scratch: what is received from the others, participant after participant, node after node.
-    pub fn scratch_bytes(&self) -> usize {
+    /// The first element of what participant `p` finishes, if it is one stretch of a node.
+    pub fn segment_start(&self, p: usize) -> Option<usize> {
+        match &self.segments {
+            Segments::All => Some(0),
+            Segments::Shared => Some(chunk::chunk_range(self.elements, self.devices.len(), p).start),
+            Segments::Boxes(boxes) => boxes[p].is_contiguous().then_some(boxes[p].from),
+        }
+    }
+
+    /// The first element in the scratch, behind what is received, of this device's nodes of what participant `p`
+    /// finishes, one after the other: where that is no stretch of a node it is put together there.
+    pub fn packed_start(&self, p: usize) -> usize {
+        let packed = (0..p).filter(|q| self.segment_start(*q).is_none()).map(|q| self.segment_elements(q));
+        self.received() + self.nodes[self.me] * packed.sum::<usize>()
+    }
+
+    /// Elements that are received to be combined.
+    fn received(&self) -> usize {
         let others: usize = (0..self.devices.len()).filter(|p| *p != self.me).map(|p| self.nodes[p]).sum();
-        others * self.segment(self.me).len() * self.dtype.bytes()
+        others * self.segment_elements(self.me)
     }
 
-    /// Bytes that this device sends to participant `p`, another one.
-    pub fn sent_to(&self, p: usize) -> usize {
-        let result = if self.segmented { self.segment(self.me).len() } else { 0 };
-        (self.nodes[self.me] * self.segment(p).len() + result) * self.dtype.bytes()
+    /// Bytes of scratch: what is received from the others, participant after participant, node after node; and what is
+    /// put together for them.
+    pub fn scratch_bytes(&self) -> usize {
+        self.packed_start(self.devices.len()) * self.dtype.bytes()
     }
 
     /// Bytes that this device sends.
     pub fn sent_bytes(&self) -> usize {
-        (0..self.devices.len()).filter(|p| *p != self.me).map(|p| self.sent_to(p)).sum()
+        let others = (0..self.devices.len()).filter(|p| *p != self.me);
+        let parts: usize = others.clone().map(|p| self.nodes[self.me] * self.segment_elements(p)).sum();
+        let results = match self.segments {
+            Segments::Shared => others.count() * self.segment_elements(self.me),
+            Segments::All | Segments::Boxes(_) => 0,
+        };
+        (parts + results) * self.dtype.bytes()
     }
 }
 

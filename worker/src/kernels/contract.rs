@@ -1,7 +1,7 @@
 //! `contract`: sums of products of two tensors of any order of dimensions, as packed and blocked matrix products.
 //!
 //! Along the contracted dimensions it counts in units: elements of `f32`, pairs of `bf16` (the last one of a leaf may have
-//! a zero for its second half).
+//! a zero for its second half). Factors of `f16` are packed as the `f32` that they are.
 //!
 //! All of b is packed once, by panels of as many columns as a tile has. A task has a block of rows and columns of the
 //! result; it goes through the contracted elements piece by piece, packs a's part of a piece where the second-level
@@ -58,6 +58,8 @@ pub struct ContractPlan {
     isa: Isa,
     /// Whether the factors are `bf16`.
     pairs: bool,
+    /// Whether they are `f16`.
+    widens: bool,
     /// By batch: offsets in a, b and the result.
     batches: Vec<[usize; 3]>,
     a_rows: Side,
@@ -236,7 +238,7 @@ impl ContractPlan {
                 .map(|d| &d.name)
                 .filter(|n| op.over.contains(n))
                 .collect();
-        let pairs = a.ty.dtype == DType::Bf16;
+        let (pairs, widens) = (a.ty.dtype == DType::Bf16, a.ty.dtype == DType::F16);
         let unit = 1 + usize::from(pairs);
         let (mut depth, mut channels) = (Vec::new(), Vec::new());
         for leaf in &leaves.boxes {
@@ -273,10 +275,11 @@ impl ContractPlan {
         let side_by_side = a_depth.run() == a_depth.len() && a_depth.len() > 0 && whole(a_depth.at(0));
         let apart = a_rows.stride().filter(|n| whole(*n) && !(n * a.ty.dtype.bytes()).is_multiple_of(CACHE_WAY));
         let whole = a_rows.len() > 0 && whole(a_rows.at(0)) && batches.iter().all(|b| whole(b[0]));
-        let a_pitch = apart.filter(|_| side_by_side && whole).map(|n| n / unit);
+        let a_pitch = apart.filter(|_| side_by_side && whole && !widens).map(|n| n / unit);
         Some(ContractPlan {
             isa,
             pairs,
+            widens,
             batches,
             a_rows,
             a_depth,
@@ -360,6 +363,12 @@ impl ContractPlan {
             let (floats, halves, pitch) = (p.b.cast::<f32>(), p.b.cast::<u16>(), self.width);
             let (k, n) = (&self.b_depth, &self.b_columns);
             match (self.pairs, n.run() >= k.run()) {
+                (false, true) if self.widens => {
+                    pack::copy_wide(self.isa, halves.add(at), [k, n], [depth, columns], to, pitch)
+                }
+                (false, false) if self.widens => {
+                    pack::transpose_wide(self.isa, halves.add(at), [n, k], [columns, depth], to, pitch)
+                }
                 (false, true) => pack::copy(floats.add(at), [k, n], [depth, columns], to, pitch),
                 (false, false) => pack::transpose(self.isa, floats.add(at), [n, k], [columns, depth], to, pitch),
                 (true, true) => pack::copy_pairs(self.isa, halves.add(at), [k, n], [depth, columns], to.cast(), pitch),
@@ -394,6 +403,12 @@ impl ContractPlan {
         // SAFETY: by the callers' contract the offsets lie inside a, and `packed` has room for a piece of a block's rows.
         unsafe {
             match (self.pairs, by_rows) {
+                (false, true) if self.widens => {
+                    pack::copy_wide(self.isa, halves.add(at), [m, k], [rows, depth], x, PITCH)
+                }
+                (false, false) if self.widens => {
+                    pack::copy_wide(self.isa, halves.add(at), [k, m], [depth, rows], x, BLOCK_ROWS)
+                }
                 (false, true) => pack::copy(floats.add(at), [m, k], [rows, depth], x, PITCH),
                 (false, false) => pack::copy(floats.add(at), [k, m], [depth, rows], x, BLOCK_ROWS),
                 (true, true) => pack::copy_paired(halves.add(at), [m, k], [rows, depth], x.cast(), PITCH),

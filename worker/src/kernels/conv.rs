@@ -6,12 +6,13 @@
 //! are packed into panels once a run.
 //!
 //! Contracted channels are counted in units: elements of `f32`, pairs of `bf16` (the last one of a leaf may have a zero for
-//! its second half). An epilogue takes a task's outputs from the workspace.
+//! its second half). `f16` is staged and packed as the `f32` that it is. An epilogue takes a task's outputs from the workspace.
 //!
 //! Roofline: 2 * taps * cin * cout flops an output against 4 * (cin + cout) bytes, or half of them; from 16 channels on the
 //! multiply-add units bind. Staging costs a few percent.
 
 use super::epilogue::{self, Epilogue};
+use super::half::{self, Element, F16};
 use super::isa::Isa;
 use super::kernel::Operands;
 use super::pack::NOTHING;
@@ -92,6 +93,8 @@ pub struct ConvPlan {
     x_channel: usize,
     /// Of `bf16`: the pairs of them, by number.
     pairs: Option<Vec<[usize; 2]>>,
+    /// Whether x and weights are `f16`.
+    widens: bool,
     /// Whether the units are the channels as they lie in x.
     as_they_lie: bool,
     /// Output channels in a group, groups.
@@ -150,7 +153,7 @@ impl ConvPlan {
         let end = leaves.boxes.iter().map(|b| b[0].end).max().unwrap_or(start);
         let boxes = leaves.boxes.iter().map(|b| b[0].start - start..b[0].end - start);
         let (channels, pairs): (Vec<Range<usize>>, _) = if x.ty.dtype == DType::Bf16 {
-            let (channels, pairs) = in_pairs(boxes);
+            let (channels, pairs) = in_units(2, boxes);
             (channels, Some(pairs))
         } else {
             (boxes.collect(), None)
@@ -179,6 +182,7 @@ impl ConvPlan {
             contracted,
             x_channel: x_first,
             pairs,
+            widens: x.ty.dtype == DType::F16,
             as_they_lie,
             produced,
             groups,
@@ -298,6 +302,10 @@ impl ConvPlan {
                 for u in 0..self.units() {
                     let at = |c: usize| base + t * tap + c * from + first * to;
                     match &self.pairs {
+                        None if self.widens => {
+                            let row = p.w.cast::<F16>().add(at(u));
+                            (0..columns).for_each(|n| *out.add(n) = (*row.add(n * to)).wide());
+                        }
                         None => {
                             let row = p.w.cast::<f32>().add(at(u));
                             (0..columns).for_each(|n| *out.add(n) = *row.add(n * to));
@@ -443,6 +451,21 @@ impl ConvPlan {
             let from = first + (a as usize).saturating_sub(held.start) * stride;
             let to = row.as_mut_ptr().add(skip);
             match &self.pairs {
+                None if self.widens => {
+                    let from = x.cast::<u16>().add(from);
+                    if *stride == self.contracted {
+                        half::widen_to(self.isa, from, n * self.contracted, to);
+                    } else {
+                        (0..n).for_each(|i| {
+                            half::widen_to(
+                                self.isa,
+                                from.add(i * stride),
+                                self.contracted,
+                                to.add(i * self.contracted),
+                            );
+                        });
+                    }
+                }
                 None => copy(x.cast::<f32>().add(from), *stride, to, self.contracted, n),
                 Some(_) if self.as_they_lie => {
                     copy(x.cast::<u16>().add(from), *stride, to.cast(), self.contracted, n);
@@ -476,16 +499,20 @@ unsafe fn copy<T: Copy>(from: *const T, stride: usize, to: *mut T, channels: usi
     }
 }
 
-/// Neighbouring elements of each range, in pairs: the pairs of each one, and all of them, [`NOTHING`] in place of the
-/// second half that an odd one lacks.
-pub(super) fn in_pairs(ranges: impl Iterator<Item = Range<usize>>) -> (Vec<Range<usize>>, Vec<[usize; 2]>) {
-    let mut pairs = Vec::new();
+/// Neighbouring elements of each range, in pairs (`unit` 2) or one by one (1): the units of each one, and all of them,
+/// [`NOTHING`] in place of a second half that there is not.
+pub(super) fn in_units(
+    unit: usize,
+    ranges: impl Iterator<Item = Range<usize>>,
+) -> (Vec<Range<usize>>, Vec<[usize; 2]>) {
+    let mut units = Vec::new();
     let of = ranges.map(|r| {
-        let first = pairs.len();
-        pairs.extend(r.clone().step_by(2).map(|i| [i, if i + 1 < r.end { i + 1 } else { NOTHING }]));
-        first..pairs.len()
+        let first = units.len();
+        let second = |i: usize| if unit == 2 && i + 1 < r.end { i + 1 } else { NOTHING };
+        units.extend(r.clone().step_by(unit).map(|i| [i, second(i)]));
+        first..units.len()
     });
-    (of.collect(), pairs)
+    (of.collect(), units)
 }
 
 /// Inputs are of either dtype.

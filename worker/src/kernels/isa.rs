@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Plain Rust.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
@@ -41,7 +41,8 @@ impl Isa {
                 let tiles = is_x86_feature_detected!("avx512bf16") && super::amx::available();
                 return if tiles { Isa::Amx } else { Isa::Avx512 };
             }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let has2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if has2 && is_x86_feature_detected!("f16c") {
                 return Isa::Avx2;
             }
         }

@@ -1,7 +1,8 @@
-//! What the machine of fused bodies ([`super::vm`]) does to lanes: 32 bits a point, an `f32`, an `i32`, a `bf16` as the `f32`
-//! that it is, or a truth as 0 or 1. Each function is one tight loop over the lanes of a block, compiled for every
+//! What the machine of fused bodies ([`super::vm`]) does to lanes: 32 bits a point, an `f32`, an `i32`, a 16-bit float as
+//! the `f32` that it is, or a truth as 0 or 1. Each function is one tight loop over the lanes of a block, compiled for every
 //! instruction set.
 
+use super::half::{self, Bf16, Element, F16};
 use super::isa::Isa;
 use super::math;
 use crate::dispatch;
@@ -70,15 +71,15 @@ pub unsafe fn load(
         return unsafe { buffer.cast::<u32>().add(start) };
     }
     let at = [start, rows, columns];
-    dispatch!(isa, fn(operand: &Operand, buffer: *const u8, at: [usize; 3], out: &mut [u32]) {
+    dispatch!(isa, fn(isa: Isa, operand: &Operand, buffer: *const u8, at: [usize; 3], out: &mut [u32]) {
         // SAFETY: by the contract of this function.
-        unsafe { copy(operand, buffer, at, out) }
+        unsafe { copy(isa, operand, buffer, at, out) }
     });
     out.as_ptr()
 }
 
 #[inline(always)]
-unsafe fn copy(operand: &Operand, buffer: *const u8, [start, rows, columns]: [usize; 3], out: &mut [u32]) {
+unsafe fn copy(isa: Isa, operand: &Operand, buffer: *const u8, [start, rows, columns]: [usize; 3], out: &mut [u32]) {
     let d = operand.strides.len();
     let (row, column) = (operand.strides[d - 2], operand.strides[d - 1]);
     // SAFETY: the block's elements lie in the buffer by the caller's contract.
@@ -126,28 +127,39 @@ unsafe fn copy(operand: &Operand, buffer: *const u8, [start, rows, columns]: [us
                     }
                 }
             }
-            DType::Bf16 if operand.mode == Mode::Contiguous => {
-                let from = std::slice::from_raw_parts(buffer.cast::<u16>().add(start), out.len());
-                out.iter_mut().zip(from).for_each(|(o, v)| *o = u32::from(*v) << 16);
+            DType::Bf16 => halves::<Bf16>(operand, buffer.cast(), [start, columns], out),
+            DType::F16 if operand.mode == Mode::Contiguous => {
+                half::widen(isa, std::slice::from_raw_parts(buffer.cast::<u16>().add(start), out.len()), out);
             }
-            DType::Bf16 => {
-                let from = buffer.cast::<u16>();
-                for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
-                    let from = from.add(start + r * row);
-                    if column == 1 {
-                        let from = std::slice::from_raw_parts(from, columns);
-                        o.iter_mut().zip(from).for_each(|(o, v)| *o = u32::from(*v) << 16);
-                    } else {
-                        o.iter_mut().enumerate().for_each(|(c, o)| *o = u32::from(*from.add(c * column)) << 16);
-                    }
-                }
-            }
+            DType::F16 => halves::<F16>(operand, buffer.cast(), [start, columns], out),
             DType::Bool => {
                 for r in 0..rows {
                     for c in 0..columns {
                         out[r * columns + c] = u32::from(*buffer.add(start + r * row + c * column));
                     }
                 }
+            }
+        }
+    }
+}
+
+/// A block of 16-bit floats.
+#[inline(always)]
+unsafe fn halves<E: Element>(operand: &Operand, buffer: *const E, [start, columns]: [usize; 2], out: &mut [u32]) {
+    let [row, column] = operand.along();
+    // SAFETY: the block's elements lie in the buffer by the caller's contract.
+    unsafe {
+        if operand.mode == Mode::Contiguous {
+            let from = std::slice::from_raw_parts(buffer.add(start), out.len());
+            return out.iter_mut().zip(from).for_each(|(o, v)| *o = v.wide().to_bits());
+        }
+        for (r, o) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+            let from = buffer.add(start + r * row);
+            if column == 1 {
+                let from = std::slice::from_raw_parts(from, columns);
+                o.iter_mut().zip(from).for_each(|(o, v)| *o = v.wide().to_bits());
+            } else {
+                o.iter_mut().enumerate().for_each(|(c, o)| *o = (*from.add(c * column)).wide().to_bits());
             }
         }
     }
@@ -275,19 +287,28 @@ pub fn compare(isa: Isa, f: CompareFn, dtype: DType, a: &[u32], b: &[u32], out: 
 
 /// Another dtype.
 pub fn cast(isa: Isa, from: DType, to: DType, a: &[u32], out: &mut [u32]) {
-    dispatch!(isa, fn(from: DType, to: DType, a: &[u32], out: &mut [u32]) {
-        use DType::{Bf16, Bool, F32, I32};
+    dispatch!(isa, fn(isa: Isa, from: DType, to: DType, a: &[u32], out: &mut [u32]) {
+        use DType::{Bf16, Bool, F16, F32, I32};
         match (from, to) {
-            (F32 | Bf16, F32) | (I32, I32) | (Bool, Bool) | (Bool, I32) | (Bf16, Bf16) => out.copy_from_slice(a),
-            (F32, Bf16) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(to_bf16(*a)) << 16),
-            (F32 | Bf16, I32) => out.iter_mut().zip(a).for_each(|(o, a)| *o = f32::from_bits(*a) as i32 as u32),
-            (F32 | Bf16, Bool) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(f32::from_bits(*a) != 0.0)),
+            (F32 | Bf16 | F16, F32) | (Bf16, Bf16) | (F16, F16) => out.copy_from_slice(a),
+            (I32, I32) | (Bool, Bool) | (Bool, I32) => out.copy_from_slice(a),
+            (F32 | Bf16, F16) => half::round(isa, a, out),
+            (F32 | F16, Bf16) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(to_bf16(*a)) << 16),
+            (F32 | Bf16 | F16, I32) => out.iter_mut().zip(a).for_each(|(o, a)| *o = f32::from_bits(*a) as i32 as u32),
+            (F32 | Bf16 | F16, Bool) => {
+                out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(f32::from_bits(*a) != 0.0))
+            }
             (I32, F32) => out.iter_mut().zip(a).for_each(|(o, a)| *o = (*a as i32 as f32).to_bits()),
             (I32, Bf16) => {
                 out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(to_bf16((*a as i32 as f32).to_bits())) << 16)
             }
+            (I32, F16) => {
+                out.iter_mut().zip(a).for_each(|(o, a)| *o = half::F16::of(*a as i32 as f32).wide().to_bits())
+            }
             (I32, Bool) => out.iter_mut().zip(a).for_each(|(o, a)| *o = u32::from(*a != 0)),
-            (Bool, F32 | Bf16) => out.iter_mut().zip(a).for_each(|(o, a)| *o = if *a != 0 { 1.0f32.to_bits() } else { 0 }),
+            (Bool, F32 | Bf16 | F16) => {
+                out.iter_mut().zip(a).for_each(|(o, a)| *o = if *a != 0 { 1.0f32.to_bits() } else { 0 })
+            }
         }
     });
 }
@@ -303,6 +324,7 @@ pub fn constant(c: f64, dtype: DType) -> u32 {
     match dtype {
         DType::F32 => (c as f32).to_bits(),
         DType::Bf16 => u32::from(to_bf16((c as f32).to_bits())) << 16,
+        DType::F16 => F16::of(c as f32).wide().to_bits(),
         DType::I32 => c as i32 as u32,
         DType::Bool => u32::from(c != 0.0),
     }
@@ -373,19 +395,23 @@ fn bits(stream: Stream, start: u64, out: &mut [u32]) {
 /// # Safety
 /// So many lanes lie at `from`, and as many elements fit at `to`.
 pub unsafe fn store(isa: Isa, dtype: DType, from: *const u32, to: *mut u8, n: usize) {
-    dispatch!(isa, fn(dtype: DType, from: *const u32, to: *mut u8, n: usize) {
+    dispatch!(isa, fn(isa: Isa, dtype: DType, from: *const u32, to: *mut u8, n: usize) {
         // SAFETY: by the contract of this function; only lanes of 32 bits may lie where they are stored.
         unsafe {
             if dtype.bytes() == 4 {
                 return std::ptr::copy(from, to.cast(), n);
             }
             let from = std::slice::from_raw_parts(from, n);
-            if dtype == DType::Bf16 {
-                let to = std::slice::from_raw_parts_mut(to.cast::<u16>(), n);
-                to.iter_mut().zip(from).for_each(|(t, f)| *t = to_bf16(*f));
-            } else {
-                let to = std::slice::from_raw_parts_mut(to, n);
-                to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as u8);
+            match dtype {
+                DType::Bf16 => {
+                    let to = std::slice::from_raw_parts_mut(to.cast::<u16>(), n);
+                    to.iter_mut().zip(from).for_each(|(t, f)| *t = to_bf16(*f));
+                }
+                DType::F16 => half::narrow(isa, from, std::slice::from_raw_parts_mut(to.cast::<u16>(), n)),
+                _ => {
+                    let to = std::slice::from_raw_parts_mut(to, n);
+                    to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as u8);
+                }
             }
         }
     });

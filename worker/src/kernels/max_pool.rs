@@ -3,6 +3,7 @@
 //! Roofline: the bytes of the input (and of the gradient), read once. Sixteen elements of the dimensions behind the
 //! last window go at a time.
 
+use super::half::{Bf16, Element, F16};
 use super::isa::Isa;
 use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
@@ -29,8 +30,7 @@ struct Axis {
 /// Max pooling or its gradient, prepared.
 pub struct MaxPoolPlan {
     isa: Isa,
-    /// Whether elements are `bf16`.
-    half: bool,
+    dtype: DType,
     axes: Vec<Axis>,
     /// Elements behind the last window.
     lanes: usize,
@@ -94,8 +94,8 @@ impl MaxPoolPlan {
         let lanes = work.output.region.shape()[last + 1..].iter().product();
         let taps: usize = windows.iter().map(|w: &Window| w.size).product();
         assert!(taps * 16 <= WORKSPACE_BYTES, "a window of {taps} elements");
-        let half = x.ty.dtype == DType::Bf16;
-        Some(MaxPoolPlan { isa, half, axes, lanes, gradient, dx_elements: work.output.region.elements(), taps })
+        let dtype = x.ty.dtype;
+        Some(MaxPoolPlan { isa, dtype, axes, lanes, gradient, dx_elements: work.output.region.elements(), taps })
     }
 
     /// Runs it: inputs are x, and for the gradient dy.
@@ -110,7 +110,7 @@ impl MaxPoolPlan {
         };
         if self.gradient {
             // SAFETY: the result's elements.
-            unsafe { std::ptr::write_bytes(p.dx, 0, self.dx_elements * if self.half { 2 } else { 4 }) };
+            unsafe { std::ptr::write_bytes(p.dx, 0, self.dx_elements * self.dtype.bytes()) };
         }
         // Windows along the axis that is shared out must not overlap in dx: an axis without a window, or one whose
         // neighbouring windows read different elements.
@@ -132,9 +132,10 @@ impl MaxPoolPlan {
                 dispatch!(self.isa, fn(plan: &MaxPoolPlan, ranges: &[Range<usize>], windows: &mut [f32], p: Pointers) {
                     // SAFETY: by the contract of `run`; tasks write disjoint elements.
                     unsafe {
-                        match plan.half {
-                            false => plan.boxed::<f32>(ranges, windows, p),
-                            true => plan.boxed::<u16>(ranges, windows, p),
+                        match plan.dtype {
+                            DType::Bf16 => plan.boxed::<Bf16>(ranges, windows, p),
+                            DType::F16 => plan.boxed::<F16>(ranges, windows, p),
+                            _ => plan.boxed::<f32>(ranges, windows, p),
                         }
                     }
                 });
@@ -210,7 +211,7 @@ impl MaxPoolPlan {
                 }
                 let out = p.y.cast::<E>().add(y + c);
                 if !self.gradient {
-                    (0..n).for_each(|l| *out.add(l) = E::narrow(best[l]));
+                    (0..n).for_each(|l| *out.add(l) = E::of(best[l]));
                 } else {
                     for (t, [_, place]) in taps.iter().enumerate() {
                         if *place == ELSEWHERE {
@@ -218,42 +219,15 @@ impl MaxPoolPlan {
                         }
                         let dx = p.dx.cast::<E>().add(place + c);
                         for l in 0..n {
-                            let own = if chosen[l] == t as u32 { (*out.add(l)).wide() } else { 0.0 };
-                            *dx.add(l) = E::narrow((*dx.add(l)).wide() + own);
+                            // Windows of 16-bit floats do not overlap: an element is added to nothing but zeros.
+                            let own = if chosen[l] == t as u32 { *out.add(l) } else { E::of(0.0) };
+                            *dx.add(l) = (*dx.add(l)).plus(own);
                         }
                     }
                 }
             }
             c += n;
         }
-    }
-}
-
-/// An element; `u16` is the bits of a `bf16`. What is made narrow here is a `bf16` already.
-trait Element: Copy {
-    fn wide(self) -> f32;
-    fn narrow(x: f32) -> Self;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn wide(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn narrow(x: f32) -> f32 {
-        x
-    }
-}
-
-impl Element for u16 {
-    #[inline(always)]
-    fn wide(self) -> f32 {
-        f32::from_bits(u32::from(self) << 16)
-    }
-    #[inline(always)]
-    fn narrow(x: f32) -> u16 {
-        (x.to_bits() >> 16) as u16
     }
 }
 

@@ -8,6 +8,7 @@ pub mod conv;
 pub mod copy;
 mod epilogue;
 pub mod gather;
+mod half;
 pub mod isa;
 pub mod kernel;
 mod lanes;

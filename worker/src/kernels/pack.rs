@@ -1,9 +1,11 @@
 //! Packing: elements that lie anywhere, copied to where a tile reads them, as they lie or transposed.
 //!
-//! `bf16` is packed by pairs of neighbours along the contracted dimensions, the first one in the lower half.
+//! `bf16` is packed by pairs of neighbours along the contracted dimensions, the first one in the lower half; `f16` as the
+//! floats that they are.
 //!
 //! Roofline: the bytes of what is packed, read and written once.
 
+use super::half;
 use super::isa::Isa;
 use crate::dispatch;
 
@@ -104,6 +106,28 @@ pub unsafe fn copy(
     }
 }
 
+/// Copies a block of a matrix of `f16` as [`copy`] does, as floats.
+///
+/// # Safety
+/// As for [`copy`].
+pub unsafe fn copy_wide(
+    isa: Isa,
+    from: *const u16,
+    [lines, points]: [&Side; 2],
+    [rows, columns]: [std::ops::Range<usize>; 2],
+    to: *mut f32,
+    pitch: usize,
+) {
+    for (l, i) in rows.enumerate() {
+        let mut at = l * pitch;
+        for (offset, n) in points.runs(columns.clone()) {
+            // SAFETY: by this function's contract.
+            unsafe { half::widen_to(isa, from.add(lines.offsets[i] + offset), n, to.add(at)) };
+            at += n;
+        }
+    }
+}
+
 /// Side of the blocks that are transposed at a time: a cache line of floats.
 const BLOCK: usize = 16;
 
@@ -138,6 +162,39 @@ pub unsafe fn transpose(
                         for l in 0..height {
                             *to.add(p * pitch + l) = *from.add(lines.offsets[i + l] + points.offsets[j + p]);
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Copies a block of a matrix of `f16` transposed, as [`transpose`] does, as floats.
+///
+/// # Safety
+/// As for [`transpose`].
+pub unsafe fn transpose_wide(
+    isa: Isa,
+    from: *const u16,
+    sides: [&Side; 2],
+    [rows, columns]: [std::ops::Range<usize>; 2],
+    to: *mut f32,
+    pitch: usize,
+) {
+    let mut some = [[0.0f32; BLOCK]; BLOCK];
+    for j in columns.clone().step_by(BLOCK) {
+        for i in rows.clone().step_by(BLOCK) {
+            let block = [i..(i + BLOCK).min(rows.end), j..(j + BLOCK).min(columns.end)];
+            let (height, width) = (block[0].len(), block[1].len());
+            // SAFETY: by this function's contract; a block has room for its elements.
+            unsafe {
+                copy_wide(isa, from, sides, block, some.as_mut_ptr().cast(), BLOCK);
+                let to = to.add((j - columns.start) * pitch + i - rows.start);
+                if height == BLOCK && width == BLOCK {
+                    transpose_block(isa, std::array::from_fn(|l| some[l].as_ptr()), to, pitch);
+                } else {
+                    for (l, row) in some[..height].iter().enumerate() {
+                        row[..width].iter().enumerate().for_each(|(p, v)| *to.add(p * pitch + l) = *v);
                     }
                 }
             }
@@ -357,23 +414,28 @@ mod tests {
     #[test]
     fn a_block_is_copied_and_transposed_from_wherever_its_elements_lie() {
         let from: Vec<f32> = (0..20_000).map(|i| i as f32).collect();
+        let halves: Vec<u16> = from.iter().map(|v| ::half::f16::from_f32(*v).to_bits()).collect();
         let lines = Side::new((0..40).map(|i| i * 131).collect());
         for points in [(0..50).collect(), (0..50).map(|j| j + j / 20 * 7).collect(), (0..50).map(|j| j * 3).collect()] {
             let points = Side::new(points);
             let (rows, columns) = (3..38, 1..49);
             let (h, w) = (rows.len(), columns.len());
-            let (mut straight, mut turned) = (vec![0.0; h * w], vec![0.0; h * w]);
+            let [mut straight, mut turned, mut wide, mut wide_turned] = [(); 4].map(|()| vec![0.0f32; h * w]);
             for isa in Isa::available() {
                 let ranges = || [rows.clone(), columns.clone()];
                 // SAFETY: all offsets lie inside `from`, and both results have room for the block.
                 unsafe {
                     copy(from.as_ptr(), [&lines, &points], ranges(), straight.as_mut_ptr(), w);
                     transpose(isa, from.as_ptr(), [&lines, &points], ranges(), turned.as_mut_ptr(), h);
+                    copy_wide(isa, halves.as_ptr(), [&lines, &points], ranges(), wide.as_mut_ptr(), w);
+                    transpose_wide(isa, halves.as_ptr(), [&lines, &points], ranges(), wide_turned.as_mut_ptr(), h);
                 }
                 for i in 0..h {
                     for j in 0..w {
                         let element = from[lines.offsets[rows.start + i] + points.offsets[columns.start + j]];
                         assert_eq!((straight[i * w + j], turned[j * h + i]), (element, element), "{i}, {j} on {isa:?}");
+                        let half = ::half::f16::from_f32(element).to_f32();
+                        assert_eq!((wide[i * w + j], wide_turned[j * h + i]), (half, half), "{i}, {j} on {isa:?}");
                     }
                 }
             }

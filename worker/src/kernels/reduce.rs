@@ -7,7 +7,7 @@
 //! points along it, where it is reduced a row is 16 lanes (see [`mesh::body::Reduction`]).
 
 use super::isa::Isa;
-use super::lanes::to_bf16;
+use super::lanes::store;
 use super::math;
 use super::vm::{BLOCK, Evaluation, Machine, StepContext, Use};
 use crate::dispatch;
@@ -297,11 +297,9 @@ impl ReducePlan {
                     unsafe { *p.results[r].add(at + i) = v.to_bits() as u8 };
                 }
             }
-            DType::Bf16 => {
-                for (i, v) in sum.iter().enumerate() {
-                    // SAFETY: as above.
-                    unsafe { *p.results[r].cast::<u16>().add(at + i) = to_bf16(v.to_bits()) };
-                }
+            dtype @ (DType::Bf16 | DType::F16) => {
+                // SAFETY: as above.
+                unsafe { store(self.isa, dtype, sum.as_ptr().cast(), p.results[r].add(2 * at), sum.len()) };
             }
             DType::F32 | DType::I32 => {
                 // SAFETY: as above.

@@ -435,14 +435,14 @@ fn dependence(instrs: &[(Instr, DType)], operands: &[Operand], innermost: usize)
     depends
 }
 
-/// A body without the casts that change no lane: a `bf16` is held as the `f32` that it is, and what stores a result rounds
-/// it. Its instructions and, for each result, that which computes it.
+/// A body without the casts that change no lane: a 16-bit float is held as the `f32` that it is, and what stores a result
+/// rounds it. Its instructions and, for each result, that which computes it.
 fn simplified(body: &Body) -> (Vec<(Instr, DType)>, Vec<usize>) {
     let dtype = |i: usize| body.instrs[i].1;
     let mut same: Vec<usize> = Vec::with_capacity(body.instrs.len());
     for (i, (instr, to)) in body.instrs.iter().enumerate() {
         same.push(match *instr {
-            Instr::Cast(a) if dtype(a) == *to || (dtype(a), *to) == (DType::Bf16, DType::F32) => same[a],
+            Instr::Cast(a) if dtype(a) == *to || dtype(a).is_half() && *to == DType::F32 => same[a],
             _ => i,
         });
     }
@@ -454,7 +454,7 @@ fn simplified(body: &Body) -> (Vec<(Instr, DType)>, Vec<usize>) {
         .results
         .iter()
         .map(|&r| match body.instrs[same[r]].0 {
-            Instr::Cast(a) if uses[same[r]] == 0 && (dtype(a), dtype(r)) == (DType::F32, DType::Bf16) => same[a],
+            Instr::Cast(a) if uses[same[r]] == 0 && dtype(a) == DType::F32 && dtype(r).is_half() => same[a],
             _ => same[r],
         })
         .collect();

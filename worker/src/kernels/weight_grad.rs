@@ -10,14 +10,16 @@
 //! Of `bf16`, the products of neighbours along the innermost dimension of a leaf are added in pairs, zeros where a tap
 //! leaves x or a leaf has no second one. Pairs do not lie in memory as such: a task packs those of a piece of its block,
 //! of x anew for each tap along that dimension. A block is one piece, but a leaf too large for the workspace is several,
-//! whose sums go on from where the one before left them.
+//! whose sums go on from where the one before left them. `f16` is packed likewise, each element for itself as the `f32` that
+//! it is.
 //!
 //! Roofline: 2 * taps * cin * cout flops a voxel; the multiply-add units bind from 16 channels on. Packing reads x
 //! once a tap along the innermost dimension, and dy once.
 
 mod tile;
 
-use super::conv::{axis_of, batch_offsets, in_pairs};
+use super::conv::{axis_of, batch_offsets, in_units};
+use super::half;
 use super::isa::Isa;
 use super::kernel::Operands;
 use super::pack::NOTHING;
@@ -35,7 +37,7 @@ use tile::{Job, Packed, SPAN, Span, View, run_tile, tile_rows};
 const LEAVES: usize = 8;
 /// Leaves of a block at most.
 const BLOCK_LEAVES: usize = 4096;
-/// Tasks that the blocks of a node are shared out to, about.
+/// Tasks that all blocks are shared out to, about.
 const TASKS: usize = 48;
 /// A block's voxels fill at most so many bytes of both inputs together.
 const BLOCK_BYTES: usize = 384 << 10;
@@ -50,11 +52,11 @@ struct Block {
 
 /// What of a block is summed at a time: all of it, or a part of its only leaf.
 struct Piece {
-    /// The leaves, and the pairs of each along the innermost dimension.
+    /// The leaves, and the units of each along the innermost dimension.
     leaves: Vec<(Box4, Range<usize>)>,
     /// The box around them.
     around: Box4,
-    /// Of `bf16`: where the halves of each pair lie along a row of dy, and of x by tap; [`NOTHING`] for zeros.
+    /// Of 16-bit floats: where the halves of each unit lie along a row of dy, and of x by tap; [`NOTHING`] for zeros.
     dy: Vec<[usize; 2]>,
     x: Vec<Vec<[usize; 2]>>,
 }
@@ -97,8 +99,8 @@ impl Axis {
 /// A weight gradient, prepared.
 pub struct WeightGradPlan {
     isa: Isa,
-    /// Whether x and dy are `bf16`.
-    pairs: bool,
+    /// That of x and dy.
+    dtype: DType,
     blocks: Vec<Block>,
     /// By task: how its blocks are combined.
     tasks: Vec<Vec<Combine>>,
@@ -187,7 +189,7 @@ impl WeightGradPlan {
         let ((wi, _), (wo, _)) = (axis_of(out, &conv.input), axis_of(out, &conv.output));
         let mut plan = WeightGradPlan {
             isa,
-            pairs: x.ty.dtype == DType::Bf16,
+            dtype: x.ty.dtype,
             blocks: vec![],
             tasks: vec![],
             nodes: vec![],
@@ -252,6 +254,21 @@ impl WeightGradPlan {
         }
     }
 
+    /// Whether a task packs what it reads.
+    fn packs(&self) -> bool {
+        self.dtype.is_half()
+    }
+
+    /// Elements of a unit of what is packed.
+    fn unit(&self) -> usize {
+        1 + usize::from(self.pairs())
+    }
+
+    /// Whether products are those of pairs.
+    fn pairs(&self) -> bool {
+        self.dtype == DType::Bf16
+    }
+
     /// A box of elements as local indices.
     fn local(elements: &[Range<usize>], origin: &[Range<usize>], batch_dims: usize) -> Box4 {
         let local: Vec<Range<usize>> =
@@ -271,11 +288,11 @@ impl WeightGradPlan {
     fn fits(&self, at: &Box4) -> bool {
         let voxels: usize = at.iter().map(Range::len).product();
         let in_cache = voxels * (self.cin + self.cout) * self.groups * 4 <= BLOCK_BYTES;
-        in_cache && (!self.pairs || self.has_room(at, at[3].len() / 2 + LEAVES))
+        in_cache && (!self.packs() || self.has_room(at, at[3].len() / self.unit() + LEAVES))
     }
 
-    /// How a box's pairs lie if a row has so many, with what a range of taps along s1 reads of x, and how many there are.
-    fn packed(&self, at: &Box4, pairs: usize, taps: Range<usize>) -> (Packed, usize) {
+    /// How a box's units lie if a row has so many, with what a range of taps along s1 reads of x, and how many there are.
+    fn packed(&self, at: &Box4, units: usize, taps: Range<usize>) -> (Packed, usize) {
         let reads = |a: &Axis, r: &Range<usize>, taps: Range<usize>| {
             let all = || r.clone().flat_map(|o| taps.clone().filter_map(move |j| a.x(o, j)));
             let first = all().min().unwrap_or(0);
@@ -288,29 +305,30 @@ impl WeightGradPlan {
             x_first: [x1, x2],
             rows: [at[1].len(), at[2].len()],
             x_rows: [rows1, rows2],
-            pairs,
+            units,
             x_channels: self.cin * self.groups,
             channels: self.cout * self.groups,
         };
         let (x, dy) = (rows1 * rows2 * packed.x_channels, packed.rows.iter().product::<usize>() * packed.channels);
-        (packed, at[0].len() * (x + dy) * pairs)
+        (packed, at[0].len() * (x + dy) * units)
     }
 
-    fn has_room(&self, at: &Box4, pairs: usize) -> bool {
-        self.packed(at, pairs, 0..self.axes[0].taps).1 + BLOCK_LEAVES * SPAN <= WORKSPACE_BYTES / 4
+    fn has_room(&self, at: &Box4, units: usize) -> bool {
+        self.packed(at, units, 0..self.axes[0].taps).1 + BLOCK_LEAVES * SPAN <= WORKSPACE_BYTES / 4
     }
 
     /// A leaf as pieces, in the order in which it is summed.
     fn pieces(&self, at: Box4, pieces: &mut Vec<Piece>) {
-        let along = (0..4).find(|&d| at[d].len() > if d == 3 { 2 } else { 1 });
-        let Some(d) = along.filter(|_| self.pairs && !self.fits(&at)) else {
-            let room = !self.pairs || self.has_room(&at, at[3].len().div_ceil(2));
-            assert!(room, "what a pair's gradient is made of does not fit into the workspace");
+        let unit = |d: usize| if d == 3 { self.unit() } else { 1 };
+        let along = (0..4).find(|&d| at[d].len() > unit(d));
+        let Some(d) = along.filter(|_| self.packs() && !self.fits(&at)) else {
+            let room = !self.packs() || self.has_room(&at, at[3].len().div_ceil(unit(3)));
+            assert!(room, "what a unit's gradient is made of does not fit into the workspace");
             pieces.push(self.piece(vec![at]));
             return;
         };
-        // Between pairs, along the innermost one.
-        let middle = at[d].start + (at[d].len() / 2).next_multiple_of(if d == 3 { 2 } else { 1 });
+        // Between units, along the innermost one.
+        let middle = at[d].start + (at[d].len() / 2).next_multiple_of(unit(d));
         let (mut first, mut second) = (at.clone(), at);
         first[d].end = middle;
         second[d].start = middle;
@@ -327,13 +345,13 @@ impl WeightGradPlan {
         let mut inner: Vec<Range<usize>> = leaves.iter().map(|l| l[3].clone()).collect();
         inner.sort_by_key(|r| r.start);
         inner.dedup();
-        let (of, pairs) = in_pairs(inner.iter().cloned());
-        let pairs = if self.pairs { pairs } else { vec![] };
+        let (of, units) = in_units(self.unit(), inner.iter().cloned());
+        let units = if self.packs() { units } else { vec![] };
         let of = |l: &Box4| inner.iter().position(|r| *r == l[3]).map_or(0..0, |i| of[i].clone());
         let axis = &self.axes[2];
         let places = |at: &dyn Fn(usize) -> Option<usize>| -> Vec<[usize; 2]> {
             let place = |o: usize| if o == NOTHING { NOTHING } else { at(o).unwrap_or(NOTHING) };
-            pairs.iter().map(|pair| pair.map(place)).collect()
+            units.iter().map(|halves| halves.map(place)).collect()
         };
         Piece {
             leaves: leaves.iter().map(|l| (l.clone(), of(l))).collect(),
@@ -401,8 +419,8 @@ impl WeightGradPlan {
         let results = stacks.wrapping_add(pool.threads() * (self.depth - 1) * size);
         let p = Pointers { x: o.inputs[0], dy: o.inputs[1], out: o.outputs[0].cast(), stacks, results };
         let taps: usize = self.axes.iter().map(|a| a.taps).product();
-        // Few tasks are shared out by tap as well: pairs by the outermost one, so that tasks pack different ones of x.
-        let by_tap = if self.pairs { self.axes[0].taps } else { taps };
+        // Few tasks are shared out by tap as well: what is packed by the outermost one, so that tasks pack different ones of x.
+        let by_tap = if self.packs() { self.axes[0].taps } else { taps };
         let parts = if self.tasks.len() >= pool.threads() * 3 || pool.threads() == 1 { 1 } else { by_tap };
         pool.run(self.tasks.len() * parts, &|t, w| {
             let p = p;
@@ -482,21 +500,21 @@ impl WeightGradPlan {
                 unsafe { std::slice::from_raw_parts_mut(spans.as_mut_ptr().cast::<Span>(), piece.leaves.len()) };
             let (packed, _) = self.packed(&piece.around, piece.dy.len(), outer.clone());
             let packed_dy = packed.dy([piece.around[0].end, packed.first[1], packed.first[2]]);
-            let (dy, x) = work.split_at_mut(if self.pairs { packed_dy } else { 0 });
+            let (dy, x) = work.split_at_mut(if self.packs() { packed_dy } else { 0 });
             let [a1, a2, a3] = &self.axes;
             let next = [a1, a2, a3].map(|a| [a.stride * a.x_stride, a.dy_stride]);
             let mut view = View { x: p.x.cast(), dy: p.dy.cast(), packed: None, next };
-            if self.pairs {
-                let pair = [packed.x_channels, packed.channels];
-                let row = pair.map(|channels| packed.pairs * channels);
+            if self.packs() {
+                let unit = [packed.x_channels, packed.channels];
+                let row = unit.map(|channels| packed.units * channels);
                 let rows = [a1.stride * packed.x_rows[1] * row[0], packed.rows[1] * row[1]];
-                let next = [rows, [a2.stride * row[0], row[1]], pair];
+                let next = [rows, [a2.stride * row[0], row[1]], unit];
                 view = View { x: x.as_ptr(), dy: dy.as_ptr(), packed: Some(packed), next };
                 // SAFETY: by the contract of `run`.
                 unsafe { self.pack_dy(piece, p.dy.cast(), dy) };
             }
             for j3 in 0..t3 {
-                if self.pairs {
+                if self.packs() {
                     // SAFETY: as above.
                     unsafe { self.pack_x(piece, &packed, j3, p.x.cast(), x) };
                 }
@@ -510,7 +528,7 @@ impl WeightGradPlan {
         }
     }
 
-    /// Packs a piece's pairs of dy.
+    /// Packs a piece's units of dy.
     unsafe fn pack_dy(&self, piece: &Piece, dy: *const u16, to: &mut [f32]) {
         let [a1, a2, _] = &self.axes;
         let channels = self.cout * self.groups;
@@ -521,13 +539,13 @@ impl WeightGradPlan {
                 for (o2, row) in r2.clone().zip(&mut rows) {
                     let at = self.batches[b][1] + self.dy_channel + o1 * a1.dy_stride + o2 * a2.dy_stride;
                     // SAFETY: by the contract of `run`.
-                    unsafe { pack_row(self.isa, dy.add(at), &piece.dy, channels, row) };
+                    unsafe { self.pack_row(dy.add(at), &piece.dy, channels, row) };
                 }
             }
         }
     }
 
-    /// Packs the pairs that a tap along the innermost dimension reads of x for a piece.
+    /// Packs the units that a tap along the innermost dimension reads of x for a piece.
     unsafe fn pack_x(&self, piece: &Piece, packed: &Packed, j3: usize, x: *const u16, to: &mut [f32]) {
         let [a1, a2, _] = &self.axes;
         let channels = self.cin * self.groups;
@@ -538,9 +556,34 @@ impl WeightGradPlan {
                     let (i1, i2) = (packed.x_first[0] + i1, packed.x_first[1] + i2);
                     let at = self.batches[b][0] + self.x_channel + i1 * a1.x_stride + i2 * a2.x_stride;
                     // SAFETY: by the contract of `run`.
-                    unsafe { pack_row(self.isa, x.add(at), &piece.x[j3], channels, row) };
+                    unsafe { self.pack_row(x.add(at), &piece.x[j3], channels, row) };
                 }
             }
+        }
+    }
+
+    /// Packs a row of units: `to[u * channels + c]` is channel `c` at the places of unit `u`, zeros where there is none.
+    ///
+    /// # Safety
+    /// So many channels lie at each place behind `from`; there is room for all units.
+    unsafe fn pack_row(&self, from: *const u16, units: &[[usize; 2]], channels: usize, to: &mut [f32]) {
+        if self.pairs() {
+            // SAFETY: by this function's contract.
+            return unsafe { pack_pairs(self.isa, from, units, channels, to) };
+        }
+        let mut u = 0;
+        while u < units.len() {
+            let first = units[u][0];
+            // Elements that follow one another are made wide at once.
+            let follows = |n: usize| first != NOTHING && units[u + n][0] == first + n * channels;
+            let n = (1..units.len() - u).find(|n| !follows(*n)).unwrap_or(units.len() - u);
+            let to = &mut to[u * channels..][..n * channels];
+            match first {
+                NOTHING => to.fill(0.0),
+                // SAFETY: as above.
+                first => unsafe { half::widen_to(self.isa, from.add(first), to.len(), to.as_mut_ptr()) },
+            }
+            u += n;
         }
     }
 
@@ -556,7 +599,7 @@ impl WeightGradPlan {
     ) {
         let row = self.cout * self.groups;
         // What is packed begins with the first channel.
-        let [x_channel, dy_channel] = if self.pairs { [0, 0] } else { [self.x_channel, self.dy_channel] };
+        let [x_channel, dy_channel] = if self.packs() { [0, 0] } else { [self.x_channel, self.dy_channel] };
         for group in 0..self.groups {
             let mut co = 0;
             while co < self.cout {
@@ -605,7 +648,7 @@ unsafe fn add(isa: Isa, a: *mut f32, b: *const f32, n: usize) {
 ///
 /// # Safety
 /// So many channels lie at each place behind `from`; there is room for all pairs.
-unsafe fn pack_row(isa: Isa, from: *const u16, pairs: &[[usize; 2]], channels: usize, to: &mut [f32]) {
+unsafe fn pack_pairs(isa: Isa, from: *const u16, pairs: &[[usize; 2]], channels: usize, to: &mut [f32]) {
     dispatch!(isa, fn(from: *const u16, pairs: &[[usize; 2]], channels: usize, to: &mut [f32]) {
         // SAFETY: by the contract of this function.
         let line = |at: usize| unsafe { std::slice::from_raw_parts(from.add(at), channels) };

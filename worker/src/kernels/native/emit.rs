@@ -24,14 +24,18 @@ pub enum Format {
     Byte,
     /// One element of 32 bits for a row.
     Splat,
-    /// One of 16 bits.
+    /// One `bf16`.
     SplatBf16,
+    /// An `f16` each, rounded when it is stored.
+    F16,
+    /// One `f16`.
+    SplatF16,
 }
 
 impl Format {
     /// Whether a row has an element a lane.
     fn of_lanes(self) -> bool {
-        !matches!(self, Format::Splat | Format::SplatBf16)
+        !matches!(self, Format::Splat | Format::SplatBf16 | Format::SplatF16)
     }
 }
 
@@ -140,6 +144,11 @@ const LAST: Register = Register::ZMM31;
 const LAST_HALF: Register = Register::YMM31;
 /// Rounds floats to half a vector of `bf16`.
 const ROUND: Opcode = Opcode::EVEX_Vcvtneps2bf16_ymm_k1z_zmmm512b32;
+/// Rounds floats to half a vector of `f16`, and makes them wide.
+const ROUND_F16: Opcode = Opcode::EVEX_Vcvtps2ph_ymmm256_k1z_zmm_imm8_sae;
+const WIDEN_F16: Opcode = Opcode::EVEX_Vcvtph2ps_zmm_k1z_ymmm256_sae;
+/// To the nearest, ties to even.
+const NEAREST: u32 = 0;
 
 struct Emitter<'a> {
     source: &'a Source,
@@ -156,6 +165,11 @@ struct Emitter<'a> {
 
 fn zmm(register: usize) -> Register {
     Register::ZMM0 + register as u32
+}
+
+/// The lower half of a vector register.
+fn half_of(register: Register) -> Register {
+    Register::YMM0 + (register as u32 - Register::ZMM0 as u32)
 }
 
 fn code_of(f: Two) -> Opcode {
@@ -319,8 +333,13 @@ impl<'a> Emitter<'a> {
                         One::Sqrt => one(Opcode::EVEX_Vsqrtps_zmm_k1z_zmmm512b32_er)?,
                         One::FromInteger => one(Opcode::EVEX_Vcvtdq2ps_zmm_k1z_zmmm512b32_er)?,
                         One::ToInteger => one(Opcode::EVEX_Vcvttps2dq_zmm_k1z_zmmm512b32_sae)?,
+                        One::ToF16 => {
+                            let halves = half_of(to);
+                            self.push(Instruction::with3(ROUND_F16, halves, a, NEAREST)?);
+                            Instruction::with2(WIDEN_F16, to, halves)?
+                        }
                         One::ToBf16 => {
-                            let halves = Register::YMM0 + (to as u32 - Register::ZMM0 as u32);
+                            let halves = half_of(to);
                             self.push(Instruction::with2(ROUND, halves, a)?);
                             self.push(Instruction::with2(Opcode::EVEX_Vpmovzxwd_zmm_k1z_ymmm256, to, halves)?);
                             Instruction::with3(Opcode::EVEX_Vpslld_zmm_k1z_zmmm512b32_imm8, to, to, 16u32)?
@@ -388,7 +407,8 @@ impl<'a> Emitter<'a> {
             let from = self.fetch(*value, n + r, &[])?;
             let to = self.lanes_at(source.inputs.len() + r, *format)?;
             let instruction = match format {
-                Format::Lanes | Format::Splat | Format::SplatBf16 => {
+                Format::F16 => Instruction::with3(ROUND_F16, to, from, NEAREST)?,
+                Format::Lanes | Format::Splat | Format::SplatBf16 | Format::SplatF16 => {
                     Instruction::with2(Opcode::EVEX_Vmovups_zmmm512_k1z_zmm, to, from)?
                 }
                 Format::Bf16 => {
@@ -429,6 +449,7 @@ impl<'a> Emitter<'a> {
                 // Loaded once if it is used more than once.
                 Format::Lanes => self.uses[v].len() == 1,
                 Format::Bf16 | Format::ToBf16 | Format::Byte | Format::SplatBf16 => false,
+                Format::F16 | Format::SplatF16 => false,
             },
             _ => self.spilled[v].is_some(),
         };
@@ -480,7 +501,7 @@ impl<'a> Emitter<'a> {
     fn lanes_at(&mut self, entry: usize, format: Format) -> Result<MemoryOperand, IcedError> {
         let scale = match format {
             Format::Lanes | Format::Splat => 4,
-            Format::Bf16 | Format::ToBf16 | Format::SplatBf16 => 2,
+            Format::Bf16 | Format::ToBf16 | Format::SplatBf16 | Format::F16 | Format::SplatF16 => 2,
             Format::Byte => 1,
         };
         Ok(MemoryOperand::new(self.pointer(entry)?, LANE, scale, 0, 0, false, Register::None))
@@ -501,7 +522,8 @@ impl<'a> Emitter<'a> {
                 let code = match format {
                     Format::Bf16 | Format::ToBf16 => Opcode::EVEX_Vpmovzxwd_zmm_k1z_ymmm256,
                     Format::Byte => Opcode::EVEX_Vpmovzxbd_zmm_k1z_xmmm128,
-                    Format::SplatBf16 => Opcode::EVEX_Vpbroadcastw_zmm_k1z_xmmm16,
+                    Format::F16 => WIDEN_F16,
+                    Format::SplatBf16 | Format::SplatF16 => Opcode::EVEX_Vpbroadcastw_zmm_k1z_xmmm16,
                     Format::Lanes | Format::Splat => Opcode::EVEX_Vmovups_zmm_k1z_zmmm512,
                 };
                 let from = match format.of_lanes() {
@@ -512,6 +534,9 @@ impl<'a> Emitter<'a> {
                 if matches!(format, Format::Bf16 | Format::SplatBf16) {
                     let code = Opcode::EVEX_Vpslld_zmm_k1z_zmmm512b32_imm8;
                     self.push(Instruction::with3(code, to, to, 16u32)?);
+                }
+                if format == Format::SplatF16 {
+                    self.push(Instruction::with2(WIDEN_F16, to, half_of(to))?);
                 }
             }
             Op::Input(_) | Op::Constant(_) => {

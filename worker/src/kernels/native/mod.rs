@@ -221,6 +221,8 @@ impl Lowering<'_> {
                 (_, DType::F32 | DType::I32) => Format::Lanes,
                 (_, DType::Bf16) if one => Format::SplatBf16,
                 (_, DType::Bf16) => Format::Bf16,
+                (_, DType::F16) if one => Format::SplatF16,
+                (_, DType::F16) => Format::F16,
                 (_, DType::Bool) => Format::Byte,
             };
             return self.input(Origin::Operand(*o), format);
@@ -269,15 +271,17 @@ impl Lowering<'_> {
             Instr::Cast(a) => {
                 let x = at(a);
                 let truth = |test| Op::Choose(test, [x.value, zero(x), one(x), zero(x)]);
+                let float = |from| if from == DType::I32 { x.as_float() } else { x };
                 match (of(a), *dtype) {
-                    (DType::F32, DType::Bf16) => x.to_bf16().value,
-                    (DType::F32 | DType::Bf16, DType::Bool) => tape.record(truth(Test::Differs)),
+                    (from, to) if from == to => x.value,
+                    (DType::F32 | DType::Bf16 | DType::F16, DType::Bool) => tape.record(truth(Test::Differs)),
                     (DType::I32, DType::Bool) => tape.record(truth(Test::Other)),
-                    (DType::I32, DType::F32) => x.as_float().value,
-                    (DType::I32, DType::Bf16) => x.as_float().to_bf16().value,
-                    (DType::Bool, DType::F32 | DType::Bf16) => {
+                    (DType::Bool, DType::F32 | DType::Bf16 | DType::F16) => {
                         tape.record(Op::Choose(Test::Other, [x.value, zero(x), x.of(1.0).value, zero(x)]))
                     }
+                    (from, DType::Bf16) => float(from).to_bf16().value,
+                    (from, DType::F16) => tape.record(Op::One(One::ToF16, float(from).value)),
+                    (DType::I32, DType::F32) => x.as_float().value,
                     _ => x.value,
                 }
             }
@@ -299,6 +303,10 @@ impl Lowering<'_> {
             DType::Bf16 if self.tape.rounds => match self.tape.op(value) {
                 Op::One(One::ToBf16, wide) => (wide, Format::ToBf16),
                 _ => (value, Format::ToBf16),
+            },
+            DType::F16 => match self.tape.op(value) {
+                Op::One(One::ToF16, wide) => (wide, Format::F16),
+                _ => (value, Format::F16),
             },
             DType::Bf16 => {
                 let rounded = matches!(self.of.instrs[r], (Instr::Cast(_) | Instr::Load(_), DType::Bf16));

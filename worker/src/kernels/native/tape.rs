@@ -38,6 +38,8 @@ pub enum One {
     ToInteger,
     /// The nearest `bf16`, by the instruction for it.
     ToBf16,
+    /// The nearest `f16`.
+    ToF16,
 }
 
 /// An operation on two values.

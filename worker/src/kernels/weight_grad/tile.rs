@@ -19,7 +19,7 @@ pub struct View {
     pub next: [[usize; 2]; 3],
 }
 
-/// How a piece's pairs lie: rows of pairs of all channels, of x those that its taps read.
+/// How a piece's units lie: rows of units of all channels, of x those that its taps read.
 #[derive(Clone, Copy)]
 pub struct Packed {
     /// First index of dy: batch, s1 and s2.
@@ -30,8 +30,8 @@ pub struct Packed {
     pub rows: [usize; 2],
     /// Rows of x.
     pub x_rows: [usize; 2],
-    /// Pairs of a row.
-    pub pairs: usize,
+    /// Units of a row.
+    pub units: usize,
     /// Channels of x.
     pub x_channels: usize,
     /// Channels of dy.
@@ -42,17 +42,17 @@ impl Packed {
     /// The first element of a row of x, by batch and indices along s1 and s2.
     pub fn x(&self, [b, i1, i2]: [usize; 3]) -> usize {
         let row = (b - self.first[0]) * self.x_rows[0] + i1 - self.x_first[0];
-        (row * self.x_rows[1] + i2 - self.x_first[1]) * self.pairs * self.x_channels
+        (row * self.x_rows[1] + i2 - self.x_first[1]) * self.units * self.x_channels
     }
     /// The first elements of a batch in x and in dy.
     pub fn batch(&self, b: usize) -> [usize; 2] {
-        let rows = |rows: [usize; 2]| rows[0] * rows[1] * self.pairs * (b - self.first[0]);
+        let rows = |rows: [usize; 2]| rows[0] * rows[1] * self.units * (b - self.first[0]);
         [rows(self.x_rows) * self.x_channels, rows(self.rows) * self.channels]
     }
     /// As well, of dy.
     pub fn dy(&self, [b, o1, o2]: [usize; 3]) -> usize {
         let row = (b - self.first[0]) * self.rows[0] + o1 - self.first[1];
-        (row * self.rows[1] + o2 - self.first[2]) * self.pairs * self.channels
+        (row * self.rows[1] + o2 - self.first[2]) * self.units * self.channels
     }
 }
 
@@ -70,12 +70,12 @@ pub struct Span {
 pub const SPAN: usize = size_of::<Span>() / 4;
 
 impl Span {
-    /// That of a leaf, with its pairs.
+    /// That of a leaf, with its units.
     pub fn new(
         plan: &WeightGradPlan,
         view: &View,
         [j1, j2, j3]: [usize; 3],
-        (at, pairs): &(Box4, Range<usize>),
+        (at, units): &(Box4, Range<usize>),
     ) -> Span {
         let [a1, a2, a3] = &plan.axes;
         let (rows1, rows2) = (a1.valid(&at[1], j1), a2.valid(&at[2], j2));
@@ -85,7 +85,7 @@ impl Span {
         let (x, dy, count) = match &view.packed {
             Some(p) => {
                 let [x, dy] = [p.x([p.first[0], x1, x2]), p.dy([p.first[0], rows1.start, rows2.start])];
-                (x + pairs.start * p.x_channels, dy + pairs.start * p.channels, pairs.len())
+                (x + units.start * p.x_channels, dy + units.start * p.channels, units.len())
             }
             None => {
                 let Some(x3) = reads(a3, &run, j3) else { return Span::default() };
@@ -103,7 +103,7 @@ impl Span {
 pub struct Job<'a> {
     /// The plan.
     pub plan: &'a WeightGradPlan,
-    /// What is summed: leaves, with their pairs.
+    /// What is summed: leaves, with their units.
     pub leaves: &'a [(Box4, Range<usize>)],
     /// What the tap reads of each.
     pub spans: &'a [Span],
@@ -281,7 +281,7 @@ pub unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
             }
         };
     }
-    match (isa, job.plan.pairs, width) {
+    match (isa, job.plan.pairs(), width) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512 | Isa::Amx, false, 32) => tile!(tile_avx512, 2, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,236 @@
+//! How long a step of a plan takes on a machine, before it runs.
+//!
+//! Every device goes through its list of steps with a clock of its own. A step takes what the machine's rates say for its
+//! operations and bytes; one that communicates begins when the last of those it hears from is there, and takes the time of
+//! its messages as well: within a host and between hosts side by side, each at its link's speed. So devices with less to do
+//! wait for those with more, as they do when it runs. Nothing is overlapped with communication, as nothing is in execution.
+
+use super::cost::Cost;
+use super::describe::{self, Table};
+use super::step::{Segments, Step, Work};
+use super::{DevicePlan, ProgramPlan};
+use crate::dim::{DType, Name};
+use crate::layout::Mesh;
+use crate::machine::Machine;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// How long a run of a function takes.
+#[derive(Clone, Debug, Default)]
+pub struct Estimate {
+    /// Seconds in all.
+    pub seconds: f64,
+    /// Seconds by kind of work, the mean of all devices.
+    pub classes: BTreeMap<Name, f64>,
+    /// Of each device.
+    pub devices: Vec<DeviceTime>,
+    /// By the axes of the mesh that it goes along (`x`, `x+y`; `data`), what is sent.
+    pub axes: BTreeMap<Name, AxisTime>,
+    /// How many devices of the mesh share one of the machine's.
+    pub share: f64,
+    /// By device, of each of its steps; waiting is none of it.
+    pub steps: Vec<Vec<f64>>,
+}
+
+/// Seconds of a run on a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DeviceTime {
+    /// In steps that do not communicate.
+    pub computing: f64,
+    /// Moving and combining.
+    pub moving: f64,
+    /// Waiting for others.
+    pub waiting: f64,
+}
+
+impl DeviceTime {
+    /// What it does itself.
+    pub fn busy(&self) -> f64 {
+        self.computing + self.moving
+    }
+}
+
+/// What goes along some axes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AxisTime {
+    /// Bytes that all devices send.
+    pub bytes: f64,
+    /// Seconds that the links take for them, the mean of all devices.
+    pub seconds: f64,
+}
+
+/// What a step sends and hears: peer, bytes out, bytes in, messages.
+pub(super) fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
+    match &step.work {
+        Work::Exchange(e) => {
+            let mut peers: BTreeMap<usize, (usize, usize, usize)> = BTreeMap::new();
+            for m in &e.sends {
+                let to = peers.entry(m.peer).or_default();
+                (to.0, to.2) = (to.0 + m.bytes, to.2 + 1);
+            }
+            e.recvs.iter().for_each(|m| peers.entry(m.peer).or_default().1 += m.bytes);
+            peers.into_iter().map(|(peer, (sent, received, n))| (peer, sent, received, n)).collect()
+        }
+        Work::AllReduce(a) => {
+            let others = a.devices.iter().enumerate().filter(|(p, _)| *p != a.me);
+            let element = a.dtype.bytes();
+            let part = |nodes: usize, segment: usize| nodes * a.segment_elements(segment) * element;
+            // Of segments, first the parts and then the results.
+            let shared = a.segments == Segments::Shared;
+            let result = |p: usize| if shared { a.segment_elements(p) * element } else { 0 };
+            others
+                .map(|(p, device)| {
+                    let sent = part(a.nodes[a.me], p) + result(a.me);
+                    let received = part(a.nodes[p], a.me) + result(p);
+                    (*device, sent, received, a.nodes[a.me].max(1) + usize::from(shared))
+                })
+                .collect()
+        }
+        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) => vec![],
+    }
+}
+
+impl Step {
+    /// The family of its kind of work, as machines know it: `product`, `collective` or `default`.
+    pub fn family(&self) -> &'static str {
+        match &self.work {
+            Work::Op(op) if op.op.is_product() => "product",
+            Work::Exchange(_) | Work::AllReduce(_) => "collective",
+            Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) => "default",
+        }
+    }
+
+    /// What it takes where matrix tiles have so many columns, which are all computed, and where to begin and to finish a
+    /// sum in one takes as long as so many more elements of `f32`.
+    pub fn tiled(&self, columns: usize, depth: usize) -> Cost {
+        let mut cost = self.cost();
+        if let Work::Op(op) = &self.work
+            && op.op.is_product()
+        {
+            let leaves = op.sum.as_ref().map_or(1, |(_, owned)| owned.iter().map(|r| r.len()).product());
+            // Factors of `bf16` are twice as fast, the beginning and the end are not.
+            let depth = if self.dtype() == DType::Bf16 { 2 * depth } else { depth };
+            cost.flops += 2.0 * (op.output.region.elements() * leaves * depth) as f64;
+            let inner = op.output.region.0.last().map_or(1, |(_, r)| r.len()).max(1);
+            cost.flops *= inner.next_multiple_of(columns) as f64 / inner as f64;
+        }
+        cost
+    }
+
+    fn seconds(&self, machine: &Machine, share: f64) -> f64 {
+        let Cost { flops, bytes } = self.tiled(machine.columns, machine.depth);
+        let shared = Cost { flops: flops * share, bytes: bytes * share };
+        machine.rate(self.class(), self.family()).seconds(shared, self.dtype())
+    }
+}
+
+/// The axes along which two devices differ: `x`, `x+y`.
+pub(super) fn axes_between(mesh: &Mesh, a: usize, b: usize) -> Name {
+    let (a, b) = (mesh.coordinates(a), mesh.coordinates(b));
+    let axes = mesh.axes().iter().zip(a.iter().zip(&b)).filter(|(_, (a, b))| a != b);
+    axes.map(|((name, _), _)| &**name).collect::<Vec<_>>().join("+").into()
+}
+
+/// How long a run of a function of a plan takes on a machine; None if the plan has no such function.
+pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option<Estimate> {
+    let plans: &Vec<DevicePlan> = plan.functions.get(&Name::from(function))?;
+    let devices = plans.len();
+    let (per_host, share) = machine.share(devices);
+    let mut clocks = vec![0.0f64; devices];
+    let mut out = Estimate {
+        devices: vec![DeviceTime::default(); devices],
+        steps: vec![vec![]; devices],
+        share,
+        ..Estimate::default()
+    };
+    // All devices have the same list, so that what one hears in a step another sends in the same step.
+    let steps = plans.iter().map(|p| p.steps.len()).max().unwrap_or(0);
+    for s in 0..steps {
+        let begun = clocks.clone();
+        for (d, plan_of) in plans.iter().enumerate() {
+            let Some(step) = plan_of.steps.get(s) else { continue };
+            let own = step.seconds(machine, share);
+            let class = Name::from(step.class());
+            let mut seconds = own;
+            if step.family() == "collective" {
+                // By link: latency, and bytes of the fuller direction.
+                let (mut latency, mut bytes) = ([0.0f64; 2], [[0.0f64; 2]; 2]);
+                let links = [machine.within, machine.between];
+                let mut last = begun[d];
+                for (peer, sent, received, n) in messages(step) {
+                    let far = usize::from(peer / per_host != d / per_host);
+                    last = last.max(begun[peer]);
+                    latency[far] = latency[far].max(links[far].latency * n as f64);
+                    bytes[far] = [bytes[far][0] + sent as f64, bytes[far][1] + received as f64];
+                    let axis = out.axes.entry(axes_between(&plan.mesh, d, peer)).or_default();
+                    axis.bytes += sent as f64;
+                    axis.seconds += sent as f64 / links[far].bytes / devices as f64;
+                }
+                let moved = |i: usize| latency[i] + bytes[i][0].max(bytes[i][1]) / links[i].bytes;
+                seconds += moved(0).max(moved(1));
+                out.devices[d].waiting += last - begun[d];
+                out.devices[d].moving += seconds;
+                clocks[d] = last + seconds;
+            } else {
+                out.devices[d].computing += seconds;
+                clocks[d] += seconds;
+            }
+            out.steps[d].push(seconds);
+            *out.classes.entry(class).or_default() += seconds / devices as f64;
+        }
+    }
+    out.seconds = clocks.iter().copied().fold(0.0, f64::max) + machine.step;
+    Some(out)
+}
+
+impl Estimate {
+    /// The device that others wait for, the first of equals: the one that has most to do.
+    pub fn slowest(&self) -> usize {
+        let busy = |d: &usize| self.devices[*d].busy();
+        (0..self.devices.len()).rev().max_by(|a, b| busy(a).total_cmp(&busy(b))).unwrap_or(0)
+    }
+
+    /// The mean of all devices.
+    pub fn mean(&self) -> DeviceTime {
+        let mean =
+            |part: fn(&DeviceTime) -> f64| self.devices.iter().map(part).sum::<f64>() / self.devices.len() as f64;
+        DeviceTime { computing: mean(|d| d.computing), moving: mean(|d| d.moving), waiting: mean(|d| d.waiting) }
+    }
+
+    /// The section of a plan's text.
+    pub fn describe(&self, machine: &Machine) -> String {
+        let mut out = String::new();
+        let seconds = describe::seconds;
+        let _ = writeln!(out, "\ntime: {} a step on {}, as estimated", seconds(self.seconds), machine.name);
+        if self.share > 1.0 {
+            let _ = writeln!(
+                out,
+                "  note: there are more devices in the mesh than in the machine: {:.1} share one, and its memory",
+                self.share
+            );
+        }
+        let mut table = Table::default();
+        table.row([&"device", &"computing", &"moving", &"waiting"]);
+        let slowest = self.slowest();
+        for (name, t) in [(format!("slowest, {slowest}"), self.devices[slowest]), ("mean".into(), self.mean())] {
+            table.row([&name, &seconds(t.computing), &seconds(t.moving), &seconds(t.waiting)]);
+        }
+        table.row([&"", &"", &"", &""]);
+        table.row([&"kind of work", &"a device", &"share", &""]);
+        let all: f64 = self.classes.values().sum();
+        let mut classes: Vec<_> = self.classes.iter().collect();
+        classes.sort_by(|a, b| b.1.total_cmp(a.1));
+        for (class, t) in classes {
+            table.row([class, &seconds(*t), &format!("{:.1} %", 100.0 * t / all), &""]);
+        }
+        if !self.axes.is_empty() {
+            table.row([&"", &"", &"", &""]);
+            table.row([&"along the axis", &"sent by all", &"a device", &""]);
+        }
+        for (axis, t) in &self.axes {
+            table.row([axis, &describe::bytes(t.bytes as usize), &seconds(t.seconds), &""]);
+        }
+        table.write(&mut out);
+        out
+    }
+}

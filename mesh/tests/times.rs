@@ -1,0 +1,162 @@
+//! How long a plan takes on a machine: closed forms, of rates that are easy to reckon with.
+
+use mesh::dim::{DType, Name, dim};
+use mesh::graph::{Graph, Tensor};
+use mesh::machine::Machine;
+use mesh::plan::time::{Estimate, estimate};
+use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
+use mesh::program::{Program, ProgramBuilder};
+
+/// A backend without scratch.
+struct Plain;
+
+impl Backend for Plain {
+    fn scratch_bytes(&self, _: &Work) -> usize {
+        0
+    }
+    fn workspace_bytes(&self) -> usize {
+        0
+    }
+}
+
+/// Products take a second a FLOP and nothing else; a byte between devices of a host takes 10 seconds, one to another host
+/// 1000, after a latency of 1 and of 50.
+const SIMPLE: &str = "
+    name = 'simple'
+    devices = 2
+    memory = 1000000
+    [rates.default]
+    launch = 0.0
+    flops = 1e30
+    flops_bf16 = 1e30
+    bytes = 1e30
+    [rates.product]
+    launch = 3.0
+    flops = 1.0
+    flops_bf16 = 2.0
+    bytes = 1e30
+    [within]
+    latency = 1.0
+    bytes = 0.1
+    [between]
+    latency = 50.0
+    bytes = 0.001
+";
+
+fn simple() -> Machine {
+    Machine::from_toml(SIMPLE).unwrap()
+}
+
+fn program(dtype: DType, build: impl Fn(&Graph, &Tensor)) -> Program {
+    let mut p = ProgramBuilder::new();
+    p.function("f", |g| build(g, &g.input("x", DType::F32, &[dim("row", 16), dim("in", 8)]).cast(dtype))).unwrap();
+    p.finish().unwrap()
+}
+
+fn timed(program: &Program, mesh: &str, layout: &str, machine: &Machine) -> (ProgramPlan, Estimate) {
+    let (mesh, layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
+    let plan = plan_program(program, &mesh, &layout, &PlanOptions::default(), &Plain).unwrap();
+    let time = estimate(&plan, "f", machine).unwrap();
+    (plan, time)
+}
+
+fn product(dtype: DType) -> Program {
+    program(dtype, |g, x| {
+        let w = g.variable("w", &[dim("in", 8), dim("out", 4)], mesh::program::Init::ones()).cast(dtype);
+        g.output("y", &x.contract_wide(&w, &["in"]));
+    })
+}
+
+fn near(a: f64, b: f64) -> bool {
+    (a - b).abs() <= 1e-9 * b.abs()
+}
+
+#[test]
+fn a_product_takes_its_launch_and_its_flops_by_dtype() {
+    let flops = 2.0 * 16.0 * 8.0 * 4.0;
+    for (dtype, rate) in [(DType::F32, 1.0), (DType::Bf16, 2.0), (DType::F16, 1.0)] {
+        let (_, time) = timed(&product(dtype), "1", "", &simple());
+        assert!(near(time.seconds, 3.0 + flops / rate), "{dtype}: {time:?}");
+        assert!(near(time.classes[&Name::from("contract")], time.seconds));
+        let text = SIMPLE.replace("flops_bf16 = 2.0", "flops_bf16 = 2.0\nflops_f16 = 4.0");
+        let (_, time) = timed(&product(dtype), "1", "", &Machine::from_toml(&text).unwrap());
+        let rate = if dtype == DType::F16 { 4.0 } else { rate };
+        assert!(near(time.seconds, 3.0 + flops / rate), "{dtype}: {time:?}");
+    }
+}
+
+#[test]
+fn a_tile_computes_all_of_its_columns_and_begins_each_sum() {
+    let (out, sums) = (16.0 * 4.0, 8.0);
+    let wide = Machine { columns: 16, ..simple() };
+    let (_, time) = timed(&product(DType::F32), "1", "", &wide);
+    assert!(near(time.seconds, 3.0 + 2.0 * out * sums * 4.0), "{time:?}");
+    let slow = Machine { depth: 5, ..simple() };
+    let (_, time) = timed(&product(DType::F32), "1", "", &slow);
+    // Each of the 8 chunks of the sum is one element.
+    assert!(near(time.seconds, 3.0 + 2.0 * out * (sums + 8.0 * 5.0)), "{time:?}");
+}
+
+#[test]
+fn devices_share_the_work_or_the_machine() {
+    let flops = 2.0 * 16.0 * 8.0 * 4.0;
+    let program = product(DType::F32);
+    let (_, time) = timed(&program, "d=2", "row:d", &simple());
+    assert!(near(time.seconds, 3.0 + flops / 2.0) && near(time.share, 1.0), "{time:?}");
+    // Two devices where there is one: each has half of it.
+    let (_, time) = timed(&program, "d=2", "row:d", &Machine { devices: 1, hosts: Some(1), ..simple() });
+    assert!(near(time.seconds, 3.0 + flops) && near(time.share, 2.0), "{time:?}");
+}
+
+#[test]
+fn who_has_less_to_do_waits_for_who_has_more() {
+    // 8 chunks of 2 rows over 3 devices are 3 + 3 + 2.
+    let program = program(DType::F32, |g, x| {
+        let w = g.variable("w", &[dim("in", 8), dim("out", 4)], mesh::program::Init::ones());
+        g.output("y", &x.contract_wide(&w, &["in"]).sum(&["row"]));
+    });
+    let (_, time) = timed(&program, "d=3", "row:d", &Machine { devices: 3, ..simple() });
+    let product = |rows: f64| 3.0 + 2.0 * rows * 8.0 * 4.0;
+    let computing: Vec<f64> = time.devices.iter().map(|d| d.computing).collect();
+    assert!(computing.iter().zip([6.0, 6.0, 4.0]).all(|(c, rows)| near(*c, product(rows))), "{time:?}");
+    assert!(near(time.devices[2].waiting, product(6.0) - product(4.0)), "{time:?}");
+    assert!(time.devices[..2].iter().all(|d| d.waiting == 0.0), "{time:?}");
+}
+
+#[test]
+fn what_crosses_hosts_goes_by_the_slower_link() {
+    let gather = program(DType::F32, |g, x| {
+        let own = x.clone().with_layout("row:d");
+        g.output("y", &own.add(&own).with_layout(""));
+    });
+    let bytes = 4.0 * 16.0 * 8.0 / 2.0;
+    let (plan, time) = timed(&gather, "d=2", "row:d", &simple());
+    assert!(plan.functions[&Name::from("f")][0].steps.iter().any(|s| s.class() == "all-gather"), "{time:?}");
+    assert!(near(time.seconds, 1.0 + bytes / 0.1), "{time:?}");
+    assert!(
+        near(time.axes[&Name::from("d")].bytes, 2.0 * bytes) && near(time.devices[0].moving, time.seconds),
+        "{time:?}"
+    );
+    let (_, time) = timed(&gather, "d=2", "row:d", &Machine { devices: 1, ..simple() });
+    assert!(near(time.seconds, 50.0 + bytes / 0.001), "{time:?}");
+}
+
+#[test]
+fn an_all_reduce_sends_parts_and_results() {
+    let sum = program(DType::F32, |g, x| g.output("y", &x.sum(&["row"])));
+    let (plan, time) = timed(&sum, "d=2", "row:d", &simple());
+    let sent: usize = plan.functions[&Name::from("f")]
+        .iter()
+        .flat_map(|d| &d.steps)
+        .filter_map(|s| if let Work::AllReduce(a) = &s.work { Some(a.sent_bytes()) } else { None })
+        .sum();
+    assert!(sent > 0 && near(time.axes[&Name::from("d")].bytes, sent as f64), "{time:?}");
+    let each = sent as f64 / 2.0;
+    assert!(near(time.seconds, 1.0 + each / 0.1), "{time:?}");
+}
+
+#[test]
+fn a_function_that_is_not_there_has_no_time() {
+    let (plan, _) = timed(&product(DType::F32), "1", "", &simple());
+    assert!(estimate(&plan, "g", &simple()).is_none());
+}
