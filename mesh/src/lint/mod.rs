@@ -164,6 +164,10 @@ pub fn check(program: &Program, plan: &ProgramPlan, given: &Given) -> Result<Vec
         let memory = f.lost.held_bytes / p.peak().max(1) as f64;
         f.lost == Lost::default() || time.max(memory) >= WORTHWHILE
     });
+    if p.over().is_some() {
+        // What does not fit does not run, however fast.
+        found.sort_by_key(|f| f.lost.held_bytes == 0.0);
+    }
     Ok(judged(&p, found))
 }
 

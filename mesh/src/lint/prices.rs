@@ -20,12 +20,17 @@ impl Default for Prices {
 }
 
 impl Prices {
-    /// In seconds, for a device of a mesh of so many: operations of products, and the slowest link between them.
+    /// In seconds, for a device of a mesh of so many: operations of products, and the slowest link between them. Messages to
+    /// all others are on their way together.
     pub fn on(machine: &Machine, devices: usize) -> Prices {
         let (each, share) = machine.share(devices);
         let link = if devices > each { machine.between } else { machine.within };
         let flop = 1.0 / machine.rate("product", "product").flops;
-        Prices { flop: flop * share, byte: 1.0 / link.bytes, message: link.latency }
+        Prices {
+            flop: flop * share,
+            byte: 1.0 / link.bytes,
+            message: link.latency / devices.saturating_sub(1).max(1) as f64,
+        }
     }
     /// The time that is lost.
     pub fn of(&self, lost: &Lost) -> f64 {
