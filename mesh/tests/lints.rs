@@ -6,6 +6,7 @@ use mesh::lint::{self, Change, Example, Finding, Given, Lint};
 use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
 use mesh::program::Program;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 /// A backend without scratch or workspaces.
 struct Plain;
@@ -120,6 +121,48 @@ fn a_code_is_explained_with_both_examples() {
         }
         assert_eq!(lint::explain(Some(l.name)).unwrap(), text);
     }
-    assert!(lint::explain(Some("unused-axes")).unwrap_err().help.contains("did you mean unused-axis?"));
-    assert_eq!(lint::explain(None).unwrap().lines().count(), lint::all().count());
+    let help = |code: &str| lint::explain(Some(code)).unwrap_err().help;
+    assert_eq!(help("Unused-Axes"), "did you mean unused-axis or unused-feed?");
+    assert_eq!(help("l0309"), "did you mean L0301 or L0302 or L0303?");
+    assert!(help("").contains("lists all") && help("nothing of the kind").contains("lists all"));
+}
+
+/// The codes in the files of a folder, and those below it: a letter, and four digits.
+fn codes_in(folder: &Path, codes: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() && !path.ends_with("lint") {
+            codes_in(&path, codes);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let text = std::fs::read_to_string(path).unwrap();
+            let words = text.split(|c: char| !c.is_ascii_alphanumeric());
+            let is_code = |w: &&str| w.len() == 5 && "CDHLMPUW".contains(&w[..1]) && w[1..].parse::<u32>().is_ok();
+            codes.extend(words.filter(is_code).map(String::from));
+        }
+    }
+}
+
+#[test]
+fn every_code_of_the_sources_is_explained_and_no_other() {
+    let mut said = BTreeSet::new();
+    for source in ["mesh/src", "worker/src", "coordinator/src", "examples/src"] {
+        codes_in(&Path::new("..").join(source), &mut said);
+    }
+    let found = lint::all().filter(|l| !l.is_refusal()).map(|l| l.code.to_string());
+    said.extend(found);
+    let explained: BTreeSet<String> = lint::codes().into_iter().map(|(code, _)| code.to_string()).collect();
+    assert_eq!(said, explained);
+    let list = lint::explain(None).unwrap();
+    assert_eq!(list.lines().count(), explained.len());
+    assert!(explained.iter().all(|code| lint::explain(Some(code)).is_ok_and(|text| text.contains(code.as_str()))));
+}
+
+#[test]
+fn the_page_of_all_codes_is_made_of_the_tables() {
+    let page = Path::new("../docs/errors.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(page, lint::page()).unwrap();
+    }
+    let same = std::fs::read_to_string(page).is_ok_and(|text| text == lint::page());
+    assert!(same, "docs/errors.md is out of date: run `UPDATE_DOCS=1 cargo test -p mesh --test lints`");
 }

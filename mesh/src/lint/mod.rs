@@ -2,14 +2,17 @@
 //!
 //! A [`Lint`] is one entry of one of the tables below: a code, an explanation, two small programs that show it, and a
 //! check of a planned program. What a check finds is a [`Finding`]: a place in the user's source, what it costs, and what
-//! to do, as something that can be applied where there is such a thing. The errors of layouts ([`crate::error`]) are entries
-//! too; for them planning itself is the check. A change of the layout is only suggested after it was tried: the program
-//! is lowered with it, and has to compute or send less.
+//! to do, as something that can be applied where there is such a thing. The errors of programs, layouts and memory
+//! ([`crate::error`]) are entries too; for them building or planning is the check. Those of other crates are in words alone.
 //!
-//! To add a lint, add an entry to the table of its kind. `mesh/tests/lints.rs` runs all of them.
+//! A suggested change of mesh or layout lowers without an error. Where it is to save time, it lowers to a program that
+//! computes and sends less, by [`prices`]; those of the findings that cost most are planned as well, and are not said if that
+//! refutes them. To add a lint, add an entry to the table of its kind. `mesh/tests/lints.rs` runs all of them, and
+//! `docs/errors.md` is made of them.
 
 mod change;
 mod edges;
+mod elsewhere;
 mod finding;
 mod lowered;
 mod memory;
@@ -52,7 +55,7 @@ pub struct Lint {
 }
 
 impl Lint {
-    /// Whether planning itself reports it, as an error.
+    /// Whether building or planning itself reports it, as an error.
     pub fn is_refusal(&self) -> bool {
         matches!(self.check, Check::Refusal)
     }
@@ -60,7 +63,7 @@ impl Lint {
 
 /// How a lint is found.
 enum Check {
-    /// Planning refuses the layout with the lint's code.
+    /// Building the program, or planning it, fails with the lint's code.
     Refusal,
     /// In what is planned.
     Plan(fn(&Planned) -> Vec<Finding>),
@@ -124,7 +127,7 @@ pub fn all() -> impl Iterator<Item = &'static Lint> {
 
 /// The lint of that code, or that name.
 pub fn find(code: &str) -> Option<&'static Lint> {
-    all().find(|l| l.code.eq_ignore_ascii_case(code) || l.name == code)
+    all().find(|l| l.code.eq_ignore_ascii_case(code) || l.name.eq_ignore_ascii_case(code))
 }
 
 /// What a finding has to lose at the least: a share of the time of a run, or of the memory.
@@ -223,26 +226,48 @@ pub struct Unknown {
     pub help: String,
 }
 
+/// Every code, by letter and number, with what it means: lints, errors, and those of other crates.
+pub fn codes() -> Vec<(&'static str, &'static str)> {
+    let mut codes: Vec<_> = all().map(|l| (l.code, l.about)).chain(elsewhere::CODES.iter().copied()).collect();
+    codes.sort_unstable();
+    codes
+}
+
 /// All there is to say about a code, or a list of all of them.
 ///
 /// # Errors
 /// A code that there is not.
 pub fn explain(code: Option<&str>) -> Result<String, Unknown> {
-    let mut out = String::new();
     let Some(code) = code else {
-        for l in all() {
-            let _ = writeln!(out, "{}  {:7}  {}", l.code, l.severity.to_string(), l.name);
-        }
-        return Ok(out);
+        let line = |(code, about): (&str, &str)| match find(code) {
+            Some(l) => format!("{code}  {:7}  {}\n", l.severity.to_string(), l.name),
+            None => format!("{code}  error    {}\n", about.split_inclusive(['.', ':']).next().unwrap_or(about)),
+        };
+        return Ok(codes().into_iter().map(line).collect());
     };
-    let Some(l) = find(code) else {
-        let near = crate::error::nearest(code, all().flat_map(|l| [l.code, l.name]));
-        let help = near.map_or("`explain` without a code lists all of them".into(), |n| format!("did you mean {n}?"));
-        return Err(Unknown { what: format!("there is nothing to explain about `{code}`"), help });
+    if let Some(l) = find(code) {
+        return Ok(format!("{}[{}]: {}\n\n{}\n{}", l.severity, l.code, l.name, l.about, examples(l)));
+    }
+    if let Some((code, about)) = elsewhere::CODES.iter().find(|(c, _)| c.eq_ignore_ascii_case(code)) {
+        return Ok(format!("error[{code}]\n\n{about}\n"));
+    }
+    let upper = code.to_ascii_uppercase();
+    let mut near = crate::error::near(&upper, codes().into_iter().map(|(code, _)| code));
+    near.extend(crate::error::near(&code.to_ascii_lowercase(), all().map(|l| l.name)));
+    near.truncate(3);
+    let help = match near.is_empty() {
+        true => "`explain` without a code lists all of them".into(),
+        false => format!("did you mean {}?", near.join(" or ")),
     };
-    let _ = writeln!(out, "{}[{}]: {}\n\n{}", l.severity, l.code, l.name, l.about);
+    Err(Unknown { what: format!("there is nothing to explain about `{code}`"), help })
+}
+
+/// What has a lint and what has not.
+fn examples(l: &Lint) -> String {
+    let mut out = String::new();
     for (title, e) in [("like this", &l.failing), ("better", &l.fixed)] {
-        let _ = writeln!(out, "\n{title}: {}\n  mesh    {}\n  layout  {}", e.program, e.mesh, e.layout);
+        let layout = if e.layout.is_empty() { "everything whole" } else { e.layout };
+        let _ = writeln!(out, "\n{title}: {}\n  mesh    {}\n  layout  {layout}", e.program, e.mesh);
         if let Some(memory) = e.memory {
             let _ = writeln!(out, "  memory  {}", crate::plan::describe::bytes(memory));
         }
@@ -250,5 +275,29 @@ pub fn explain(code: Option<&str>) -> Result<String, Unknown> {
             let _ = writeln!(out, "  devices {devices}");
         }
     }
-    Ok(out)
+    out
+}
+
+/// The page of all codes, `docs/errors.md`.
+pub fn page() -> String {
+    let mut out = "# Errors and findings\n\n\
+        Every code that a program of this project says. `unet3d explain CODE`, `bert explain CODE` and `coordinator explain \
+        CODE` say the same.\n\
+        Those with examples are about layouts and programs: `mesh/tests/lints.rs` runs the examples. This page is made of the \
+        tables in `mesh/src/lint`:\n\
+        `UPDATE_DOCS=1 cargo test -p mesh --test lints` writes it anew.\n"
+        .to_string();
+    for (code, about) in codes() {
+        let _ = match find(code) {
+            Some(l) => writeln!(
+                out,
+                "\n## {code} {} ({})\n\n{about}\n\n```text\n{}\n```",
+                l.name,
+                l.severity,
+                examples(l).trim()
+            ),
+            None => writeln!(out, "\n## {code} (error)\n\n{about}"),
+        };
+    }
+    out
 }
