@@ -114,3 +114,56 @@ impl fmt::Display for Change {
         f.write_str(&mesh.chain(layout).collect::<Vec<_>>().join(" "))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layout with a change, as text.
+    fn changed(change: Change) -> String {
+        let text = change.layout.map(|l| l.to_string()).unwrap_or_default();
+        assert_eq!(text.parse::<Layout>().map(|l| l.to_string()), Ok(text.clone()));
+        text
+    }
+
+    #[test]
+    fn changes_edit_rules_where_they_stand() {
+        let layout: Layout = "batch:data,x:x?,bottom/**{x:none,channel:x},slots{*:data}".parse().unwrap();
+        let [batch, x, y, channel, data] = ["batch", "x", "y", "channel", "data"].map(Name::from);
+        for (change, says) in [
+            // An axis more, for a dimension that is split already.
+            (Change::split(&layout, &batch, &x), "batch:data+x,x:x?,bottom/**{x:none,channel:x},slots{*:data}"),
+            (Change::split(&layout, &y, &x), "batch:data,x:x?,y:x,bottom/**{x:none,channel:x},slots{*:data}"),
+            (Change::only(&layout, &y, &x), "batch:data,y:x,bottom/**{x:none},slots{*:data}"),
+            (Change::instead(&layout, &x, &x, &y), "batch:data,y:x,bottom/**{x:none,channel:x},slots{*:data}"),
+            // In the scope where the rule stands.
+            (Change::instead(&layout, &channel, &x, &y), "batch:data,x:x?,bottom/**{x:none,y:x},slots{*:data}"),
+            // What is about memory stays.
+            (Change::without(&layout, &batch, &data), "x:x?,bottom/**{x:none,channel:x},slots{*:data}"),
+            (
+                Change::sections(&layout, &[Section::Slots, Section::Variables], &[&data, &x]),
+                "batch:data,x:x?,bottom/**{x:none,channel:x},slots{*:data+x},variables{*:data+x}",
+            ),
+        ] {
+            assert_eq!(changed(change), says);
+        }
+    }
+
+    #[test]
+    fn an_axis_of_one_device_goes_unless_a_rule_names_it() {
+        let (mesh, layout): (Mesh, Layout) = ("data=4,x=2".parse().unwrap(), "batch:data".parse().unwrap());
+        let resized = |axis: &str, size| Change::resized(&mesh, &layout, &axis.into(), size).to_string();
+        assert_eq!(resized("x", 1), "--mesh data=4");
+        assert_eq!(resized("data", 1), "--mesh data=1,x=2");
+        assert_eq!(resized("data", 2), "--mesh data=2,x=2");
+    }
+
+    #[test]
+    fn a_change_is_text_that_a_shell_takes() {
+        let of = |text: &str| Change::layout(text.parse().unwrap()).to_string();
+        assert_eq!(of("batch:data+x"), "--layout batch:data+x");
+        assert_eq!(of("slots{*:data}"), "--layout 'slots{*:data}'");
+        assert_eq!(of("x':x"), "--layout 'x'\\'':x'");
+        assert_eq!(of(""), "--layout ''");
+    }
+}

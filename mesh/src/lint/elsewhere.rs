@@ -1,5 +1,5 @@
-//! Codes of errors that planning does not give: of the other crates, and of programs that come from outside. In words alone;
-//! their messages say what is wrong, where, and what to do.
+//! Codes of errors that no program of the builder and no layout gives: of the other crates, and of programs that come from
+//! outside. In words alone; their messages say what is wrong, where, and what to do.
 
 /// Codes, in order, each with what it means.
 pub(super) const CODES: &[(&str, &str)] = &[
@@ -66,6 +66,11 @@ pub(super) const CODES: &[(&str, &str)] = &[
     ("H0001", "A model of Hugging Face's form cannot be used."),
     ("H0002", "Weights do not fit the program; all tensors that do not are named."),
     ("H0003", "The folder to write a model to is there already."),
+    (
+        "P0005",
+        "Something is not there yet in this version, such as a kernel for an op on 16-bit floats. The error says what to use \
+         instead.",
+    ),
     (
         "P0006",
         "A program that was sent breaks a rule which `ProgramBuilder` keeps. Send what one of this version has finished.",

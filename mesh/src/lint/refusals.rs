@@ -59,18 +59,6 @@ fn mean_loss(g: &Graph) {
     trained(g, true);
 }
 
-fn looked_up(g: &Graph, dtype: DType) {
-    let words = g.input("words", DType::I32, &[dim("row", 8)]);
-    let table = g.variable("table", &[dim("word", 64), dim("d", 32)], Init::zeros()).cast(dtype);
-    g.output("y", &table.gather(&words, "word").cast(DType::F32)); // P0005
-}
-fn in_bf16(g: &Graph) {
-    looked_up(g, DType::Bf16);
-}
-fn in_f32(g: &Graph) {
-    looked_up(g, DType::F32);
-}
-
 const DENSE: &str = "a dense layer `[batch:64, d_in:32] x [d_in:32, d_out:32]`";
 
 const fn refusal(
@@ -182,13 +170,6 @@ pub(super) const LINTS: &[Lint] = &[
          of another type than its input, an assignment to what is no variable. The error says what to do instead.",
         example(loss_of_each, "training by a loss of each `batch`", "1", ""),
         example(mean_loss, "training by their mean", "1", ""),
-    ),
-    refusal(
-        "P0005",
-        "not-yet",
-        "Something is not there yet in this version. The error says what to use instead.",
-        example(in_bf16, "a lookup in a `bf16` table", "1", ""),
-        example(in_f32, "a lookup in an `f32` table", "1", ""),
     ),
     refusal(
         "M0001",
