@@ -82,6 +82,11 @@ enum Command {
         #[arg(long, default_value = "an operator asks for it")]
         reason: String,
     },
+    /// Say what a code of a plan's finding, or of an error of a layout, means
+    Explain {
+        /// The code, such as L0301, or its name; none: a list of all
+        code: Option<String>,
+    },
 }
 
 /// A coordinator that runs already.
@@ -183,6 +188,8 @@ enum Failed {
     /// A store or a state that cannot be used.
     #[error("{0}")]
     Setup(String),
+    #[error("C0045: {0}")]
+    Unknown(mesh::lint::Unknown),
     #[error(transparent)]
     Options(#[from] NodeError),
     #[error(transparent)]
@@ -198,7 +205,7 @@ impl From<worker::tls::TlsError> for Failed {
 impl Failed {
     fn exit_code(&self) -> u8 {
         match self {
-            Failed::Listen { .. } | Failed::Setup(_) => 2,
+            Failed::Listen { .. } | Failed::Setup(_) | Failed::Unknown(_) => 2,
             Failed::System(_) | Failed::Answer { .. } => 1,
             Failed::Away { .. } => 75,
             Failed::Options(e) => e.exit_code(),
@@ -216,6 +223,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let done = match cli.command {
         Some(Command::Certs(command)) => certificates(command),
+        Some(Command::Explain { code }) => {
+            mesh::lint::explain(code.as_deref()).map(|text| say(&text)).map_err(Failed::Unknown)
+        }
         Some(Command::Status { at, json }) => operate(&at, Role::Observer, async |mut c| {
             let status = c.status(StatusRequest {}).await?.into_inner();
             say(&if json { json_of(&status) } else { table_of(&status) });

@@ -346,7 +346,7 @@ fn whoever_may_not_call_a_method_is_refused_and_changes_nothing() {
             refused(&method, calling(Some(&late), &now_messages), "one whose certificate has expired", &no_tls);
             for role in Role::ALL.into_iter().filter(|r| !roles.contains(r)) {
                 let reply = calling(Some(&cluster.issue(role)), &now_messages);
-                let denied = |s: &Status| s.code() == Code::PermissionDenied && s.message().starts_with("W0051: ");
+                let denied = |s: &Status| s.code() == Code::PermissionDenied && s.message().starts_with("W0054: ");
                 refused(&method, reply, &format!("a {role}"), &denied);
                 let line = format!("who={role} caller at 127.0.0.1:");
                 let audited = log.text().lines().any(|l| l.contains(&line) && l.contains(&format!("method={method}")));
@@ -372,7 +372,7 @@ fn whoever_may_not_call_a_method_is_refused_and_changes_nothing() {
     for role in Role::ALL {
         let channel = cluster.channel(&cluster.coordinator, Role::Coordinator, Some(&cluster.issue(role)));
         let reply = call(channel, "/mesh.control.v1.Control/Shutdown", vec![vec![]]);
-        let denied = |s: &Status| s.code() == Code::PermissionDenied && s.message().starts_with("W0050: ");
+        let denied = |s: &Status| s.code() == Code::PermissionDenied && s.message().starts_with("W0053: ");
         refused("Shutdown", reply, &format!("a {role}"), &denied);
     }
     assert_eq!(std::fs::read_dir(store()).unwrap().count(), 0, "something was written");
@@ -409,7 +409,7 @@ fn a_worker_cannot_pose_as_the_coordinator_and_a_coordinator_without_tls_is_noti
     };
     assert!(call(channel.clone(), "/mesh.control.v1.Control/Status", vec![vec![]]).is_ok());
     let e = call(channel, "/mesh.control.v1.Control/Shutdown", vec![vec![]]).unwrap_err();
-    assert_eq!((e.code(), &e.message()[..5]), (Code::PermissionDenied, "W0050"));
+    assert_eq!((e.code(), &e.message()[..5]), (Code::PermissionDenied, "W0053"));
 }
 
 #[test]

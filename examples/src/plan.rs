@@ -1,23 +1,31 @@
-//! The `plan` command of a model program: on which machine, and how it is shown.
+//! The `plan` command of a model program: on which machine, what of it could be better, and how it is shown; and `explain`.
 //!
 //! A program flattens [`PlanOptions`] into the options of its command, which is: [`PlanOptions::shown`] before its task
-//! is made, [`Shown::fit`] before its program is, and [`Shown::print`] with the plans.
+//! is made, and [`Shown::run`] with what makes its program.
 
 use crate::cli::DeviceOptions;
 use crate::run::{self, Failed, Task};
 use crate::settings::{Settings, mistake};
 use clap::{Args, ValueEnum};
-use mesh::error::Error;
+use coordinator::{Failure, Options};
+use mesh::dim::Name;
+use mesh::error::{Cause, Error};
+use mesh::layout::{Layout, Mesh};
+use mesh::lint::{self, Finding, Given};
 use mesh::machine::Machine;
 use mesh::plan::report::{JSON_BYTES, Report, report};
 use mesh::plan::{ProgramPlan, diff, html, time};
 use mesh::program::Program;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The longest description of a machine that is read; `Machine::from_toml` refuses one that is longer than it takes.
 const MACHINE_BYTES: u64 = 1 << 20;
+
+/// Findings that the text lists.
+const LISTED: usize = 10;
 
 /// Options of `plan` alone.
 #[derive(Args)]
@@ -47,14 +55,21 @@ pub struct Shown {
     format: Format,
 }
 
+/// What is to be planned.
+pub struct Outline {
+    /// What the run is, in a few lines.
+    pub introduction: String,
+    /// Programs, one or one a stage, each with the function whose plan is shown.
+    pub functions: Vec<(Program, String)>,
+}
+
 /// The plan of a function of a program.
-pub struct Planned {
-    /// The program.
-    pub program: Program,
-    /// Its plan.
-    pub plan: ProgramPlan,
-    /// The function.
-    pub function: String,
+struct Planned {
+    program: Program,
+    plan: ProgramPlan,
+    function: String,
+    /// What the layout costs that it need not.
+    findings: Vec<Finding>,
 }
 
 impl PlanOptions {
@@ -109,12 +124,62 @@ fn read(path: &Path, most: u64) -> std::io::Result<String> {
 }
 
 impl Shown {
-    /// Sets the memory that a device may use to the machine's, if no other is said; devices that share one of the
-    /// machine's share its memory too.
+    /// Plans what `make` makes of a task, and prints the plans of the program called `title`.
     ///
     /// # Errors
-    /// A mesh that cannot be.
-    pub fn fit<C: Settings>(&self, task: &mut Task<C>) -> Result<(), Failed> {
+    /// A program or a layout that cannot be. A plan that takes more memory than a device may use is refused with what
+    /// would help.
+    pub fn run<C: Settings>(
+        &self,
+        title: &str,
+        mut task: Task<C>,
+        make: impl Fn(&Task<C>, &Options) -> Result<Outline, Failed>,
+    ) -> Result<(), Failed> {
+        self.fit(&mut task)?;
+        let options = task.options()?;
+        let planned = make(&task, &options).and_then(|outline| {
+            let plans = outline.functions.into_iter().map(|(program, f)| self.plan(&options, &options, program, f));
+            Ok((outline.introduction, plans.collect::<Result<Vec<_>, _>>()?))
+        });
+        match planned {
+            Ok((introduction, plans)) => self.print(title, &introduction, &plans),
+            Err(refused @ Failed::Session(Failure::Program(Error { cause: Cause::OverMemory { .. }, .. }))) => {
+                let advice = self.advice(task, &options, make)?;
+                Err(Failed::Own { exit_code: refused.exit_code(), error: format!("{refused}\n\n{advice}").into() })
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What is found about memory in plans that are refused for it, with all blocks recomputed if that was not decided.
+    fn advice<C: Settings>(
+        &self,
+        mut task: Task<C>,
+        options: &Options,
+        make: impl Fn(&Task<C>, &Options) -> Result<Outline, Failed>,
+    ) -> Result<String, Failed> {
+        let free = Options { memory: None, ..options.clone() };
+        task.config.common_mut().memory.clear();
+        let mut outline = make(&task, &free)?;
+        let blocks: BTreeSet<Name> = outline.functions.iter().flat_map(|(program, _)| program.blocks()).collect();
+        if task.config.common().recompute.trim() == "auto" && !blocks.is_empty() {
+            task.config.common_mut().recompute = blocks.iter().map(|b| &**b).collect::<Vec<_>>().join(",");
+            outline = make(&task, &free)?;
+        }
+        let mut findings = vec![];
+        for (program, function) in outline.functions {
+            for f in self.plan(options, &free, program, function)?.findings {
+                if f.lost.held_bytes > 0.0 && !findings.contains(&f) {
+                    findings.push(f);
+                }
+            }
+        }
+        Ok(lint::text(&findings, LISTED))
+    }
+
+    /// Sets the memory that a device may use to the machine's, if no other is said; devices that share one of the
+    /// machine's share its memory too.
+    fn fit<C: Settings>(&self, task: &mut Task<C>) -> Result<(), Failed> {
         if let Some(machine) = &self.machine
             && task.config.common().memory.trim().is_empty()
         {
@@ -124,17 +189,29 @@ impl Shown {
         Ok(())
     }
 
+    /// The plan of a function of a program under some options, and what is found in it for the memory of others.
+    fn plan(&self, of: &Options, under: &Options, program: Program, function: String) -> Result<Planned, Failed> {
+        let plan = under.plan(&program)?;
+        let free = Options { memory: None, devices: None, ..under.clone() };
+        let other = |mesh: &Mesh, layout: &Layout| {
+            Options { mesh: mesh.clone(), layout: layout.clone(), ..free.clone() }.plan(&program)
+        };
+        let given = Given { memory: of.memory, machine: self.machine.as_ref(), plan: &other };
+        let findings = lint::check(&program, &plan, &given)?;
+        Ok(Planned { program, plan, function, findings })
+    }
+
     /// Prints plans of the program called `title`: as text after what introduces them, or alone in another format.
-    ///
-    /// # Errors
-    /// A standard output that cannot be written.
-    pub fn print(&self, title: &str, introduction: &str, plans: &[Planned]) -> Result<(), Failed> {
+    fn print(&self, title: &str, introduction: &str, plans: &[Planned]) -> Result<(), Failed> {
         if self.format == Format::Text {
             return run::print(&(introduction.to_string() + &self.text(plans)));
         }
-        let plans: Vec<_> = plans.iter().map(|p| (&p.program, &p.plan, p.function.as_str())).collect();
-        let report =
-            report(&plans, self.machine.as_ref()).expect("programs have the functions that they were planned for");
+        let parts: Vec<_> = plans.iter().map(|p| (&p.program, &p.plan, p.function.as_str())).collect();
+        let mut report =
+            report(&parts, self.machine.as_ref()).expect("programs have the functions that they were planned for");
+        for (of, planned) in report.plans.iter_mut().zip(plans) {
+            of.findings.clone_from(&planned.findings);
+        }
         match self.format {
             Format::Html => run::print(&html::page(title, &report)),
             Format::Json | Format::Text => run::print(&(report.to_json() + "\n")),
@@ -143,11 +220,32 @@ impl Shown {
 
     fn text(&self, plans: &[Planned]) -> String {
         let mut text = String::new();
-        for Planned { program, plan, function } in plans {
+        for Planned { program, plan, function, findings } in plans {
             text += &format!("\n{}", plan.describe(program, function));
             let estimate = |m| time::estimate(plan, function, m).map(|e| e.describe(m));
             text += &self.machine.as_ref().and_then(estimate).unwrap_or_default();
+            text += &format!("\n{}", lint::text(findings, LISTED));
         }
         text
+    }
+}
+
+/// What to explain.
+#[derive(Args)]
+pub struct Explain {
+    /// The code, such as L0301, or its name; none: a list of all
+    code: Option<String>,
+}
+
+impl Explain {
+    /// Prints what a code means, or the list of all.
+    ///
+    /// # Errors
+    /// A code that there is not.
+    pub fn run(&self) -> Result<(), Failed> {
+        match lint::explain(self.code.as_deref()) {
+            Ok(text) => run::print(&text),
+            Err(unknown) => Ok(mistake(unknown.what, unknown.help)?),
+        }
     }
 }

@@ -110,3 +110,68 @@ fn the_difference_of_two_plans_is_told_and_bad_files_are_refused() {
         place.fails("plan --diff a.json b.json --machine h100", 2, &["cannot be used with"]);
     }
 }
+
+#[test]
+fn findings_are_in_the_text_the_json_and_the_page() {
+    let place = Place::new();
+    let odd = format!("{UNET} --mesh x=2,w=2 --layout x:x");
+    let text = place.ok(&odd).out;
+    for says in [
+        "findings: ",
+        "warning[L0101]: nothing is split over the axis `w`",
+        "--> examples/src/unet3d/",
+        "--layout x:x,",
+    ] {
+        assert!(text.contains(says), "no `{says}` in\n{text}");
+    }
+    let json = place.ok(&format!("{odd} --machine h100x4 --format json")).out;
+    let report = mesh::plan::report::Report::from_json(&json).unwrap();
+    let unused = report.plans[0].findings.iter().find(|f| *f.code == *"L0101").unwrap();
+    assert!(unused.lost.seconds.unwrap() > 0.0 && unused.tried.unwrap().seconds.unwrap() > 0.0, "{unused}");
+    assert!(place.ok(&format!("{odd} --format html")).out.contains("nothing is split over the axis `w`"));
+}
+
+#[test]
+fn the_layouts_of_the_documentation_have_few_findings() {
+    let place = Place::new();
+    for mesh in ["x=2,y=2", "x=2,y=2,z=2", "data=2,x=2 --batch 2"] {
+        let text = place.ok(&format!("plan --data phantom --mesh {mesh}")).out;
+        let found = text.matches("\nwarning[").count() + text.matches("\nadvice[").count();
+        assert!(found <= 1, "--mesh {mesh} has {found}:\n{text}");
+    }
+    let zero = "batch:data,slots{*:data},gradients{*:data},variables{*:data}";
+    for mesh in ["data=2,model=2", "data=2", &format!("data=2 --layout {zero}")] {
+        assert!(bert().ok(&format!("plan --mesh {mesh}")).out.contains("findings: none"), "--mesh {mesh}");
+    }
+}
+
+#[test]
+fn a_plan_that_is_refused_for_memory_is_told_what_makes_it_fit() {
+    let bert = bert();
+    // Between what it takes with slots and gradients split, and what it takes without.
+    let plan = "plan --size 2x64x2 --seq 32 --batch 8 --mesh data=4 --memory 32MiB";
+    bert.fails(plan, 2, &["error[M0001]", "warning[L0600]", "help: split"]);
+    let refused = bert.run(plan).err;
+    let (_, layout) = refused.split_once("--layout '").unwrap();
+    let (layout, _) = layout.split_once('\'').unwrap();
+    assert!(layout.contains("slots{*:data}"), "{refused}");
+    let fits = bert.ok(&format!("{plan} --layout {layout}")).out;
+    assert!(!fits.contains("L0600"), "{fits}");
+}
+
+#[test]
+fn every_code_is_explained_and_others_are_refused_with_those_that_are_near() {
+    for program in [env!("CARGO_BIN_EXE_unet3d"), env!("CARGO_BIN_EXE_bert")] {
+        let place = Place::of(program);
+        let text = place.ok("explain L0301").out;
+        assert!(text.starts_with("warning[L0301]: wide-halo\n") && text.contains("mesh    x=8"), "{text}");
+        let list = place.ok("explain").out;
+        for (code, _) in mesh::lint::codes() {
+            assert!(
+                list.lines().any(|l| l.starts_with(code)) && place.ok(&format!("explain {code}")).out.contains(code)
+            );
+        }
+        place.fails("explain L0309", 2, &["error[U0004]", "`L0309`", "did you mean L0209 or L0301 or L0302?"]);
+        place.fails("explain wide-hale", 2, &["did you mean wide-halo"]);
+    }
+}

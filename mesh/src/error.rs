@@ -365,14 +365,18 @@ impl fmt::Debug for Error {
 }
 impl std::error::Error for Error {}
 
-/// The nearest of some names to a mistyped one, if any is near (edit distance at most a third of its length, at least 2).
+/// The nearest of some names to a mistyped one, if any is near.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    known
-        .into_iter()
-        .map(|k| (edit_distance(word, k), k))
-        .filter(|(d, k)| *d <= (k.chars().count() / 3).max(2))
-        .min()
-        .map(|(_, k)| k)
+    near(word, known).first().copied()
+}
+
+/// Those of some names that are near to a mistyped one (edit distance at most a third of its length, at least 2), the
+/// nearest first.
+pub fn near<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let distances = known.into_iter().map(|k| (edit_distance(word, k), k));
+    let mut near: Vec<(usize, &str)> = distances.filter(|(d, k)| *d <= (k.chars().count() / 3).max(2)).collect();
+    near.sort_unstable();
+    near.into_iter().map(|(_, k)| k).collect()
 }
 
 fn edit_distance(a: &str, b: &str) -> usize {

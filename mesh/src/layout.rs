@@ -46,6 +46,11 @@ impl Mesh {
     pub fn axis(&self, name: &str) -> Option<usize> {
         self.axes.iter().position(|(n, _)| *n == name)
     }
+    /// This mesh with an axis of another size; without it, if that is None.
+    pub(crate) fn resized(&self, axis: &str, size: Option<usize>) -> Mesh {
+        let resize = |(name, old): &(Name, usize)| Some((name.clone(), if *name == axis { size? } else { *old }));
+        Mesh { axes: self.axes.iter().filter_map(resize).collect() }
+    }
     /// Where a device lies along each axis.
     pub fn coordinates(&self, device: usize) -> Vec<usize> {
         let mut rest = device;
@@ -413,21 +418,45 @@ impl Layout {
         }
     }
 
-    /// The part of it whose rules `keep` wants.
-    pub(crate) fn filtered(&self, keep: &dyn Fn(Scoped) -> bool) -> Layout {
-        self.filtered_in(None, None, keep)
+    /// This layout with another rule in place of each, or none.
+    pub(crate) fn mapped(&self, to: &dyn Fn(Scoped) -> Option<Rule>) -> Layout {
+        self.mapped_in(None, None, to)
     }
 
-    fn filtered_in(&self, section: Option<Section>, scope: Option<&Pattern>, keep: &dyn Fn(Scoped) -> bool) -> Layout {
-        let rules = self.rules.iter().filter(|rule| keep(Scoped { section, scope, rule })).cloned().collect();
+    fn mapped_in(
+        &self,
+        section: Option<Section>,
+        scope: Option<&Pattern>,
+        to: &dyn Fn(Scoped) -> Option<Rule>,
+    ) -> Layout {
+        let rules = self.rules.iter().filter_map(|rule| to(Scoped { section, scope, rule })).collect();
         let inner = |(head, block): &(Head, Layout)| {
             let block = match head {
-                Head::Section(s) => block.filtered_in(Some(*s), scope, keep),
-                Head::Scope(p) => block.filtered_in(section, Some(p), keep),
+                Head::Section(s) => block.mapped_in(Some(*s), scope, to),
+                Head::Scope(p) => block.mapped_in(section, Some(p), to),
             };
             (!block.is_empty()).then(|| (head.clone(), block))
         };
         Layout { rules, blocks: self.blocks.iter().filter_map(inner).collect(), schedule: self.schedule }
+    }
+
+    /// This layout with a rule for the tensors of a section and a scope, in place of the one that they have there for its
+    /// dimension, if they have one.
+    pub(crate) fn replacing(mut self, section: Option<Section>, scope: Option<&Pattern>, rule: Rule) -> Layout {
+        let heads = section.map(Head::Section).into_iter().chain(scope.cloned().map(Head::Scope));
+        let mut block = &mut self;
+        for head in heads {
+            let at = block.blocks.iter().position(|(h, _)| *h == head).unwrap_or_else(|| {
+                block.blocks.push((head, Layout::default()));
+                block.blocks.len() - 1
+            });
+            block = &mut block.blocks[at].1;
+        }
+        match block.rules.iter_mut().find(|r| r.dim == rule.dim) {
+            Some(old) => *old = rule,
+            None => block.rules.push(rule),
+        }
+        self
     }
 
     fn add_rule(&mut self, rule: Rule) -> Result<(), Error> {
@@ -637,7 +666,7 @@ mod tests {
                 }.unwrap();
             }
             prop_assert_eq!(&built, &layout);
-            prop_assert_eq!(&layout.filtered(&|_| true), &layout);
+            prop_assert_eq!(&layout.mapped(&|s| Some(s.rule.clone())), &layout);
         }
 
         #[test]

@@ -4,9 +4,10 @@
 //! is: [`op`]) and layers ([`nn`]); `Graph::gradients` adds the backward pass, [`optim`] the update; [`program`] holds
 //! the functions and their variables. [`reference`] evaluates a function by scalar loops: it defines what everything
 //! means. A [`layout`] maps dimension names to the axes of a mesh, and [`placement`] says who owns what by it; [`spmd`]
-//! lowers a function to one list of instructions for all devices; [`plan`] fuses and orders it and gives every buffer its place; [`pipeline`] says in which order stages work. [`chunk`], [`region`]
-//! and [`rng`] are what makes the result independent of the layout. A [`machine`] says how fast
-//! all that would be. Nothing here does I/O.
+//! lowers a function to one list of instructions for all devices, and [`pipeline`] says in which order stages work; [`plan`]
+//! fuses and orders it and gives every buffer its place. [`lint`] says what a layout costs that it need not. [`chunk`],
+//! [`region`] and [`rng`] are what makes the result independent of the layout. A [`machine`] says how fast all that would
+//! be. Nothing here does I/O.
 
 pub mod array;
 pub mod body;
@@ -15,6 +16,7 @@ pub mod dim;
 pub mod error;
 pub mod graph;
 pub mod layout;
+pub mod lint;
 pub mod machine;
 pub mod nn;
 pub mod op;

@@ -108,7 +108,7 @@ impl Layout {
     /// The rules that concern a part of a program. One that names nothing in the whole of it stays, to be refused.
     pub fn of(&self, part: &Program, whole: &Program) -> Layout {
         let (part, whole) = (subjects(part), subjects(whole));
-        self.filtered(&|s| says(&part, s) || !says(&whole, s))
+        self.mapped(&|s| (says(&part, s) || !says(&whole, s)).then(|| s.rule.clone()))
     }
 
     /// Checks the rules against mesh and program.

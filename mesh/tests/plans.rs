@@ -2,6 +2,7 @@
 
 use mesh::dim::{DType, dim};
 use mesh::layout::{Layout, Mesh};
+use mesh::lint::{self, Given};
 use mesh::machine::Machine;
 use mesh::nn::{self, Kernel};
 use mesh::optim::Optimizer;
@@ -231,6 +232,23 @@ fn a_page_is_well_formed_alone_and_has_no_number_that_the_report_does_not() {
         }
         assert!(page.contains("class=\"mesh\"") == (mesh != "1") && page.contains("class=\"memory\""));
     }
+}
+
+#[test]
+fn findings_are_read_back_and_stand_on_the_page() {
+    let program = program();
+    let plan_on = |mesh: &Mesh, layout: &Layout| plan_program(&program, mesh, layout, &PlanOptions::default(), &Plain);
+    let plan = planned(&program, "x=2,w=2", "x:x");
+    let given = Given { memory: None, machine: None, plan: &plan_on };
+    let mut report = reported("x=2,w=2", "x:x", None).1;
+    report.plans[0].findings = lint::check(&program, &plan, &given).unwrap();
+    let unused = &report.plans[0].findings[0];
+    assert!(*unused.code == *"L0101" && unused.tried.is_some(), "{unused}");
+    assert_eq!(Report::from_json(&report.to_json()).unwrap(), report);
+    report.plans[0].findings[0].message = "<b>".into();
+    let page = html::page("unet", &report);
+    assert!(page.contains("<td>L0101</td>") && page.contains("<td>&lt;b&gt;</td>") && !page.contains("<b>&"));
+    parts(&page);
 }
 
 #[test]

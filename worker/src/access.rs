@@ -129,7 +129,7 @@ impl fmt::Display for Caller {
 /// Whether a call may pass.
 fn judge(method: &str, tls: bool, caller: &Caller) -> Result<(), String> {
     let Some(roles) = allowed(method) else {
-        return Err("W0050: there is no such method that anyone may call".into());
+        return Err("W0053: there is no such method that anyone may call".into());
     };
     if !tls {
         return Ok(());
@@ -138,9 +138,9 @@ fn judge(method: &str, tls: bool, caller: &Caller) -> Result<(), String> {
         Some(role) if roles.contains(&role) => Ok(()),
         Some(role) => {
             let names: Vec<String> = roles.iter().map(Role::to_string).collect();
-            Err(format!("W0051: the role {role} may not call this; it is for {}", names.join(" and ")))
+            Err(format!("W0054: the role {role} may not call this; it is for {}", names.join(" and ")))
         }
-        None => Err("W0052: the certificate has no role; issue one with `coordinator certs add`".into()),
+        None => Err("W0055: the certificate has no role; issue one with `coordinator certs add`".into()),
     }
 }
 

@@ -13,7 +13,7 @@ use config::{Config, OptimizerKind};
 use examples::bert::dropping::KeepBy;
 use examples::bert::sharing::Shared;
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
-use examples::plan::PlanOptions;
+use examples::plan::{Explain, PlanOptions};
 use examples::run::Failed;
 use examples::settings::Dtype;
 use examples::text::labelled::LabelKind;
@@ -115,6 +115,8 @@ enum Command {
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs, by stage. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
     Plan(Plan),
+    /// Say what a code means, of a finding of `plan` or of an error, and how it is made and mended
+    Explain(Explain),
     /// Fine-tune an encoder to judge sentences, and write a run folder
     #[command(after_long_help = TUNE_KEYS)]
     Finetune(TuneOptions),
@@ -332,6 +334,7 @@ fn main() -> ExitCode {
         Command::Pretrain(o) => o.task().and_then(|t| train::pretrain(&t)),
         Command::Eval(o) => o.eval(),
         Command::Plan(o) => o.plan(),
+        Command::Explain(o) => o.run(),
         Command::Finetune(o) => o.task().and_then(|t| finetune::finetune(&t)),
         Command::Export(o) => folders::export(&o),
         Command::Embed(o) => folders::embed(&o),

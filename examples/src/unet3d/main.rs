@@ -8,7 +8,7 @@ mod train;
 use clap::{Args, Parser, Subcommand};
 use config::{Config, Norm, OptimizerKind};
 use examples::cli::{self, DeviceOptions, Process, RunOptions};
-use examples::plan::PlanOptions;
+use examples::plan::{Explain, PlanOptions};
 use examples::run::Failed;
 use examples::settings::Dtype;
 use std::process::ExitCode;
@@ -83,6 +83,8 @@ enum Command {
     /// Print what a run would do: devices, layouts, communication, memory, FLOPs. Runs and fetches nothing
     #[command(after_long_help = KEYS)]
     Plan(Plan),
+    /// Say what a code means, of a finding of `plan` or of an error, and how it is made and mended
+    Explain(Explain),
     #[command(flatten)]
     Process(Process),
 }
@@ -179,6 +181,7 @@ fn main() -> ExitCode {
         Command::Train(o) => o.task(false).and_then(|t| train::train(&t)),
         Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
         Command::Plan(o) => o.plan(),
+        Command::Explain(o) => o.run(),
         Command::Process(process) => return process.main(),
     };
     cli::exit(result)

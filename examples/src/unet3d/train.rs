@@ -7,7 +7,7 @@ use coordinator::drive::again;
 use coordinator::session::FunctionId;
 use coordinator::{Failure, Options, Position, Session};
 use examples::memory::Fitted;
-use examples::plan::{Planned, Shown};
+use examples::plan::{self, Shown};
 use examples::report::{Work, say, thousands};
 use examples::run::{self, Failed, Model, Ran, diverged, scalar};
 use mesh::array::Array;
@@ -157,12 +157,11 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
 }
 
 /// Prints what a run would do.
-pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
-    shown.fit(&mut task)?;
-    let options = task.options()?;
+pub fn plan(task: Task, shown: &Shown) -> Result<(), Failed> {
     let outline = Outline::of(&task.config)?;
-    let Fitted { program, text } = program(&task, &outline, &options)?;
-    let plan = options.plan(&program)?;
-    let introduction = introduction(&task.config, &outline, &options, program.parameters()) + &text;
-    shown.print("unet3d", &introduction, &[Planned { program, plan, function: "train".into() }])
+    shown.run("unet3d", task, |task, options| {
+        let Fitted { program, text } = program(task, &outline, options)?;
+        let introduction = introduction(&task.config, &outline, options, program.parameters()) + &text;
+        Ok(plan::Outline { introduction, functions: vec![(program, "train".into())] })
+    })
 }

@@ -196,7 +196,7 @@ impl Optimizer {
             };
             Update { grad_norm, rate, scaled }
         };
-        g.with_role(Role::Update, || g.layer("optimizer", update))
+        g.layer("optimizer", || g.with_role(Role::Update, update))
     }
 
     /// One step whose batch goes in `parts` micro-batches: `loss` gives the loss of each, of what [`Tensor::micro_batch`]

@@ -44,7 +44,7 @@ pub fn thousands(n: u64) -> String {
 }
 
 /// `57.1 TFLOP`.
-pub(super) fn flops(n: u64) -> String {
+pub fn flops(n: u64) -> String {
     let (unit, size) = [("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)]
         .into_iter()
         .find(|(_, size)| n as f64 >= *size)

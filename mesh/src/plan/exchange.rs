@@ -40,7 +40,7 @@ fn held(regions: &[Region]) -> Vec<&Region> {
 }
 
 /// The pattern of a move.
-pub(super) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
+pub(crate) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
     if from.iter().zip(to).any(|(f, t)| f.is_empty() != t.is_empty()) {
         return ExchangeKind::Send;
     }
@@ -98,14 +98,14 @@ pub(super) fn exchange(value: &Value, to: &[Region], plan: &Sources, device: usi
 const SEGMENTED: usize = 8192;
 
 /// What the participants of an all-reduce have in common.
-pub(super) struct Together {
+pub(crate) struct Together {
     devices: Vec<usize>,
     nodes: Vec<usize>,
     order: Arc<[chunk::Finish]>,
 }
 
 impl Together {
-    pub(super) fn new(sum: &Sum, group: &[usize]) -> Together {
+    pub(crate) fn new(sum: &Sum, group: &[usize]) -> Together {
         let owned: Vec<_> = group.iter().map(|&d| sum.owned[d].clone()).collect();
         Together {
             devices: group.to_vec(),
@@ -117,7 +117,7 @@ impl Together {
 
 /// The all-reduce of a device: each holds nodes of the region `held`, and comes to hold the result's region `done`, all
 /// or a part of it.
-pub(super) fn all_reduce(
+pub(crate) fn all_reduce(
     f: ReduceFn,
     dtype: DType,
     together: &Together,

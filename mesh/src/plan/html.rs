@@ -5,6 +5,7 @@
 
 use super::describe::{bytes, seconds, thousands};
 use super::report::{Feed, FunctionPlan, Group, Report, Time};
+use crate::lint::Finding;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -86,6 +87,7 @@ fn function(out: &mut String, report: &Report, at: usize, plan: &FunctionPlan) {
     let mut facts = vec![("peak of a device", bytes(plan.peak_bytes)), ("FLOPs a step", thousands(plan.flops))];
     facts.extend(plan.time.iter().map(|t| ("time of a step", seconds(t.seconds))));
     list(out, &facts);
+    findings(out, plan);
     out.push_str("<h3>Who has what</h3>\n");
     match &plan.feed {
         Some(feed) => blocks(out, feed),
@@ -115,6 +117,27 @@ fn table(out: &mut String, headings: &[&str], rows: impl Iterator<Item = Vec<Str
         out.push_str("</tr>\n");
     }
     out.push_str("</table>\n");
+}
+
+fn findings(out: &mut String, plan: &FunctionPlan) {
+    out.push_str("<h3>Findings</h3>\n");
+    if plan.findings.is_empty() {
+        out.push_str("<p>None.</p>\n");
+        return;
+    }
+    let row = |f: &Finding| {
+        let change = f.change.as_ref().map_or(String::new(), |c| format!(": {c}"));
+        let place = f.place.clone().unwrap_or_default();
+        vec![
+            f.severity.to_string(),
+            f.code.to_string(),
+            f.message.clone(),
+            place,
+            f.lost.to_string(),
+            f.help.clone() + &change,
+        ]
+    };
+    table(out, &["", "code", "what", "where", "costs a device, a run", "what to do"], plan.findings.iter().map(row));
 }
 
 /// `12.5 %`.

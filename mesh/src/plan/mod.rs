@@ -32,6 +32,7 @@ use crate::pipeline;
 use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use crate::spmd;
+pub(crate) use exchange::{Together, all_reduce, kind};
 pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
 pub use step::{

@@ -9,6 +9,7 @@ use super::time::{self, Estimate, axes_between, messages};
 use super::{Buffer, DevicePlan, ExchangeKind, Part, ProgramPlan};
 use crate::dim::{Name, Type};
 use crate::error::{Cause, Error};
+use crate::lint::Finding;
 use crate::machine::Machine;
 use crate::placement::{Placement, Spec, Subject};
 use crate::program::{Function, Program};
@@ -64,6 +65,10 @@ pub struct FunctionPlan {
     /// How long it takes, for a machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time: Option<Time>,
+    /// What the layout costs that it need not, in all functions of the program; who makes the report looks for it
+    /// ([`crate::lint::check`]).
+    #[serde(default)]
+    pub findings: Vec<Finding>,
 }
 
 /// Who owns what of a feed.
@@ -295,6 +300,7 @@ fn of_function(program: &Program, plan: &ProgramPlan, name: &str, machine: Optio
         groups: groups(f, plan, &key, devices, estimate.as_ref()),
         communication: communication(plan, devices),
         time: estimate.as_ref().map(Time::from),
+        findings: vec![],
     })
 }
 
