@@ -363,3 +363,23 @@ fn the_sum_of_the_gradients_of_a_value_is_in_the_scope_of_the_value() {
     let sums = nodes.filter(|n| matches!(&n.op, Prim::Binary(b) if b.f == BinaryFn::Add));
     assert_eq!(sums.map(|n| &*n.scope).collect::<Vec<_>>(), ["inside"]);
 }
+
+#[test]
+fn the_book_has_one_layout_as_a_table_and_in_rust() {
+    #[derive(serde::Deserialize)]
+    struct Config {
+        mesh: String,
+        layout: Layout,
+    }
+    let book = include_str!("../../docs/layouts.md");
+    let (_, rest) = book.split_once("```toml\n").unwrap();
+    let config: Config = toml::from_str(rest.split_once("```").unwrap().0).unwrap();
+    let layout = Layout::default().with("batch:data, d_ff:model").unwrap();
+    let layout = layout.section(Section::Slots, "*:data").unwrap().scope("layer.*/**", "seq:model?").unwrap();
+    assert_eq!(config.layout, layout);
+    let p = program(|g, x| {
+        let x = g.scoped("layer.0", || x.rename("x", "seq").rename("channel", "d_ff").tanh());
+        g.output("y", &x.pad("d_ff", 0, 1, 0.0));
+    });
+    plan_within(&p, &config.mesh, &layout.to_string(), &PlanOptions::default()).unwrap();
+}
