@@ -82,7 +82,7 @@ enum Command {
         #[arg(long, default_value = "an operator asks for it")]
         reason: String,
     },
-    /// Say what a code of a plan's finding, or of an error of a layout, means
+    /// Say what a code means, of an error or of a finding of `plan`
     Explain {
         /// The code, such as L0301, or its name; none: a list of all
         code: Option<String>,

@@ -144,7 +144,7 @@ impl Shown {
         match planned {
             Ok((introduction, plans)) => self.print(title, &introduction, &plans),
             Err(refused @ Failed::Session(Failure::Program(Error { cause: Cause::OverMemory { .. }, .. }))) => {
-                let advice = self.advice(task, &options, make)?;
+                let Ok(advice) = self.advice(task, &options, make) else { return Err(refused) };
                 Err(Failed::Own { exit_code: refused.exit_code(), error: format!("{refused}\n\n{advice}").into() })
             }
             Err(e) => Err(e),
@@ -159,12 +159,14 @@ impl Shown {
         make: impl Fn(&Task<C>, &Options) -> Result<Outline, Failed>,
     ) -> Result<String, Failed> {
         let free = Options { memory: None, ..options.clone() };
+        let mut text = String::new();
         task.config.common_mut().memory.clear();
         let mut outline = make(&task, &free)?;
         let blocks: BTreeSet<Name> = outline.functions.iter().flat_map(|(program, _)| program.blocks()).collect();
         if task.config.common().recompute.trim() == "auto" && !blocks.is_empty() {
             task.config.common_mut().recompute = blocks.iter().map(|b| &**b).collect::<Vec<_>>().join(",");
             outline = make(&task, &free)?;
+            text = "with all blocks recomputed, ".into();
         }
         let mut findings = vec![];
         for (program, function) in outline.functions {
@@ -174,7 +176,7 @@ impl Shown {
                 }
             }
         }
-        Ok(lint::text(&findings, LISTED))
+        Ok(text + &lint::text(&findings, LISTED))
     }
 
     /// Sets the memory that a device may use to the machine's, if no other is said; devices that share one of the

@@ -25,6 +25,7 @@ Examples:
   unet3d train --coordinator head:7070 --tls DIR      on the workers of a cluster
   unet3d eval --out runs/big
   unet3d plan --size 512 --base 32 --devices 64       what that would need; allocates nothing
+  unet3d explain L0301                                what a finding of `plan`, or an error, means
   unet3d plan --size 256 --base 32 --machine h100x16  how long a step would take there
   unet3d plan --machine h100x4 --format html          as a page, on the standard output; json for programs
 

@@ -225,6 +225,9 @@ impl fmt::Display for Lost {
         if self.held_bytes >= 1.0 {
             parts.push(format!("{} of memory", bytes(self.held_bytes as usize)));
         }
+        if let Some(s) = self.seconds.filter(|s| *s > 0.0) {
+            parts.push(format!("{} as estimated", seconds(s)));
+        }
         f.write_str(&parts.join(", "))
     }
 }
@@ -240,9 +243,6 @@ impl fmt::Display for Finding {
         if !lost.is_empty() {
             let of = self.function.as_ref().map(|n| format!(" of `{n}`")).unwrap_or_default();
             write!(f, "\n  = it costs a device {lost}, a run{of}")?;
-            if let Some(s) = self.lost.seconds.filter(|s| *s > 0.0) {
-                write!(f, ": {} as estimated", seconds(s))?;
-            }
         }
         write!(f, "\n  help: {}", self.help)?;
         if let Some(change) = &self.change {

@@ -6,7 +6,7 @@
 //! ([`crate::error`]) are entries too; for them building or planning is the check. Those of other crates are in words alone.
 //!
 //! A suggested change of mesh or layout lowers without an error. Where it is to save time, it lowers to a program that
-//! computes and sends less, by [`prices`]; those of the findings that cost most are planned as well, and are not said if that
+//! computes and sends less, by `prices`; those of the findings that cost most are planned as well, and are not said if that
 //! refutes them. To add a lint, add an entry to the table of its kind. `mesh/tests/lints.rs` runs all of them, and
 //! `docs/errors.md` is made of them.
 
