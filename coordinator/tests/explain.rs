@@ -17,5 +17,5 @@ fn every_code_is_explained_and_others_are_refused_with_those_that_are_near() {
     }
     let (done, _, err) = explain(&["L0309"]);
     assert_eq!(done, Some(2), "{err}");
-    assert!(err.starts_with("error[C0045]: ") && err.contains("did you mean L0209 or L0301 or L0302?"), "{err}");
+    assert!(err.starts_with("error[C0045]: ") && err.contains("did you mean L0009 or L0209 or L0301?"), "{err}");
 }

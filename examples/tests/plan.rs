@@ -171,7 +171,7 @@ fn every_code_is_explained_and_others_are_refused_with_those_that_are_near() {
                 list.lines().any(|l| l.starts_with(code)) && place.ok(&format!("explain {code}")).out.contains(code)
             );
         }
-        place.fails("explain L0309", 2, &["error[U0004]", "`L0309`", "did you mean L0209 or L0301 or L0302?"]);
+        place.fails("explain L0309", 2, &["error[U0004]", "`L0309`", "did you mean L0009 or L0209 or L0301?"]);
         place.fails("explain wide-hale", 2, &["did you mean wide-halo"]);
     }
 }
