@@ -15,8 +15,8 @@ use mesh::machine::Machine;
 use mesh::nn::{self, Dense, Mode};
 use mesh::ops::source::Distribution;
 use mesh::optim::Optimizer;
-use mesh::plan::ProgramPlan;
 use mesh::plan::time::estimate;
+use mesh::plan::{ProgramPlan, Step, Work};
 use mesh::program::{Init, Program};
 use std::time::Duration;
 
@@ -103,6 +103,18 @@ fn a_stage_hands_each_micro_batch_on_once_and_back_once() {
         let four = planned(&p, "pipe=4", &format!("{FOUR}, schedule:{schedule}"));
         assert_eq!(count(&four, 1, "send"), 4 * parts + 1, "{schedule}: both neighbours, both ways");
     }
+    // With clipping the norm of each gradient goes to where the sum of them is, and the sum to the first stage; a gradient
+    // stays where its variable is.
+    let bytes = |p: &Program| -> usize {
+        let plan = planned(p, "pipe=2", TWO);
+        let sent = |s: &Step| match &s.work {
+            Work::Exchange(e) => e.sends.iter().map(|m| m.bytes).sum(),
+            _ => 0,
+        };
+        plan.functions[&"step".into()].iter().flat_map(|d| &d.steps).map(sent).sum()
+    };
+    let clipped = layers(parts, &Optimizer::adam(0.01).clipped(1.0));
+    assert!(bytes(&clipped) <= bytes(&p) + 1024, "{} {}", bytes(&clipped), bytes(&p));
 }
 
 /// No test, but what this binary does where it was started as a worker.

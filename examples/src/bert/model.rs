@@ -70,8 +70,9 @@ impl Model<'_> {
     /// `[batch, seq, d_model]` of words, positions and segments.
     fn embeddings(&self, text: &Text) -> Tensor {
         let g = text.tokens.graph();
-        let words = self.words(g).gather(&text.tokens, "vocab");
+        let words = self.words(g);
         g.scoped("embeddings", || {
+            let words = words.gather(&text.tokens, "vocab");
             let table =
                 |name: &str, rows: usize| nn::embedding(g, name, &dim(name, rows), &[self.d_model()], self.start());
             let seq = text.tokens.dim("seq");

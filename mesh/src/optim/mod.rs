@@ -183,11 +183,13 @@ impl Optimizer {
             let step = Step { g, scaled: scaled.as_ref() };
             for ((id, variable), grad) in variables.iter().zip(grads) {
                 let path = g.variable_name(*id);
-                let grad = match &factor {
-                    Some(factor) => grad.mul(factor),
-                    None => grad.clone(),
-                };
-                g.scoped_at(&path, || self.step(&step, &path, variable, &grad, &rate));
+                g.scoped_at(&path, || {
+                    let grad = match &factor {
+                        Some(factor) => grad.mul(factor),
+                        None => grad.clone(),
+                    };
+                    self.step(&step, &path, variable, &grad, &rate);
+                });
             }
             let grad_norm = match &scaled {
                 // One infinity, whatever made it.
