@@ -11,11 +11,9 @@ use coordinator::{Options, Session};
 use mesh::array::Array;
 use mesh::dim::{DType, dim};
 use mesh::graph::Tensor;
-use mesh::machine::Machine;
 use mesh::nn::{self, Dense, Mode};
 use mesh::ops::source::Distribution;
 use mesh::optim::Optimizer;
-use mesh::plan::time::estimate;
 use mesh::plan::{ProgramPlan, Step, Work};
 use mesh::program::{Init, Program};
 use std::time::Duration;
@@ -121,75 +119,6 @@ fn a_stage_hands_each_micro_batch_on_once_and_back_once() {
 #[test]
 fn worker_process() {
     common::workers::serve();
-}
-
-/// A network of stages without anything that they share.
-fn wide(parts: usize) -> Program {
-    stepping(|g| {
-        let x = g.scoped("layer.0", || g.input("x", DType::F32, &[dim("batch", 512), dim("in", 64)]));
-        let of = |part: usize| {
-            let x = g.scoped("layer.0", || x.micro_batch("batch", part, parts));
-            let layer = |x: Tensor, i: usize| {
-                let (from, to) = (if i == 0 { "in".into() } else { format!("h{i}") }, format!("h{}", i + 1));
-                let y = nn::dense(&x, &format!("layer.{i}"), &[&from], &[dim(to.as_str(), 64)], &Dense::default());
-                g.scoped(format!("layer.{i}"), || y.tanh())
-            };
-            let y = (0..4).fold(x, layer);
-            g.scoped("layer.3", || y.square().mean_all())
-        };
-        let (loss, _) = Optimizer::sgd(0.1).apply_in_parts(g, parts, of);
-        g.output("loss", &loss);
-    })
-}
-
-const STAGES: &str =
-    "@pipe:3, layer.0/**{ @pipe:0 }, layer.1/**{ @pipe:1 }, layer.2/**{ @pipe:2 }, layer.3/**{ @pipe:3 }";
-
-/// A machine on which products take their FLOPs and nothing else takes any time.
-const SIMPLE: &str = "
-    name = 'simple'
-    devices = 8
-    memory = 1000000000
-    [rates.default]
-    launch = 0.0
-    flops = 1e30
-    flops_bf16 = 1e30
-    bytes = 1e30
-    [rates.product]
-    launch = 0.0
-    flops = 1.0
-    flops_bf16 = 1.0
-    bytes = 1e30
-    [within]
-    latency = 0.0
-    bytes = 1e30
-    [between]
-    latency = 0.0
-    bytes = 1e30
-";
-
-#[test]
-fn stages_work_side_by_side_and_wait_as_long_as_the_papers_say() {
-    let machine = Machine::from_toml(SIMPLE).unwrap();
-    let (stages, parts) = (4.0, 8);
-    let p = wide(parts);
-    let whole = estimate(&planned(&p, "1", ""), "step", &machine).unwrap().seconds;
-    for schedule in ["gpipe", "1f1b"] {
-        let plan = planned(&p, "pipe=4", &format!("{STAGES}, schedule:{schedule}"));
-        let time = estimate(&plan, "step", &machine).unwrap();
-        // One pass of a micro-batch through a stage, forward and back, is what all do together by parts and stages. The
-        // first layer has no gradient of its input, so the stages are not quite alike.
-        let slots = time.seconds / (whole / stages / parts as f64);
-        assert!(slots < parts as f64 + stages, "{schedule}: {slots}");
-        assert!(slots > parts as f64, "{schedule}: {slots}");
-    }
-}
-
-#[test]
-fn one_forward_one_backward_keeps_fewer_activations_than_gpipe() {
-    let p = wide(8);
-    let peak = |schedule: &str| planned(&p, "pipe=4", &format!("{STAGES}, schedule:{schedule}")).peak_bytes(2);
-    assert!(peak("1f1b") < peak("gpipe"), "{} {}", peak("1f1b"), peak("gpipe"));
 }
 
 #[test]

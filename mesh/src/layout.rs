@@ -314,10 +314,9 @@ impl FromStr for Head {
 /// What stands in front of the order of a pipeline.
 const SCHEDULE: &str = "schedule";
 
-/// The order of a pipeline, if a part of a layout is one.
-fn schedule(part: &str) -> Option<Schedule> {
-    let (key, value) = part.split_once(':')?;
-    value.trim().parse().ok().filter(|_| key.trim() == SCHEDULE)
+/// The text of a pipeline's order, if a part of a layout is one.
+fn schedule(part: &str) -> Option<&str> {
+    part.split_once(':').filter(|(key, _)| key.trim() == SCHEDULE).map(|(_, value)| value)
 }
 
 /// Layout rules: which dimension is split over which mesh axes, `batch:data, x:x, slots{ *:data }`.
@@ -506,7 +505,10 @@ impl Layout {
                 continue;
             }
             if let (Some(schedule), []) = (schedule(part), within) {
-                self.schedule = Some(schedule);
+                if self.schedule.is_some() {
+                    return Err(here(Cause::TwoRules { dim: SCHEDULE.into() }.into()));
+                }
+                self.schedule = Some(schedule.parse().map_err(here)?);
             } else if !part.trim().is_empty() {
                 part.parse().and_then(|rule| self.add_rule(rule)).map_err(here)?;
             }

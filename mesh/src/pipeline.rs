@@ -47,7 +47,8 @@ impl FromStr for Schedule {
     type Err = Error;
     fn from_str(text: &str) -> Result<Schedule, Error> {
         let found = Schedule::ALL.into_iter().find(|s| s.to_string() == text.trim());
-        let expected = || Cause::Syntax { text: text.into(), expected: "gpipe or 1f1b".into() };
+        let expected =
+            || Cause::Syntax { text: text.into(), expected: "the order of a pipeline, gpipe or 1f1b".into() };
         found.ok_or_else(|| expected().into())
     }
 }
@@ -208,14 +209,17 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
     let (mut clocks, mut flight) = (vec![0.0f64; stages], vec![0isize; stages]);
     let mut done: Vec<Option<f64>> = vec![None; tasks.len()];
     let mut order = vec![];
+    let mut missing: Vec<usize> = tasks.iter().map(|t| t.after.len()).collect();
+    let mut ready: Vec<usize> = (0..tasks.len()).filter(|t| missing[*t] == 0).collect();
+    let mut next: Vec<Vec<usize>> = vec![vec![]; tasks.len()];
+    tasks.iter().enumerate().for_each(|(t, task)| task.after.iter().for_each(|p| next[*p].push(t)));
     while order.len() < tasks.len() {
-        let ready = |t: &usize| done[*t].is_none() && tasks[*t].after.iter().all(|p| done[*p].is_some());
         let begin = |t: usize| {
             let clocks =
                 together(tasks, t).map(|s| clocks[s]).chain(tasks[t].key.stage.is_none().then_some(latest(&clocks)));
             clocks.chain(tasks[t].after.iter().filter_map(|p| done[*p])).fold(0.0, f64::max)
         };
-        let candidates: Vec<usize> = (0..tasks.len()).filter(ready).collect();
+        let candidates = &ready;
         // What all devices do holds all of them up, so it waits for what is each one's own.
         let own = |t: &usize| tasks[*t].key.stage.is_some() || tasks[*t].key.hop == 0;
         let may = |t: &usize| match tasks[*t].key {
@@ -252,6 +256,11 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
             flight[s] -= isize::from(tasks[t].key.phase == Phase::Backward);
         }
         done[t] = Some(end);
+        ready.retain(|r| *r != t);
+        for n in &next[t] {
+            missing[*n] -= 1;
+            ready.extend((missing[*n] == 0).then_some(*n));
+        }
         order.push(t);
     }
     order

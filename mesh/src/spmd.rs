@@ -24,7 +24,7 @@ use crate::ops::reduce::ReduceFn;
 use crate::placement::{Axes, Placement, Spec, Subject};
 use crate::program::{Function, VarId};
 use crate::region::Region;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 /// Index of a value.
@@ -116,6 +116,9 @@ pub struct SpmdProgram {
     pub outputs: Vec<(Name, ValueId)>,
     /// Variables set.
     pub assigns: Vec<(VarId, ValueId)>,
+    /// Sums of a variable's gradients, of its uses or of micro-batches: each is stored where it is added up, so that what it
+    /// is made of can go.
+    pub sums: Vec<ValueId>,
 }
 
 /// Lowers a function.
@@ -130,7 +133,32 @@ pub fn lower(function: &Function, placement: &Placement) -> Result<SpmdProgram, 
         values.push(value);
     }
     l.out.outputs = function.outputs.iter().map(|(n, id)| (n.clone(), values[id.index()].value)).collect();
-    Ok(l.out)
+    let adds = |id: &NodeId| {
+        let node = function.node(*id);
+        node.role == Role::Gradient && matches!(node.op, Prim::Binary(_))
+    };
+    let all = (0..function.nodes.len() as u32).map(NodeId);
+    l.out.sums = all.filter(adds).map(|id| values[id.index()].value).collect();
+    Ok(add_up_at_once(l.out))
+}
+
+/// The program with each sum of gradients right behind the last of what it adds.
+fn add_up_at_once(mut program: SpmdProgram) -> SpmdProgram {
+    let sums: HashSet<ValueId> = program.sums.iter().copied().collect();
+    let mut place: Vec<Option<usize>> = vec![None; program.values.len()];
+    let mut keys = Vec::with_capacity(program.instrs.len());
+    for (i, instr) in program.instrs.iter().enumerate() {
+        let last = instr.inputs.iter().filter_map(|v| place[v.index()]).max();
+        let at = if sums.contains(&instr.output) { last.unwrap_or(i) } else { i };
+        place[instr.output.index()] = Some(at);
+        keys.push(at);
+    }
+    // Of equals the one that was there stays in front, and inputs before users.
+    let mut order: Vec<usize> = (0..keys.len()).collect();
+    order.sort_by_key(|i| (keys[*i], *i));
+    let mut instrs: Vec<Option<Instr>> = program.instrs.into_iter().map(Some).collect();
+    program.instrs = order.into_iter().filter_map(|i| instrs[i].take()).collect();
+    program
 }
 
 /// A node's result.

@@ -2,7 +2,9 @@
 
 use mesh::dim::{DType, Name, dim};
 use mesh::graph::{Graph, Tensor};
-use mesh::machine::Machine;
+use mesh::machine::{Link, Machine};
+use mesh::nn::{self, Dense};
+use mesh::optim::Optimizer;
 use mesh::plan::time::{Estimate, estimate};
 use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
@@ -159,4 +161,66 @@ fn an_all_reduce_sends_parts_and_results() {
 fn a_function_that_is_not_there_has_no_time() {
     let (plan, _) = timed(&product(DType::F32), "1", "", &simple());
     assert!(estimate(&plan, "g", &simple()).is_none());
+}
+
+/// Four stages that go through a batch in parts, without anything that they share.
+fn stages(parts: usize) -> Program {
+    let mut p = ProgramBuilder::new();
+    p.function("f", |g| {
+        let x = g.scoped("layer.0", || g.input("x", DType::F32, &[dim("batch", 512), dim("in", 64)]));
+        let of = |part: usize| {
+            let x = g.scoped("layer.0", || x.micro_batch("batch", part, parts));
+            let layer = |x: Tensor, i: usize| {
+                let (from, to) = (if i == 0 { "in".into() } else { format!("h{i}") }, format!("h{}", i + 1));
+                let y = nn::dense(&x, &format!("layer.{i}"), &[&from], &[dim(to.as_str(), 64)], &Dense::default());
+                g.scoped(format!("layer.{i}"), || y.tanh())
+            };
+            let y = (0..4).fold(x, layer);
+            g.scoped("layer.3", || y.square().mean_all())
+        };
+        let (loss, _) = Optimizer::sgd(0.1).apply_in_parts(g, parts, of);
+        g.output("loss", &loss);
+    })
+    .unwrap();
+    p.finish().unwrap()
+}
+
+const STAGES: &str =
+    "@pipe:3, layer.0/**{ @pipe:0 }, layer.1/**{ @pipe:1 }, layer.2/**{ @pipe:2 }, layer.3/**{ @pipe:3 }";
+
+#[test]
+fn stages_work_side_by_side_and_wait_as_long_as_the_papers_say() {
+    let mut machine = simple();
+    machine.rates.values_mut().for_each(|r| r.launch = 0.0);
+    (machine.within, machine.between) = (Link { latency: 0.0, bytes: 1e30 }, Link { latency: 0.0, bytes: 1e30 });
+    let (count, parts) = (4.0, 8);
+    let p = stages(parts);
+    let machine = Machine { devices: 4, hosts: Some(1), ..machine };
+    let whole = timed(&p, "1", "", &machine).1.seconds;
+    for schedule in ["gpipe", "1f1b"] {
+        let (_, time) = timed(&p, "pipe=4", &format!("{STAGES}, schedule:{schedule}"), &machine);
+        // One pass of a micro-batch through a stage, forward and back, is what all do together by parts and stages. The
+        // first layer has no gradient of its input, so the stages are not quite alike.
+        let slots = time.seconds / (whole / count / parts as f64);
+        assert!(slots < parts as f64 + count - 1.0 + 0.8, "{schedule}: {slots}");
+        assert!(slots > parts as f64, "{schedule}: {slots}");
+    }
+}
+
+#[test]
+fn one_forward_one_backward_keeps_fewer_activations_than_gpipe() {
+    let p = stages(8);
+    let peak =
+        |schedule: &str| timed(&p, "pipe=4", &format!("{STAGES}, schedule:{schedule}"), &simple()).0.peak_bytes(2);
+    // Those of 2 micro-batches against those of 8; each is the layer's input, and its result for the gradient of tanh.
+    let activation = 512 / 8 * 64 * 4;
+    assert!(peak("1f1b") + 5 * activation <= peak("gpipe"), "{} {}", peak("1f1b"), peak("gpipe"));
+}
+
+#[test]
+fn gradients_of_micro_batches_are_added_up_as_they_come() {
+    let peak = |parts: usize| timed(&stages(parts), "1", "", &simple()).0.peak_bytes(0);
+    let weights = 64 * 64 * 4;
+    // Twice as many micro-batches have half of the activations, and not a gradient more.
+    assert!(peak(16) < peak(8) + weights, "{} {}", peak(8), peak(16));
 }

@@ -288,9 +288,12 @@ fn uneven_memory(p: &Planned) -> Vec<Finding> {
         crate::plan::describe::bytes(most),
         crate::plan::describe::bytes(mean as usize)
     );
-    let finding = Finding::new(message, "use an axis whose size divides the number of chunks")
-        .held(most as f64 - mean)
-        .change(change);
+    let staged = p.plan.mesh.axes().iter().any(|(name, _)| p.has_stages(name));
+    let help = match staged {
+        true => "give a part of what lies there to another stage",
+        false => "use an axis whose size divides the number of chunks",
+    };
+    let finding = Finding::new(message, help).held(most as f64 - mean).change(change);
     vec![match p.fullest_node() {
         Some((l, node)) => finding.at(l, node),
         None => finding,

@@ -299,7 +299,9 @@ fn meant(p: &Planned, l: &Lowered, m: &Moved) -> bool {
     let sides = [m.by, l.root(l.origin(m.from))].map(|node| l.function.node(node).role.section());
     // What a variable is read as has the role of its reader.
     let read = l.variable(m.from).map(|v| p.program.variables[v.index()].role.section());
-    sides.into_iter().chain(read).any(|s| s != Section::Activations && p.has_section(s))
+    // What another stage has is handed on.
+    let staged = l.value(m.from).regions.iter().any(|r| r.is_empty());
+    staged || sides.into_iter().chain(read).any(|s| s != Section::Activations && p.has_section(s))
 }
 
 /// A finding for each move of that cause.

@@ -78,9 +78,13 @@ impl<'a> Planned<'a> {
     }
 
     /// The axes that have more than one device: index, name, devices.
+    /// Whether an axis is one of stages, over which nothing is split.
+    pub fn has_stages(&self, axis: &Name) -> bool {
+        self.plan.layout.scoped().any(|s| s.rule.at.is_some() && s.rule.axes.contains(axis))
+    }
     pub fn axes(&self) -> impl Iterator<Item = (usize, &Name, usize)> {
         let axes = self.plan.mesh.axes().iter().enumerate();
-        axes.filter(|(_, (_, size))| *size > 1).map(|(i, (name, size))| (i, name, *size))
+        axes.filter(|(_, (name, size))| *size > 1 && !self.has_stages(name)).map(|(i, (name, size))| (i, name, *size))
     }
     pub fn axis_name(&self, axis: usize) -> &Name {
         &self.plan.mesh.axes()[axis].0

@@ -140,6 +140,8 @@ impl<'a> Fused<'a> {
                 }
             }
         }
+        let sums: Vec<ValueId> = spmd.sums.iter().copied().filter(|v| self.elementwise(*v).is_some()).collect();
+        self.stored.extend(sums);
         // From the end: how a value is used decides whether it is stored.
         let mut uses = vec![Uses::default(); spmd.values.len()];
         spmd.outputs.iter().for_each(|(_, v)| uses[v.index()].hard = true);
