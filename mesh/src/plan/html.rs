@@ -238,7 +238,9 @@ fn blocks(out: &mut String, feed: &Feed) {
     }
     // Devices of one block stand together.
     let mut owners: BTreeMap<Vec<(usize, usize)>, Vec<usize>> = BTreeMap::new();
-    for (d, block) in feed.blocks.iter().enumerate() {
+    // A device of another stage has none.
+    let held = |(_, block): &(usize, &Vec<(usize, usize)>)| block.iter().all(|(begin, end)| begin < end);
+    for (d, block) in feed.blocks.iter().enumerate().filter(held) {
         owners.entry(split.iter().filter_map(|i| block.get(*i).copied()).collect()).or_default().push(d);
     }
     let size = |k: usize| split.get(k).map_or(1, |i| feed.dims[*i].1).max(1) as f64;

@@ -181,7 +181,9 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
                 clocks[d] += seconds;
             }
             out.steps[d].push(seconds);
-            *out.classes.entry(class).or_default() += seconds / devices as f64;
+            if !step.is_idle() {
+                *out.classes.entry(class).or_default() += seconds / devices as f64;
+            }
         }
     }
     out.seconds = clocks.iter().copied().fold(0.0, f64::max) + machine.step;
