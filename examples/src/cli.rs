@@ -4,10 +4,13 @@
 //! says of `mesh`, `layout` and `out` what is the model's own by clap's `mut_arg`; it flattens [`Process`] into its
 //! commands, so that it can be its own workers and coordinator.
 
+use crate::machine;
 use crate::run::{CONFIG_FILE, Failed, Place, Task};
+use crate::search::AUTO;
 use crate::settings::{Mistake, Settings, mesh_of, range};
 use clap::{Args, Subcommand};
 use coordinator::Failure;
+use mesh::machine::Machine;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,6 +29,10 @@ pub struct DeviceOptions {
     /// Number of devices: makes the mesh if none is given, and is checked against it otherwise
     #[arg(long, help_heading = "Devices", value_name = "N")]
     devices: Option<usize>,
+    /// Machine, for how long a step takes there, its memory, and --layout auto: `h100x16` or `a100x64` (so many devices, as
+    /// by --devices), or a file that `coordinator calibrate` wrote
+    #[arg(long, help_heading = "Devices", value_name = "NAME|FILE.toml")]
+    machine: Option<String>,
     /// Threads of each device; 0: the machine's cores shared out [default: 0]
     #[arg(long, help_heading = "Devices", value_name = "N")]
     threads: Option<usize>,
@@ -54,9 +61,12 @@ pub struct DeviceOptions {
 }
 
 impl DeviceOptions {
-    /// Takes a number of devices, if none is given.
-    pub fn or_devices(&mut self, n: Option<usize>) {
-        self.devices = self.devices.or(n);
+    /// The machine that is named, and how many devices of it.
+    ///
+    /// # Errors
+    /// A machine that there is not, a file that describes none.
+    pub fn machine(&self) -> Result<Option<(Machine, Option<usize>)>, Failed> {
+        self.machine.as_deref().map(machine::named).transpose()
     }
 }
 
@@ -114,7 +124,9 @@ pub fn task<C: Settings>(
     of_run: bool,
     own: impl FnOnce(&mut C),
 ) -> Result<Task<C>, Failed> {
-    let config = config(devices, run, of_run || run.resume, own)?;
+    let (machine, of_machine) = devices.machine()?.unzip();
+    let count = devices.devices.or(of_machine.flatten());
+    let config = config(devices, count, run, of_run || run.resume, own)?;
     let place = match (&devices.coordinator, devices.workers) {
         (Some(url), _) => Place::Coordinator(url.clone()),
         (None, Some(n)) => Place::Workers(n),
@@ -128,7 +140,8 @@ pub fn task<C: Settings>(
         config,
         out: run.out.clone(),
         resume: run.resume,
-        devices: devices.devices,
+        devices: count,
+        machine,
         place,
         transport: devices.transport,
         checkpoints: run.checkpoints.clone(),
@@ -141,6 +154,7 @@ pub fn task<C: Settings>(
 
 fn config<C: Settings>(
     devices: &DeviceOptions,
+    count: Option<usize>,
     run: &RunOptions,
     of_run: bool,
     own: impl FnOnce(&mut C),
@@ -158,10 +172,11 @@ fn config<C: Settings>(
     let common = c.common_mut();
     // Rules are for the mesh they were given with.
     let mut set_mesh = |mesh: String| (common.mesh, common.layout) = (mesh, String::new());
-    if let Some(n) = devices.devices {
+    if let Some(n) = count {
         range("--devices", n as u64, 1, 4096)?;
         if !mesh_given {
-            set_mesh(mesh_of(n, C::AXES));
+            let searched = devices.layout.as_deref() == Some(AUTO);
+            set_mesh(if searched { AUTO.into() } else { mesh_of(n, C::AXES) });
         }
     }
     if let Some(mesh) = &devices.mesh {

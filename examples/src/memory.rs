@@ -78,7 +78,7 @@ impl<C: Settings> Task<C> {
 }
 
 /// A plan for each stage.
-fn plans(program: &Program, options: &Options) -> Result<Vec<ProgramPlan>, Error> {
+pub(crate) fn plans(program: &Program, options: &Options) -> Result<Vec<ProgramPlan>, Error> {
     if program.stages.is_empty() {
         return Ok(vec![options.plan(program)?]);
     }

@@ -4,6 +4,7 @@
 //! is made, and [`Shown::run`] with what makes its program.
 
 use crate::cli::DeviceOptions;
+use crate::machine::read;
 use crate::run::{self, Failed, Task};
 use crate::settings::{Settings, mistake};
 use clap::{Args, ValueEnum};
@@ -17,12 +18,7 @@ use mesh::plan::report::{JSON_BYTES, Report, report};
 use mesh::plan::{ProgramPlan, diff, html, time};
 use mesh::program::Program;
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-
-/// The longest description of a machine that is read; `Machine::from_toml` refuses one that is longer than it takes.
-const MACHINE_BYTES: u64 = 1 << 20;
 
 /// Findings that the text lists.
 const LISTED: usize = 10;
@@ -30,10 +26,6 @@ const LISTED: usize = 10;
 /// Options of `plan` alone.
 #[derive(Args)]
 pub struct PlanOptions {
-    /// Say how long a step would take on this machine, and plan for its memory: `h100x16` or `a100x64` (so many devices,
-    /// as by --devices), or a file that `coordinator calibrate` wrote
-    #[arg(long, help_heading = "Plan", value_name = "NAME|FILE.toml")]
-    machine: Option<String>,
     /// Text for people, JSON for programs (docs/plan.md), or a page for browsers
     #[arg(long, help_heading = "Plan", value_enum, default_value_t = Format::Text)]
     format: Format,
@@ -73,12 +65,11 @@ struct Planned {
 }
 
 impl PlanOptions {
-    /// How to show the plan; None if what changed between two plans was asked for, which is printed then. The machine's
-    /// number of devices is that of the mesh, unless another one is given.
+    /// How to show the plan; None if what changed between two plans was asked for, which is printed then.
     ///
     /// # Errors
     /// A machine that there is not; a file that describes none, or is no plan of this version.
-    pub fn shown(&self, devices: &mut DeviceOptions) -> Result<Option<Shown>, Failed> {
+    pub fn shown(&self, devices: &DeviceOptions) -> Result<Option<Shown>, Failed> {
         if let Some(files) = &self.diff {
             let reports = files.iter().map(|path| kept(path)).collect::<Result<Vec<_>, _>>()?;
             // Clap takes two.
@@ -88,13 +79,7 @@ impl PlanOptions {
             return Ok(None);
         }
         let format = self.format;
-        let Some(text) = &self.machine else { return Ok(Some(Shown { machine: None, format })) };
-        let (machine, n) = match text.ends_with(".toml") {
-            true => (described(Path::new(text))?, None),
-            false => Machine::named(text)?,
-        };
-        devices.or_devices(n);
-        Ok(Some(Shown { machine: Some(machine), format }))
+        Ok(Some(Shown { machine: devices.machine()?.map(|(machine, _)| machine), format }))
     }
 }
 
@@ -105,22 +90,6 @@ fn kept(path: &Path) -> Result<Report, Failed> {
         mistake(format!("--diff {} cannot be read: {why}", path.display()), help)
     })?;
     Ok(Report::from_json(&text).map_err(|e| e.note(format!("in the file `{}`", path.display())))?)
-}
-
-/// A machine from a file.
-fn described(path: &Path) -> Result<Machine, Failed> {
-    let text = read(path, MACHINE_BYTES).or_else(|why| {
-        let help = "name a file that `coordinator calibrate` has written, or a machine such as `h100x16`";
-        mistake(format!("--machine {} cannot be read: {why}", path.display()), help)
-    })?;
-    Ok(Machine::from_toml(&text).map_err(|e: Error| e.note(format!("in the file `{}`", path.display())))?)
-}
-
-/// The text of a file, of so many bytes at the most: what follows is left out.
-fn read(path: &Path, most: u64) -> std::io::Result<String> {
-    let mut text = String::new();
-    File::open(path)?.take(most).read_to_string(&mut text)?;
-    Ok(text)
 }
 
 impl Shown {

@@ -6,6 +6,7 @@
 
 use crate::chart::{Chart, Series};
 use crate::report::{Figures, Phases, Progress, Row, Rows, Work, bytes, column, say};
+use crate::search::AUTO;
 use crate::settings::{Mistake, Settings, layout_of, memory_bytes, mistake};
 use crate::tensorboard::Events;
 use coordinator::checkpoint::{Catalogue, Checkpoints, Restored};
@@ -14,6 +15,7 @@ use coordinator::launch::Launched;
 use coordinator::session::FunctionId;
 use coordinator::{Failure, Options, Position, Session, interrupt, recorder};
 use mesh::layout::Mesh;
+use mesh::machine::Machine;
 use mesh::program::Program;
 use std::fs;
 use std::io::{IsTerminal, Write};
@@ -66,6 +68,8 @@ pub struct Task<C> {
     pub resume: bool,
     /// Devices there are, if given.
     pub devices: Option<usize>,
+    /// The machine that is planned for, if one is named.
+    pub machine: Option<Machine>,
     /// Where the devices are.
     pub place: Place,
     /// How worker processes reach each other.
@@ -308,6 +312,10 @@ impl<C: Settings> Task<C> {
     /// A mesh, a layout or a place for checkpoints that cannot be.
     pub fn options(&self) -> Result<Options, Failed> {
         let c = self.config.common();
+        if c.layout.trim() == AUTO || c.mesh.trim() == AUTO {
+            let what = "a layout can be searched for by `plan`, `train` and `pretrain` only";
+            mistake(what, "give --mesh and --layout, such as those that one of these has found")?;
+        }
         let mesh: Mesh = c.mesh.parse()?;
         let layout = if c.layout.is_empty() { layout_of(&mesh, C::SPLITS) } else { c.layout.clone() };
         Ok(Options {

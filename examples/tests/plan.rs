@@ -175,3 +175,15 @@ fn every_code_is_explained_and_others_are_refused_with_those_that_are_near() {
         place.fails("explain wide-hale", 2, &["did you mean wide-halo"]);
     }
 }
+
+#[test]
+fn a_layout_that_is_searched_for_is_printed_and_planned() {
+    let place = Place::new();
+    let plan = place.ok(&format!("{UNET} --machine h100x4 --layout auto --memory 12MiB")).out;
+    let found = plan.lines().find(|l| l.starts_with("search ")).unwrap_or_else(|| panic!("{plan}"));
+    let options = found.trim_start_matches("search").trim().replace('\'', "");
+    // The options read back as they were printed, and are within the memory.
+    place.ok(&format!("{UNET} --memory 12MiB {options}"));
+    place.fails(&format!("{UNET} --layout auto"), 2, &["error[U0004]", "coordinator calibrate"]);
+    place.fails(&format!("{UNET} --machine h100 --mesh auto --layout auto"), 2, &["error[U0004]", "--devices"]);
+}

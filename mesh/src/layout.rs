@@ -200,7 +200,7 @@ impl FromStr for Rule {
 }
 
 /// The kinds of tensors that may have rules of their own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Section {
     /// Variables, where they live between steps.
     Variables,
@@ -353,6 +353,11 @@ impl fmt::Display for Scoped<'_> {
 }
 
 impl Layout {
+    /// A layout of rules and blocks.
+    pub(crate) fn made(rules: Vec<Rule>, blocks: Vec<(Head, Layout)>) -> Layout {
+        Layout { rules, blocks, schedule: None }
+    }
+
     /// This layout with more rules for every tensor, or blocks.
     ///
     /// # Errors

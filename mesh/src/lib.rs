@@ -7,7 +7,7 @@
 //! lowers a function to one list of instructions for all devices, and [`pipeline`] says in which order stages work; [`plan`]
 //! fuses and orders it and gives every buffer its place. [`lint`] says what a layout costs that it need not. [`chunk`],
 //! [`region`] and [`rng`] are what makes the result independent of the layout. A [`machine`] says how fast all that would
-//! be. Nothing here does I/O.
+//! be, and [`search`] looks for the layout that is fastest. Nothing here does I/O.
 
 pub mod array;
 pub mod body;
@@ -29,4 +29,5 @@ pub mod program;
 pub mod reference;
 pub mod region;
 pub mod rng;
+pub mod search;
 pub mod spmd;

@@ -29,14 +29,14 @@ pub struct Spec {
 /// A tensor as rules see it.
 pub struct Subject<'a> {
     what: &'a str,
-    ty: &'a Type,
+    pub(crate) ty: &'a Type,
     section: Section,
     /// Where it is: a scope matches it that matches one of these.
     paths: Vec<&'a str>,
     /// Rules of its own.
-    own: Option<&'a str>,
+    pub(crate) own: Option<&'a str>,
     /// Dimensions that must not be split.
-    whole: Vec<Name>,
+    pub(crate) whole: Vec<Name>,
     place: Place,
 }
 
@@ -86,7 +86,7 @@ impl<'a> Subject<'a> {
 }
 
 /// The tensors of a program; those of the functions that the user wrote come first, for the places.
-fn subjects(program: &Program) -> Vec<Subject<'_>> {
+pub(crate) fn subjects(program: &Program) -> Vec<Subject<'_>> {
     let functions = program.functions.values().filter(|f| f.name != "init");
     let nodes = functions.flat_map(|f| f.nodes.iter().map(|n| Subject::node(f, n)));
     nodes.chain(program.variables.iter().map(Subject::variable)).collect()
@@ -196,7 +196,7 @@ impl<'a> Placement<'a> {
     }
 
     /// The rule that decides on a dimension of a tensor.
-    fn deciding<'s>(&'s self, own: Option<&'s Layout>, t: &Subject, dim: &str) -> Option<&'s Rule> {
+    pub(crate) fn deciding<'s>(&'s self, own: Option<&'s Layout>, t: &Subject, dim: &str) -> Option<&'s Rule> {
         if let Some(own) = own {
             return own.rules.iter().find(|r| r.dim == *dim);
         }
@@ -254,7 +254,7 @@ impl<'a> Placement<'a> {
     }
 
     /// The mesh axes of a rule; those of size 1 split nothing.
-    fn axes(&self, rule: &Rule) -> Vec<usize> {
+    pub(crate) fn axes(&self, rule: &Rule) -> Vec<usize> {
         let axes = rule.axes.iter().filter_map(|a| self.mesh.axis(a));
         axes.filter(|a| self.mesh.axes()[*a].1 > 1).collect()
     }

@@ -140,8 +140,8 @@ struct Plan {
 }
 
 impl Plan {
-    fn plan(mut self) -> Result<(), Failed> {
-        match self.plan.shown(&mut self.options.devices)? {
+    fn plan(self) -> Result<(), Failed> {
+        match self.plan.shown(&self.options.devices)? {
             Some(shown) => train::plan(self.options.task()?, &shown),
             None => Ok(()),
         }
@@ -332,7 +332,7 @@ impl TuneOptions {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Pretrain(o) => o.task().and_then(|t| train::pretrain(&t)),
+        Command::Pretrain(o) => o.task().and_then(train::pretrain),
         Command::Eval(o) => o.eval(),
         Command::Plan(o) => o.plan(),
         Command::Explain(o) => o.run(),

@@ -140,6 +140,14 @@ fn introduction(c: &Config, setup: &Setup, data: &str, options: &Options, parame
     text + &run::devices(options)
 }
 
+/// Searches for the layout, if that is asked for, by the time of the last stage; what is to be said of it.
+fn searched(task: &mut Task) -> Result<String, Failed> {
+    let setup = Setup::new(&task.config, Specials::default())?;
+    let p = setup.pretraining;
+    let function = p.named(if task.config.parts > 1 { "accumulate" } else { "train" }, p.stages.len() - 1);
+    task.search(&function, |_, recompute| Pretraining { recompute: recompute.to_vec(), ..p.clone() }.program())
+}
+
 /// Floating-point operations of a step's products.
 fn flops(c: &Config, p: &Pretraining) -> f64 {
     let keep = p.dropping.map_or(c.seq, |d| d.keep);
@@ -155,7 +163,9 @@ fn prepared(c: &Config, run: Option<&Path>) -> Result<(Data, Setup), Failed> {
 }
 
 /// Pretrains.
-pub fn pretrain(task: &Task) -> Result<(), Failed> {
+pub fn pretrain(mut task: Task) -> Result<(), Failed> {
+    eprint!("{}", searched(&mut task)?);
+    let task = &task;
     let options = task.begin()?;
     let c = &task.config;
     let (data, setup) = prepared(c, task.resume.then_some(task.out.as_path()))?;
@@ -327,12 +337,13 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
 }
 
 /// Prints what a run would do.
-pub fn plan(task: Task, shown: &Shown) -> Result<(), Failed> {
+pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
+    let searched = searched(&mut task)?;
     let setup = Setup::new(&task.config, Specials::default())?;
     shown.run("bert", task, |task, options| {
         let c = &task.config;
         let Fitted { program, text: recomputed } = setup.program(task, options)?;
-        let introduction = introduction(c, &setup, &c.data, options, program.parameters()) + &recomputed;
+        let introduction = introduction(c, &setup, &c.data, options, program.parameters()) + &recomputed + &searched;
         let of_stage = |stage: usize| {
             let p = &setup.pretraining;
             let function = p.named(if c.parts > 1 { "accumulate" } else { "train" }, stage);

@@ -99,8 +99,8 @@ struct Plan {
 }
 
 impl Plan {
-    fn plan(mut self) -> Result<(), Failed> {
-        match self.plan.shown(&mut self.options.devices)? {
+    fn plan(self) -> Result<(), Failed> {
+        match self.plan.shown(&self.options.devices)? {
             Some(shown) => train::plan(self.options.task(false)?, &shown),
             None => Ok(()),
         }
@@ -179,7 +179,7 @@ impl Options {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Train(o) => o.task(false).and_then(|t| train::train(&t)),
+        Command::Train(o) => o.task(false).and_then(train::train),
         Command::Eval(o) => o.task(true).and_then(|t| train::eval(&t)),
         Command::Plan(o) => o.plan(),
         Command::Explain(o) => o.run(),

@@ -31,6 +31,12 @@ fn program(task: &Task, outline: &Outline, options: &Options) -> Result<Fitted, 
     task.program(options, |recompute| model::program(&shape, &task.config, recompute))
 }
 
+/// Searches for the layout, if that is asked for; what is to be said of it.
+fn searched(task: &mut Task) -> Result<String, Failed> {
+    let outline = Outline::of(&task.config)?;
+    task.search("train", |config, recompute| model::program(&shape(&outline), config, recompute))
+}
+
 /// What is about to be done with what, in a few lines.
 fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: usize) -> String {
     let mut extents = outline.shape;
@@ -67,7 +73,9 @@ fn feed(session: &mut Session, f: FunctionId, scan: &Scan, views: &[View]) -> Re
 }
 
 /// Trains.
-pub fn train(task: &Task) -> Result<(), Failed> {
+pub fn train(mut task: Task) -> Result<(), Failed> {
+    eprint!("{}", searched(&mut task)?);
+    let task = &task;
     let options = task.begin()?;
     let scan = scan(task)?;
     let outline = scan.outline();
@@ -157,11 +165,12 @@ pub fn eval(task: &Task) -> Result<(), Failed> {
 }
 
 /// Prints what a run would do.
-pub fn plan(task: Task, shown: &Shown) -> Result<(), Failed> {
+pub fn plan(mut task: Task, shown: &Shown) -> Result<(), Failed> {
+    let searched = searched(&mut task)?;
     let outline = Outline::of(&task.config)?;
     shown.run("unet3d", task, |task, options| {
         let Fitted { program, text } = program(task, &outline, options)?;
-        let introduction = introduction(&task.config, &outline, options, program.parameters()) + &text;
+        let introduction = introduction(&task.config, &outline, options, program.parameters()) + &text + &searched;
         Ok(plan::Outline { introduction, functions: vec![(program, "train".into())] })
     })
 }

@@ -29,7 +29,7 @@ pub(super) fn box_copy(piece: &Region, from: &Region, to: &Region) -> BoxCopy {
 }
 
 /// Whether a box is one stretch of the array it lies in.
-fn contiguous(piece: &Region, held: &Region) -> bool {
+pub(crate) fn contiguous(piece: &Region, held: &Region) -> bool {
     let mut dims = piece.shape().into_iter().zip(held.shape()).rev().skip_while(|(p, h)| p == h);
     dims.next();
     dims.all(|(p, _)| p == 1)
@@ -95,7 +95,7 @@ pub(super) fn exchange(value: &Value, to: &[Region], plan: &Sources, device: usi
 }
 
 /// From so many elements on, an all-reduce goes by segments.
-const SEGMENTED: usize = 8192;
+pub(crate) const SEGMENTED: usize = 8192;
 
 /// What the participants of an all-reduce have in common.
 pub(crate) struct Together {

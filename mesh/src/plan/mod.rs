@@ -14,7 +14,7 @@ mod copies;
 pub mod cost;
 pub mod describe;
 pub mod diff;
-mod exchange;
+pub(crate) mod exchange;
 mod function;
 pub mod fuse;
 pub mod html;

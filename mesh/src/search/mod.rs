@@ -1,0 +1,270 @@
+//! The search for a layout: which mesh, which dimension over which axis in each part of a model, which stage of ZeRO, and
+//! what the backward pass makes again, so that a step takes the least time within the memory that there is.
+//!
+//! [`outline`] is what a function does, each kind of step once; [`segments`] are the parts of it that are split in one way
+//! each; [`split`] says what a device that stands for all has of a tensor, and [`price`] what steps take there; [`meshes`]
+//! lists the meshes; [`tables`] makes of a mesh the problem that [`solve`] solves; [`spell`] writes the answer as a layout.
+
+pub mod meshes;
+pub mod outline;
+pub mod price;
+pub mod segments;
+pub mod solve;
+pub mod spell;
+pub mod split;
+pub mod tables;
+
+use crate::dim::Name;
+use crate::error::{Cause, Error};
+use crate::layout::{Layout, Mesh};
+use crate::machine::Machine;
+use crate::plan::{ProgramPlan, time};
+use crate::program::Program;
+use outline::Outline;
+use price::Prices;
+use segments::Segments;
+use solve::Solution;
+use split::{Site, Way};
+use tables::Tables;
+
+/// Devices up to which what is found is planned: larger meshes are judged by the prices alone.
+pub const PLANNED: usize = 64;
+/// By how much a candidate may be slower than the fastest one, by the prices, to be planned beside it.
+const RUNNERS_UP: f64 = 1.05;
+/// By which factor a mesh has to be faster than one with fewer axes, or another order of them, to be looked at.
+const BETTER: f64 = 0.9999;
+/// Candidates that are planned, at the most.
+const CANDIDATES: usize = 4;
+/// How often the limit of memory is set anew, by what plans need.
+const ROUNDS: usize = 4;
+
+/// Stages of ZeRO.
+const STAGES: u8 = 3;
+
+/// What the devices are to be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Devices {
+    /// So many: the mesh is searched for, too.
+    Count(usize),
+    /// Those of a mesh.
+    Mesh(Mesh),
+}
+
+/// A search.
+pub struct Search<'a> {
+    /// The machine.
+    pub machine: &'a Machine,
+    /// The devices.
+    pub devices: Devices,
+    /// Bytes that each device may use.
+    pub memory: usize,
+    /// Whether blocks may be made again.
+    pub may_recompute: bool,
+    /// The function whose time counts.
+    pub function: &'a str,
+    /// Threads of each device that plans are made for: with 0, nothing is done in bands.
+    pub threads: usize,
+    /// Builds the program with some blocks made again.
+    pub build: &'a dyn Fn(&[Name]) -> Result<Program, Error>,
+    /// Plans a program, without a limit of memory: a plan for each of its stages.
+    pub plan: &'a dyn Fn(&Program, &Mesh, &Layout) -> Result<Vec<ProgramPlan>, Error>,
+}
+
+/// What a candidate takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Takes {
+    /// Seconds of a step.
+    pub seconds: f64,
+    /// Bytes of the fullest device.
+    pub bytes: usize,
+}
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The mesh.
+    pub mesh: Mesh,
+    /// The layout.
+    pub layout: Layout,
+    /// The blocks that the backward pass makes again.
+    pub recompute: Vec<Name>,
+    /// By the prices of the search.
+    pub priced: Takes,
+    /// By its plan; None for more devices than [`PLANNED`].
+    pub planned: Option<Takes>,
+    /// By the prices, no candidate takes fewer seconds than this; it is what was found unless the search was cut off.
+    pub bound: f64,
+    /// Meshes that were searched.
+    pub meshes: usize,
+    /// Layouts that they have, whatever memory they need; as a number that may be huge.
+    pub layouts: f64,
+    /// Candidates that were planned.
+    pub plans: usize,
+}
+
+/// A solution on a mesh.
+struct Candidate {
+    mesh: Mesh,
+    ways: Vec<Way>,
+    again: Vec<Name>,
+    solution: Solution,
+}
+
+impl Search<'_> {
+    /// The fastest mesh, layout and choice of blocks that are made again.
+    ///
+    /// # Errors
+    /// What is wrong with the program; `M0001` if nothing that was tried fits into the memory.
+    pub fn find(&self) -> Result<Found, Error> {
+        let program = (self.build)(&[])?;
+        let outline = Outline::new(&program, program.function(self.function)?, self.threads)?;
+        let segments = Segments::new(&outline);
+        let meshes = match &self.devices {
+            Devices::Mesh(mesh) if mesh.axes().len() > split::AXES => {
+                let what = format!("a search on the mesh `{mesh}`, of more than {} axes,", split::AXES);
+                return Err(Cause::NotYet { what, help: "merge some of its axes".into() }.into());
+            }
+            Devices::Mesh(mesh) => vec![mesh.clone()],
+            Devices::Count(n) => meshes::meshes(*n, outline.most_chunks())?,
+        };
+        let (budget, mut fastest) = (self.memory as f64, f64::INFINITY);
+        let mut tables = vec![];
+        for mesh in &meshes {
+            let mut prices = Prices::new(&outline, Site::new(mesh, self.machine, outline.most_chunks()));
+            for stage in 0..=STAGES {
+                let of_mesh = Tables::new(&segments, &mut prices, stage, self.may_recompute, budget, &mut fastest);
+                tables.extend(of_mesh.map(|t| (mesh.clone(), t)));
+            }
+        }
+        let mut search = Running {
+            search: self,
+            outline: &outline,
+            segments: &segments,
+            meshes: meshes.len(),
+            tables,
+            fastest,
+            plans: 0,
+        };
+        search.run()
+    }
+}
+
+impl Search<'_> {
+    /// What a layout takes by its plan.
+    ///
+    /// # Errors
+    /// A layout that cannot be.
+    pub fn takes(&self, recompute: &[Name], mesh: &Mesh, layout: &Layout) -> Result<Takes, Error> {
+        let plans = (self.plan)(&(self.build)(recompute)?, mesh, layout)?;
+        let times = plans.iter().filter_map(|p| time::estimate(p, self.function, self.machine));
+        let seconds = times.map(|t| t.seconds).fold(0.0, f64::max);
+        let peaks = plans.iter().flat_map(|p| (0..p.mesh.size()).map(|d| p.peak_bytes(d)));
+        Ok(Takes { seconds, bytes: peaks.max().unwrap_or(0) })
+    }
+}
+
+/// A search that runs.
+struct Running<'a> {
+    search: &'a Search<'a>,
+    outline: &'a Outline<'a>,
+    segments: &'a Segments,
+    meshes: usize,
+    tables: Vec<(Mesh, Tables)>,
+    /// Seconds of the fastest step that is known to fit, by the prices.
+    fastest: f64,
+    plans: usize,
+}
+
+impl Running<'_> {
+    fn run(&mut self) -> Result<Found, Error> {
+        let budget = self.search.memory as f64;
+        let mut limit = budget;
+        // What needs least of all that was planned.
+        let mut least = None;
+        for _ in 0..ROUNDS {
+            let mut candidates = self.candidates(limit)?;
+            let Some(first) = candidates.first() else {
+                // Prices of memory are estimates from above.
+                limit *= 1.25;
+                continue;
+            };
+            let bound = candidates.iter().map(|c| c.solution.bound).fold(first.solution.seconds, f64::min);
+            if first.mesh.size() > PLANNED {
+                return self.found(candidates.swap_remove(0), None, bound);
+            }
+            let slowest = RUNNERS_UP * first.solution.seconds;
+            candidates.retain(|c| c.solution.seconds <= slowest);
+            candidates.truncate(CANDIDATES);
+            let (mut best, mut over) = (None, 1.0f64);
+            for (i, c) in candidates.iter().enumerate() {
+                let takes = self.planned(c)?;
+                least = least.into_iter().chain([takes.bytes]).min();
+                if takes.bytes > self.search.memory {
+                    over = over.max(takes.bytes as f64 / c.solution.memory.max(1.0));
+                } else if best.is_none_or(|(_, t): (usize, Takes)| takes.seconds < t.seconds) {
+                    best = Some((i, takes));
+                }
+            }
+            if let Some((i, takes)) = best {
+                return self.found(candidates.swap_remove(i), Some(takes), bound);
+            }
+            limit = budget / over.max(1.02);
+        }
+        let free = self.tables.iter().map(|(_, t)| t.problem.least_memory()).fold(f64::INFINITY, f64::min);
+        let needed = least.unwrap_or(free as usize).max(self.search.memory + 1);
+        let over = Cause::OverMemory { device: 0, needed, budget: self.search.memory, largest: vec![] };
+        Err(Error::from(over).note("this is the least of the layouts that were searched"))
+    }
+
+    /// The best of each mesh, the fastest first.
+    fn candidates(&self, limit: f64) -> Result<Vec<Candidate>, Error> {
+        let mut all = vec![];
+        // Plans may need more memory than the prices say: then what they say is fastest is no limit.
+        let mut most =
+            if limit >= self.search.memory as f64 { self.fastest * (1.0 + 1e-6) / BETTER } else { f64::INFINITY };
+        for (mesh, tables) in &self.tables {
+            let Some(solution) = tables.problem.solve(limit, most * BETTER) else { continue };
+            most = most.min(solution.seconds);
+            let (mut ways, mut again) = (vec![], vec![]);
+            let segments = tables.options.iter().zip(&self.segments.list);
+            for ((option, remade), (options, segment)) in solution.chosen.iter().zip(segments) {
+                ways.push(options[*option]);
+                again.extend(segment.block.clone().filter(|_| *remade));
+            }
+            let mesh = match self.search.devices {
+                Devices::Count(_) => spell::named(mesh, self.outline, &ways)?,
+                Devices::Mesh(_) => mesh.clone(),
+            };
+            all.push(Candidate { mesh, ways, again, solution });
+        }
+        all.sort_by(|a, b| a.solution.seconds.total_cmp(&b.solution.seconds));
+        Ok(all)
+    }
+
+    fn layout(&self, c: &Candidate) -> Result<Layout, Error> {
+        spell::layout(&c.mesh, self.outline, self.segments, &c.ways)
+    }
+
+    /// What a candidate takes by its plan.
+    fn planned(&mut self, c: &Candidate) -> Result<Takes, Error> {
+        self.plans += 1;
+        self.search.takes(&c.again, &c.mesh, &self.layout(c)?)
+    }
+
+    fn found(&self, c: Candidate, planned: Option<Takes>, bound: f64) -> Result<Found, Error> {
+        let ways = |(_, t): &(Mesh, Tables)| {
+            t.problem.segments.iter().map(|s| s.iter().map(Vec::len).sum::<usize>() as f64).product::<f64>()
+        };
+        Ok(Found {
+            layout: self.layout(&c)?,
+            recompute: c.again,
+            priced: Takes { seconds: c.solution.seconds + self.search.machine.step, bytes: c.solution.memory as usize },
+            planned,
+            bound: bound + self.search.machine.step,
+            meshes: self.meshes,
+            layouts: self.tables.iter().map(ways).sum::<f64>(),
+            plans: self.plans,
+            mesh: c.mesh,
+        })
+    }
+}

@@ -1,0 +1,481 @@
+//! What nodes and steps take on a mesh, of the device that stands for all: what [`crate::spmd`] lowers a node to, in closed
+//! form, and what [`crate::plan::time`] says of it.
+
+use super::outline::{Form, Kind, Outline, Source, Work};
+use super::split::{Axes, Shape, Site, Split, Way, Zero};
+use crate::dim::DType;
+use crate::ops::Prim;
+use crate::plan::cost::Cost;
+use crate::plan::exchange::SEGMENTED;
+use crate::region::Region;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::rc::Rc;
+
+/// Hashes of small numbers, of which a search makes many millions.
+#[derive(Default)]
+struct Mixed(u64);
+
+impl Hasher for Mixed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
+    }
+    fn write_u8(&mut self, n: u8) {
+        self.write_u64(u64::from(n));
+    }
+    fn write_usize(&mut self, n: usize) {
+        self.write_u64(n as u64);
+    }
+    fn write_u128(&mut self, n: u128) {
+        self.write_u64(n as u64);
+        self.write_u64((n >> 64) as u64);
+    }
+    fn write_u64(&mut self, n: u64) {
+        // Both ends of the product: tables look at the low bits and at the highest ones.
+        let wide = u128::from(self.0 ^ n ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93;
+        self.0 = (wide ^ wide >> 64) as u64;
+    }
+}
+
+type Quick = BuildHasherDefault<Mixed>;
+
+/// How a value lies.
+pub struct Held {
+    /// How it is split where rules for its uses hold.
+    used: Split,
+    /// How it lies.
+    pub split: Split,
+    /// What of it the device has.
+    pub region: Region,
+}
+
+/// A node on a mesh.
+pub struct Priced {
+    /// Its result.
+    pub held: Held,
+    /// What it needs of each input, by number.
+    pub needs: Vec<usize>,
+    /// Which of them have to be moved, if they lie as this segment's rules say.
+    pub moved: Vec<bool>,
+    /// Seconds that finishing its sum takes.
+    pub sum: f64,
+    /// What it iterates over, and of its result computes.
+    at: Region,
+    computed: Region,
+    /// Nodes of the summation tree that the device computes, of how many chunks.
+    nodes: usize,
+    leaves: usize,
+    /// Of each input, bytes that are in memory for it.
+    reads: Vec<f64>,
+}
+
+/// Prices on a mesh.
+pub struct Prices<'a> {
+    /// The mesh.
+    pub site: Site<'a>,
+    outline: &'a Outline<'a>,
+    nodes: Vec<HashMap<Way, Rc<Priced>, Quick>>,
+    works: Vec<HashMap<Way, f64, Quick>>,
+    moves: HashMap<(usize, Split, usize), f64, Quick>,
+    /// Regions, by their numbers.
+    regions: Vec<Region>,
+    numbers: HashMap<Region, usize>,
+}
+
+/// The split of a summed-over dimension, and of which axes it may be.
+struct Sum {
+    reduced: Split,
+    around: Split,
+}
+
+impl<'a> Prices<'a> {
+    /// Prices on that mesh.
+    pub fn new(outline: &'a Outline<'a>, site: Site<'a>) -> Prices<'a> {
+        let nodes = vec![HashMap::default(); outline.kinds.len()];
+        let works = vec![HashMap::default(); outline.works.len()];
+        Prices { site, outline, nodes, works, moves: HashMap::default(), regions: vec![], numbers: HashMap::new() }
+    }
+
+    /// A node of that kind.
+    pub fn node(&mut self, kind: usize, way: Way) -> Rc<Priced> {
+        let outline = self.outline;
+        let k = &outline.kinds[kind];
+        let way = Way { splits: way.splits.only(k.dims), zero: if k.zero { way.zero } else { Zero::default() } };
+        if let Some(priced) = self.nodes[kind].get(&way) {
+            return priced.clone();
+        }
+        let priced = Rc::new(self.priced(k, way));
+        self.nodes[kind].insert(way, priced.clone());
+        priced
+    }
+
+    /// Elements of a region.
+    pub fn elements(&self, region: usize) -> usize {
+        self.regions[region].elements()
+    }
+
+    /// The numbers of some regions.
+    fn numbered(&mut self, regions: Vec<Region>) -> Vec<usize> {
+        let of = |region: Region| match self.numbers.get(&region) {
+            Some(number) => *number,
+            None => {
+                self.regions.push(region.clone());
+                self.numbers.insert(region, self.regions.len() - 1);
+                self.regions.len() - 1
+            }
+        };
+        regions.into_iter().map(of).collect()
+    }
+
+    /// Bytes of an element of what a node of that kind gives.
+    pub fn element(&self, kind: usize) -> usize {
+        self.outline.kinds[kind].own.shape.element
+    }
+
+    /// Seconds of a step of that kind.
+    pub fn step(&mut self, work: usize, way: Way) -> f64 {
+        let outline = self.outline;
+        let w = &outline.works[work];
+        let way = Way { splits: way.splits.only(w.dims), zero: if w.zero { way.zero } else { Zero::default() } };
+        if let Some(seconds) = self.works[work].get(&way) {
+            return *seconds;
+        }
+        let seconds = self.work(w, way);
+        self.works[work].insert(way, seconds);
+        seconds
+    }
+
+    /// Seconds until the device has `wanted` of what a node of that kind gives, which lies so.
+    pub fn moved(&mut self, kind: usize, held: &Held, wanted: usize) -> f64 {
+        let key = (kind, held.split.clone(), wanted);
+        if let Some(seconds) = self.moves.get(&key) {
+            return *seconds;
+        }
+        let seconds = self.move_of(kind, held, &self.regions[wanted]);
+        self.moves.insert(key, seconds);
+        seconds
+    }
+
+    fn move_of(&self, kind: usize, held: &Held, wanted: &Region) -> f64 {
+        if held.region.contains(wanted) {
+            return 0.0;
+        }
+        let shape = &self.outline.kinds[kind].own.shape;
+        let received = self.site.received(shape, &held.split, wanted);
+        let messages = received.map(|b| usize::from(b > 0.0));
+        let bytes = 2.0 * (wanted.elements() * shape.element) as f64;
+        self.collective(exchange(held, wanted), Cost { flops: 0.0, bytes }, messages, received)
+    }
+
+    /// Seconds of a step that communicates.
+    fn collective(&self, class: &str, cost: Cost, messages: [usize; 2], bytes: [f64; 2]) -> f64 {
+        self.seconds(class, "collective", cost, DType::F32) + self.site.links(messages, bytes)
+    }
+
+    fn seconds(&self, class: &str, family: &str, cost: Cost, dtype: DType) -> f64 {
+        let shared = Cost { flops: cost.flops * self.site.share, bytes: cost.bytes * self.site.share };
+        self.site.machine.rate(class, family).seconds(shared, dtype)
+    }
+
+    /// How something lies.
+    pub fn held(&self, source: &Source, way: Way) -> Held {
+        let used = self.site.split(&source.shape, way);
+        let mut region = self.site.region(&source.shape, &used);
+        let mut split = used.clone();
+        if let Some(stored) = &source.stored {
+            let lies = self.site.split(stored, way);
+            let there = self.site.region(stored, &lies);
+            // A cast is made where its variable lies, if that is less.
+            if !source.cast || region.contains(&there) {
+                (split, region) = (lies, there);
+            }
+        }
+        Held { used, split, region }
+    }
+
+    fn priced(&mut self, k: &Kind, way: Way) -> Priced {
+        let held = self.held(&k.own, way);
+        let inputs: Vec<Held> = k.inputs.iter().map(|s| self.held(s, way)).collect();
+        let bytes = |i: usize, r: &Region| (r.elements() * k.inputs[i].shape.element) as f64;
+        let there = |held: Held, needs: Vec<usize>| Priced {
+            needs,
+            moved: vec![false; inputs.len()],
+            sum: 0.0,
+            at: held.region.clone(),
+            computed: held.region.clone(),
+            nodes: 1,
+            leaves: 1,
+            reads: inputs.iter().enumerate().map(|(i, h)| bytes(i, &h.region)).collect(),
+            held,
+        };
+        match &k.op {
+            Prim::Input(_) | Prim::Read(_) => return there(held, vec![]),
+            Prim::Assign(_) => {
+                let (needs, moved) = (vec![held.region.clone()], vec![inputs[0].region != held.region]);
+                return Priced { moved, ..there(held, self.numbered(needs)) };
+            }
+            Prim::Cast(_) if held.split != held.used && inputs[0].region == held.region => {
+                let needs = vec![held.region.clone()];
+                return there(held, self.numbered(needs));
+            }
+            _ => {}
+        }
+        let sum = self.sum(k, &held, &inputs);
+        let computed = self.site.region(&k.own.shape, &sum.around);
+        let (mut at, mut leaves, mut chunks) = (computed.clone(), 1, vec![]);
+        for (d, axes) in k.reduced.iter().zip(&sum.reduced) {
+            let count = self.outline.program.chunking.count(&d.name, d.size);
+            at = at.with(&d.name, self.site.owned(d.size, count, *axes));
+            chunks.push(self.site.owned_chunks(count, *axes));
+            leaves *= chunks[chunks.len() - 1].len();
+        }
+        let axes = sum.reduced.iter().fold(0, |all, a| all | a);
+        let nodes = match axes {
+            0 => 1,
+            _ => self.outline.program.chunking.tree(&k.reduced).nodes(&chunks).len(),
+        };
+        let types: Vec<_> = k.types.iter().collect();
+        let needs: Vec<Region> = (0..inputs.len()).map(|i| k.op.op().needs(i, &types, &k.ty, &at)).collect();
+        let moved: Vec<bool> = inputs.iter().zip(&needs).map(|(h, n)| !h.region.contains(n)).collect();
+        let reads = (0..inputs.len()).map(|i| bytes(i, if moved[i] { &needs[i] } else { &inputs[i].region })).collect();
+        let done = self.site.region(&k.own.shape, &held.used);
+        let sum = match axes {
+            0 => 0.0,
+            _ => self.finish(axes, nodes, &computed, &done, k.own.shape.element),
+        };
+        let needs = self.numbered(needs);
+        Priced { held, needs, moved, sum, at, computed, nodes, leaves, reads }
+    }
+
+    /// How a node's sum is split: as its inputs are, or with inputs gathered if that moves fewer bytes.
+    fn sum(&self, k: &Kind, held: &Held, inputs: &[Held]) -> Sum {
+        let used = held.used.iter().fold(0, |all, a| all | a);
+        let gathered = Sum { reduced: self.free(k, used, inputs), around: held.used.clone() };
+        let reduced = self.free(k, 0, inputs);
+        if reduced == gathered.reduced {
+            return gathered;
+        }
+        let summed: Axes = reduced.iter().fold(0, |all, a| all | a);
+        // Of a dimension's axes those in front of one that splits the sum stay.
+        let around = held.used.iter().map(|set| {
+            let front = self.site.axes(*set).take_while(|a| summed >> a & 1 == 0);
+            front.fold(0, |all, a| all | 1 << a)
+        });
+        let scattered = Sum { reduced, around: around.collect() };
+        let traffic = |sum: &Sum| self.traffic(k, sum, held, inputs);
+        if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
+    }
+
+    /// The axes of each reduced dimension, as far as they are not used.
+    fn free(&self, k: &Kind, mut used: Axes, inputs: &[Held]) -> Split {
+        let mut of = |d: &crate::dim::Dim| {
+            let all = k.inputs.iter().zip(inputs).filter_map(|(source, held)| {
+                let split = if k.passes { &held.used } else { &held.split };
+                Some(split[source.shape.extents.iter().position(|e| e.dim == *d)?] & !used)
+            });
+            let axes = all.into_iter().find(|a| *a != 0).unwrap_or(0);
+            let enough = self.outline.program.chunking.count(&d.name, d.size) >= self.site.shards(axes);
+            let axes = if enough { axes } else { 0 };
+            used |= axes;
+            axes
+        };
+        k.reduced.iter().map(&mut of).collect()
+    }
+
+    /// Bytes that the device receives of inputs and of parts of the sum.
+    fn traffic(&self, k: &Kind, sum: &Sum, held: &Held, inputs: &[Held]) -> usize {
+        let computed = self.site.region(&k.own.shape, &sum.around);
+        let done = self.site.region(&k.own.shape, &held.used);
+        let (mut at, mut chunks) = (computed.clone(), vec![]);
+        for (d, axes) in k.reduced.iter().zip(&sum.reduced) {
+            let count = self.outline.program.chunking.count(&d.name, d.size);
+            at = at.with(&d.name, self.site.owned(d.size, count, *axes));
+            chunks.push(self.site.owned_chunks(count, *axes));
+        }
+        let types: Vec<_> = k.types.iter().collect();
+        let mut bytes = 0;
+        for (i, h) in inputs.iter().enumerate() {
+            let needed = k.op.op().needs(i, &types, &k.ty, &at);
+            bytes += (needed.elements() - needed.intersect(&h.region).elements()) * k.inputs[i].shape.element;
+        }
+        let group = self.site.shards(sum.reduced.iter().fold(0, |all, a| all | a));
+        let others = self.outline.program.chunking.tree(&k.reduced).nodes(&chunks).len() * (group - 1);
+        let elements = match computed == done {
+            true => (others + group - 1) * done.elements() / group,
+            false => others * done.elements(),
+        };
+        bytes + elements * k.own.shape.element
+    }
+
+    /// Seconds of the all-reduce, or reduce-scatter, of nodes of `computed` to `done`.
+    fn finish(&self, axes: Axes, nodes: usize, computed: &Region, done: &Region, element: usize) -> f64 {
+        let group = self.site.shards(axes);
+        let elements = computed.elements();
+        let scattered = computed != done;
+        let shared = !scattered && elements >= SEGMENTED;
+        let segment = match (scattered, shared) {
+            (true, _) => done.elements(),
+            (false, true) => elements.div_ceil(group),
+            (false, false) => elements,
+        };
+        let each = (nodes * segment + if shared { segment } else { 0 }) * element;
+        let copied = match (scattered, shared) {
+            (true, _) if crate::plan::exchange::contiguous(done, computed) => 0,
+            (true, _) => nodes * segment * group,
+            (false, true) => elements - segment,
+            (false, false) => 0,
+        };
+        let parts = nodes * group;
+        let bytes = (((parts + 1) * segment + 2 * copied) * element) as f64;
+        let cost = Cost { flops: ((parts - 1) * segment) as f64, bytes };
+        let peers = self.site.peers(axes);
+        let messages = peers.map(|n| if n > 0 { nodes + usize::from(shared) } else { 0 });
+        let class = if scattered { "reduce-scatter" } else { "all-reduce" };
+        self.collective(class, cost, messages, peers.map(|n| (n * each) as f64))
+    }
+
+    fn work(&mut self, w: &Work, way: Way) -> f64 {
+        let kind = &self.outline.kinds[w.kind];
+        let p = self.node(w.kind, way);
+        let stored = |s: &Prices, at: &Region| s.bytes(&w.stores, at, way);
+        match &w.form {
+            Form::Map => {
+                let cost =
+                    Cost { flops: each(w, &p.at), bytes: self.bytes(&w.loads, &p.at, way) + stored(self, &p.at) };
+                self.seconds("map", "default", cost, DType::F32)
+            }
+            Form::Reduce => {
+                let out = w.stores.len() as f64 * result(kind, &p);
+                let cost = Cost { flops: each(w, &p.at), bytes: self.bytes(&w.loads, &p.at, way) + out };
+                self.seconds("reduce", "default", cost, DType::F32)
+            }
+            Form::Op => self.op(kind, &p, result(kind, &p), 0.0),
+            Form::Epilogue => {
+                let at = &self.node(w.then.unwrap_or(w.kind), way).at.clone();
+                let bytes = self.bytes(&w.loads, at, way) + stored(self, at);
+                if p.is_whole() {
+                    return self.op(kind, &p, bytes, each(w, at));
+                }
+                // What is finished by others is stored first.
+                let cost = Cost { flops: each(w, at), bytes: bytes + own(kind, &p) };
+                self.op(kind, &p, result(kind, &p), 0.0) + self.seconds("map", "default", cost, DType::F32)
+            }
+            Form::Band(members) => self.band(w, members, way),
+        }
+    }
+
+    /// Seconds of steps that are done slice by slice, where what is between them stays in the cache; of the steps one by one
+    /// where something of that is finished by others.
+    fn band(&mut self, w: &Work, members: &[usize], way: Way) -> f64 {
+        let outline = self.outline;
+        let works: Vec<&Work> = members.iter().map(|m| &outline.works[*m]).collect();
+        if works.iter().any(|m| !self.node(m.kind, way).is_whole()) {
+            return members.iter().map(|m| self.step(*m, way)).sum();
+        }
+        let (mut flops, mut dtype) = (0.0, DType::F32);
+        for m in works {
+            let (kind, p) = (&outline.kinds[m.kind], self.node(m.kind, way));
+            let loop_at = m.then.map_or_else(|| p.clone(), |then| self.node(then, way));
+            if matches!(m.form, Form::Op | Form::Epilogue) {
+                flops += own_flops(kind, &p);
+                dtype = half_factors(kind).unwrap_or(dtype);
+            }
+            flops += each(m, &loop_at.at);
+        }
+        let at = &self.node(w.kind, way).at.clone();
+        let bytes = self.bytes(&w.loads, at, way) + self.bytes(&w.stores, at, way);
+        self.seconds("band", "product", Cost { flops, bytes }, dtype)
+    }
+
+    /// Bytes of tensors in a loop over `at`.
+    fn bytes(&self, shapes: &[Shape], at: &Region, way: Way) -> f64 {
+        shapes.iter().map(|s| (local(at, s, &self.site, way) * s.element) as f64).sum()
+    }
+
+    /// Seconds of an op, with so many bytes and FLOPs beside its own reading and computing.
+    fn op(&self, k: &Kind, p: &Priced, bytes: f64, flops: f64) -> f64 {
+        let op = k.op.op();
+        if op.copies() {
+            let cost = Cost { flops: 0.0, bytes: 2.0 * own(k, p) };
+            return self.seconds("copy", "default", cost, DType::F32);
+        }
+        let read: f64 = match &k.op {
+            Prim::Gather(_) => own(k, p) + p.reads[1..].iter().sum::<f64>(),
+            _ => p.reads.iter().sum(),
+        };
+        let mut flops = own_flops(k, p) + flops;
+        if !k.op.is_product() {
+            return self.seconds(op.name(), "default", Cost { flops, bytes: read + bytes }, DType::F32);
+        }
+        let dtype = half_factors(k).unwrap_or(DType::F32);
+        let machine = self.site.machine;
+        let depth = if dtype == DType::Bf16 { 2 * machine.depth } else { machine.depth };
+        flops += 2.0 * (p.computed.elements() * p.leaves * depth) as f64;
+        let inner = p.computed.0.last().map_or(1, |(_, r)| r.len()).max(1);
+        flops *= inner.next_multiple_of(machine.columns) as f64 / inner as f64;
+        self.seconds(op.name(), "product", Cost { flops, bytes: read + bytes }, dtype)
+    }
+}
+
+impl Priced {
+    /// Whether the device computes its results alone.
+    fn is_whole(&self) -> bool {
+        self.sum == 0.0 && self.nodes == 1
+    }
+}
+
+/// Bytes of a node's result.
+fn own(k: &Kind, p: &Priced) -> f64 {
+    (p.computed.elements() * k.own.shape.element) as f64
+}
+
+/// Bytes of what a node stores: its result, or parts of it.
+fn result(k: &Kind, p: &Priced) -> f64 {
+    p.nodes as f64 * own(k, p)
+}
+
+/// Operations of the loop of a step.
+fn each(w: &Work, at: &Region) -> f64 {
+    (w.arithmetic * at.elements()) as f64
+}
+
+/// Operations of the device's share of an op.
+fn own_flops(k: &Kind, p: &Priced) -> f64 {
+    let types: Vec<_> = k.types.iter().collect();
+    let mut share = p.computed.elements() as f64 / k.ty.elements().max(1) as f64;
+    for d in &k.reduced {
+        share *= p.at.get(&d.name).map_or(d.size, |r| r.len()) as f64 / d.size.max(1) as f64;
+    }
+    k.op.op().flops(&types, &k.ty) as f64 * share
+}
+
+/// The dtype of a product's factors, if they are all of one of 16 bits.
+fn half_factors(k: &Kind) -> Option<DType> {
+    let half = k.types.first().map(|t| t.dtype).filter(|d| k.op.is_product() && d.is_half())?;
+    k.types.iter().all(|t| t.dtype == half).then_some(half)
+}
+
+/// Elements of a tensor in a loop over `at`: along dimensions that the loop does not have, what the device holds.
+fn local(at: &Region, shape: &Shape, site: &Site, way: Way) -> usize {
+    let mut own = None;
+    let mut extent = |i: usize| {
+        let own = own.get_or_insert_with(|| site.region(shape, &site.split(shape, way)));
+        own.0[i].1.len()
+    };
+    let names = shape.extents.iter().enumerate();
+    names.map(|(i, e)| at.get(&e.dim.name).map_or_else(|| extent(i), |r| r.len())).product()
+}
+
+/// What the move is called.
+fn exchange(held: &Held, wanted: &Region) -> &'static str {
+    if !wanted.contains(&held.region) {
+        return "all-to-all";
+    }
+    let mut dims = held.region.0.iter().zip(&wanted.0).zip(&held.split);
+    // A gather ends with all of a dimension.
+    let whole = dims.any(|(((_, h), (_, w)), axes)| *axes != 0 && h != w && w.start == 0 && w.len() >= 2 * h.len());
+    if whole { "all-gather" } else { "halo" }
+}

@@ -1,0 +1,277 @@
+//! How tensors are split, in numbers small enough to go through all of them: what [`crate::placement`] says of a layout
+//! whose rules all give way, of one device that stands for all.
+
+use crate::chunk::shard_chunks;
+use crate::dim::{Dim, Name, Type};
+use crate::layout::{Mesh, Section};
+use crate::machine::Machine;
+use crate::program::Chunking;
+use crate::region::Region;
+use std::ops::Range;
+
+/// Dimensions that may be split, at the most.
+pub const DIMS: usize = 16;
+/// Axes of a mesh, at the most.
+pub const AXES: usize = 8;
+
+/// Some axes of a mesh, a bit each.
+pub type Axes = u8;
+
+/// Which axes split which of the dimensions that may be split: eight bits each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Splits(pub u128);
+
+impl Splits {
+    /// The axes of a dimension.
+    pub fn of(self, dim: usize) -> Axes {
+        (self.0 >> (AXES * dim)) as Axes
+    }
+    /// With axes of a dimension in addition.
+    pub fn with(self, dim: usize, axes: Axes) -> Splits {
+        Splits(self.0 | u128::from(axes) << (AXES * dim))
+    }
+    /// Of some dimensions only; `dims` has all bits of those.
+    pub fn only(self, dims: Splits) -> Splits {
+        Splits(self.0 & dims.0)
+    }
+}
+
+/// The stage of ZeRO: what is split over axes that do not split a variable anyway.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Zero {
+    /// 0: nothing; 1: slots; 2: gradients too; 3: variables too.
+    pub stage: u8,
+    /// Over which axes.
+    pub axes: Axes,
+}
+
+impl Zero {
+    /// Over which axes tensors of a section are split by it.
+    pub fn of(self, section: Section) -> Axes {
+        let from = match section {
+            Section::Slots => 1,
+            Section::Gradients => 2,
+            Section::Variables => 3,
+            Section::Activations => u8::MAX,
+        };
+        if self.stage >= from { self.axes } else { 0 }
+    }
+}
+
+/// How a segment is split.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Way {
+    /// Which axes split which dimensions.
+    pub splits: Splits,
+    /// And of variables.
+    pub zero: Zero,
+}
+
+/// A dimension of a tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Extent {
+    /// The dimension.
+    pub dim: Dim,
+    /// Which of those that may be split.
+    pub at: Option<usize>,
+    /// Its chunks.
+    pub chunks: usize,
+    /// Whether the op needs it whole.
+    pub whole: bool,
+}
+
+/// A tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Its dimensions.
+    pub extents: Vec<Extent>,
+    /// Bytes of an element.
+    pub element: usize,
+    /// Whose rules are for it.
+    pub section: Section,
+}
+
+/// By dimension of a tensor: the axes that split it.
+pub type Split = Vec<Axes>;
+
+/// The dimensions of a program that may be split.
+pub struct Dims<'a> {
+    /// Their names.
+    pub names: Vec<Name>,
+    /// The program's chunks.
+    pub chunking: &'a Chunking,
+}
+
+impl Dims<'_> {
+    /// A tensor of that type.
+    pub fn shape(&self, ty: &Type, section: Section, whole: &[Name]) -> Shape {
+        let extent = |d: &Dim| Extent {
+            dim: d.clone(),
+            at: self.names.iter().position(|n| *n == d.name),
+            chunks: self.chunking.count(&d.name, d.size),
+            whole: whole.contains(&d.name),
+        };
+        Shape { extents: ty.dims.iter().map(extent).collect(), element: ty.dtype.bytes(), section }
+    }
+}
+
+impl Shape {
+    /// All bits of its dimensions.
+    pub fn dims(&self) -> Splits {
+        let all = self.extents.iter().filter_map(|e| e.at);
+        all.fold(Splits::default(), |s, at| s.with(at, Axes::MAX))
+    }
+}
+
+/// A mesh on a machine, and the device that stands for all: one with neighbours on both sides, and the largest shards.
+pub struct Site<'a> {
+    /// The mesh.
+    pub mesh: &'a Mesh,
+    /// The machine.
+    pub machine: &'a Machine,
+    /// How many devices of the mesh share one of the machine's.
+    pub share: f64,
+    per_host: usize,
+    at: Vec<usize>,
+}
+
+impl<'a> Site<'a> {
+    /// That mesh on that machine.
+    pub fn new(mesh: &'a Mesh, machine: &'a Machine, chunks: usize) -> Site<'a> {
+        let (per_host, share) = machine.share(mesh.size());
+        let inner = |n: usize| {
+            let inside = if n > 2 { 1..n - 1 } else { 0..1 };
+            inside.max_by_key(|i| (shard_chunks(chunks, n, *i).len(), std::cmp::Reverse(*i))).unwrap_or(0)
+        };
+        let at = mesh.axes().iter().map(|(_, n)| inner(*n)).collect();
+        Site { mesh, machine, share, per_host, at }
+    }
+
+    /// The axes in a set, the outermost first.
+    pub fn axes(&self, set: Axes) -> impl Iterator<Item = usize> + Clone {
+        (0..self.mesh.axes().len()).filter(move |a| set >> a & 1 == 1)
+    }
+
+    /// Into how many shards axes split a dimension.
+    pub fn shards(&self, set: Axes) -> usize {
+        self.axes(set).map(|a| self.mesh.axes()[a].1).product()
+    }
+
+    /// Which shard is the device's.
+    fn shard(&self, set: Axes) -> usize {
+        self.axes(set).fold(0, |shard, a| shard * self.mesh.axes()[a].1 + self.at[a])
+    }
+
+    /// How a tensor is split.
+    pub fn split(&self, shape: &Shape, way: Way) -> Split {
+        let mut used: Axes = 0;
+        let fits = |e: &Extent, axes: Axes, used: Axes| !e.whole && axes & used == 0 && self.shards(axes) <= e.chunks;
+        let mut split: Split = vec![0; shape.extents.len()];
+        for (s, e) in split.iter_mut().zip(&shape.extents) {
+            let axes = e.at.map_or(0, |at| way.splits.of(at));
+            if axes != 0 && fits(e, axes, used) {
+                *s = axes;
+                used |= axes;
+            }
+        }
+        let star = way.zero.of(shape.section);
+        if star != 0 {
+            let free = (0..split.len()).filter(|i| split[*i] == 0 && fits(&shape.extents[*i], star, used));
+            let key = |i: &usize| (shape.extents[*i].dim.size, std::cmp::Reverse(&shape.extents[*i].dim.name));
+            if let Some(i) = free.max_by(|a, b| key(a).cmp(&key(b))) {
+                split[i] = star;
+            }
+        }
+        split
+    }
+
+    /// The chunks that the device owns.
+    pub fn owned_chunks(&self, chunks: usize, axes: Axes) -> Range<usize> {
+        shard_chunks(chunks, self.shards(axes), self.shard(axes))
+    }
+
+    /// The elements that the device owns.
+    pub fn owned(&self, size: usize, chunks: usize, axes: Axes) -> Range<usize> {
+        let own = self.owned_chunks(chunks, axes);
+        own.start * size / chunks..own.end * size / chunks
+    }
+
+    /// What the device owns of a tensor.
+    pub fn region(&self, shape: &Shape, split: &Split) -> Region {
+        let own = |(e, axes): (&Extent, &Axes)| (e.dim.name.clone(), self.owned(e.dim.size, e.chunks, *axes));
+        Region(shape.extents.iter().zip(split).map(own).collect())
+    }
+
+    /// How many others differ from the device along those axes only: on its host, and on others.
+    pub fn peers(&self, set: Axes) -> [usize; 2] {
+        let mut peers = [0, 0];
+        for other in 1..self.shards(set) {
+            let mut rest = other;
+            let mut at = self.at.clone();
+            for a in self.axes(set) {
+                let n = self.mesh.axes()[a].1;
+                at[a] = (at[a] + rest % n) % n;
+                rest /= n;
+            }
+            peers[self.link(&at)] += 1;
+        }
+        peers
+    }
+
+    /// 0 if the device at that place is on this one's host, 1 if not.
+    fn link(&self, at: &[usize]) -> usize {
+        let number = |at: &[usize]| at.iter().zip(self.mesh.axes()).fold(0, |d, (i, (_, n))| d * n + i);
+        usize::from(number(at) / self.per_host != number(&self.at) / self.per_host)
+    }
+
+    /// Seconds that messages take: by link, how many one after the other and how many bytes.
+    pub fn links(&self, messages: [usize; 2], bytes: [f64; 2]) -> f64 {
+        let links = [self.machine.within, self.machine.between];
+        let of = |i: usize| messages[i] as f64 * links[i].latency + bytes[i] / links[i].bytes;
+        of(0).max(of(1))
+    }
+
+    /// By link, the bytes that the device receives for it to hold `wanted` of a tensor that is split so.
+    pub fn received(&self, shape: &Shape, split: &Split, wanted: &Region) -> [f64; 2] {
+        // By dimension: whose shards overlap what is wanted, and in how much.
+        let overlaps: Vec<Vec<(usize, usize)>> = shape
+            .extents
+            .iter()
+            .zip(split)
+            .zip(&wanted.0)
+            .map(|((e, axes), (_, w))| {
+                let shards = self.shards(*axes);
+                let of = |s: usize| {
+                    let chunks = shard_chunks(e.chunks, shards, s);
+                    let own = chunks.start * e.dim.size / e.chunks..chunks.end * e.dim.size / e.chunks;
+                    own.end.min(w.end).saturating_sub(own.start.max(w.start))
+                };
+                (0..shards).map(|s| (s, of(s))).filter(|(_, n)| *n > 0).collect()
+            })
+            .collect();
+        let mut bytes = [0.0; 2];
+        let mut turn = vec![0; overlaps.len()];
+        if overlaps.iter().any(Vec::is_empty) {
+            return bytes;
+        }
+        loop {
+            let mut at = self.at.clone();
+            let mut elements = 1;
+            for ((o, t), axes) in overlaps.iter().zip(&turn).zip(split) {
+                let (mut shard, n) = o[*t];
+                elements *= n;
+                for a in self.axes(*axes).collect::<Vec<_>>().into_iter().rev() {
+                    let size = self.mesh.axes()[a].1;
+                    at[a] = shard % size;
+                    shard /= size;
+                }
+            }
+            if at != self.at {
+                bytes[self.link(&at)] += (elements * shape.element) as f64;
+            }
+            let Some(i) = (0..turn.len()).rev().find(|i| turn[*i] + 1 < overlaps[*i].len()) else { return bytes };
+            turn[i] += 1;
+            turn[i + 1..].fill(0);
+        }
+    }
+}

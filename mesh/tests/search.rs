@@ -1,0 +1,146 @@
+//! The layouts that a search finds.
+
+#[path = "common/models.rs"]
+mod models;
+
+use mesh::dim::{DType, Name, dim};
+use mesh::error::Error;
+use mesh::layout::{Layout, Mesh};
+use mesh::machine::Machine;
+use mesh::nn::{self, Dense};
+use mesh::optim::Optimizer;
+use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
+use mesh::program::{Program, ProgramBuilder};
+use mesh::search::{Devices, Found, Search};
+use models::{Bert, LARGE, bert, unet};
+use std::collections::BTreeMap;
+
+/// A backend without scratch.
+struct Plain;
+
+impl Backend for Plain {
+    fn scratch_bytes(&self, _: &Work) -> usize {
+        0
+    }
+    fn workspace_bytes(&self) -> usize {
+        0
+    }
+}
+
+fn plan(program: &Program, mesh: &Mesh, layout: &Layout) -> Result<Vec<ProgramPlan>, Error> {
+    Ok(vec![plan_program(program, mesh, layout, &PlanOptions::default(), &Plain)?])
+}
+
+fn h100() -> Machine {
+    Machine::named("h100").unwrap().0
+}
+
+fn search<'a>(
+    machine: &'a Machine,
+    devices: Devices,
+    memory: usize,
+    build: &'a dyn Fn(&[Name]) -> Result<Program, Error>,
+) -> Search<'a> {
+    Search { machine, devices, memory, may_recompute: true, function: "train", threads: 0, build, plan: &plan }
+}
+
+/// Whether what the prices say of time is what the plan says.
+fn assert_priced(found: &Found, within: f64) {
+    let planned = found.planned.unwrap();
+    let off = found.priced.seconds / planned.seconds - 1.0;
+    assert!(off.abs() < within, "{:?} by the prices, {planned:?} by the plan", found.priced);
+}
+
+#[test]
+fn a_unet_is_split_in_space_and_its_prices_are_its_plans() {
+    let (machine, build) = (h100(), |r: &[Name]| Ok(unet(256, 32, r)));
+    let found = search(&machine, Devices::Count(8), machine.memory, &build).find().unwrap();
+    assert!(["x", "y", "z"].iter().any(|axis| found.mesh.axis(axis).is_some()), "{}", found.mesh);
+    assert!(found.planned.unwrap().bytes <= machine.memory && found.bound <= found.priced.seconds);
+    assert_priced(&found, 0.02);
+    assert_eq!(found.layout.to_string().parse::<Layout>().unwrap(), found.layout);
+}
+
+#[test]
+fn where_memory_is_short_something_is_made_again_or_split_and_it_fits() {
+    let (machine, small) = (h100(), Bert { layers: 2, width: 256, heads: 4, batch: 512, ..LARGE });
+    let build = |r: &[Name]| Ok(bert(small, r));
+    let of = |memory| search(&machine, Devices::Mesh("data=4".parse().unwrap()), memory, &build).find();
+    let free = of(machine.memory).unwrap();
+    let budget = free.planned.unwrap().bytes * 9 / 10;
+    let less = of(budget).unwrap();
+    assert!(less.planned.unwrap().bytes <= budget, "{less:?}");
+    assert!(less.priced.seconds >= free.priced.seconds && less.bound <= less.priced.seconds);
+    assert_eq!(of(1000).unwrap_err().cause.code(), "M0001");
+}
+
+#[test]
+fn thousands_of_devices_are_searched_in_seconds() {
+    let machine = h100();
+    for build in [(|r| Ok(unet(512, 32, r))) as fn(&[Name]) -> Result<Program, Error>, |r| Ok(bert(LARGE, r))] {
+        let begun = std::time::Instant::now();
+        let found = search(&machine, Devices::Count(4096), machine.memory, &build).find().unwrap();
+        assert_eq!((found.mesh.size(), found.planned), (4096, None));
+        assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
+    }
+}
+
+/// Two layers, `a` and `b`, and a loss.
+fn two_layers(recompute: &[Name]) -> Result<Program, Error> {
+    let mut p = ProgramBuilder::recomputing(recompute);
+    p.function("train", |g| {
+        let x = g.input("x", DType::F32, &[dim("batch", 2048), dim("d_in", 512)]);
+        let options = Dense::default();
+        let y = nn::dense(&x, "a", &["d_in"], &[dim("hidden", 2048)], &options).relu();
+        let z = nn::dense(&y, "b", &["hidden"], &[dim("out", 1024)], &options);
+        let loss = z.square().mean(&["batch", "out"]);
+        g.output("loss", &loss);
+        Optimizer::adam(0.1).apply(g, &loss).output(g);
+    })?;
+    p.finish()
+}
+
+#[test]
+fn no_layout_is_faster_than_what_is_found_by_more_than_2_percent() {
+    let machine = h100();
+    let dims = ["", "batch", "d_in", "hidden", "out"];
+    for mesh in ["p=2", "p=4", "p=2,q=2"] {
+        let mesh: Mesh = mesh.parse().unwrap();
+        let search = search(&machine, Devices::Mesh(mesh.clone()), machine.memory, &two_layers);
+        let found = search.find().unwrap();
+        assert_priced(&found, 0.1);
+        // Each axis splits one dimension of each layer, or none.
+        let axes = mesh.axes().len() as u32;
+        let rules = |mut choice: usize| {
+            let mut of: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+            for (axis, _) in mesh.axes() {
+                of.entry(dims[choice % dims.len()]).or_default().push(axis);
+                choice /= dims.len();
+            }
+            let rules = dims[1..].iter().map(|d| match of.get(d) {
+                Some(axes) => format!("{d}:{}?", axes.join("+")),
+                None => format!("{d}:none"),
+            });
+            rules.collect::<Vec<_>>().join(",")
+        };
+        let all = mesh.axes().iter().map(|(a, _)| &**a).collect::<Vec<_>>().join("+");
+        let sections = ["slots", "gradients", "variables"].map(|s| format!(",{s}{{*:{all}}}"));
+        let mut best = f64::INFINITY;
+        for (a, b) in (0..dims.len().pow(axes)).flat_map(|a| (0..dims.len().pow(axes)).map(move |b| (a, b))) {
+            for stage in [0, 2] {
+                let only = |scope: &str, rules: String, keep: &[&str]| {
+                    let rules = rules.split(',').filter(|r| keep.contains(&r.split(':').next().unwrap()));
+                    format!(",{scope}/**{{{}}}", rules.collect::<Vec<_>>().join(","))
+                };
+                let [of_a, of_b] = [
+                    only("a", rules(a), &["batch", "d_in", "hidden"]),
+                    only("b", rules(b), &["batch", "hidden", "out"]),
+                ];
+                let text = format!("{}{of_a}{of_b}{}", rules(b), sections[..stage].concat());
+                best = search.takes(&[], &mesh, &text.parse().unwrap()).unwrap().seconds.min(best);
+            }
+        }
+        let planned = found.planned.unwrap().seconds;
+        assert!(planned <= 1.02 * best, "{planned} by {} on {mesh}, and {best} is possible", found.layout);
+    }
+}
