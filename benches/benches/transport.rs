@@ -250,7 +250,7 @@ fn latency(args: &Args, choice: TransportChoice, end: &mut Switchboard) {
 fn all_reduce(args: &Args, choice: TransportChoice, end: &mut Switchboard, memory: &mut [u8]) {
     let (n, me) = (args.devices, end.device());
     let elements = (args.reduce_mib << 20) / 4;
-    let tree = Tree { dims: vec![TreeDim { size: n, chunks: n }] };
+    let tree = Tree { dims: vec![TreeDim { size: n, chunks: n }], first: None };
     let owned: Vec<_> = (0..n).map(|d| vec![shard_chunks(n, n, d)]).collect();
     let work = AllReduce {
         f: ReduceFn::Sum,

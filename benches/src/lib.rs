@@ -57,8 +57,9 @@ impl Steps {
     ///
     /// # Panics
     /// A mesh that the program cannot be split over.
-    pub fn session(&self, mut program: Program) -> Session {
-        program.chunking.chunks = self.chunks.unwrap_or(program.chunking.chunks);
+    pub fn session(&self, program: Program) -> Session {
+        let chunks = self.chunks.unwrap_or(program.chunking.chunks);
+        let program = program.in_chunks(chunks);
         let by_name = || {
             let rules: Vec<String> = self.mesh.axes().iter().map(|(n, _)| format!("{n}:{n}")).collect();
             rules.join(",").parse().expect("rules of the axes' names")

@@ -33,6 +33,10 @@ pub struct DeviceOptions {
     /// by --devices), or a file that `coordinator calibrate` wrote
     #[arg(long, help_heading = "Devices", value_name = "NAME|FILE.toml")]
     machine: Option<String>,
+    /// The most chunks that a dimension is cut into, and so the most shards that it may have. Sums go by chunks: another
+    /// number is another order of them, and other bits [default: 8]
+    #[arg(long, help_heading = "Devices", value_name = "N")]
+    chunks: Option<usize>,
     /// Threads of each device; 0: the machine's cores shared out [default: 0]
     #[arg(long, help_heading = "Devices", value_name = "N")]
     threads: Option<usize>,
@@ -185,7 +189,7 @@ fn config<C: Settings>(
     macro_rules! take {
         ($from:ident: $($field:ident),*) => { $(if let Some(v) = &$from.$field { common.$field = v.clone(); })* };
     }
-    take!(devices: layout, threads, memory, recompute);
+    take!(devices: layout, chunks, threads, memory, recompute);
     take!(run: seed);
     own(&mut c);
     let c = c.with_settings(&run.settings)?;

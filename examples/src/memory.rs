@@ -61,6 +61,7 @@ impl<C: Settings> Task<C> {
         options: &Options,
         build: impl Fn(&[Name]) -> Result<Program, Error>,
     ) -> Result<Fitted, Failed> {
+        let build = |blocks: &[Name]| build(blocks).map(|program| program.in_chunks(self.config.common().chunks));
         let free = Options { memory: None, ..options.clone() };
         let choice = Choice { build: &build, plan: &|program| plans(program, &free) };
         let chosen = match (self.config.common().recompute.parse()?, options.memory) {

@@ -15,6 +15,9 @@ use mesh::search::{Devices, Found, PLANNED, Search, Takes};
 /// What a mesh or a layout is called that is to be searched for.
 pub const AUTO: &str = "auto";
 
+/// Chunks of a dimension that are tried for many devices, at the most.
+const MOST_CHUNKS: usize = 64;
+
 impl<C: Settings> Task<C> {
     /// Searches for the layout, if the configuration asks for that, by the time of `function`; sets mesh, layout and what
     /// is recomputed to what was found, and says so in some lines.
@@ -62,30 +65,43 @@ impl<C: Settings> Task<C> {
         let planned = |program: &Program, mesh: &Mesh, layout: &Layout| {
             plans(program, &Options { mesh: mesh.clone(), layout: layout.clone(), ..single.clone() })
         };
-        let config = &self.config;
-        let search = Search {
-            machine,
-            devices,
-            memory,
-            may_recompute,
-            function,
-            threads: single.threads(),
-            build: &|blocks| build(config, if may_recompute { blocks } else { &fixed }),
-            plan: &planned,
-        };
-        let found = search.find()?;
-        let usual: Mesh = match &search.devices {
+        let usual: Mesh = match &devices {
             Devices::Count(n) => mesh_of(*n, C::AXES).parse()?,
             Devices::Mesh(mesh) => mesh.clone(),
         };
         let rules: Layout = layout_of(&usual, C::SPLITS).parse()?;
-        let beside = if count > PLANNED { None } else { search.takes(&fixed, &usual, &rules).ok() };
-        let mut text = text(&found, &machine.name);
+        let (config, threads) = (&self.config, single.threads());
+        let within = |chunks: usize| {
+            let build = |blocks: &[Name]| {
+                let blocks = if may_recompute { blocks } else { &fixed };
+                build(config, blocks).map(|program| program.in_chunks(chunks))
+            };
+            let (devices, build) = (devices.clone(), &build);
+            let search = Search { machine, devices, memory, may_recompute, function, threads, build, plan: &planned };
+            let found = search.find()?;
+            let beside = if count > PLANNED { None } else { search.takes(&fixed, &usual, &rules).ok() };
+            Ok::<_, Error>((chunks, found, beside))
+        };
+        // More devices than a dimension has chunks may want more of them.
+        let more = (count > c.chunks).then(|| count.next_power_of_two().min(MOST_CHUNKS).max(c.chunks));
+        let (mut best, mut failed) = (None, None);
+        for chunks in [Some(c.chunks), more.filter(|n| *n > c.chunks)].into_iter().flatten() {
+            match within(chunks) {
+                Ok(other) if best.as_ref().is_none_or(|(_, found, _)| seconds_of(&other.1) < seconds_of(found)) => {
+                    best = Some(other);
+                }
+                Ok(_) => {}
+                Err(e) => failed = Some(e),
+            }
+        }
+        let (chunks, found, beside) = best.ok_or_else(|| failed.expect("a search finds something, or fails"))?;
+        let mut text = text(&found, (chunks != c.chunks).then_some(chunks), &machine.name);
         if let Some(Takes { seconds: s, bytes: b }) = beside {
             text += &format!("         the usual layout, {rules} on {usual}, takes {} and {}\n", seconds(s), bytes(b));
         }
         let common = self.config.common_mut();
         (common.mesh, common.layout) = (found.mesh.to_string(), found.layout.to_string());
+        common.chunks = chunks;
         if may_recompute && found.planned.is_some() {
             let names: Vec<&str> = found.recompute.iter().map(|n| &**n).collect();
             common.recompute = if names.is_empty() { "none".into() } else { names.join(",") };
@@ -94,9 +110,17 @@ impl<C: Settings> Task<C> {
     }
 }
 
-fn text(found: &Found, machine: &str) -> String {
+/// Seconds of a step, by its plan if there is one.
+fn seconds_of(found: &Found) -> f64 {
+    found.planned.unwrap_or(found.priced).seconds
+}
+
+fn text(found: &Found, chunks: Option<usize>, machine: &str) -> String {
     let blocks: Vec<&str> = found.recompute.iter().map(|n| &**n).collect();
     let mut text = format!("search   --mesh {} --layout '{}'", found.mesh, found.layout);
+    if let Some(chunks) = chunks {
+        text += &format!(" --chunks {chunks}");
+    }
     if !blocks.is_empty() {
         text += &format!(" --recompute {}", blocks.join(","));
     }

@@ -5,6 +5,7 @@ use mesh::dim::DType;
 use mesh::error::nearest;
 use mesh::layout::{Layout, Mesh};
 use mesh::optim::Optimizer;
+use mesh::program::Chunking;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
@@ -53,6 +54,8 @@ pub struct Common {
     pub steps: u32,
     /// Seed of everything random.
     pub seed: u64,
+    /// The most chunks that a dimension is cut into: it has no more shards, and sums go by them.
+    pub chunks: usize,
     /// Threads of each device; 0: the machine's cores shared out.
     pub threads: usize,
     /// Memory that each device may use, `2GiB`; empty: no limit.
@@ -72,6 +75,7 @@ impl Default for Common {
             layout: String::new(),
             steps: 100,
             seed: 1,
+            chunks: Chunking::default().chunks,
             threads: 0,
             memory: String::new(),
             recompute: "auto".into(),
@@ -193,6 +197,7 @@ pub trait Settings: Clone + Default + Serialize + DeserializeOwned {
         range("--steps", c.steps, 1, 1_000_000_000)?;
         // What TOML can hold.
         range("--seed", c.seed, 0, i64::MAX as u64)?;
+        range("--chunks", c.chunks as u64, 1, 1024)?;
         range("--threads", c.threads as u64, 0, 1024)?;
         c.recompute.parse::<Recompute>()?;
         memory_bytes(&c.memory).map(|_| ())

@@ -50,6 +50,9 @@ pub enum Instr {
     Cast(Slot),
 }
 
+/// The most instructions a body may have; loops are not merged beyond that.
+pub const MAX_INSTRS: usize = 192;
+
 /// A straight-line program; the dtype beside each instruction is its result's.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Body {

@@ -37,14 +37,17 @@ pub type ChunkBox = Vec<Range<usize>>;
 
 /// The summation tree over one or more reduced dimensions.
 ///
-/// The root holds all chunks. A box is halved along one dimension at a time, the dimensions taking
-/// turns in their order (one with a single chunk left passes); the left half of L chunks is the
-/// largest power of two below L. Taking turns keeps the parts that a 1-, 2- or 3-axis split owns
-/// few: `x=2,y=2,z=2` owns one node a device.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// The root holds all chunks. A box is halved along one dimension at a time: first the one of the
+/// program's examples, if it is among them, down to single chunks; then the others take turns in their
+/// order (one with a single chunk left passes). The left half of L chunks is the largest power of two
+/// below L. So each device owns one node where examples are shared out, over however many devices, and
+/// few where 1 to 3 other dimensions are split: one with `x=2,y=2,z=2`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Tree {
     /// The reduced dimensions, in the program's order.
     pub dims: Vec<TreeDim>,
+    /// Which of them is halved before the others.
+    pub first: Option<usize>,
 }
 
 /// A node: a box of chunks and the dimension whose turn it is to be halved.
@@ -73,7 +76,8 @@ impl Tree {
     /// The two halves of a node, or None for a leaf.
     pub fn halves(&self, node: &Node) -> Option<(Node, Node)> {
         let n = self.dims.len();
-        let at = (0..n).map(|i| (node.turn + i) % n).find(|&d| node.chunks[d].len() > 1)?;
+        let turns = (0..n).map(|i| (node.turn + i) % n);
+        let at = self.first.into_iter().chain(turns).find(|&d| node.chunks[d].len() > 1)?;
         let r = &node.chunks[at];
         let left = (r.len().next_power_of_two() / 2).max(1);
         let (mut a, mut b) = (node.clone(), node.clone());
@@ -191,11 +195,24 @@ mod tests {
 
     #[test]
     fn a_split_on_three_axes_owns_one_node_a_device() {
-        let tree = Tree { dims: vec![TreeDim { size: 64, chunks: 8 }; 3] };
+        let tree = Tree { dims: vec![TreeDim { size: 64, chunks: 8 }; 3], first: None };
         for d in 0..8 {
             let half = |bit: usize| if d >> bit & 1 == 0 { 0..4 } else { 4..8 };
             assert_eq!(tree.nodes(&[half(2), half(1), half(0)]).len(), 1);
         }
+    }
+
+    #[test]
+    fn devices_that_share_examples_out_own_one_node_each() {
+        let tree = Tree { dims: vec![TreeDim { size: 64, chunks: 8 }; 2], first: Some(0) };
+        for shards in [1, 2, 4, 8] {
+            for i in 0..shards {
+                assert_eq!(tree.nodes(&[shard_chunks(8, shards, i), 0..8]).len(), 1);
+            }
+        }
+        // Where the other one is split, there is a node for each chunk of examples.
+        assert_eq!(tree.nodes(&[0..8, 0..4]).len(), 8);
+        assert_eq!(tree.nodes(&[0..4, 0..4]).len(), 4);
     }
 
     /// A sum as text, so that its order shows.
@@ -215,8 +232,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_split_finishes_the_same_sum(sizes in prop::collection::vec((1usize..20, 1usize..5), 1..4)) {
-            let tree = Tree { dims: sizes.iter().map(|&(n, _)| TreeDim { size: n, chunks: chunk_count(n, 1, 8) }).collect() };
+        fn every_split_finishes_the_same_sum(
+            sizes in prop::collection::vec((1usize..20, 1usize..5), 1..4),
+            first in prop::option::of(0usize..4),
+        ) {
+            let first = first.filter(|f| *f < sizes.len());
+            let dims = sizes.iter().map(|&(n, _)| TreeDim { size: n, chunks: chunk_count(n, 1, 8) }).collect();
+            let tree = Tree { dims, first };
             let shards: Vec<usize> = sizes.iter().zip(&tree.dims).map(|(&(_, p), d)| p.min(d.chunks)).collect();
             let owners: usize = shards.iter().product();
             let owned: Vec<ChunkBox> = (0..owners).map(|mut o| {

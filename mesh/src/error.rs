@@ -289,7 +289,10 @@ impl Cause {
             }
             Cause::MoreShardsThanChunks { chunks, dim, axis, .. } => {
                 let mesh = if axis.contains('+') { format!("{chunks} devices") } else { format!("{axis}={chunks}") };
-                format!("use a mesh with {mesh} or less there, or let it stay whole where it must, `{dim}:{axis}?`")
+                format!(
+                    "use a mesh with {mesh} or less there, let it stay whole where it must, `{dim}:{axis}?`, or give the \
+                     program more chunks (`--chunks`)"
+                )
             }
             Cause::OverMemory { .. } => {
                 "split more dimensions over more devices, use a smaller crop or batch, put the \

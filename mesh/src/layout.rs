@@ -51,6 +51,10 @@ impl Mesh {
         let resize = |(name, old): &(Name, usize)| Some((name.clone(), if *name == axis { size? } else { *old }));
         Mesh { axes: self.axes.iter().filter_map(resize).collect() }
     }
+    /// This mesh once at each of `size` places along an axis, the outermost one.
+    pub(crate) fn along(&self, axis: &str, size: usize) -> Mesh {
+        Mesh { axes: [&[(Name::from(axis), size)], self.axes.as_slice()].concat() }
+    }
     /// Where a device lies along each axis.
     pub fn coordinates(&self, device: usize) -> Vec<usize> {
         let mut rest = device;

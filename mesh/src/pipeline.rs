@@ -178,6 +178,15 @@ fn micro_batches<I: Iterator<Item = usize>>(
     micro.into_iter().map(|m| m.unwrap_or(last)).collect()
 }
 
+/// Micro-batches that a run of a function goes in: 1 where it does not go through its batch in parts.
+pub(crate) fn count(function: &Function) -> usize {
+    let parts = function.nodes.iter().filter_map(|n| match &n.op {
+        Prim::Slice(s) if *s.dim == *MICRO => Some(s.start + 1),
+        _ => None,
+    });
+    parts.max().unwrap_or(1)
+}
+
 /// How long an instruction takes a device, roughly: what a pass over memory takes is worth some FLOPs.
 fn cost(spmd: &SpmdProgram, function: &Function, i: usize) -> f64 {
     let value = &spmd.values[spmd.instrs[i].output.index()];

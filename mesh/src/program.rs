@@ -111,12 +111,14 @@ impl Variables {
 pub struct Chunking {
     /// The most chunks a dimension has.
     pub chunks: usize,
+    /// The dimension that most feeds begin with, as a rule that of examples: sums over it and others halve it first.
+    pub first: Option<Name>,
     grain: BTreeMap<Name, usize>,
 }
 
 impl Default for Chunking {
     fn default() -> Self {
-        Chunking { chunks: 8, grain: BTreeMap::new() }
+        Chunking { chunks: 8, first: None, grain: BTreeMap::new() }
     }
 }
 
@@ -136,8 +138,9 @@ impl Chunking {
     }
     /// The summation tree over some dimensions.
     pub fn tree(&self, dims: &[crate::dim::Dim]) -> chunk::Tree {
+        let first = dims.iter().position(|d| Some(&d.name) == self.first.as_ref());
         let dims = dims.iter().map(|d| chunk::TreeDim { size: d.size, chunks: self.count(&d.name, d.size) });
-        chunk::Tree { dims: dims.collect() }
+        chunk::Tree { dims: dims.collect(), first }
     }
 }
 
@@ -292,6 +295,12 @@ impl Program {
             chunking: self.chunking.clone(),
             stages: vec![],
         })
+    }
+
+    /// The program with dimensions in so many chunks at the most: other sums, and shards.
+    pub fn in_chunks(mut self, most: usize) -> Program {
+        self.chunking.chunks = most;
+        self
     }
 
     /// The function of that name.
@@ -467,11 +476,24 @@ impl ProgramBuilder {
         let variables = self.variables.borrow();
         Ok(Program {
             variables: variables.list.clone(),
+            chunking: Chunking { first: first_of_feeds(&self.functions), ..variables.chunking.clone() },
             functions: self.functions,
-            chunking: variables.chunking.clone(),
             stages: self.stages,
         })
     }
+}
+
+/// The dimension that most feeds begin with; of equals the first one.
+fn first_of_feeds(functions: &BTreeMap<Name, Function>) -> Option<Name> {
+    let mut votes: Vec<(Name, usize)> = vec![];
+    let feeds = functions.values().flat_map(|f| f.inputs.iter().map(|(_, n)| &f.node(*n).ty));
+    for dim in feeds.filter_map(|ty| ty.dims.first()) {
+        match votes.iter_mut().find(|(name, _)| *name == dim.name) {
+            Some((_, n)) => *n += 1,
+            None => votes.push((dim.name.clone(), 1)),
+        }
+    }
+    votes.into_iter().rev().max_by_key(|(_, n)| *n).map(|(name, _)| name)
 }
 
 /// Takes what the results depend on out of the graph.

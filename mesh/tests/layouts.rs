@@ -171,8 +171,8 @@ fn more_shards_than_chunks() {
         mistake(&small(), "a=4", "channel:a"),
         format!(
             "error[L0007]: dimension `channel` (size 3, 3 chunks) of input f32[batch:4, x:16, channel:3] cannot be split \
-             over the mesh axis `a` (size 4)\n{}\n  help: use a mesh with a=3 or less there, or let it stay whole \
-             where it must, `channel:a?`",
+             over the mesh axis `a` (size 4)\n{}\n  help: use a mesh with a=3 or less there, let it stay whole \
+             where it must, `channel:a?`, or give the program more chunks (`--chunks`)",
             at(INPUT)
         )
     );

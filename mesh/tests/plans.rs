@@ -1,5 +1,6 @@
 //! Plans as data, as pages, and what changed between two.
 
+use mesh::body::MAX_INSTRS;
 use mesh::dim::{DType, dim};
 use mesh::layout::{Layout, Mesh};
 use mesh::lint::{self, Given};
@@ -109,6 +110,27 @@ fn what_is_said_to_be_in_memory_at_a_step_is_no_more_than_what_is() {
             assert!(all > g.peak_bytes / 2, "{all}");
         }
     }
+}
+
+#[test]
+fn loops_that_share_a_pass_have_no_more_instructions_than_a_body_may_have() {
+    let mut p = ProgramBuilder::new();
+    p.function("sum", |g| {
+        let all: Vec<_> = (0..400).map(|i| g.input(format!("x.{i}"), DType::F32, &[])).collect();
+        let sum = all.into_iter().reduce(|a, b| a.mul_scalar(0.5).add(&b)).unwrap();
+        g.output("sum", &sum);
+    })
+    .unwrap();
+    let plan = planned(&p.finish().unwrap(), "1", "");
+    let steps = &plan.functions[&"sum".into()][0].steps;
+    let lengths: Vec<usize> = steps
+        .iter()
+        .filter_map(|s| match &s.work {
+            Work::Map(nest) => Some(nest.body.instrs.len()),
+            _ => None,
+        })
+        .collect();
+    assert!(lengths.len() > 1 && lengths.iter().all(|n| *n <= MAX_INSTRS), "{lengths:?}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 
 /// Version of the program format.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Largest encoded program.
 pub const PROGRAM_BYTES: usize = 64 << 20;
 /// Bytes of a part of a stream.
@@ -134,6 +134,7 @@ pub fn encode(program: &Program) -> Result<Vec<u8>, Error> {
         variables,
         functions,
         chunks: program.chunking.chunks as u32,
+        first: program.chunking.first.as_ref().map(ToString::to_string),
         grains,
     };
     Ok(message.encode_to_vec())
@@ -265,6 +266,7 @@ pub fn decode(bytes: &[u8]) -> Result<Program, Error> {
     }
     let mut chunking = Chunking::default();
     chunking.chunks = message.chunks as usize;
+    chunking.first = message.first.map(name).transpose()?;
     for d in dims(message.grains)? {
         chunking.raise_grain(d.name, d.size);
     }

@@ -207,7 +207,9 @@ proptest! {
         nest.body.results = (0..1 + c.below(3)).map(|_| c.of(&floats)).collect();
         nest.origin = vec![0; extents.len()];
         let over = || extents.iter().zip(&reduced).filter(|(_, r)| **r).map(|(n, _)| *n);
-        let tree = Tree { dims: over().map(|n| TreeDim { size: n, chunks: n.min(8) }).collect() };
+        let dims: Vec<TreeDim> = over().map(|n| TreeDim { size: n, chunks: n.min(8) }).collect();
+        let first = Some(c.below(4)).filter(|first| *first < dims.len());
+        let tree = Tree { dims, first };
         let owned = tree.dims.iter().map(|d| 0..d.chunks).collect();
         let kept: usize = extents.iter().zip(&reduced).filter(|(_, r)| !**r).map(|(n, _)| *n).product();
         let count = nest.body.results.len();

@@ -652,7 +652,7 @@ const COLUMNS: usize = 10_003;
 /// Every device's result of an all-reduce of values of very different sizes, as bits.
 fn all_reduce(kind: Kind, devices: usize, segments: Segments) -> Vec<Vec<u32>> {
     let elements = ROWS * COLUMNS;
-    let tree = Tree { dims: vec![TreeDim { size: 8, chunks: 8 }] };
+    let tree = Tree { dims: vec![TreeDim { size: 8, chunks: 8 }], first: None };
     let owned: Vec<_> = (0..devices).map(|d| vec![shard_chunks(8, devices, d)]).collect();
     let nodes: Vec<usize> = owned.iter().map(|o| tree.nodes(o).len()).collect();
     let order = tree.finish(&owned);

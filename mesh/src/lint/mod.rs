@@ -134,6 +134,9 @@ pub fn find(code: &str) -> Option<&'static Lint> {
 const WORTHWHILE: f64 = 0.01;
 /// Changes that are planned whole at the most, for the findings that cost most.
 const PLANNED: usize = 8;
+/// Steps of devices that are planned for that at the most: of a large model on many devices a plan takes seconds, and one
+/// change is planned.
+const STEPS: usize = 200_000;
 
 /// What findings are looked for with.
 pub struct Given<'a> {
@@ -177,7 +180,7 @@ pub fn check(program: &Program, plan: &ProgramPlan, given: &Given) -> Result<Vec
 /// Findings with what their changes take as planned, the first ones. One that this refutes is none: the change does not fit,
 /// or saves nothing of the memory, or of the time, that it is about.
 fn judged(p: &Planned, found: Vec<Finding>) -> Vec<Finding> {
-    let mut left = PLANNED;
+    let mut left = p.affordable(STEPS, PLANNED);
     let mut judge = |mut f: Finding| {
         f.lost.seconds = p.given.machine.map(|_| p.prices.of(&f.lost));
         let Some(change) = f.change.as_ref().filter(|_| left > 0) else { return Some(f) };

@@ -19,6 +19,8 @@ use std::collections::HashMap;
 
 /// Changes that are lowered at the most in the search for better ones: each is a lowering of the whole program.
 const TRIALS: usize = 40;
+/// Steps of devices that are lowered for that at the most, beside one change.
+const STEPS: usize = 1_600_000;
 
 /// What a run of every function takes on the device that it takes most of.
 #[derive(Clone, Copy, Debug, Default)]
@@ -191,13 +193,18 @@ impl<'a> Planned<'a> {
         if let Some(known) = self.tried.borrow().get(&key) {
             return *known;
         }
-        if self.tried.borrow().len() >= TRIALS {
+        if self.tried.borrow().len() >= self.affordable(STEPS, TRIALS) {
             return None;
         }
         let (mesh, layout) = self.mesh_and_layout(change);
         let outcome = lowered(self.program, mesh, layout).and_then(|l| total(self.program, mesh, layout, &l)).ok();
         self.tried.borrow_mut().insert(key, outcome);
         outcome
+    }
+    /// How many plans like this one have so many steps of devices together: one at the least, and `most` at the most.
+    pub fn affordable(&self, steps: usize, most: usize) -> usize {
+        let own: usize = self.plan.functions.values().flatten().map(|d| d.steps.len()).sum();
+        (steps / own.max(1)).clamp(1, most)
     }
     /// The change that saves most time, of some, if one does, and takes no more memory for variables where that is short.
     pub fn better(&self, changes: impl IntoIterator<Item = Change>) -> Option<Change> {

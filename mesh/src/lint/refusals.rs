@@ -127,7 +127,8 @@ pub(super) const LINTS: &[Lint] = &[
         "more-shards-than-chunks",
         "A dimension is split over more devices than it has chunks: the layout is finer than the units that sums are made \
          of, which the program fixes (at most 8 a dimension, and none smaller than its grain). That is what makes results \
-         the same bits on every layout. Use a smaller axis, or split another dimension as well.",
+         the same bits on every layout. Use a smaller axis, split another dimension as well, or give the program more \
+         chunks, `--chunks 16`: that is another order of sums, and other bits.",
         of("data=16", "batch:data"),
         of("data=8,model=1", "batch:data"),
     ),

@@ -64,18 +64,29 @@ impl View<'_> {
 /// in the same order whatever the threads, so that hosts with more of them can go along.
 pub(super) fn gather(fused: &mut Fused, threads: usize) {
     let seeds: Vec<ValueId> = fused.groups.iter().filter_map(|g| seed(fused, g)).collect();
+    let mut search = Search::new(fused);
+    let mut bands: Vec<(Vec<usize>, Group)> = vec![];
     for seed in seeds {
-        let search = Search::new(fused);
-        let Some((members, cuts)) = search.band(seed) else { continue };
-        let Some(order) = search.order(&members) else { continue };
-        let band = search.joined(&members, cuts);
-        if band.outputs.is_empty() {
+        let Some((members, cuts)) = search.band(seed).filter(|(members, _)| search.is_closed(members)) else {
             continue;
+        };
+        let band = search.joined(&members, cuts);
+        if !band.outputs.is_empty() {
+            members.iter().for_each(|g| search.node[*g] = Some(members[0]));
+            bands.push((members, band));
         }
-        let group = |g: usize| if g == members[0] { band.clone() } else { fused.groups[g].clone() };
-        fused.groups = order.into_iter().map(group).collect();
     }
-    for group in std::mem::take(&mut fused.groups) {
+    let order = loop {
+        if let Some(order) = search.order() {
+            break order;
+        }
+        // Bands that wait for each other: the last one is none.
+        let (members, _) = bands.pop().expect("steps without bands are in order");
+        members.iter().for_each(|g| search.node[*g] = None);
+    };
+    let mut bands: HashMap<usize, Group> = bands.into_iter().map(|(members, band)| (members[0], band)).collect();
+    let mut groups: Vec<Option<Group>> = std::mem::take(&mut fused.groups).into_iter().map(Some).collect();
+    for group in order.into_iter().filter_map(|g| bands.remove(&g).or_else(|| groups[g].take())) {
         match group.kind {
             Kind::Band(members, cuts) if threads == 0 || most_slices(fused, &group.outputs, &cuts) < threads => {
                 fused.groups.extend(members);
@@ -116,6 +127,8 @@ struct Search<'a> {
     readers: HashMap<ValueId, Vec<usize>>,
     /// Values that are needed after all steps.
     results: HashSet<ValueId>,
+    /// By step: the first step of the band that it belongs to.
+    node: Vec<Option<usize>>,
 }
 
 impl<'a> Search<'a> {
@@ -127,7 +140,7 @@ impl<'a> Search<'a> {
         }
         let results = fused.spmd.outputs.iter().map(|(_, v)| v).chain(fused.spmd.assigns.iter().map(|(_, v)| v));
         let results = results.map(|v| fused.root(*v)).collect();
-        Search { fused, made, readers, results }
+        Search { fused, made, readers, results, node: vec![None; fused.groups.len()] }
     }
 
     fn group(&self, g: usize) -> &'a Group {
@@ -140,11 +153,13 @@ impl<'a> Search<'a> {
         a.dims.len() == b.dims.len() && a.dims.iter().all(|d| b.has(&d.name))
     }
 
-    /// Whether a step can be done on a slice.
-    fn may_be_cut(&self, group: &Group) -> bool {
+    /// Whether a step can be done on a slice, and is in no band yet.
+    fn may_be_cut(&self, g: usize) -> bool {
+        let group = self.group(g);
         let loops = |v: &ValueId| self.fused.ty(*v).dims.len() <= LOOPS;
         let values = group.instrs.iter().map(|i| &self.fused.spmd.instrs[*i]);
         let fits = values.clone().all(|i| i.inputs.iter().chain([&i.output]).all(loops));
+        let fits = fits && self.node[g].is_none();
         fits && match group.kind {
             Kind::Map | Kind::Reduce => true,
             Kind::Instr => contract(self.fused, group).is_some(),
@@ -164,7 +179,7 @@ impl<'a> Search<'a> {
         let mut members: Vec<usize> = Vec::new();
         let mut open = vec![*self.made.get(&seed)?];
         while let Some(g) = open.pop() {
-            if members.contains(&g) || !self.may_be_cut(self.group(g)) {
+            if members.contains(&g) || !self.may_be_cut(g) {
                 continue;
             }
             members.push(g);
@@ -201,7 +216,7 @@ impl<'a> Search<'a> {
                 let map = self.group(tail);
                 let keeps = || map.outputs.iter().all(|u| cuts.iter().all(|c| self.fused.ty(*u).has(&c.name)));
                 let alone = || map.inputs == [*v] && !self.results.contains(v);
-                if map.kind == Kind::Map && !members.contains(&tail) && alone() && self.may_be_cut(map) && keeps() {
+                if map.kind == Kind::Map && !members.contains(&tail) && alone() && self.may_be_cut(tail) && keeps() {
                     members.push(tail);
                     open.push(tail);
                 }
@@ -248,11 +263,32 @@ impl<'a> Search<'a> {
         true
     }
 
-    /// The steps in an order in which a band can be done at once, at its first step's place; None if something else comes
-    /// between its steps.
-    fn order(&self, members: &[usize]) -> Option<Vec<usize>> {
+    /// Whether nothing else comes between steps: needs one of them, and is needed by another.
+    fn is_closed(&self, members: &[usize]) -> bool {
+        let last = members[members.len() - 1];
+        let mut seen: HashSet<usize> = HashSet::new();
+        let mut open = members.to_vec();
+        while let Some(g) = open.pop() {
+            for next in self.group(g).outputs.iter().filter_map(|v| self.readers.get(v)).flatten() {
+                let inside = members.binary_search(next).is_ok();
+                let outside = members.binary_search(&g).is_err();
+                if inside && outside {
+                    return false;
+                }
+                // Steps are in order: from behind the last one no way leads back.
+                if !inside && *next < last && seen.insert(*next) {
+                    open.push(*next);
+                }
+            }
+        }
+        true
+    }
+
+    /// The steps in an order in which each band is done at once, at its first step's place; None if bands wait for each
+    /// other.
+    fn order(&self) -> Option<Vec<usize>> {
         let groups = self.fused.groups.len();
-        let node = |g: usize| if members.contains(&g) { members[0] } else { g };
+        let node = |g: usize| self.node[g].unwrap_or(g);
         let mut after: Vec<Vec<usize>> = vec![vec![]; groups];
         let mut missing = vec![0usize; groups];
         for (g, group) in self.fused.groups.iter().enumerate() {

@@ -420,7 +420,7 @@ impl Planner<'_> {
             nest,
             reduced: x.ty.dims.iter().map(|d| r.over.contains(&d.name)).collect(),
             f: r.f,
-            tree: sum.map(|s| s.tree.clone()).unwrap_or(crate::chunk::Tree { dims: vec![] }),
+            tree: sum.map(|s| s.tree.clone()).unwrap_or_default(),
             owned: sum.map(|s| s.owned[view.device].clone()).unwrap_or_default(),
         }
     }

@@ -8,6 +8,7 @@
 
 use super::band::{self, View};
 use super::body;
+use crate::body::MAX_INSTRS;
 use crate::dim::{DType, Name, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
@@ -273,6 +274,23 @@ impl<'a> Fused<'a> {
         }
     }
 
+    /// Instructions at each point of a loop, at the most: loads, operations, and roundings.
+    fn instructions(&self, group: &Group) -> usize {
+        let rounded = |v: ValueId| if self.ty(v).dtype.is_half() { 2 } else { 1 };
+        let loads: usize = group.inputs.iter().map(|v| rounded(*v)).sum();
+        let mut inside: HashSet<usize> = HashSet::new();
+        let mut open = group.instrs.clone();
+        while let Some(i) = open.pop() {
+            if inside.insert(i) {
+                let inputs = self.spmd.instrs[i].inputs.iter();
+                open.extend(
+                    inputs.filter(|v| !self.stored.contains(&self.root(**v))).filter_map(|v| self.producer[v.index()]),
+                );
+            }
+        }
+        loads + inside.iter().map(|i| rounded(self.spmd.instrs[*i].output)).sum::<usize>()
+    }
+
     /// Lets loops over the same points share a pass: reductions with one another, and maps with the maps whose
     /// results they read (an optimizer's slots and variable).
     fn merge(&mut self) {
@@ -405,6 +423,9 @@ impl<'a> Fused<'a> {
         // Within one pass a value is at hand point by point, in its own dimensions only.
         let reshaped = || b.inputs.iter().any(|&v| self.reads_reshaped(v, &earlier.outputs));
         if earlier.kind != later.kind || !ready || earlier.outputs.len() >= 4 || reads_earlier && reshaped() {
+            return false;
+        }
+        if self.instructions(earlier) + self.instructions(later) > MAX_INSTRS {
             return false;
         }
         match (&a.op, &b.op) {

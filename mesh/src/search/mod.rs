@@ -3,7 +3,8 @@
 //!
 //! [`outline`] is what a function does, each kind of step once; [`segments`] are the parts of it that are split in one way
 //! each; [`split`] says what a device that stands for all has of a tensor, and [`price`] what steps take there; [`meshes`]
-//! lists the meshes; [`tables`] makes of a mesh the problem that [`solve`] solves; [`spell`] writes the answer as a layout.
+//! lists the meshes; [`tables`] makes of a mesh the problem that [`solve`] solves; [`stages`] shares segments out to the
+//! stages of a pipeline, each on such a mesh; [`spell`] writes the answer as a layout.
 
 pub mod meshes;
 pub mod outline;
@@ -12,19 +13,21 @@ pub mod segments;
 pub mod solve;
 pub mod spell;
 pub mod split;
+pub mod stages;
 pub mod tables;
 
 use crate::dim::Name;
 use crate::error::{Cause, Error};
 use crate::layout::{Layout, Mesh};
 use crate::machine::Machine;
+use crate::pipeline;
 use crate::plan::{ProgramPlan, time};
 use crate::program::Program;
 use outline::Outline;
 use price::Prices;
 use segments::Segments;
 use solve::Solution;
-use split::{Site, Way};
+use split::{Pipeline, Site, Way};
 use tables::Tables;
 
 /// Devices up to which what is found is planned: larger meshes are judged by the prices alone.
@@ -39,14 +42,16 @@ const CANDIDATES: usize = 4;
 const ROUNDS: usize = 4;
 
 /// Stages of ZeRO.
-const STAGES: u8 = 3;
+const ZERO: u8 = 3;
+/// What the axis of a pipeline's stages is called.
+const PIPE: &str = "pipe";
 
 /// What the devices are to be.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Devices {
-    /// So many: the mesh is searched for, too.
+    /// So many: the mesh is searched for, too, and where the function goes in micro-batches the number of stages.
     Count(usize),
-    /// Those of a mesh.
+    /// Those of a mesh. An axis `pipe` is one of stages where the function goes in micro-batches.
     Mesh(Mesh),
 }
 
@@ -102,10 +107,25 @@ pub struct Found {
     pub plans: usize,
 }
 
-/// A solution on a mesh.
-struct Candidate {
+/// The mesh of a stage, and the stages.
+#[derive(Clone)]
+struct Form {
     mesh: Mesh,
+    pipeline: Pipeline,
+}
+
+impl Form {
+    fn devices(&self) -> usize {
+        self.mesh.size() * self.pipeline.depth
+    }
+}
+
+/// A solution on a mesh: of a stage, if there are several.
+struct Candidate {
+    form: Form,
     ways: Vec<Way>,
+    /// By segment: its stage.
+    stages: Vec<usize>,
     again: Vec<Name>,
     solution: Solution,
 }
@@ -119,37 +139,55 @@ impl Search<'_> {
         let program = (self.build)(&[])?;
         let outline = Outline::new(&program, program.function(self.function)?, self.threads)?;
         let segments = Segments::new(&outline);
-        let meshes = match &self.devices {
-            Devices::Mesh(mesh) if mesh.axes().len() > split::AXES => {
-                let what = format!("a search on the mesh `{mesh}`, of more than {} axes,", split::AXES);
-                return Err(Cause::NotYet { what, help: "merge some of its axes".into() }.into());
-            }
-            Devices::Mesh(mesh) => vec![mesh.clone()],
-            Devices::Count(n) => meshes::meshes(*n, outline.most_chunks())?,
-        };
+        let forms = self.forms(&outline, &segments)?;
         let (budget, mut fastest) = (self.memory as f64, f64::INFINITY);
         let mut tables = vec![];
-        for mesh in &meshes {
-            let mut prices = Prices::new(&outline, Site::new(mesh, self.machine, outline.most_chunks()));
-            for stage in 0..=STAGES {
+        for form in &forms {
+            let site = Site::new(&form.mesh, form.pipeline, self.machine, outline.most_chunks());
+            let mut prices = Prices::new(&outline, site);
+            for stage in 0..=ZERO {
                 let of_mesh = Tables::new(&segments, &mut prices, stage, self.may_recompute, budget, &mut fastest);
-                tables.extend(of_mesh.map(|t| (mesh.clone(), t)));
+                tables.extend(of_mesh.map(|t| (form.clone(), t)));
             }
         }
         let mut search = Running {
             search: self,
             outline: &outline,
             segments: &segments,
-            meshes: meshes.len(),
+            meshes: forms.len(),
             tables,
             fastest,
             plans: 0,
         };
         search.run()
     }
-}
 
-impl Search<'_> {
+    /// The meshes that may be, and the stages on each.
+    fn forms(&self, outline: &Outline, segments: &Segments) -> Result<Vec<Form>, Error> {
+        let (micro, parts) = (pipeline::count(outline.function), segments.list.len() - 1);
+        let form = |mesh: Mesh, depth: usize| Form { mesh, pipeline: Pipeline { depth, micro } };
+        match &self.devices {
+            Devices::Mesh(mesh) => {
+                let stages = mesh.axis(PIPE).filter(|_| micro > 1).map(|a| mesh.axes()[a].1);
+                let rest = if stages.is_some() { mesh.resized(PIPE, None) } else { mesh.clone() };
+                if rest.axes().len() > split::AXES {
+                    let what = format!("a search on the mesh `{mesh}`, of more than {} axes,", split::AXES);
+                    return Err(Cause::NotYet { what, help: "merge some of its axes".into() }.into());
+                }
+                Ok(vec![form(rest, stages.unwrap_or(1))])
+            }
+            Devices::Count(n) => {
+                let depths = (1..=micro.min(parts).min(*n)).filter(|d| n.is_multiple_of(*d));
+                let mut forms = vec![];
+                for depth in depths {
+                    let meshes = meshes::meshes(n / depth, outline.most_chunks())?;
+                    forms.extend(meshes.into_iter().map(|mesh| form(mesh, depth)));
+                }
+                Ok(forms)
+            }
+        }
+    }
+
     /// What a layout takes by its plan.
     ///
     /// # Errors
@@ -169,7 +207,7 @@ struct Running<'a> {
     outline: &'a Outline<'a>,
     segments: &'a Segments,
     meshes: usize,
-    tables: Vec<(Mesh, Tables)>,
+    tables: Vec<(Form, Tables)>,
     /// Seconds of the fastest step that is known to fit, by the prices.
     fastest: f64,
     plans: usize,
@@ -189,7 +227,7 @@ impl Running<'_> {
                 continue;
             };
             let bound = candidates.iter().map(|c| c.solution.bound).fold(first.solution.seconds, f64::min);
-            if first.mesh.size() > PLANNED {
+            if first.form.devices() > PLANNED {
                 return self.found(candidates.swap_remove(0), None, bound);
             }
             let slowest = RUNNERS_UP * first.solution.seconds;
@@ -222,7 +260,7 @@ impl Running<'_> {
         // Plans may need more memory than the prices say: then what they say is fastest is no limit.
         let mut most =
             if limit >= self.search.memory as f64 { self.fastest * (1.0 + 1e-6) / BETTER } else { f64::INFINITY };
-        for (mesh, tables) in &self.tables {
+        for (form, tables) in &self.tables {
             let Some(solution) = tables.problem.solve(limit, most * BETTER) else { continue };
             most = most.min(solution.seconds);
             let (mut ways, mut again) = (vec![], vec![]);
@@ -232,31 +270,47 @@ impl Running<'_> {
                 again.extend(segment.block.clone().filter(|_| *remade));
             }
             let mesh = match self.search.devices {
-                Devices::Count(_) => spell::named(mesh, self.outline, &ways)?,
-                Devices::Mesh(_) => mesh.clone(),
+                Devices::Count(_) => spell::named(&form.mesh, self.outline, &ways)?,
+                Devices::Mesh(_) => form.mesh.clone(),
             };
-            all.push(Candidate { mesh, ways, again, solution });
+            let stages = stages::share(&tables.problem, &solution, form.pipeline.depth);
+            all.push(Candidate { form: Form { mesh, ..form.clone() }, ways, stages, again, solution });
         }
         all.sort_by(|a, b| a.solution.seconds.total_cmp(&b.solution.seconds));
         Ok(all)
     }
 
+    /// The whole mesh of a candidate.
+    fn mesh(&self, c: &Candidate) -> Mesh {
+        match &self.search.devices {
+            Devices::Mesh(mesh) => mesh.clone(),
+            Devices::Count(_) if c.form.pipeline.depth == 1 => c.form.mesh.clone(),
+            Devices::Count(_) => c.form.mesh.along(PIPE, c.form.pipeline.depth),
+        }
+    }
+
     fn layout(&self, c: &Candidate) -> Result<Layout, Error> {
-        spell::layout(&c.mesh, self.outline, self.segments, &c.ways)
+        let layout = spell::layout(&c.form.mesh, self.outline, self.segments, &c.ways)?;
+        let layout = match c.form.pipeline.depth {
+            1 => layout,
+            depth => spell::staged(layout, PIPE, depth, self.segments, &c.stages)?,
+        };
+        Ok(spell::firm(layout, &self.mesh(c), self.outline.program))
     }
 
     /// What a candidate takes by its plan.
     fn planned(&mut self, c: &Candidate) -> Result<Takes, Error> {
         self.plans += 1;
-        self.search.takes(&c.again, &c.mesh, &self.layout(c)?)
+        self.search.takes(&c.again, &self.mesh(c), &self.layout(c)?)
     }
 
     fn found(&self, c: Candidate, planned: Option<Takes>, bound: f64) -> Result<Found, Error> {
-        let ways = |(_, t): &(Mesh, Tables)| {
+        let ways = |(_, t): &(Form, Tables)| {
             t.problem.segments.iter().map(|s| s.iter().map(Vec::len).sum::<usize>() as f64).product::<f64>()
         };
         Ok(Found {
             layout: self.layout(&c)?,
+            mesh: self.mesh(&c),
             recompute: c.again,
             priced: Takes { seconds: c.solution.seconds + self.search.machine.step, bytes: c.solution.memory as usize },
             planned,
@@ -264,7 +318,6 @@ impl Running<'_> {
             meshes: self.meshes,
             layouts: self.tables.iter().map(ways).sum::<f64>(),
             plans: self.plans,
-            mesh: c.mesh,
         })
     }
 }

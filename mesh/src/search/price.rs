@@ -172,12 +172,13 @@ impl<'a> Prices<'a> {
 
     /// Seconds of a step that communicates.
     fn collective(&self, class: &str, cost: Cost, messages: [usize; 2], bytes: [f64; 2]) -> f64 {
-        self.seconds(class, "collective", cost, DType::F32) + self.site.links(messages, bytes)
+        let links = self.site.links(messages, bytes) * self.site.pipeline.seconds();
+        self.seconds(class, "collective", cost, DType::F32) + links
     }
 
     fn seconds(&self, class: &str, family: &str, cost: Cost, dtype: DType) -> f64 {
         let shared = Cost { flops: cost.flops * self.site.share, bytes: cost.bytes * self.site.share };
-        self.site.machine.rate(class, family).seconds(shared, dtype)
+        self.site.machine.rate(class, family).seconds(shared, dtype) * self.site.pipeline.seconds()
     }
 
     /// How something lies.

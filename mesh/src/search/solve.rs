@@ -224,7 +224,8 @@ impl Problem {
         (Some(Solution { chosen, seconds, memory, bound: seconds }), e.cut, e.sums)
     }
 
-    /// The options of a segment of `most` seconds or less that no other one replaces: as good in itself by more than what its neighbours may lose.
+    /// The options of a segment of `most` seconds or less that no other one replaces: as good in itself by more than what its
+    /// neighbours may lose.
     fn live(&self, segment: usize, most: f64) -> Vec<usize> {
         let options = &self.segments[segment];
         let pairs: Vec<&Pair> = self.pairs.iter().filter(|p| p.of.contains(&segment)).collect();

@@ -5,7 +5,7 @@ use super::outline::Outline;
 use super::segments::{Segment, Segments};
 use super::split::{Axes, Way};
 use crate::error::Error;
-use crate::layout::{ANY, Head, Layout, Mesh, Pattern, Rule, Section};
+use crate::layout::{ANY, AT, Head, Layout, Mesh, Pattern, Rule, Section};
 use crate::placement::{Placement, subjects};
 use crate::program::Program;
 use std::collections::BTreeMap;
@@ -75,7 +75,7 @@ pub fn layout(mesh: &Mesh, outline: &Outline, segments: &Segments, ways: &[Way])
         // No text at all would mean the usual layout to a command line.
         layout.rules.push(rule(ANY, 0));
     }
-    Ok(firm(layout, mesh, outline.program))
+    Ok(layout)
 }
 
 /// The value that occurs most; of equals the largest.
@@ -116,8 +116,39 @@ fn blocks(segments: &Segments, rules: Vec<Vec<Rule>>) -> Result<Vec<(Head, Layou
     Ok(blocks)
 }
 
+/// A layout whose segments lie at their stages along an axis; whatever belongs to none lies at the last one.
+///
+/// # Errors
+/// As [`layout`].
+pub fn staged(
+    mut layout: Layout,
+    axis: &str,
+    depth: usize,
+    segments: &Segments,
+    stages: &[usize],
+) -> Result<Layout, Error> {
+    let at = |stage: usize| Rule {
+        dim: format!("{AT}{axis}").into(),
+        axes: vec![axis.into()],
+        optional: false,
+        at: Some(stage),
+    };
+    layout.rules.push(at(depth - 1));
+    let elsewhere = segments.list.iter().zip(stages).filter(|(_, stage)| **stage + 1 < depth);
+    for (segment, stage) in elsewhere {
+        for scope in &segment.scopes {
+            let head = Head::Scope(format!("{scope}/**").parse()?);
+            match layout.blocks.iter_mut().find(|(h, _)| *h == head) {
+                Some((_, block)) => block.rules.push(at(*stage)),
+                None => layout.blocks.push((head, Layout::made(vec![at(*stage)], vec![]))),
+            }
+        }
+    }
+    Ok(layout)
+}
+
 /// The layout without `?` where every tensor follows the rule anyway.
-fn firm(mut layout: Layout, mesh: &Mesh, program: &Program) -> Layout {
+pub fn firm(mut layout: Layout, mesh: &Mesh, program: &Program) -> Layout {
     let placement = Placement::new(mesh, &layout, program);
     let all: Vec<&Rule> = layout.scoped().map(|s| s.rule).collect();
     let mut gives_way = vec![false; all.len()];
@@ -140,7 +171,7 @@ fn firm(mut layout: Layout, mesh: &Mesh, program: &Program) -> Layout {
 fn set_optional(layout: &mut Layout, gives_way: &mut impl Iterator<Item = bool>) {
     for rule in &mut layout.rules {
         // Who chooses a dimension gives way by itself.
-        rule.optional = gives_way.next() == Some(true) && *rule.dim != *ANY && !rule.axes.is_empty();
+        rule.optional = gives_way.next() == Some(true) && !rule.is_for_all() && !rule.axes.is_empty();
     }
     layout.blocks.iter_mut().for_each(|(_, block)| set_optional(block, gives_way));
 }

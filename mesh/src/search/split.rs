@@ -123,10 +123,29 @@ impl Shape {
     }
 }
 
+/// A pipeline of stages that are as long as each other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pipeline {
+    /// Stages; 1: none.
+    pub depth: usize,
+    /// Micro-batches that go through them.
+    pub micro: usize,
+}
+
+impl Pipeline {
+    /// Seconds of a run for each second that all of it takes on one stage: each stage does its part of it, and waits while
+    /// the first micro-batch comes to it and the last one leaves it (Narayanan et al. 2019).
+    pub fn seconds(&self) -> f64 {
+        (self.micro + self.depth - 1) as f64 / (self.micro * self.depth) as f64
+    }
+}
+
 /// A mesh on a machine, and the device that stands for all: one with neighbours on both sides, and the largest shards.
 pub struct Site<'a> {
-    /// The mesh.
+    /// The mesh of a stage.
     pub mesh: &'a Mesh,
+    /// The stages.
+    pub pipeline: Pipeline,
     /// The machine.
     pub machine: &'a Machine,
     /// How many devices of the mesh share one of the machine's.
@@ -136,15 +155,15 @@ pub struct Site<'a> {
 }
 
 impl<'a> Site<'a> {
-    /// That mesh on that machine.
-    pub fn new(mesh: &'a Mesh, machine: &'a Machine, chunks: usize) -> Site<'a> {
-        let (per_host, share) = machine.share(mesh.size());
+    /// A pipeline with stages of that mesh on that machine.
+    pub fn new(mesh: &'a Mesh, pipeline: Pipeline, machine: &'a Machine, chunks: usize) -> Site<'a> {
+        let (per_host, share) = machine.share(mesh.size() * pipeline.depth);
         let inner = |n: usize| {
             let inside = if n > 2 { 1..n - 1 } else { 0..1 };
             inside.max_by_key(|i| (shard_chunks(chunks, n, *i).len(), std::cmp::Reverse(*i))).unwrap_or(0)
         };
         let at = mesh.axes().iter().map(|(_, n)| inner(*n)).collect();
-        Site { mesh, machine, share, per_host, at }
+        Site { mesh, pipeline, machine, share, per_host, at }
     }
 
     /// The axes in a set, the outermost first.

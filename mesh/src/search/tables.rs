@@ -51,9 +51,10 @@ impl Class<'_> {
 }
 
 impl Tables {
-    /// The tables of a function at those prices and that stage of ZeRO, where blocks may be made `again` or not, with which a step within a budget of memory takes less than `fastest` seconds,
-    /// which is lowered to what one takes where all segments are split alike; None if there are none. Options that are
-    /// too slow for that, whatever the others are, are left out.
+    /// The tables of a function at those prices and that stage of ZeRO, where blocks may be made `again` or not, with which
+    /// a step within a budget of memory takes less than `fastest` seconds, which is lowered to what one takes where all
+    /// segments are split alike; None if there are none. Options that are too slow for that, whatever the others are, are
+    /// left out.
     pub fn new(
         segments: &Segments,
         prices: &mut Prices,
@@ -234,6 +235,9 @@ fn memory(prices: &mut Prices, content: &Content, way: Way) -> Memory {
         let region = prices.site.region(shape, &prices.site.split(shape, way));
         variables += (region.elements() * shape.element * n) as f64;
     }
+    // A stage has its part of the variables. Of activations it keeps its part too, but of as many micro-batches as there are
+    // stages.
+    variables /= prices.site.pipeline.depth as f64;
     // Bytes at the turn to the backward pass and behind it, of that what is made again, and by step.
     let (mut turn, mut behind, mut inside) = (0.0, 0.0, 0.0);
     let mut change = vec![0.0; content.length + 2];

@@ -67,70 +67,76 @@ pub struct Bert {
     pub vocab: usize,
     pub batch: usize,
     pub seq: usize,
+    /// Micro-batches that a step goes in.
+    pub micro: usize,
 }
 
 /// BERT-large on sequences of 128 tokens.
-pub const LARGE: Bert = Bert { layers: 24, width: 1024, heads: 16, vocab: 30522, batch: 4096, seq: 128 };
+pub const LARGE: Bert = Bert { layers: 24, width: 1024, heads: 16, vocab: 30522, batch: 4096, seq: 128, micro: 1 };
 
 /// A BERT that learns masked words, in bf16 by AdamW with clipping.
 pub fn bert(b: Bert, recompute: &[Name]) -> Program {
     let mut p = ProgramBuilder::recomputing(recompute);
     p.function("train", |g| {
-        let [batch, seq, model] = [dim("batch", b.batch), dim("seq", b.seq), dim("d_model", b.width)];
-        let tokens = g.input("tokens", DType::I32, &[batch.clone(), seq.clone()]);
-        let lengths = g.input("lengths", DType::I32, std::slice::from_ref(&batch));
+        let [batch, seq] = [dim("batch", b.batch), dim("seq", b.seq)];
         let places = [batch.clone(), dim("prediction", b.seq * 15 / 100 + 1)];
-        let positions = g.input("positions", DType::I32, &places);
-        let targets = g.input("targets", DType::I32, &places);
-        let start = init::truncated_normal(0.02);
-        let dense = Dense::default().starting(start.clone());
-        let norm = |x: &Tensor, name: &str| nn::layer_norm(x, name, &["d_model"], 1e-12);
-        let vocab = dim("vocab", b.vocab);
-        let table = |g: &Graph, name: &str, rows: &Dim| {
-            nn::embedding(g, name, rows, std::slice::from_ref(&model), start.clone())
-        };
-        let words = || g.scoped("embeddings", || table(g, "word", &vocab));
-        let mask = nn::attention_mask(&lengths, &seq);
-        let word = words().gather(&tokens, "vocab");
-        let mut x = g.scoped("embeddings", || {
-            let places = table(g, "position", &dim("position", 512)).slice("position", 0, b.seq);
-            norm(&word.add(&places.rename("position", "seq")), "norm").cast(DType::Bf16)
-        });
-        let options = Attention {
-            heads: dim("heads", b.heads),
-            head: dim("d_head", b.width / b.heads),
-            init: start.clone(),
-            keep: 0.9,
-        };
-        g.scoped("encoder", || {
-            for i in 0..b.layers {
-                let name = format!("layer.{i}");
-                let layer = || {
-                    let seen = nn::attention(&x, &x, &mask, "attention", ["seq", "d_model"], &options, Mode::Train);
-                    let y = norm(&x.add(&nn::dropout(&seen, 0.9, Mode::Train)), "attention_norm");
-                    let wide = nn::dense(&y, "up", &["d_model"], &[dim("d_ff", 4 * b.width)], &dense);
-                    let z = nn::dense(&nn::gelu(&wide), "down", &["d_ff"], std::slice::from_ref(&model), &dense);
-                    norm(&y.add(&nn::dropout(&z, 0.9, Mode::Train)), "norm")
-                };
-                x = g.block(&name, || g.scoped(name.clone(), layer));
-            }
-        });
-        let words = words().cast(DType::Bf16);
-        let logits = g.scoped("masked_words", || {
-            let x = nn::dense(
-                &x.gather(&positions, "seq"),
-                "transform",
-                &["d_model"],
-                std::slice::from_ref(&model),
-                &dense,
-            );
-            let x = norm(&nn::gelu(&x), "norm");
-            x.contract_wide(&words, &["d_model"]).add(&g.variable("bias", std::slice::from_ref(&vocab), Init::zeros()))
-        });
-        let loss = nn::cross_entropy(&logits, &targets, "vocab").mean(&["batch", "prediction"]);
+        let feeds = [
+            g.input("tokens", DType::I32, &[batch.clone(), seq]),
+            g.input("lengths", DType::I32, std::slice::from_ref(&batch)),
+            g.input("positions", DType::I32, &places),
+            g.input("targets", DType::I32, &places),
+        ];
+        let optimizer = Optimizer::adamw(1e-3, 0.01).clipped(1.0);
+        let part = |part| masked_words(g, b, feeds.each_ref().map(|t| t.micro_batch("batch", part, b.micro)));
+        let (loss, update) = optimizer.apply_in_parts(g, b.micro, part);
         g.output("loss", &loss);
-        Optimizer::adamw(1e-3, 0.01).clipped(1.0).apply(g, &loss).output(g);
+        update.output(g);
     })
     .unwrap();
     p.finish().unwrap()
+}
+
+/// The loss of a micro-batch.
+fn masked_words(g: &Graph, b: Bert, [tokens, lengths, positions, targets]: [Tensor; 4]) -> Tensor {
+    let [seq, model] = [dim("seq", b.seq), dim("d_model", b.width)];
+    let start = init::truncated_normal(0.02);
+    let dense = Dense::default().starting(start.clone());
+    let norm = |x: &Tensor, name: &str| nn::layer_norm(x, name, &["d_model"], 1e-12);
+    let vocab = dim("vocab", b.vocab);
+    let table =
+        |g: &Graph, name: &str, rows: &Dim| nn::embedding(g, name, rows, std::slice::from_ref(&model), start.clone());
+    let words = || g.scoped("embeddings", || table(g, "word", &vocab));
+    let mask = nn::attention_mask(&lengths, &seq);
+    let word = words().gather(&tokens, "vocab");
+    let mut x = g.scoped("embeddings", || {
+        let places = table(g, "position", &dim("position", 512)).slice("position", 0, b.seq);
+        norm(&word.add(&places.rename("position", "seq")), "norm").cast(DType::Bf16)
+    });
+    let options = Attention {
+        heads: dim("heads", b.heads),
+        head: dim("d_head", b.width / b.heads),
+        init: start.clone(),
+        keep: 0.9,
+    };
+    g.scoped("encoder", || {
+        for i in 0..b.layers {
+            let name = format!("layer.{i}");
+            let layer = || {
+                let seen = nn::attention(&x, &x, &mask, "attention", ["seq", "d_model"], &options, Mode::Train);
+                let y = norm(&x.add(&nn::dropout(&seen, 0.9, Mode::Train)), "attention_norm");
+                let wide = nn::dense(&y, "up", &["d_model"], &[dim("d_ff", 4 * b.width)], &dense);
+                let z = nn::dense(&nn::gelu(&wide), "down", &["d_ff"], std::slice::from_ref(&model), &dense);
+                norm(&y.add(&nn::dropout(&z, 0.9, Mode::Train)), "norm")
+            };
+            x = g.block(&name, || g.scoped(name.clone(), layer));
+        }
+    });
+    let words = words().cast(DType::Bf16);
+    let logits = g.scoped("masked_words", || {
+        let x =
+            nn::dense(&x.gather(&positions, "seq"), "transform", &["d_model"], std::slice::from_ref(&model), &dense);
+        let x = norm(&nn::gelu(&x), "norm");
+        x.contract_wide(&words, &["d_model"]).add(&g.variable("bias", std::slice::from_ref(&vocab), Init::zeros()))
+    });
+    nn::cross_entropy(&logits, &targets, "vocab").mean(&["batch", "prediction"])
 }

@@ -21,7 +21,6 @@ use super::tile::{self, Combine, Leaves, Tile, panel_width};
 use super::vm::StepContext;
 use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
-use mesh::chunk::Tree;
 use mesh::dim::{DType, Name};
 use mesh::ops::Prim;
 use mesh::plan::{OpWork, Part};
@@ -229,7 +228,7 @@ impl ContractPlan {
                 _ => columns.push((range.clone(), [place(b, n), place(out, n)])),
             }
         }
-        let (tree, owned) = work.sum.clone().unwrap_or((Tree { dims: vec![] }, vec![]));
+        let (tree, owned) = work.sum.clone().unwrap_or_default();
         let leaves = Leaves::new(&tree, &owned);
         let names: Vec<&Name> =
             a.ty.dims

@@ -125,7 +125,7 @@ impl ScatterAddPlan {
         let (rows, pitch) = axis_of(out, &op.dim.name);
         let (mut leaves, mut nodes, mut depth) = (Vec::new(), Vec::new(), 0);
         let mut next = 0;
-        let (tree, owned) = work.sum.clone().unwrap_or((Tree { dims: vec![] }, vec![]));
+        let (tree, owned) = work.sum.clone().unwrap_or_default();
         for node in tree.nodes(&owned) {
             let mut found = Vec::new();
             depth = depth.max(ways(&tree, &node, 0, 0, &mut found));

@@ -8,7 +8,7 @@
 use super::isa::Isa;
 use super::lanes::{Mode, Operand, binary, cast, compare, constant, load, random, select, store, unary};
 use super::native::{Moving, Native, Origin, TABLE};
-use mesh::body::{Body, Instr, Loop};
+use mesh::body::{Body, Instr, Loop, MAX_INSTRS};
 use mesh::dim::DType;
 use mesh::rng::Stream;
 
@@ -97,9 +97,6 @@ pub struct Evaluation<'a> {
     /// The block's elements of an operand behind those in memory.
     given: *const u32,
 }
-
-/// The most instructions a body may have.
-pub const MAX_INSTRS: usize = 192;
 
 impl Machine {
     /// Prepares a body. Loops are collapsed where `may_collapse(i)` allows loops `i` and `i + 1` to become one; how many
