@@ -3,6 +3,8 @@
 //! For each dimension of a tensor one rule decides: the tensor's own rules, if it has any, and no others; else the rules
 //! of a scope before those of a section before those for every tensor, and of equals the last one.
 
+mod why;
+
 use crate::chunk::shard_chunks;
 use crate::dim::{Dim, Name, Type};
 use crate::error::{Cause, Error, Place, nearest};
@@ -35,8 +37,8 @@ pub struct Subject<'a> {
     paths: Vec<&'a str>,
     /// Rules of its own.
     pub(crate) own: Option<&'a str>,
-    /// Dimensions that must not be split.
-    pub(crate) whole: Vec<Name>,
+    /// Dimensions that must not be split, with the reason.
+    pub(crate) whole: Vec<(Name, &'static str)>,
     place: Place,
 }
 
@@ -71,7 +73,7 @@ impl<'a> Subject<'a> {
             section: node.role.section(),
             paths,
             own: node.layout.as_deref(),
-            whole: op.whole(&function.input_types(node), &node.ty).into_iter().map(|(dim, _)| dim).collect(),
+            whole: op.whole(&function.input_types(node), &node.ty),
             place: node.place,
         }
     }
@@ -196,13 +198,16 @@ impl<'a> Placement<'a> {
     }
 
     /// The rule that decides on a dimension of a tensor.
-    pub(crate) fn deciding<'s>(&'s self, own: Option<&'s Layout>, t: &Subject, dim: &str) -> Option<&'s Rule> {
+    pub(crate) own: Option<&'a str>,
+    /// Dimensions that must not be split, with the reason.
+    pub(crate) whole: Vec<(Name, &'static str)>,
         if let Some(own) = own {
-            return own.rules.iter().find(|r| r.dim == *dim);
+            let rule = own.rules.iter().find(|r| r.dim == *dim)?;
+            return Some(Scoped { section: None, scope: None, rule });
         }
         let rules = self.rules.iter().enumerate();
         let hold = rules.filter(|(_, s)| s.rule.dim == *dim && t.is_of(s.section) && t.is_in(s.scope));
-        hold.max_by_key(|(i, s)| (s.scope.is_some(), s.section.is_some(), *i)).map(|(_, s)| s.rule)
+        hold.max_by_key(|(i, s)| (s.scope.is_some(), s.section.is_some(), *i)).map(|(_, s)| *s)
     }
 
     /// How a tensor is split: by its own rules if it has any, else by the layout's; never along dimensions that its op
@@ -216,7 +221,8 @@ impl<'a> Placement<'a> {
             self.check_own(own, t).map_err(|e| e.at(t.place))?;
         }
         let dims = &t.ty.dims;
-        let rule = |d: &Dim| self.deciding(own.as_ref(), t, &d.name).filter(|_| !t.whole.contains(&d.name));
+        let whole = |d: &Dim| t.whole.iter().any(|(dim, _)| *dim == d.name);
+        let rule = |d: &Dim| Some(self.deciding(own.as_ref(), t, &d.name).filter(|_| !whole(d))?.rule);
         let rules: Vec<Option<&Rule>> = dims.iter().map(rule).collect();
         let mut spec = Spec { dims: vec![vec![]; dims.len()], stage: self.stage(own.as_ref(), t) };
         // Rules that may be passed over come after those that may not, and a dimension that is chosen comes last.
@@ -231,10 +237,10 @@ impl<'a> Placement<'a> {
                 }
             }
         }
-        if let Some(rule) = self.deciding(own.as_ref(), t, ANY) {
-            let axes = self.axes(rule);
+        if let Some(any) = self.deciding(own.as_ref(), t, ANY) {
+            let axes = self.axes(any.rule);
             let free = |i: &usize| {
-                let switched_off = rules[*i].is_some_and(|r| r.axes.is_empty()) || t.whole.contains(&dims[*i].name);
+                let switched_off = rules[*i].is_some_and(|r| r.axes.is_empty()) || whole(&dims[*i]);
                 spec.dims[*i].is_empty() && !switched_off && self.fits(t, &spec, *i, &axes).is_ok()
             };
             // Of equals the first by name, so that a tensor with its dimensions in another order is split alike.
@@ -249,7 +255,7 @@ impl<'a> Placement<'a> {
     /// The axes along which a tensor lies at one place.
     fn stage(&self, own: Option<&Layout>, t: &Subject) -> Vec<(usize, usize)> {
         let axes = self.mesh.axes().iter().enumerate().filter(|(_, (_, size))| *size > 1);
-        let at = |name: &Name| self.deciding(own, t, &format!("{AT}{name}"))?.at;
+        let at = |name: &Name| self.deciding(own, t, &format!("{AT}{name}"))?.rule.at;
         axes.filter_map(|(i, (name, _))| Some((i, at(name)?))).collect()
     }
 

@@ -383,3 +383,39 @@ fn the_book_has_one_layout_as_a_table_and_in_rust() {
     });
     plan_within(&p, &config.mesh, &layout.to_string(), &PlanOptions::default()).unwrap();
 }
+
+/// The reasons that a layout gives for the tensor which an op makes.
+fn why(p: &Program, mesh: &str, layout: &str, op: &str) -> Vec<String> {
+    let (mesh, layout): (Mesh, Layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
+    let f = p.function("f").unwrap();
+    let node = f.nodes.iter().find(|n| n.op.op().name() == op).unwrap();
+    Placement::new(&mesh, &layout, p).why(&Subject::node(f, node))
+}
+
+#[test]
+fn why_a_tensor_lies_as_it_does_is_said_with_the_rule_that_decided() {
+    let p = small();
+    let input = |mesh: &str, layout: &str| why(&p, mesh, layout, "input").join("; ");
+    assert_eq!(input("a=2", ""), "it is whole: no rule is about its dimensions");
+    assert_eq!(input("a=2", "x:a"), "`x` is split over a by the rule `x:a`");
+    assert_eq!(
+        input("a=2", "x:none, batch:a"),
+        "`batch` is split over a by the rule `batch:a`; `x` is whole by the rule `x:none`"
+    );
+    assert_eq!(input("a=2", "*:a"), "`x` is split over a by the rule `*:a`, as the largest that can be");
+    assert_eq!(input("a=2,b=2", "x:a+b"), "`x` is split over a+b by the rule `x:a+b`");
+    let block = "activations{batch:a}";
+    assert_eq!(input("a=2", block), format!("`batch` is split over a by the rule `{block}`"));
+    let gives_way = "`batch` is split over a by the rule `batch:a`; \
+                     `x` is whole: the rule `x:a?` gives way, since `batch` has the axis `a`";
+    assert_eq!(input("a=2", "batch:a, x:a?"), gives_way);
+    let few = "`channel` is whole: the rule `channel:a?` gives way, since 3 chunks are too few for 4 devices";
+    assert_eq!(input("a=4", "channel:a?"), few);
+    assert_eq!(input("a=1,b=2", "x:a"), "`x` is whole: the axes of the rule `x:a` have a size of 1");
+    assert_eq!(input("a=2", "@a:1"), "it lies at place 1 along a by the rule `@a:1`");
+    let own = program(|g, x| g.output("y", &x.tanh().with_layout("x:a")));
+    assert_eq!(why(&own, "a=2", "batch:a", "tanh"), ["`x` is split over a by its own rule `x:a`"]);
+    let sorted = program(|g, x| g.output("y", &x.top_k("x", &dim("k", 8)).1));
+    let whole = why(&sorted, "a=2", "k:a?", "top_k").join("");
+    assert!(whole.starts_with("`k` is whole in spite of the rule `k:a?`: the elements of one order"), "{whole}");
+}

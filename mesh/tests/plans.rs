@@ -12,7 +12,7 @@ use mesh::plan::report::{JSON_BYTES, Report, report};
 use mesh::plan::{ALIGN, Backend, PlanOptions, ProgramPlan, Work, diff, html, plan_program, time};
 use mesh::program::{Program, ProgramBuilder};
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 struct Plain;
 
@@ -246,6 +246,15 @@ fn a_page_is_well_formed_alone_and_has_no_number_that_the_report_does_not() {
         let feed = report.plans[0].feed.as_ref().unwrap();
         known.extend(feed.dims.iter().map(|(n, s)| format!("{n}:{s}")));
         known.extend(report.plans[0].levels.iter().flat_map(|l| l.tensor.ty.split(", ").map(String::from)));
+        known.extend(report.plans[0].variables.iter().flat_map(|v| v.ty.split(", ").map(String::from)));
+        // Bars are what their parts are together.
+        let mut along: BTreeMap<&str, usize> = BTreeMap::new();
+        report.plans[0].communication.iter().for_each(|t| *along.entry(&t.axis).or_default() += t.bytes);
+        known.extend(along.into_values().map(bytes));
+        let time = report.plans[0].time.as_ref().unwrap();
+        known.extend(time.devices.iter().map(|d| seconds(d.iter().sum())));
+        known.extend((0..report.devices).map(|d| format!("device {d}")));
+        known.insert(format!("device {}, the slowest", time.slowest));
         for text in texts.iter().filter(|t| t.contains(|c: char| c.is_ascii_digit())) {
             let text = text.strip_prefix("devices ").unwrap_or(text);
             let found = known.contains(text) || text.split(", ").all(|part| known.contains(part));
@@ -253,6 +262,7 @@ fn a_page_is_well_formed_alone_and_has_no_number_that_the_report_does_not() {
             assert!(found || named, "`{text}` is not in the report of {mesh}");
         }
         assert!(page.contains("class=\"mesh\"") == (mesh != "1") && page.contains("class=\"memory\""));
+        assert!(page.contains("class=\"levels\"") && page.contains("<summary>Variables"));
     }
 }
 

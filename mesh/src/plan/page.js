@@ -1,4 +1,3 @@
-
 "use strict";
 const report = JSON.parse(document.getElementById("report").textContent);
 const tip = document.getElementById("tip");
@@ -17,16 +16,26 @@ const lines = (group, s) => {
     .concat([bytes(group.variables_bytes) + "  variables"], alive.map((v) => bytes(v.bytes) + "  " + v.name))
     .join("\n");
 };
-for (const svg of document.querySelectorAll("svg.memory")) {
+const at_step = (svg, x) => {
   const group = report.plans[svg.dataset.plan].groups[svg.dataset.group];
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const last = group.alive.length - 1;
-    const s = Math.max(0, Math.min(last, Math.floor((event.clientX - box.left) / box.width * (last + 1))));
-    tip.textContent = lines(group, s);
-    tip.hidden = false;
-    tip.style.left = Math.min(event.clientX + 12, Math.max(0, innerWidth - tip.offsetWidth - 12)) + "px";
-    tip.style.top = (event.clientY + 16) + "px";
-  });
-  svg.addEventListener("pointerleave", () => { tip.hidden = true; });
-}
+  const box = svg.getBoundingClientRect();
+  const last = group.alive.length - 1;
+  const s = Math.max(0, Math.min(last, Math.floor((x - box.left) / box.width * (last + 1))));
+  const mark = svg.querySelector(".at");
+  mark.setAttribute("x1", s + 0.5);
+  mark.setAttribute("x2", s + 0.5);
+  return lines(group, s);
+};
+const show = (event) => {
+  const of = event.target.closest("[data-tip], svg.memory");
+  tip.hidden = !of;
+  if (!of) return;
+  tip.textContent = of.dataset.tip || at_step(of, event.clientX);
+  const below = event.clientY + 16;
+  const fits = below + tip.offsetHeight + 8 < innerHeight;
+  tip.style.left = Math.max(4, Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 12)) + "px";
+  tip.style.top = (fits ? below : Math.max(4, event.clientY - tip.offsetHeight - 12)) + "px";
+};
+document.addEventListener("pointermove", show);
+document.addEventListener("pointerdown", show);
+document.documentElement.addEventListener("pointerleave", () => { tip.hidden = true; });

@@ -11,7 +11,7 @@ use crate::dim::{Name, Type};
 use crate::error::{Cause, Error};
 use crate::lint::Finding;
 use crate::machine::Machine;
-use crate::placement::{Placement, Spec, Subject};
+use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -80,6 +80,9 @@ pub struct Feed {
     pub dims: Vec<(String, usize)>,
     /// By device, for each dimension: first element, and the one after the last.
     pub blocks: Vec<Vec<(usize, usize)>>,
+    /// Why it is split so, a line a dimension.
+    #[serde(default)]
+    pub why: Vec<String>,
 }
 
 /// A tensor and its layout.
@@ -94,6 +97,9 @@ pub struct Tensor {
     pub layout: String,
     /// The least and the most bytes that a device has of it.
     pub bytes: (usize, usize),
+    /// Why it is split so, a line a dimension.
+    #[serde(default)]
+    pub why: Vec<String>,
 }
 
 /// A group of layers: what has the first part of its scope in common.
@@ -277,24 +283,25 @@ fn of_function(program: &Program, plan: &ProgramPlan, name: &str, machine: Optio
     let (f, devices) = (program.functions.get(&key)?, plan.functions.get(&key)?);
     let estimate = machine.and_then(|m| time::estimate(plan, name, m));
     let placement = Placement::new(&plan.mesh, &plan.layout, program);
-    let tensor = |name: String, ty: &Type, spec: &Spec| {
-        let held = placement.regions(ty, spec).into_iter().map(|r| r.elements() * ty.dtype.bytes());
+    let tensor = |name: String, subject: Subject, ty: &Type| -> Option<Tensor> {
+        let (spec, why) = (placement.spec(&subject).ok()?, placement.why(&subject));
+        let held = placement.regions(ty, &spec).into_iter().map(|r| r.elements() * ty.dtype.bytes());
         let bytes = held.fold((usize::MAX, 0), |(least, most), n| (least.min(n), most.max(n)));
-        Tensor { name, ty: ty.to_string(), layout: split(&plan.mesh, ty, spec), bytes }
+        Some(Tensor { name, ty: ty.to_string(), layout: split(&plan.mesh, ty, &spec), bytes, why })
     };
-    let variables = program.variables.iter().filter_map(|v| {
-        let spec = placement.spec(&Subject::variable(v)).ok()?;
-        Some(tensor(v.name.to_string(), &v.ty, &spec))
-    });
-    let levels = largest(program, f).into_iter().filter_map(|(name, n)| {
-        let spec = placement.spec(&Subject::node(f, n)).ok()?;
-        Some(level(tensor(name, &n.ty, &spec), devices))
-    });
+    let variables = program.variables.iter();
+    let variables = variables.filter_map(|v| tensor(v.name.to_string(), Subject::variable(v), &v.ty));
+    let levels = largest(program, f).into_iter();
+    let levels = levels.filter_map(|(name, n)| Some(level(tensor(name, Subject::node(f, n), &n.ty)?, devices)));
+    let why = |name: &Name| {
+        let input = f.inputs.iter().find(|(n, _)| n == name)?;
+        Some(placement.why(&Subject::node(f, f.node(input.1))))
+    };
     Some(FunctionPlan {
         function: name.into(),
         flops: f.flops(),
         peak_bytes: (0..devices.len()).map(|d| plan.peak_bytes(d)).max().unwrap_or(0),
-        feed: feed(devices),
+        feed: feed(devices, |name| why(name).unwrap_or_default()),
         variables: variables.collect(),
         levels: levels.collect(),
         groups: groups(f, plan, &key, devices, estimate.as_ref()),
@@ -305,7 +312,7 @@ fn of_function(program: &Program, plan: &ProgramPlan, name: &str, machine: Optio
 }
 
 /// The largest feed of a function.
-fn feed(devices: &[DevicePlan]) -> Option<Feed> {
+fn feed(devices: &[DevicePlan], why: impl Fn(&Name) -> Vec<String>) -> Option<Feed> {
     let by_size = |(_, (_, part, _)): &(usize, &(Name, Part, Buffer))| part.ty.bytes();
     let (at, (name, part, _)) = devices.first()?.inputs.iter().enumerate().max_by_key(by_size)?;
     let block = |d: &DevicePlan| d.inputs[at].1.region.0.iter().map(|(_, r)| (r.start, r.end)).collect();
@@ -313,6 +320,7 @@ fn feed(devices: &[DevicePlan]) -> Option<Feed> {
         name: name.to_string(),
         dims: part.ty.dims.iter().map(|d| (d.name.to_string(), d.size)).collect(),
         blocks: devices.iter().map(block).collect(),
+        why: why(name),
     })
 }
 
