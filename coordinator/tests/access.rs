@@ -367,6 +367,12 @@ fn whoever_may_not_call_a_method_is_refused_and_changes_nothing() {
     }
     assert_eq!(outside.len(), listed.len(), "the list names a method that there is not");
     assert!(calls.get() > 100, "{} calls", calls.get());
+    // docs/security.md shows such a line.
+    let shown = include_str!("../../docs/security.md").lines().find(|l| l.starts_with("WARN audit: ")).unwrap();
+    let (_, refusal) = shown.split_once(" at 10.0.0.7:4312 ").unwrap();
+    let begins = "WARN audit: refused who=worker caller at 127.0.0.1:";
+    let logged = log.text().lines().any(|l| l.contains(begins) && l.ends_with(refusal));
+    assert!(logged && shown.starts_with("WARN audit: refused who=worker node-7 at "), "{shown}");
 
     // What is in no table is nobody's.
     for role in Role::ALL {

@@ -246,12 +246,18 @@ fn a_session_that_stops_says_who_kept_the_others_waiting() {
     std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     let said = ran(child.wait_with_output().unwrap()).err;
     let sentence = said.lines().find(|l| l.contains("it was silent for 2s")).unwrap_or_else(|| panic!("{said}"));
-    let (lost, verdict) = sentence.split_once("; ").unwrap_or_else(|| panic!("{sentence}"));
-    let worker = lost.split("worker ").nth(1).unwrap().split(' ').next().unwrap();
-    assert!(verdict.contains(&format!(" (worker {worker}, lost) was late: device")), "{sentence}");
-    // Stopped in a step it is waited for in an op, stopped between two of them after the last one.
-    assert!(verdict.contains(" s for it in ") || verdict.contains(" s for it after "), "{sentence}");
-    assert!(verdict.contains(" had waited ") && verdict.contains(" of train, step "), "{sentence}");
+    // The book has such a sentence.
+    let book = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/observability.md")).unwrap();
+    let (_, shown) = book.split_once("\nworker 3 is lost: it was silent for 2s").unwrap();
+    let shown = format!("worker 3 is lost{}", shown.split_once("```").unwrap().0.replace('\n', " "));
+    for sentence in [sentence, &shown] {
+        let (lost, verdict) = sentence.split_once("; ").unwrap_or_else(|| panic!("{sentence}"));
+        let worker = lost.split("worker ").nth(1).unwrap().split(' ').next().unwrap();
+        assert!(verdict.contains(&format!(" (worker {worker}, lost) was late: device")), "{sentence}");
+        // Stopped in a step it is waited for in an op, stopped between two of them after the last one.
+        assert!(verdict.contains(" s for it in ") || verdict.contains(" s for it after "), "{sentence}");
+        assert!(verdict.contains(" had waited ") && verdict.contains(" of train, step "), "{sentence}");
+    }
     // What they did is kept beside the journal.
     let flights = fs::read_dir(place.path("state")).unwrap().map(|e| e.unwrap().path());
     let flight = flights.into_iter().find(|p| p.file_name().unwrap().to_str().unwrap().starts_with("flight-"));

@@ -155,9 +155,9 @@ pub fn firm(mut layout: Layout, mesh: &Mesh, program: &Program) -> Layout {
     for t in subjects(program).iter().filter(|t| t.own.is_none()) {
         let Ok(spec) = placement.spec(t) else { continue };
         for (d, axes) in t.ty.dims.iter().zip(&spec.dims).filter(|(d, _)| t.whole.iter().all(|(name, _)| *name != d.name)) {
-            if let Some(rule) = placement.deciding(None, t, &d.name)
-                && placement.axes(rule) != *axes
-                && let Some(at) = all.iter().position(|r| std::ptr::eq(*r, rule))
+            if let Some(deciding) = placement.deciding(None, t, &d.name)
+                && placement.axes(deciding.rule) != *axes
+                && let Some(at) = all.iter().position(|r| std::ptr::eq(*r, deciding.rule))
             {
                 gives_way[at] = true;
             }
