@@ -7,12 +7,12 @@
 use crate::machine;
 use crate::run::{CONFIG_FILE, Failed, Place, Task};
 use crate::search::AUTO;
-use crate::settings::{Mistake, Settings, mesh_of, range};
+use crate::settings::{Mistake, Settings, layout_file, mesh_of, range};
 use clap::{Args, Subcommand};
 use coordinator::Failure;
 use mesh::machine::Machine;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use worker::tls::{Role, Tls};
 use worker::transport::connector::TransportChoice;
@@ -23,8 +23,8 @@ pub struct DeviceOptions {
     /// Device mesh: axes with their sizes, or `1` for a single device
     #[arg(long, help_heading = "Devices", value_name = "AXIS=SIZE,..")]
     mesh: Option<String>,
-    /// Which dimension is split over which axis
-    #[arg(long, help_heading = "Devices", value_name = "DIM:AXIS,..")]
+    /// Which dimension is split over which axis, or a file that says so
+    #[arg(long, help_heading = "Devices", value_name = "DIM:AXIS,..|FILE.toml")]
     layout: Option<String>,
     /// Number of devices: makes the mesh if none is given, and is checked against it otherwise
     #[arg(long, help_heading = "Devices", value_name = "N")]
@@ -190,6 +190,9 @@ fn config<C: Settings>(
         ($from:ident: $($field:ident),*) => { $(if let Some(v) = &$from.$field { common.$field = v.clone(); })* };
     }
     take!(devices: layout, chunks, threads, memory, recompute);
+    if let Some(file) = devices.layout.as_ref().filter(|l| l.ends_with(".toml")) {
+        common.layout = layout_file(Path::new(file))?;
+    }
     take!(run: seed);
     own(&mut c);
     let c = c.with_settings(&run.settings)?;

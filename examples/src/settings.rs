@@ -8,6 +8,8 @@ use mesh::optim::Optimizer;
 use mesh::program::Chunking;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Element type of the computation.
@@ -91,6 +93,35 @@ fn layout_text<'a, D: Deserializer<'a>>(from: D) -> Result<String, D::Error> {
         toml::Value::String(text) => Ok(text),
         rules => Ok(rules.try_into::<Layout>().map_err(serde::de::Error::custom)?.to_string()),
     }
+}
+
+/// The longest file of a layout that is read.
+const LAYOUT_BYTES: u64 = 1 << 16;
+
+/// The text of a layout that is a file of its own: a table of rules, as for the key `layout` of a configuration.
+///
+/// # Errors
+/// A file that cannot be read, or has no layout; with the line.
+pub fn layout_file(path: &Path) -> Result<String, Mistake> {
+    let place = path.display().to_string();
+    let read = |text: &mut String| File::open(path)?.take(LAYOUT_BYTES + 1).read_to_string(text);
+    let mut text = String::new();
+    read(&mut text).map_err(|e| Mistake::File { place: place.clone(), why: e.to_string() })?;
+    if text.len() as u64 > LAYOUT_BYTES {
+        return Err(Mistake::File { place, why: format!("a layout has at most {LAYOUT_BYTES} bytes") });
+    }
+    let layout: Layout = toml::from_str(&text).map_err(|e| {
+        let line = e.span().and_then(|s| text.get(..s.start)).map(|before| before.matches('\n').count());
+        let (line, why) = (line.unwrap_or(0), e.message().trim().to_string());
+        let value = text.lines().nth(line).unwrap_or_default().trim().to_string();
+        Mistake::Value {
+            key: "layout".into(),
+            value: format!("`{value}`"),
+            why,
+            place: format!("{place}:{}", line + 1),
+        }
+    })?;
+    Ok(layout.to_string())
 }
 
 /// A mistake in the configuration, or between it and the data or the run folder.
@@ -420,6 +451,36 @@ mod tests {
         std::fs::write(&path, "rate = 1\n\nbase = \"wide\"\n").unwrap();
         let e = Config::default().with_file(&path).unwrap_err().to_string();
         assert!(e.contains("`base` cannot be \"wide\"") && e.contains("config.toml:3"), "{e}");
+    }
+
+    #[test]
+    fn a_layout_may_be_a_file_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("layout.toml");
+        let read = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            layout_file(&file).map_err(|e| e.to_string().replace(folder.path().to_str().unwrap(), ".."))
+        };
+        let table = "batch = \"data\"\n[slots]\n\"*\" = \"data\"\n[\"b/**\"]\nx = \"none\"\n";
+        let text = read(table).unwrap();
+        assert_eq!(text, "batch:data,slots{*:data},b/**{x:none}");
+        assert_eq!(read(&toml::to_string(&text.parse::<Layout>().unwrap()).unwrap()).unwrap(), text);
+        assert_eq!(read("").unwrap(), "");
+        for (wrong, says, line) in [
+            ("batch = \"data\"\nx = \"\"", "U0002: `layout` cannot be `x = \"\"`: error[L0001]: `x:`", 2),
+            ("[slots]\nbatch = \"a+a\"", "names each axis once", 2),
+            ("batch = \"data\"\nbatch = \"x\"", "duplicate key", 2),
+            ("batch", "U0002", 1),
+            ("batch = 3", "layout rules", 1),
+        ] {
+            let e = read(wrong).unwrap_err();
+            assert!(e.contains(says) && e.contains(&format!("  --> ../layout.toml:{line}")), "{wrong}: {e}");
+        }
+        assert!(read(&"#".repeat(1 << 17)).unwrap_err().starts_with("U0003"));
+        std::fs::remove_file(&file).unwrap();
+        assert!(
+            layout_file(&file).unwrap_err().to_string().starts_with("U0003: cannot read the configuration: No such")
+        );
     }
 
     #[test]

@@ -588,16 +588,28 @@ impl<'a> Deserialize<'a> for Written {
             }
             fn visit_map<A: serde::de::MapAccess<'a>>(self, mut map: A) -> Result<Written, A::Error> {
                 let mut parts = vec![];
-                while let Some((key, value)) = map.next_entry::<String, Written>()? {
-                    parts.push(match value {
-                        Written::Text(axes) => format!("{key}:{axes}"),
-                        Written::Table(rules) => format!("{key}{{{rules}}}"),
-                    });
+                while let Some(key) = map.next_key::<String>()? {
+                    parts.push(map.next_value_seed(Entry(&key))?);
                 }
                 Ok(Written::Table(parts.join(",")))
             }
         }
         from.deserialize_any(Visitor)
+    }
+}
+
+/// What stands behind a key of a table: as text, and a layout by itself, so that a mistake is told at its line.
+struct Entry<'k>(&'k str);
+
+impl<'a> serde::de::DeserializeSeed<'a> for Entry<'_> {
+    type Value = String;
+    fn deserialize<D: Deserializer<'a>>(self, from: D) -> Result<String, D::Error> {
+        let text = match Written::deserialize(from)? {
+            Written::Text(axes) => format!("{}:{axes}", self.0),
+            Written::Table(rules) => format!("{}{{{rules}}}", self.0),
+        };
+        text.parse::<Layout>().map_err(serde::de::Error::custom)?;
+        Ok(text)
     }
 }
 
@@ -648,6 +660,19 @@ mod tests {
             let sections = sections.iter().map(|(s, r)| format!("{s}{{{r}}}")).collect::<Vec<_>>().join(", ");
             format!("{rules};{scopes},{sections};{}", schedule.unwrap_or_default())
         })
+    }
+
+    #[test]
+    fn a_mistake_in_a_table_is_told_at_its_line() {
+        let line = |text: &str| {
+            let span = toml::from_str::<Layout>(text).unwrap_err().span().unwrap();
+            text[..span.start].matches('\n').count() + 1
+        };
+        assert_eq!(line("x = \"a\"\ny = \"a+\""), 2);
+        assert_eq!(line("x = \"a\"\n\n[slots]\n\"*\" = \"a\"\nz = \"\""), 5);
+        assert_eq!(line("[\"b/**\"]\nx = \"a\"\n[\"b c\"]\nx = \"a\""), 3);
+        assert_eq!(line("x = \"a\"\nx = \"b\""), 2);
+        assert_eq!(line("x = \"a\"\ny = 3"), 2);
     }
 
     proptest! {

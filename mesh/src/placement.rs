@@ -198,9 +198,7 @@ impl<'a> Placement<'a> {
     }
 
     /// The rule that decides on a dimension of a tensor.
-    pub(crate) own: Option<&'a str>,
-    /// Dimensions that must not be split, with the reason.
-    pub(crate) whole: Vec<(Name, &'static str)>,
+    pub(crate) fn deciding<'s>(&'s self, own: Option<&'s Layout>, t: &Subject, dim: &str) -> Option<Scoped<'s>> {
         if let Some(own) = own {
             let rule = own.rules.iter().find(|r| r.dim == *dim)?;
             return Some(Scoped { section: None, scope: None, rule });

@@ -154,7 +154,9 @@ pub fn firm(mut layout: Layout, mesh: &Mesh, program: &Program) -> Layout {
     let mut gives_way = vec![false; all.len()];
     for t in subjects(program).iter().filter(|t| t.own.is_none()) {
         let Ok(spec) = placement.spec(t) else { continue };
-        for (d, axes) in t.ty.dims.iter().zip(&spec.dims).filter(|(d, _)| t.whole.iter().all(|(name, _)| *name != d.name)) {
+        for (d, axes) in
+            t.ty.dims.iter().zip(&spec.dims).filter(|(d, _)| t.whole.iter().all(|(name, _)| *name != d.name))
+        {
             if let Some(deciding) = placement.deciding(None, t, &d.name)
                 && placement.axes(deciding.rule) != *axes
                 && let Some(at) = all.iter().position(|r| std::ptr::eq(*r, deciding.rule))
