@@ -250,7 +250,7 @@ fn two_layers(g: &Graph, shared: bool) {
             y.rename("d_out", "d")
         })
     };
-    let y = if shared { g.renamed(|path| shared_name(path), layers) } else { layers() };
+    let y = if shared { g.renamed(shared_name, layers) } else { layers() };
     Optimizer::adam(0.01).apply(g, &y.square().mean_all());
 }
 

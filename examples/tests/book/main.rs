@@ -10,7 +10,7 @@ mod pages;
 mod place;
 mod table;
 
-use pages::{Block, pages, root};
+use pages::{Block, Page, pages, root};
 use place::Place;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs;
@@ -22,15 +22,6 @@ use table::{AFTER, BEFORE, COMMANDS, How, PLACES, SHOWN, Shown};
 const AT_A_TIME: usize = 2;
 /// What makes commands short has names in the table, which may stand in what comes before a block.
 const NAMES: [(&str, &str); 2] = [("$UNET", table::UNET), ("$BERT", table::BERT)];
-
-/// Entries of the tables that something has fit.
-static USED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-/// What is not run, and why.
-static NOT_RUN: Mutex<Vec<String>> = Mutex::new(vec![]);
-
-fn used(table: &str, entry: usize) {
-    USED.lock().unwrap().insert(format!("{table} {entry}"));
-}
 
 /// The lines of a script, those that go on joined.
 fn joined(text: &str) -> Vec<String> {
@@ -50,44 +41,59 @@ fn commands(text: &str) -> Vec<String> {
     commands
 }
 
-/// How a command of a page is run here: no line, or some.
-fn lines(place: &Place, page: &str, command: &str) -> Vec<String> {
-    let shorter = PLACES[..table::PROGRAMS].iter().fold(command.to_string(), |c, (from, to, _)| c.replace(from, to));
-    let fits = |(of, begins, ..): &table::Rule| (of.is_empty() || *of == page) && shorter.starts_with(begins);
+/// A command of a page with the names of the programs here, and its entry in the table.
+fn ruled(page: &str, command: &str) -> (String, Option<usize>) {
+    let command = PLACES[..table::PROGRAMS].iter().fold(command.to_string(), |c, (from, to, _)| c.replace(from, to));
+    let fits = |(of, begins, ..): &table::Rule| (of.is_empty() || *of == page) && command.starts_with(begins);
     let found = COMMANDS.iter().position(fits);
-    let line = match found.map(|i| &COMMANDS[i].2) {
-        None => vec![shorter],
-        Some(How::Not) => {
-            let why = found.map_or("", |i| COMMANDS[i].3);
-            NOT_RUN.lock().unwrap().push(format!("{page}: {}: {why}", command.lines().next().unwrap_or_default()));
-            vec![]
-        }
-        Some(How::As(other)) => vec![other.to_string()],
-        Some(How::Times(n)) => vec![shorter; *n],
-        Some(How::With(words)) => {
-            let end = shorter.match_indices(' ').nth(1).map_or(shorter.len(), |(at, _)| at);
-            vec![format!("{} {words}{}", &shorter[..end], &shorter[end..])]
-        }
-    };
-    found.into_iter().for_each(|i| used("command", i));
-    line.iter().map(|l| place.here(l)).collect()
+    (command, found)
 }
 
-/// The lines that a table has for a block.
-fn around(place: &Place, name: &str, table: &[(&str, &str, &str)], block: &Block) -> Vec<String> {
-    let fits = |(page, begins, _): &(&str, &str, &str)| *page == block.page && block.text.starts_with(begins);
-    let Some(i) = table.iter().position(fits) else { return vec![] };
-    used(name, i);
-    let script = NAMES.iter().fold(table[i].2.to_string(), |script, (name, words)| script.replace(name, words));
-    script.lines().map(|l| place.here(l)).collect()
+/// How a command of a page is run here: no line, or some.
+fn lines(place: &Place, page: &str, command: &str) -> Vec<String> {
+    let (command, found) = ruled(page, command);
+    let lines = match found.map(|i| &COMMANDS[i].2) {
+        None => vec![command],
+        Some(How::Not) => vec![],
+        Some(How::As(other)) => vec![other.to_string()],
+        Some(How::Times(n)) => vec![command; *n],
+        Some(How::With(words)) => {
+            let end = command.match_indices(' ').nth(1).map_or(command.len(), |(at, _)| at);
+            vec![format!("{} {words}{}", &command[..end], &command[end..])]
+        }
+    };
+    lines.iter().map(|l| place.here(l)).collect()
+}
+
+/// The entry of a table for what comes before or after a block.
+fn beside(table: &[(&str, &str, &str)], block: &Block) -> Option<usize> {
+    table.iter().position(|(page, begins, _)| *page == block.page && block.text.starts_with(begins))
+}
+
+/// Its lines.
+fn around(place: &Place, table: &[(&str, &str, &str)], block: &Block) -> Vec<String> {
+    beside(table, block).map_or(vec![], |i| named(place, table[i].2))
+}
+
+/// Lines of a table, with what its names stand for.
+fn named(place: &Place, lines: &str) -> Vec<String> {
+    let lines = NAMES.iter().fold(lines.to_string(), |lines, (name, words)| lines.replace(name, words));
+    lines.lines().map(|l| place.here(l)).collect()
+}
+
+/// The entry of the table for a block that is no script.
+fn told(block: &Block) -> Option<usize> {
+    SHOWN.iter().position(|(page, kind, begins, _)| {
+        *page == block.page && *kind == block.kind && block.text.starts_with(begins)
+    })
 }
 
 /// Runs a script of a page.
 fn script(block: &Block) -> Result<(), String> {
     let place = Place::new();
-    let mut all = around(&place, "before", BEFORE, block);
+    let mut all = around(&place, BEFORE, block);
     all.extend(commands(&block.text).iter().flat_map(|c| lines(&place, &block.page, c)));
-    all.extend(around(&place, "after", AFTER, block));
+    all.extend(around(&place, AFTER, block));
     place.run(&all).map(drop)
 }
 
@@ -114,14 +120,17 @@ fn marked(text: &str) -> String {
     out.trim_end().to_string()
 }
 
-/// Lines of a block that a text does not have; `..` in a line stands for anything.
+/// Lines of a block that a text does not have, as whole words; `..` in a line stands for anything.
 fn missing<'a>(block: &'a str, printed: &str) -> Vec<&'a str> {
-    let printed: Vec<String> = printed.lines().map(marked).collect();
+    let printed: Vec<String> = printed.lines().map(|l| format!(" {} ", marked(l))).collect();
     let has = |line: &&str| {
-        let pieces: Vec<String> = line.split("..").map(marked).filter(|p| !p.is_empty()).collect();
+        let pieces = line.split("..").map(marked).filter(|p| !p.is_empty());
+        let pieces: Vec<String> = pieces.map(|p| format!(" {p} ")).collect();
         printed.iter().any(|p| {
             let mut rest = p.as_str();
-            pieces.iter().all(|piece| rest.find(piece.as_str()).map(|at| rest = &rest[at + piece.len()..]).is_some())
+            // The space behind a piece may be the one before the next.
+            let mut next = |piece: &String| rest.find(piece.as_str()).map(|at| rest = &rest[at + piece.len() - 1..]);
+            pieces.iter().all(|piece| next(piece).is_some())
         })
     };
     block.lines().filter(|line| !has(line)).collect()
@@ -129,29 +138,19 @@ fn missing<'a>(block: &'a str, printed: &str) -> Vec<&'a str> {
 
 /// Holds a block that is no script to what the table says of it.
 fn shown(block: &Block) -> Result<(), String> {
-    let fits = |(page, kind, begins, _): &(&str, &str, &str, Shown)| {
-        *page == block.page && *kind == block.kind && block.text.starts_with(begins)
-    };
-    let Some(i) = SHOWN.iter().position(fits) else {
+    let Some(i) = told(block) else {
         return Err(
             "it is in no table of examples/tests/book/table.rs, so that nothing holds it to what it says".into()
         );
     };
-    used("shown", i);
-    let run = |place: &Place, lines: &str| {
-        let lines = NAMES.iter().fold(lines.to_string(), |lines, (name, words)| lines.replace(name, words));
-        place.run(&lines.lines().map(|l| place.here(l)).collect::<Vec<_>>())
-    };
+    let run = |place: &Place, lines: &str| place.run(&named(place, lines));
     let place = Place::new();
     match &SHOWN[i].3 {
         Shown::By(test) => {
             let text = fs::read_to_string(root().join(test)).map_err(|e| format!("{test}: {e}"))?;
             if text.contains(&block.page) { Ok(()) } else { Err(format!("{test} does not read {}", block.page)) }
         }
-        Shown::Not(why) => {
-            NOT_RUN.lock().unwrap().push(format!("{}:{}: {why}", block.page, block.line));
-            Ok(())
-        }
+        Shown::Not(_) => Ok(()),
         Shown::Printed(lines, chance) => {
             let printed = run(&place, lines)?;
             let text = chance.iter().fold(block.text.clone(), |text, words| text.replace(words, ".."));
@@ -228,14 +227,59 @@ fn every_block_of_the_book_is_run() {
     let (wrong, mut took) = (wrong.into_inner().unwrap(), took.into_inner().unwrap());
     took.sort_by(|a, b| b.cmp(a));
     println!("{all} blocks in {:.1?}; the longest: {:.1?}", begun.elapsed(), &took[..took.len().min(8)]);
-    println!("not run:\n{}", NOT_RUN.lock().unwrap().join("\n"));
     assert!(wrong.is_empty(), "{} of {all} blocks are wrong:\n\n{}", wrong.len(), wrong.join("\n\n"));
-    if only.is_empty() {
-        let used = USED.lock().unwrap();
-        let tables =
-            [("command", COMMANDS.len()), ("before", BEFORE.len()), ("after", AFTER.len()), ("shown", SHOWN.len())];
-        let unused = tables.iter().flat_map(|(name, n)| (0..*n).map(move |i| format!("{name} {i}")));
-        let unused: Vec<String> = unused.filter(|entry| !used.contains(entry)).collect();
-        assert!(unused.is_empty(), "entries of the tables that fit nothing: {unused:?}");
+}
+
+#[test]
+fn the_tables_have_no_entry_that_fits_nothing_and_what_is_not_run_is_said() {
+    let mut used: BTreeSet<(&str, usize)> = BTreeSet::new();
+    for block in pages().iter().flat_map(|p| p.blocks()) {
+        let at = format!("{}:{}", block.page, block.line);
+        if block.kind != "sh" {
+            used.extend(told(&block).map(|i| ("shown", i)));
+            if let Some(Shown::Not(why)) = told(&block).map(|i| &SHOWN[i].3) {
+                println!("not run: {at}: {why}");
+            }
+            continue;
+        }
+        used.extend(beside(BEFORE, &block).map(|i| ("before", i)));
+        used.extend(beside(AFTER, &block).map(|i| ("after", i)));
+        for (command, rule) in commands(&block.text).iter().map(|c| ruled(&block.page, c)) {
+            used.extend(rule.map(|i| ("command", i)));
+            if let Some((.., How::Not, why)) = rule.map(|i| &COMMANDS[i]) {
+                println!("not run: {at}: {}: {why}", command.lines().next().unwrap_or_default());
+            }
+        }
     }
+    let tables =
+        [("command", COMMANDS.len()), ("before", BEFORE.len()), ("after", AFTER.len()), ("shown", SHOWN.len())];
+    let all = tables.iter().flat_map(|(name, n)| (0..*n).map(move |i| (*name, i)));
+    let unused: Vec<_> = all.filter(|entry| !used.contains(entry)).collect();
+    assert!(unused.is_empty(), "entries of the tables that fit nothing: {unused:?}");
+}
+
+#[test]
+fn what_is_not_so_is_noticed() {
+    let block =
+        |page: &str, kind: &str, text: &str| Block { page: page.into(), line: 1, kind: kind.into(), text: text.into() };
+    // A command that fails, one that there is not, a service that ends, an option that there is not.
+    for wrong in ["false", "unet4d plan", "coordinator --listen 127.0.0.1:99999999", "unet3d plan --sise 3"] {
+        assert!(script(&block("docs/x.md", "sh", wrong)).is_err(), "{wrong}");
+    }
+    assert!(script(&block("docs/x.md", "sh", "unet3d explain L0301  # one that is right\ntrue && \\\n  true")).is_ok());
+    assert!(code::compiled("let nothing = of(the_kind);").is_err());
+    assert_eq!(missing("a 3.5 MiB\nb .. d\ne", "x a 12 KiB\nb c d"), ["e"]);
+    // A block of a kind, or of a page, of which no table says anything; a layout that is none.
+    for (page, kind, text) in [
+        ("docs/layouts.md", "yaml", "a: 1"),
+        ("docs/text.md", "text", "a"),
+        ("docs/layouts.md", "text", "mesh    pipe=2\nlayout  @pipe"),
+        ("docs/plan.md", "text", "warning[L0501]: something else"),
+        ("docs/processes.md", "toml", "lissten = \"127.0.0.1:7070\""),
+        ("docs/recovery.md", "text", "checkpoints/\n    other.json"),
+    ] {
+        assert!(shown(&block(page, kind, text)).is_err(), "{page} {kind}");
+    }
+    let page = Page { name: "x.md".into(), text: "# A b's `c`\n[x](y.md#z) `[no](link)`\n# A b's c\n".into() };
+    assert_eq!((page.anchors(), page.links()), (vec!["a-bs-c".into(), "a-bs-c-1".into()], vec![(2, "y.md#z".into())]));
 }

@@ -72,7 +72,8 @@ impl Place {
         let document = |d: usize| (0..6).map(|s| sentence(d, s)).collect::<Vec<_>>().join(" ");
         self.write("text.txt", &(0..40).map(document).collect::<Vec<_>>().join("\n\n"));
         self.write("sentences.txt", &(0..5).map(|d| sentence(d, d) + "\n").collect::<String>());
-        let judged = |d: usize| format!("{}\t{}\n", sentence(d, d / 2), if d % 2 == 0 { "up" } else { "down" });
+        let judged =
+            |d: usize| format!("{}\t{}\n", sentence(d, d / 2), if d.is_multiple_of(2) { "up" } else { "down" });
         for name in ["films.tsv", "mine.tsv"] {
             self.write(name, &(0..40).map(judged).collect::<String>());
         }
@@ -82,8 +83,8 @@ impl Place {
         let header = NiftiHeader::default();
         for (image_to, labels_to) in [("scan", "organs"), ("t1", "labels")] {
             let to = |name: &str| self.path(&format!("{name}.nii.gz"));
-            WriterOptions::new(&to(image_to)).reference_header(&header).write_nifti(&image).unwrap();
-            WriterOptions::new(&to(labels_to)).reference_header(&header).write_nifti(&labels).unwrap();
+            WriterOptions::new(to(image_to)).reference_header(&header).write_nifti(&image).unwrap();
+            WriterOptions::new(to(labels_to)).reference_header(&header).write_nifti(&labels).unwrap();
         }
     }
 
