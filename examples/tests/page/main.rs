@@ -65,7 +65,7 @@ fn the_page_of_a_unet_shows_all_that_it_is_for_and_tells_why() {
     assert_eq!(chrome.value(&format!("report.plans[0].levels[{deepest}].name")), "encoder.3");
     chrome.value("document.querySelector('details').open = true");
     for (selector, n, texts) in [
-        ("svg.mesh g", 7, vec!["devices 7", "image [batch:0..1, x:32..64, y:32..64, z:32..64"]),
+        ("svg.mesh g", 7, vec!["devices 7", "image [batch:0..1, x:32..64, y:32..64, z:32..64", "by the rule `y:y`"]),
         (
             "svg.levels g",
             0,

@@ -73,7 +73,8 @@ pub(super) fn blocks(out: &mut String, feed: &Feed) {
             format!("{name}:{from}..{to}")
         };
         let has = feed.dims.iter().enumerate().map(part).collect::<Vec<_>>().join(", ");
-        let _ = write!(out, "<g{}>", tip(&format!("devices {numbers}\n{} [{has}]", feed.name)));
+        let lies = format!("devices {numbers}\n{} [{has}]\n{}", feed.name, feed.why.join("\n"));
+        let _ = write!(out, "<g{}>", tip(&lies));
         for (face, light) in faces((200.0, 120.0), ranges).iter().zip([70, 62, 55]) {
             let hue = devices[0] * 137 % 360;
             let _ = write!(out, "<polygon fill=\"hsl({hue} 60% {light}%)\" points=\"{}\"/>", points(face));
