@@ -196,24 +196,27 @@ proptest! {
         (extents, reduced) in prop::sample::select(vec![
             (vec![40], vec![true]), (vec![9], vec![false]), (vec![700], vec![true]), (vec![5, 3], vec![true, false]), (vec![7, 48], vec![false, true]),
             (vec![90, 40], vec![false, true]), (vec![3, 515], vec![true, false]), (vec![2, 5, 100], vec![false, true, false]),
-            (vec![3, 4, 17], vec![true, true, true]), (vec![2, 70, 6], vec![true, false, true]),
+            (vec![3, 4, 17], vec![true, true, true]), (vec![2, 70, 6], vec![true, false, true]), (vec![300, 3], vec![false, true]),
+            (vec![3, 30, 7], vec![false, false, true]), (vec![70, 8], vec![false, true]), (vec![65, 1], vec![false, true]),
+            (vec![70, 200], vec![false, true]), (vec![3, 9, 40, 16], vec![true, true, true, false]),
         ]),
+        f in prop::sample::select(vec![ReduceFn::Sum, ReduceFn::Max, ReduceFn::Min]),
     ) {
         let mut c = Choices(seed);
         let (mut nest, buffers) = nest(&mut c, &extents, operands, length);
-        // Sums are of floats; some of what was merely loaded.
+        // All are of floats; some of what was merely loaded.
         let floats: Vec<usize> = (0..nest.body.instrs.len()).filter(|i| nest.body.instrs[*i].1 == DType::F32).collect();
         prop_assume!(!floats.is_empty());
         nest.body.results = (0..1 + c.below(3)).map(|_| c.of(&floats)).collect();
         nest.origin = vec![0; extents.len()];
         let over = || extents.iter().zip(&reduced).filter(|(_, r)| **r).map(|(n, _)| *n);
-        let dims: Vec<TreeDim> = over().map(|n| TreeDim { size: n, chunks: n.min(8) }).collect();
+        let dims: Vec<TreeDim> = over().map(|n| TreeDim { size: n, chunks: 1 + c.below(n.min(8)) }).collect();
         let first = Some(c.below(4)).filter(|first| *first < dims.len());
         let tree = Tree { dims, first };
         let owned = tree.dims.iter().map(|d| 0..d.chunks).collect();
         let kept: usize = extents.iter().zip(&reduced).filter(|(_, r)| !**r).map(|(n, _)| *n).product();
         let count = nest.body.results.len();
-        let sum = Reduction { nest, reduced, f: ReduceFn::Sum, tree, owned };
+        let sum = Reduction { nest, reduced, f, tree, owned };
         let pool = Pool::new(1, None);
         let mut first: Option<Vec<Vec<u32>>> = None;
         for isa in Isa::available() {

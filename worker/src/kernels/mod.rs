@@ -21,6 +21,7 @@ pub mod nest;
 mod pack;
 pub mod reduce;
 pub mod roofline;
+mod row_sums;
 pub mod rows;
 pub mod scatter_add;
 pub mod tile;

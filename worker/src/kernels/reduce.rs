@@ -9,6 +9,8 @@
 use super::isa::Isa;
 use super::lanes::store;
 use super::math;
+use super::row_sums::{self, LANES, from_lanes, into_lanes};
+use super::tile::Combine;
 use super::vm::{BLOCK, Evaluation, Machine, StepContext, Use};
 use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
@@ -16,8 +18,6 @@ use mesh::body::Reduction;
 use mesh::chunk::Event;
 use mesh::dim::DType;
 use mesh::ops::reduce::ReduceFn;
-
-const LANES: usize = 16;
 
 /// Evaluates an expression with the function that combines two elements, known when it is compiled.
 macro_rules! with_function {
@@ -61,12 +61,6 @@ pub struct ReducePlan {
     depth: usize,
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Combine {
-    Leaf(usize),
-    Add,
-}
-
 #[derive(Clone, Copy)]
 struct Pointers<'a> {
     operands: &'a [*const u8],
@@ -81,8 +75,6 @@ unsafe impl Send for Pointers<'_> {}
 
 /// Kept points that a leaf's partial sums may have, so that leaves are done in parallel.
 const FEW: usize = 8192;
-/// Values of a row at most for rows to go sixteen at a time.
-const SHORT: usize = 8;
 /// Rows to sum that are shared out to threads as they are, several to a block.
 const MANY: usize = 64;
 
@@ -493,33 +485,21 @@ impl ReducePlan {
 
     /// The sums of rows of `n` values each, by the stack machine of a node over leaves inside a row.
     fn row_sums(&self, program: &[Combine], v: &[f32], n: usize, sums: &mut [f32]) {
-        let plan = self;
-        dispatch!(self.isa, fn(plan: &ReducePlan, program: &[Combine], v: &[f32], n: usize, sums: &mut [f32]) {
-            let identity = plan.identity();
-            with_function!(plan.combine(), |f| {
-                let whole = |c: &Combine| matches!(c, Combine::Leaf(l) if plan.leaves[*l][0] == (0..n));
-                if n <= SHORT && program.iter().all(whole) {
-                    return short_rows(v, n, sums, identity, f);
-                }
-                for (sum, v) in sums.iter_mut().zip(v.chunks_exact(n.max(1))) {
-                    let (mut stack, mut top) = ([0.0f32; 64], 0);
-                    for c in program {
-                        match *c {
-                            Combine::Leaf(l) => {
-                                let mut lanes = [identity; LANES];
-                                into_lanes(&mut lanes, &v[plan.leaves[l][0].clone()], f);
-                                stack[top] = from_lanes(lanes, f);
-                                top += 1;
-                            }
-                            Combine::Add => {
-                                top -= 1;
-                                stack[top - 1] = f(stack[top - 1], stack[top]);
-                            }
-                        }
-                    }
-                    *sum = stack[0];
-                }
-            });
+        let (by, leaves) = (self.combine(), self.leaves.as_slice());
+        if by.1 && n > row_sums::SHORT && row_sums::wide(self.isa, by.0, program, leaves, v, n, sums) {
+            return;
+        }
+        let identity = self.identity();
+        dispatch!(self.isa, fn(
+            by: (ReduceFn, bool),
+            program: &[Combine],
+            leaves: &[Vec<std::ops::Range<usize>>],
+            v: &[f32],
+            n: usize,
+            sums: &mut [f32],
+            identity: f32,
+        ) {
+            with_function!(by, |f| row_sums::rows(program, leaves, v, n, sums, identity, f));
         });
     }
 
@@ -631,52 +611,6 @@ fn add_rows<const N: usize>(acc: &mut [f32], v: &[f32]) {
         }
     }
     *sums = local;
-}
-
-/// Adds a run of values to the lanes; value `i` goes to lane `i % 16`.
-#[inline(always)]
-fn into_lanes(lanes: &mut [f32; LANES], v: &[f32], f: impl Fn(f32, f32) -> f32) {
-    let mut local = *lanes;
-    let (whole, rest) = v.as_chunks::<LANES>();
-    for v in whole {
-        for l in 0..LANES {
-            local[l] = f(local[l], v[l]);
-        }
-    }
-    local.iter_mut().zip(rest).for_each(|(l, v)| *l = f(*l, *v));
-    *lanes = local;
-}
-
-/// The sums of rows of `n` values each, at most [`SHORT`] and one leaf, sixteen rows at a time: of each the same tree of
-/// lanes as for longer ones.
-#[inline(always)]
-fn short_rows(v: &[f32], n: usize, sums: &mut [f32], identity: f32, f: impl Fn(f32, f32) -> f32) {
-    for (sums, v) in sums.chunks_mut(LANES).zip(v.chunks((LANES * n).max(1))) {
-        // By lane, the rows.
-        let mut lanes = [[identity; LANES]; LANES];
-        for (l, rows) in lanes.iter_mut().enumerate().take(n) {
-            let values = v[l..].iter().step_by(n);
-            rows.iter_mut().zip(values).for_each(|(r, v)| *r = f(identity, *v));
-        }
-        for half in [8, 4, 2, 1] {
-            for l in 0..half {
-                let other = lanes[l + half];
-                lanes[l].iter_mut().zip(other).for_each(|(a, b)| *a = f(*a, b));
-            }
-        }
-        sums.copy_from_slice(&lanes[0][..sums.len()]);
-    }
-}
-
-/// The lanes, added as a binary tree.
-#[inline(always)]
-fn from_lanes(mut l: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            l[i] = f(l[i], l[i + half]);
-        }
-    }
-    l[0]
 }
 
 fn integer(f: ReduceFn, x: i32, y: i32) -> i32 {
