@@ -79,6 +79,32 @@ pub const COMMANDS: &[Rule] = &[
         As("cp machine.toml mine.toml && unet3d plan --set data=phantom --machine mine.toml --mesh x=2,y=2"),
         "it measures for a quarter of a minute, and nothing else should run meanwhile: .ci/run does",
     ),
+    (
+        "docs/search.md",
+        "unet3d plan",
+        With("--set size=64 --set base=8"),
+        "a small volume; the text below it is of the large one",
+    ),
+    (
+        "docs/search.md",
+        "bert plan --size large",
+        As("bert plan --size mini --batch 64 --machine h100x4 --layout auto"),
+        "plans for 64 devices take a minute, in a debug build",
+    ),
+    (
+        "docs/search.md",
+        "bert plan --size 44x",
+        As("bert plan --size 4x256x4 --batch 16 --micro-batches 2 --machine h100x4 --layout auto"),
+        "the same",
+    ),
+    (
+        "docs/search.md",
+        "coordinator calibrate mine.toml && unet3d train",
+        As(
+            "cp machine.toml mine.toml && unet3d train --set data=phantom --set crop=24 --set base=4 --set steps=2 --machine mine.toml --devices 2 --layout auto",
+        ),
+        "calibrating takes a quarter of a minute: .ci/run does it",
+    ),
     ("docs/deploy.md", "docker", Not, "there is no container engine; deploy/check looks through the Dockerfile"),
     (
         "docs/deploy.md",
@@ -236,6 +262,12 @@ pub const SHOWN: &[(&str, &str, &str, Shown)] = &[
     ("docs/plan.md", "text", "warning[L0501]", Printed("unet3d plan --data phantom --mesh x=3", &[])),
     ("docs/processes.md", "toml", "", Config("coordinator certs init certs\ncoordinator --config block.toml")),
     ("docs/recovery.md", "text", "checkpoints/", Files("unet3d train $UNET --out made")),
+    (
+        "docs/search.md",
+        "text",
+        "search ",
+        Printed("unet3d plan --size 512 --base 32 --dtype bf16 --machine h100x8 --layout auto", &[]),
+    ),
     ("docs/security.md", "text", "WARN audit", By("coordinator/tests/access.rs")),
     ("docs/unet3d.md", "text", "memory ", Printed("unet3d plan --data phantom --memory 100MiB", &[])),
     (
