@@ -418,7 +418,7 @@ mod tests {
         let e = set("stepz=3").unwrap_err().to_string();
         assert!(e.contains("did you mean `steps`?"), "{e}");
         let e = set("elephant=1").unwrap_err().to_string();
-        assert!(e.contains("the keys are base, checkpoint_every, keep, layout, memory, mesh, "), "{e}");
+        assert!(e.contains("the keys are base, checkpoint_every, chunks, keep, layout, memory, mesh, "), "{e}");
     }
 
     #[test]
