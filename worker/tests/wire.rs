@@ -56,7 +56,7 @@ fn a_program_arrives_as_it_was_sent() {
 fn another_format_and_too_much_are_refused() {
     let refusal = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
     assert!(refusal(&[]).contains("format 0"));
-    assert!(refusal(&[0x08, 0x07]).contains("it is of format 7, and this program reads format 2"));
+    assert!(refusal(&[0x08, 0x07]).contains("it is of format 7, and this program reads format 3"));
     assert!(refusal(b"not a program at all").contains("P0006"));
 }
 
