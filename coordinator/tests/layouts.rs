@@ -192,6 +192,24 @@ fn zero_communicates_what_it_should_and_takes_less_memory_each_time() {
 }
 
 #[test]
+fn with_more_chunks_more_devices_share_a_dimension_and_the_bits_are_the_same() {
+    let p = stepping(|g| {
+        let x = g.input("x", DType::F32, &[dim("batch", 32), dim("d_in", 64)]);
+        let y = nn::dense(&x, "a", &["d_in"], &[dim("d_out", 64)], &Dense::default());
+        let loss = nn::gelu(&y).square().mean_all();
+        Optimizer::adam(0.01).apply(g, &loss);
+        g.output("loss", &loss);
+    })
+    .in_chunks(16);
+    let (_, x) = f32s(&[dim("batch", 32), dim("d_in", 64)], 1);
+    let layouts: &[&str] = &["batch:data", "batch:data, slots{ *:data }, gradients{ *:data }, variables{ *:data }"];
+    hold("16 chunks", &p, &[("x", &x)], &[("data=16", layouts), ("data=11", layouts), ("a=2", &["d_out:a", "d_in:a"])]);
+    // With fewer of them there are not so many shards.
+    let refused = Session::embedded(p.in_chunks(8), &options("data=16", "batch:data")).err().unwrap();
+    assert!(refused.to_string().contains("L0007"), "{refused}");
+}
+
+#[test]
 fn a_layout_that_names_what_is_not_there_is_refused_before_anything_runs() {
     let error = |layout: &str| text(Session::embedded(layers(), &options("data=2", layout)));
     let twice = "hidden:data, first/**{ width:data }, first/**{ hidden:data }".parse::<Layout>().unwrap_err();

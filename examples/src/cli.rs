@@ -23,8 +23,8 @@ pub struct DeviceOptions {
     /// Device mesh: axes with their sizes, or `1` for a single device
     #[arg(long, help_heading = "Devices", value_name = "AXIS=SIZE,..")]
     mesh: Option<String>,
-    /// Which dimension is split over which axis, or a file that says so
-    #[arg(long, help_heading = "Devices", value_name = "DIM:AXIS,..|FILE.toml")]
+    /// Which dimension is split over which axis, a file that says so, or `auto`: one is searched for, for --machine
+    #[arg(long, help_heading = "Devices", value_name = "DIM:AXIS,..|FILE.toml|auto")]
     layout: Option<String>,
     /// Number of devices: makes the mesh if none is given, and is checked against it otherwise
     #[arg(long, help_heading = "Devices", value_name = "N")]
@@ -145,6 +145,7 @@ pub fn task<C: Settings>(
         out: run.out.clone(),
         resume: run.resume,
         devices: count,
+        chunks_given: of_run || run.resume || devices.chunks.is_some(),
         machine,
         place,
         transport: devices.transport,

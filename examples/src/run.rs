@@ -68,6 +68,8 @@ pub struct Task<C> {
     pub resume: bool,
     /// Devices there are, if given.
     pub devices: Option<usize>,
+    /// Whether the number of chunks is given, or that of the run which goes on: a search keeps to it then.
+    pub chunks_given: bool,
     /// The machine that is planned for, if one is named.
     pub machine: Option<Machine>,
     /// Where the devices are.

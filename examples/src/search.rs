@@ -70,32 +70,31 @@ impl<C: Settings> Task<C> {
             Devices::Mesh(mesh) => mesh.clone(),
         };
         let rules: Layout = layout_of(&usual, C::SPLITS).parse()?;
-        let (config, threads) = (&self.config, single.threads());
+        let (config, threads, build, fixed) = (&self.config, single.threads(), &build, fixed.as_slice());
         let within = |chunks: usize| {
-            let build = |blocks: &[Name]| {
-                let blocks = if may_recompute { blocks } else { &fixed };
+            move |blocks: &[Name]| {
+                let blocks = if may_recompute { blocks } else { fixed };
                 build(config, blocks).map(|program| program.in_chunks(chunks))
-            };
-            let (devices, build) = (devices.clone(), &build);
-            let search = Search { machine, devices, memory, may_recompute, function, threads, build, plan: &planned };
-            let found = search.find()?;
-            let beside = if count > PLANNED { None } else { search.takes(&fixed, &usual, &rules).ok() };
-            Ok::<_, Error>((chunks, found, beside))
+            }
         };
         // More devices than a dimension has chunks may want more of them.
-        let more = (count > c.chunks).then(|| count.next_power_of_two().min(MOST_CHUNKS).max(c.chunks));
-        let (mut best, mut failed) = (None, None);
-        for chunks in [Some(c.chunks), more.filter(|n| *n > c.chunks)].into_iter().flatten() {
-            match within(chunks) {
-                Ok(other) if best.as_ref().is_none_or(|(_, found, _)| seconds_of(&other.1) < seconds_of(found)) => {
-                    best = Some(other);
-                }
-                Ok(_) => {}
-                Err(e) => failed = Some(e),
+        let more = count.next_power_of_two().min(MOST_CHUNKS);
+        let builds = [c.chunks, more].map(within);
+        let [few, many] = builds.each_ref().map(|build| {
+            let devices = devices.clone();
+            Search { machine, devices, memory, may_recompute, function, threads, build, plan: &planned }
+        });
+        let (mut chunks, mut search, mut found) = (c.chunks, &few, few.find());
+        if more > c.chunks && !self.chunks_given {
+            let other = many.find();
+            let slower = |f: &Found| other.as_ref().is_ok_and(|o| seconds_of(o) < seconds_of(f));
+            if other.is_ok() && found.as_ref().map_or(true, slower) {
+                (chunks, search, found) = (more, &many, other);
             }
         }
-        let (chunks, found, beside) = best.ok_or_else(|| failed.expect("a search finds something, or fails"))?;
+        let found = found?;
         let mut text = text(&found, (chunks != c.chunks).then_some(chunks), &machine.name);
+        let beside = if count > PLANNED { None } else { search.takes(fixed, &usual, &rules).ok() };
         if let Some(Takes { seconds: s, bytes: b }) = beside {
             text += &format!("         the usual layout, {rules} on {usual}, takes {} and {}\n", seconds(s), bytes(b));
         }

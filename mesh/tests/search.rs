@@ -5,10 +5,12 @@ mod models;
 
 use mesh::dim::{DType, Name, dim};
 use mesh::error::Error;
+use mesh::graph::Node;
 use mesh::layout::{Layout, Mesh};
 use mesh::machine::Machine;
 use mesh::nn::{self, Dense};
 use mesh::optim::Optimizer;
+use mesh::placement::{Placement, Subject};
 use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::search::{Devices, Found, Search};
@@ -72,6 +74,49 @@ fn where_memory_is_short_something_is_made_again_or_split_and_it_fits() {
     assert!(less.planned.unwrap().bytes <= budget, "{less:?}");
     assert!(less.priced.seconds >= free.priced.seconds && less.bound <= less.priced.seconds);
     assert_eq!(of(1000).unwrap_err().cause.code(), "M0001");
+}
+
+/// A small BERT of the large one's width.
+fn few_layers(layers: usize) -> Bert {
+    Bert { layers, ..LARGE }
+}
+
+#[test]
+fn layers_share_examples_out_to_as_many_devices_as_they_have_chunks() {
+    let machine = h100();
+    let program = |chunks: usize, r: &[Name]| bert(few_layers(2), r).in_chunks(chunks);
+    let of = |chunks: usize| {
+        let build = |r: &[Name]| Ok(program(chunks, r));
+        search(&machine, Devices::Count(64), machine.memory, &build).find().unwrap()
+    };
+    let (few, many) = (of(8), of(64));
+    assert!(many.planned.unwrap().seconds < few.planned.unwrap().seconds, "{many:?} {few:?}");
+    let program = program(64, &[]);
+    let f = program.function("train").unwrap();
+    let is_wide = |n: &&Node| n.scope.starts_with("encoder/layer.0") && ["batch", "d_ff"].iter().all(|d| n.ty.has(d));
+    let wide = f.nodes.iter().find(is_wide).unwrap();
+    let placement = Placement::new(&many.mesh, &many.layout, &program);
+    let regions = placement.regions(&wide.ty, &placement.spec(&Subject::node(f, wide)).unwrap());
+    let extents = |name: &str| regions[0].get(&Name::from(name)).unwrap().len();
+    assert_eq!((extents("batch"), extents("seq"), extents("d_ff")), (LARGE.batch / 64, LARGE.seq, 4 * LARGE.width));
+}
+
+#[test]
+fn the_stages_of_a_pipeline_have_the_layers_in_order() {
+    let (machine, small) = (h100(), Bert { batch: 64, micro: 4, ..few_layers(4) });
+    let build = |r: &[Name]| Ok(bert(small, r));
+    let of = |devices| search(&machine, devices, machine.memory, &build).find().unwrap();
+    let found = of(Devices::Mesh("pipe=2,a=2".parse().unwrap()));
+    let layout = found.layout.to_string();
+    assert!(layout.contains("@pipe:1"), "{layout}");
+    // Layers from the first one on are at the first stage, and no others.
+    let first: Vec<bool> = (0..4).map(|i| layout.contains(&format!("encoder/layer.{i}/**{{@pipe:0}}"))).collect();
+    assert!(first[0] && !first[3] && first.is_sorted_by(|a, b| a >= b), "{layout}");
+    // Each stage has its part of the variables: less than half of what one device has, and the words.
+    let alone = of(Devices::Mesh("a=2".parse().unwrap()));
+    assert!(found.planned.unwrap().bytes < alone.planned.unwrap().bytes, "{found:?} {alone:?}");
+    // It is among what is looked at where the mesh is free.
+    assert!(of(Devices::Count(4)).meshes > of(Devices::Mesh("a=2,b=2".parse().unwrap())).meshes);
 }
 
 #[test]

@@ -92,7 +92,7 @@ held_out_error and held_out_correlation. The exit codes are in `bert --help`.";
 
 const MESH: &str = "Device mesh: axes with their sizes, or `1` for a single device [default: 1]";
 const LAYOUT: &str = "\
-Which dimension is split over which axis, or a file `.toml` that says so; dimensions are batch, seq, heads, d_ff, vocab, \
+Which dimension is split over which axis, a file `.toml` that says so, or `auto`: one is searched for, for --machine; dimensions are batch, seq, heads, d_ff, vocab, \
 d_model and others [default: an axis `data` splits the batch, `model` heads, d_ff and vocab, and others the dimension of \
 their name]; `@pipe:0` in a scope is a stage of a pipeline (docs/layouts.md)";
 

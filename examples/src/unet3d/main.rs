@@ -60,7 +60,7 @@ The exit codes are in `unet3d --help`.";
 
 const MESH: &str = "Device mesh: axes with their sizes, or `1` for a single device [default: x=2,y=2]";
 const LAYOUT: &str = "\
-Which dimension is split over which axis, or a file `.toml` that says so; dimensions are batch, x, y, z and channel \
+Which dimension is split over which axis, a file `.toml` that says so, or `auto`: one is searched for, for --machine; dimensions are batch, x, y, z and channel \
 [default: each axis splits the dimension of its name, and `data` the batch]";
 
 /// Trains a 3-D UNet on whole volumes, spatially partitioned over a mesh of devices.

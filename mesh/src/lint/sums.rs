@@ -60,7 +60,7 @@ pub(super) const LINTS: &[Lint] = &[
         severity: Severity::Warning,
         about: "Devices send several partial sums each, since what they own is no complete part of the summation tree: \
                 three devices own 3 + 3 + 2 of 8 chunks. The tree is the same on every layout, which is what makes results \
-                the same bits; a power of two of devices owns one part each.",
+                the same bits; of one dimension, or of examples, a power of two of devices owns one part each.",
         failing: example(product, PRODUCT, "model=3", "d_in:model"),
         fixed: example(product, PRODUCT, "model=4", "d_in:model"),
         check: Check::Plan(several_partials),

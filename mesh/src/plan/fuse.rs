@@ -425,10 +425,7 @@ impl<'a> Fused<'a> {
         if earlier.kind != later.kind || !ready || earlier.outputs.len() >= 4 || reads_earlier && reshaped() {
             return false;
         }
-        if self.instructions(earlier) + self.instructions(later) > MAX_INSTRS {
-            return false;
-        }
-        match (&a.op, &b.op) {
+        let alike = match (&a.op, &b.op) {
             (SpmdOp::Compute { prim: Prim::Reduce(f), sum: s }, SpmdOp::Compute { prim: Prim::Reduce(g), sum: t }) => {
                 let space = |i: &Instr| {
                     // Of one dtype too: a pass has one way to combine.
@@ -445,7 +442,8 @@ impl<'a> Fused<'a> {
                 gains && x.ty.dims == y.ty.dims && x.regions == y.regions
             }
             _ => false,
-        }
+        };
+        alike && self.instructions(earlier) + self.instructions(later) <= MAX_INSTRS
     }
 }
 
