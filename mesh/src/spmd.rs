@@ -27,6 +27,9 @@ use crate::region::Region;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 
+mod sources;
+pub use sources::sources;
+
 /// Index of a value.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ValueId(pub u32);
@@ -443,99 +446,5 @@ impl fmt::Display for SpmdProgram {
             writeln!(f, "%{} = {name}({}) : {} {}", i.output.0, inputs.join(", "), out.ty, out.regions[0])?;
         }
         Ok(())
-    }
-}
-
-/// Which device sends what to whom so that everyone who holds `from` comes to hold `to`: for each receiver the boxes
-/// it gets and their senders (itself for what it has). Prefers what a device has, then its neighbours in number.
-///
-/// Boxes that nobody holds are left out; lowering never asks for such.
-pub fn sources(from: &[Region], to: &[Region]) -> Vec<Vec<(usize, Region)>> {
-    let devices = from.len();
-    to.iter()
-        .enumerate()
-        .map(|(d, wanted)| {
-            let mut missing = if wanted.is_empty() { vec![] } else { vec![wanted.clone()] };
-            let mut found = Vec::new();
-            for s in (0..devices).map(|k| (d + k) % devices) {
-                let mut rest = Vec::new();
-                for piece in missing {
-                    if piece.overlaps(&from[s]) {
-                        let common = piece.intersect(&from[s]);
-                        rest.extend(without(&piece, &common));
-                        found.push((s, common));
-                    } else {
-                        rest.push(piece);
-                    }
-                }
-                missing = rest;
-                if missing.is_empty() {
-                    break;
-                }
-            }
-            found
-        })
-        .collect()
-}
-
-/// The boxes that make up `whole` without `part`, a box inside it.
-fn without(whole: &Region, part: &Region) -> Vec<Region> {
-    let mut rest = whole.clone();
-    let mut out = Vec::new();
-    for i in 0..whole.0.len() {
-        let (w, p) = (rest.0[i].1.clone(), part.0[i].1.clone());
-        for side in [w.start..p.start, p.end..w.end] {
-            if !side.is_empty() {
-                let mut piece = rest.clone();
-                piece.0[i].1 = side;
-                out.push(piece);
-            }
-        }
-        rest.0[i].1 = p;
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn boxes(max: usize) -> impl Strategy<Value = Region> {
-        prop::collection::vec((0..max, 0..max), 2).prop_map(|v| {
-            Region(
-                v.iter()
-                    .enumerate()
-                    .map(|(i, &(a, b))| (format!("d{i}").as_str().into(), a.min(b)..a.max(b) + 1))
-                    .collect(),
-            )
-        })
-    }
-
-    proptest! {
-        #[test]
-        fn every_wanted_element_comes_from_just_one_device_that_holds_it(
-            cut in (1usize..8, 1usize..8), to in prop::collection::vec(boxes(8), 4)
-        ) {
-            let r = |a: std::ops::Range<usize>, b: std::ops::Range<usize>| Region(vec![("d0".into(), a), ("d1".into(), b)]);
-            let from = [r(0..cut.0, 0..cut.1), r(0..cut.0, cut.1..9), r(cut.0..9, 0..cut.1), r(cut.0..9, cut.1..9)];
-            for (wanted, pieces) in to.iter().zip(sources(&from, &to)) {
-                let mut count = [[0; 9]; 9];
-                for (s, piece) in pieces {
-                    prop_assert!(from[s].contains(&piece));
-                    for x in piece.0[0].1.clone() {
-                        for y in piece.0[1].1.clone() {
-                            count[x][y] += 1;
-                        }
-                    }
-                }
-                for (x, row) in count.iter().enumerate() {
-                    for (y, &n) in row.iter().enumerate() {
-                        let inside = wanted.0[0].1.contains(&x) && wanted.0[1].1.contains(&y);
-                        prop_assert_eq!(n, usize::from(inside));
-                    }
-                }
-            }
-        }
     }
 }

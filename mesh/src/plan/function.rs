@@ -11,6 +11,7 @@ use crate::body::{Loop, Reduction};
 use crate::dim::{Dim, Name};
 use crate::error::Place;
 use crate::graph::NodeId;
+use crate::layout::Mesh;
 use crate::ops::Prim;
 use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
@@ -66,6 +67,8 @@ pub struct Alive {
 pub(super) struct Context<'a> {
     /// The function.
     pub function: &'a Function,
+    /// The mesh.
+    pub mesh: &'a Mesh,
     /// Its lowered form.
     pub spmd: &'a SpmdProgram,
     /// By device: buffers of the variables.
@@ -88,7 +91,7 @@ pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
         let value = |v: ValueId| &cx.spmd.values[v.index()].regions;
         match &instr.op {
             SpmdOp::Move => {
-                moves.insert(i, sources(value(instr.inputs[0]), value(instr.output)));
+                moves.insert(i, sources(cx.mesh, value(instr.inputs[0]), value(instr.output)));
             }
             SpmdOp::AllReduce { sum, groups, .. } => {
                 for group in groups {

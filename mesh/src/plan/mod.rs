@@ -160,6 +160,7 @@ pub fn plan_program(
         pipeline::order(&mut spmd, function, layout.schedule());
         let cx = function::Context {
             function,
+            mesh,
             spmd: &spmd,
             variables: &out.variables,
             declared: &program.variables,
