@@ -205,6 +205,12 @@ impl<'a> Placement<'a> {
         hold.max_by_key(|(i, s)| (s.scope.is_some(), s.section.is_some(), *i)).map(|(_, s)| s.rule)
     }
 
+    /// Whether a rule says that a dimension may be whole where a tensor is made or used: one that gives way, or splits nothing,
+    /// or rules of the tensor's own.
+    pub(crate) fn may_be_whole(&self, t: &Subject, dim: &str) -> bool {
+        t.own.is_some() || self.deciding(None, t, dim).is_some_and(|rule| rule.optional || rule.axes.is_empty())
+    }
+
     /// How a tensor is split: by its own rules if it has any, else by the layout's; never along dimensions that its op
     /// needs whole.
     ///
