@@ -41,7 +41,7 @@ pub struct Subject<'a> {
 }
 
 /// The path around a path.
-fn parent(path: &str) -> &str {
+pub(crate) fn parent(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(parent, _)| parent)
 }
 
