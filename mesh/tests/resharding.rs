@@ -14,7 +14,7 @@ const SIZE: usize = 12;
 /// All meshes of two devices to sixteen: every list of axes whose product is the number of devices.
 fn meshes() -> Vec<Mesh> {
     fn factors(n: usize) -> Vec<Vec<usize>> {
-        let further = (2..=n).filter(|f| n % f == 0).flat_map(|f| {
+        let further = (2..=n).filter(|f| n.is_multiple_of(*f)).flat_map(|f| {
             let rest = if n == f { vec![vec![]] } else { factors(n / f) };
             rest.into_iter().map(move |rest| [vec![f], rest].concat())
         });

@@ -85,7 +85,7 @@ fn large_weights_are_gathered_again_and_small_ones_are_kept() {
     let p = program(|g| {
         let x = g.input("x", DType::F32, &[dim("token", 2048), d.clone()]);
         let layer = |x: Tensor, i: usize| {
-            nn::gelu(&nn::dense(&x, &format!("layer.{i}"), &["d"], &[d.clone()], &Dense::default()))
+            nn::gelu(&nn::dense(&x, &format!("layer.{i}"), &["d"], std::slice::from_ref(&d), &Dense::default()))
         };
         let loss = (0..layers).fold(x, layer).square().mean_all();
         Optimizer::sgd(0.1).apply(g, &loss);
