@@ -96,12 +96,14 @@ pub(crate) fn check(function: &Function, spmd: &SpmdProgram, placement: &Placeme
     Ok(())
 }
 
-/// Whether a node is a variable, in another dtype or under another name at the most.
+/// Whether a node is variables, side by side, in another dtype or under another name at the most.
 fn is_variable(function: &Function, id: NodeId) -> bool {
     let node = function.node(id);
     match &node.op {
         Prim::Read(_) => true,
-        Prim::Cast(_) | Prim::Rename(_) | Prim::SplitDim(_) => is_variable(function, node.inputs[0]),
+        Prim::Cast(_) | Prim::Rename(_) | Prim::SplitDim(_) | Prim::Concat(_) => {
+            node.inputs.iter().all(|input| is_variable(function, *input))
+        }
         _ => false,
     }
 }

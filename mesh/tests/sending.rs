@@ -229,3 +229,21 @@ fn a_gather_of_all_of_a_tensor_has_to_be_asked_for() {
     plan(512, "m=4", "row:m").unwrap();
     assert!(plan(1024, "m=4", "gathers:refuse,row:m").is_err());
 }
+
+/// Twelve heads over four devices are two parts of a sum on each, so that weights are gathered in place of finishing sums of
+/// tokens: those of queries, keys and values together. Nobody has to ask for that.
+#[test]
+fn weights_side_by_side_may_be_gathered_as_each_may() {
+    let p = program(|g| {
+        let x = g.input("x", DType::F32, &[dim("token", 8192), dim("d", 768)]).tanh();
+        let into = [dim("heads", 12), dim("d_head", 64)];
+        let side = |i: usize| nn::dense(&x, &format!("side.{i}"), &["d"], &into, &Dense::unbiased());
+        let loss = side(0).tanh().mul(&side(1)).mul(&side(2)).mean_all();
+        g.output("dx", &g.gradients(&loss, &[&x])[0]);
+    });
+    let (mesh, layout) = ("model=4".parse().unwrap(), "heads:model,token:model?".parse().unwrap());
+    let plan = plan_program(&p, &mesh, &layout, &PlanOptions::default(), &Plain).unwrap();
+    let sends = plan.functions[&"step".into()][0].steps.iter();
+    let mut gathered = sends.filter(|s| &*s.label.op == "all-gather").flat_map(|s| &s.outputs).map(|b| b.bytes);
+    assert!(gathered.any(|bytes| bytes == 3 * 768 * 768 * 4));
+}
