@@ -167,6 +167,24 @@ pub enum Cause {
         /// Its size.
         size: usize,
     },
+    /// A tensor that is split would be whole on every device, and nobody asked for it.
+    #[error(
+        "`{dim}`, split over the axis `{axis}`, would be gathered for this `{reader}`: every device would have all of {tensor} \
+         and receive {} of it in each run, and no rule asks for that",
+        amount(*.bytes)
+    )]
+    SilentGather {
+        /// The tensor.
+        tensor: String,
+        /// The op that takes it.
+        reader: &'static str,
+        /// The dimension.
+        dim: Name,
+        /// The axes.
+        axis: Name,
+        /// Bytes that a device receives.
+        bytes: usize,
+    },
     /// The mesh does not have as many places as there are devices.
     #[error("the mesh `{mesh}` has {size} places, but there are {devices} devices")]
     MeshSize {
@@ -250,6 +268,7 @@ impl Cause {
             Cause::MoreShardsThanChunks { .. } => "L0007",
             Cause::UnknownScope { .. } => "L0008",
             Cause::NoSuchStage { .. } => "L0009",
+            Cause::SilentGather { .. } => "L0010",
             Cause::OverMemory { .. } => "M0001",
         }
     }
@@ -281,6 +300,10 @@ impl Cause {
             Cause::NoSuchStage { size, .. } => {
                 format!("use a place below {size}, or a mesh with more of them along the axis")
             }
+            Cause::SilentGather { dim, axis, .. } => format!(
+                "split another dimension over `{axis}`; or say that it is meant: `{dim}:{axis}?` where it may be whole where it \
+                 must, `{dim}:none` for the scope that needs it whole, `gathers:allow` for all of the layout"
+            ),
             Cause::MeshSize { devices, .. } => {
                 format!("make the axis sizes multiply to {devices}, or change the number of devices")
             }

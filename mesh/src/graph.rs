@@ -14,6 +14,10 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 
+mod products;
+use products::Products;
+pub use products::SIDE;
+
 /// Index of a node in its graph; inputs come before their users.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct NodeId(pub u32);
@@ -527,36 +531,45 @@ impl Graph {
             let from = custom.as_deref().unwrap_or(&s.nodes[i].inputs);
             wanted[i] |= s.nodes[i].ty.dtype.is_float() && from.iter().any(|n| wanted[n.index()]);
         }
-        let region = {
+        let (region, mut products) = {
             let mut s = self.0.borrow_mut();
             s.close_regions();
-            s.region_of()
+            let region = s.region_of();
+            let products = Products::of(&s, &wanted, &region);
+            (region, products)
         };
         self.0.borrow_mut().backward =
             Some(Backward { boundary: NodeId(len as u32), region: None, clones: HashMap::new() });
         let outer = std::mem::replace(&mut self.0.borrow_mut().role, Role::Backward);
         let one = self.scalar(1.0);
         let mut sums: HashMap<NodeId, Tensor> = HashMap::from([(loss.id, one)]);
+        // The sum lies as the value does, whatever its users lie like.
+        let add = |sums: &mut HashMap<NodeId, Tensor>, input: NodeId, grad: Tensor| {
+            let sum = match sums.remove(&input) {
+                Some(sum) => self.beside(input, || sum.add(&grad)),
+                None => grad,
+            };
+            sums.insert(input, sum);
+        };
         for i in (0..=loss.id.index()).rev() {
             let id = NodeId(i as u32);
             if !wanted[i] || wrt.iter().any(|t| t.id == id) && self.is_source(id) {
                 continue;
             }
+            products.rest(id).into_iter().for_each(|grad| add(&mut sums, id, grad));
             let Some(dy) = sums.get(&id).cloned() else { continue };
             if let Some(b) = &mut self.0.borrow_mut().backward {
                 b.region = region[i];
             }
             let (inputs, grads) = self.one_gradient(id, &dy);
             for (input, grad) in inputs.into_iter().zip(grads) {
-                if let (true, Some(grad)) = (wanted[input.index()], grad) {
-                    // The sum lies as the value does, whatever its users lie like.
-                    let sum = match sums.remove(&input) {
-                        Some(sum) => self.beside(input, || sum.add(&grad)),
-                        None => grad,
-                    };
-                    sums.insert(input, sum);
+                if let Some(grad) = grad.filter(|_| wanted[input.index()]).and_then(|g| products.take(id, input, g)) {
+                    add(&mut sums, input, grad);
                 }
             }
+        }
+        for t in wrt {
+            products.rest(t.id).into_iter().for_each(|grad| add(&mut sums, t.id, grad));
         }
         let out: Vec<Tensor> = wrt.iter().map(|t| sums.get(&t.id).cloned().unwrap_or_else(|| t.zeros_like())).collect();
         let mut s = self.0.borrow_mut();

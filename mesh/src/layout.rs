@@ -5,6 +5,7 @@
 //! rule    = dimension ":" axes                      batch:data    d_ff:x+y    heads:model?    x:none    *:data
 //!         | "@" axis ":" (number | "none")          @pipe:0
 //!         | "schedule:" ("gpipe" | "1f1b"), in no block
+//!         | "gathers:" ("allow" | "refuse"), in no block
 //! axes    = "none" | axis { "+" axis } ["?"]
 //! block   = (section | pattern) "{" layout "}"      slots{ *:data }    decoder/**{ x:none, channel:model }
 //! section = "variables" | "gradients" | "slots" | "activations"
@@ -13,10 +14,12 @@
 //! A scope's pattern is a path whose parts may hold `*` (any text) or be `**` (any number of parts); it may begin with `/`,
 //! as it must for a module that is called like a section. Scopes may stand in a section, and no other block in a block. The same in TOML is a table: rules are `dimension = "axes"`, blocks are tables.
 //! `@pipe:0` is a stage of a pipeline: what it is for lies on the devices at that place along the axis, and only there; `schedule` says in which order stages work ([`crate::pipeline`]).
+//! `gathers` says whether what is split may be gathered whole although no rule asks for it ([`crate::gathers`]).
 //! What the rules mean for a tensor is [`crate::placement`]'s.
 
 use crate::dim::{Name, is_name};
 use crate::error::{Cause, Error};
+use crate::gathers::Gathers;
 use crate::pipeline::Schedule;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
@@ -317,10 +320,20 @@ impl FromStr for Head {
 
 /// What stands in front of the order of a pipeline.
 const SCHEDULE: &str = "schedule";
+/// What stands in front of whether tensors may be gathered whole.
+const GATHERS: &str = "gathers";
 
-/// The text of a pipeline's order, if a part of a layout is one.
-fn schedule(part: &str) -> Option<&str> {
-    part.split_once(':').filter(|(key, _)| key.trim() == SCHEDULE).map(|(_, value)| value)
+/// What a part of a layout says behind a word that is no dimension, if that is what it begins with.
+fn behind<'a>(word: &str, part: &'a str) -> Option<&'a str> {
+    part.split_once(':').filter(|(key, _)| key.trim() == word).map(|(_, value)| value)
+}
+
+/// Takes what a layout says once.
+fn once<T>(said: &mut Option<T>, word: &str, value: T) -> Result<(), Error> {
+    match said.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(Cause::TwoRules { dim: word.into() }.into()),
+    }
 }
 
 /// Layout rules: which dimension is split over which mesh axes, `batch:data, x:x, slots{ *:data }`.
@@ -332,6 +345,8 @@ pub struct Layout {
     pub(crate) blocks: Vec<(Head, Layout)>,
     /// The order of a pipeline, if it is said.
     schedule: Option<Schedule>,
+    /// Whether tensors may be gathered whole, if it is said.
+    gathers: Option<Gathers>,
 }
 
 /// A rule with the blocks around it.
@@ -359,7 +374,7 @@ impl fmt::Display for Scoped<'_> {
 impl Layout {
     /// A layout of rules and blocks.
     pub(crate) fn made(rules: Vec<Rule>, blocks: Vec<(Head, Layout)>) -> Layout {
-        Layout { rules, blocks, schedule: None }
+        Layout { rules, blocks, schedule: None, gathers: None }
     }
 
     /// This layout with more rules for every tensor, or blocks.
@@ -396,7 +411,12 @@ impl Layout {
 
     /// Whether it says nothing.
     pub fn is_empty(&self) -> bool {
-        self.scoped().next().is_none() && self.schedule.is_none()
+        self.scoped().next().is_none() && self.schedule.is_none() && self.gathers.is_none()
+    }
+
+    /// Whether tensors may be gathered whole although no rule asks for it.
+    pub fn gathers(&self) -> Gathers {
+        self.gathers.unwrap_or_default()
     }
 
     /// In which order the stages of a pipeline work.
@@ -445,7 +465,8 @@ impl Layout {
             };
             (!block.is_empty()).then(|| (head.clone(), block))
         };
-        Layout { rules, blocks: self.blocks.iter().filter_map(inner).collect(), schedule: self.schedule }
+        let blocks = self.blocks.iter().filter_map(inner).collect();
+        Layout { rules, blocks, schedule: self.schedule, gathers: self.gathers }
     }
 
     /// This layout with a rule for the tensors of a section and a scope, in place of the one that they have there for its
@@ -513,11 +534,10 @@ impl Layout {
                 self.add_block(head, block).map_err(here)?;
                 continue;
             }
-            if let (Some(schedule), []) = (schedule(part), within) {
-                if self.schedule.is_some() {
-                    return Err(here(Cause::TwoRules { dim: SCHEDULE.into() }.into()));
-                }
-                self.schedule = Some(schedule.parse().map_err(here)?);
+            if let (Some(schedule), []) = (behind(SCHEDULE, part), within) {
+                schedule.parse().and_then(|s| once(&mut self.schedule, SCHEDULE, s)).map_err(here)?;
+            } else if let (Some(gathers), []) = (behind(GATHERS, part), within) {
+                gathers.parse().and_then(|g| once(&mut self.gathers, GATHERS, g)).map_err(here)?;
             } else if !part.trim().is_empty() {
                 part.parse().and_then(|rule| self.add_rule(rule)).map_err(here)?;
             }
@@ -536,7 +556,8 @@ impl fmt::Display for Layout {
         let rules = self.rules.iter().map(Rule::to_string);
         let blocks = self.blocks.iter().map(|(head, block)| format!("{head}{{{block}}}"));
         let schedule = self.schedule.map(|s| format!("{SCHEDULE}:{s}"));
-        f.write_str(&rules.chain(blocks).chain(schedule).collect::<Vec<_>>().join(","))
+        let gathers = self.gathers.map(|g| format!("{GATHERS}:{g}"));
+        f.write_str(&rules.chain(blocks).chain(schedule).chain(gathers).collect::<Vec<_>>().join(","))
     }
 }
 
@@ -555,6 +576,7 @@ impl Serialize for Layout {
         use serde::ser::SerializeMap;
         let mut map = to.serialize_map(None)?;
         self.schedule.iter().try_for_each(|s| map.serialize_entry(SCHEDULE, &s.to_string()))?;
+        self.gathers.iter().try_for_each(|g| map.serialize_entry(GATHERS, &g.to_string()))?;
         self.rules.iter().try_for_each(|r| map.serialize_entry(&r.dim, &r.over()))?;
         self.blocks.iter().try_for_each(|(head, block)| map.serialize_entry(&head.to_string(), block))?;
         map.end()
@@ -652,7 +674,12 @@ mod tests {
     /// A layout's text.
     fn layouts() -> impl Strategy<Value = String> {
         let section = (0usize..4, rules(), scopes()).prop_map(|(s, r, p)| (Section::ALL[s], format!("{r},{p}")));
-        let schedule = prop::option::of(prop_oneof![Just("schedule : gpipe"), Just("schedule:1f1b")]);
+        let schedule = prop::option::of(prop_oneof![
+            Just("schedule : gpipe"),
+            Just("schedule:1f1b"),
+            Just("gathers: allow"),
+            Just("gathers:refuse;schedule:1f1b")
+        ]);
         let sections = prop::collection::vec(section, 0..3);
         (rules(), scopes(), sections, schedule).prop_map(|(rules, scopes, mut sections, schedule)| {
             sections.sort();
@@ -691,7 +718,7 @@ mod tests {
             let table = toml::to_string(&layout).unwrap();
             prop_assert_eq!(toml::from_str::<Layout>(&table).unwrap(), layout.clone(), "{}", table);
             // Built part by part it is the same.
-            let mut built = Layout { schedule: layout.schedule, ..Layout::default() };
+            let mut built = Layout { schedule: layout.schedule, gathers: layout.gathers, ..Layout::default() };
             for rule in &layout.rules {
                 built = built.with(&rule.to_string()).unwrap();
             }

@@ -43,7 +43,7 @@ pub struct Subject<'a> {
 }
 
 /// The path around a path.
-fn parent(path: &str) -> &str {
+pub(crate) fn parent(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(parent, _)| parent)
 }
 
@@ -206,6 +206,12 @@ impl<'a> Placement<'a> {
         let rules = self.rules.iter().enumerate();
         let hold = rules.filter(|(_, s)| s.rule.dim == *dim && t.is_of(s.section) && t.is_in(s.scope));
         hold.max_by_key(|(i, s)| (s.scope.is_some(), s.section.is_some(), *i)).map(|(_, s)| *s)
+    }
+
+    /// Whether a rule says that a dimension may be whole where a tensor is made or used: one that gives way, or splits nothing,
+    /// or rules of the tensor's own.
+    pub(crate) fn may_be_whole(&self, t: &Subject, dim: &str) -> bool {
+        t.own.is_some() || self.deciding(None, t, dim).is_some_and(|s| s.rule.optional || s.rule.axes.is_empty())
     }
 
     /// How a tensor is split: by its own rules if it has any, else by the layout's; never along dimensions that its op

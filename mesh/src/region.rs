@@ -78,6 +78,17 @@ impl Region {
                 .collect(),
         )
     }
+    /// The least region that holds both (dimensions in the same order).
+    pub fn hull(&self, other: &Region) -> Region {
+        match (self.is_empty(), other.is_empty()) {
+            (true, _) => other.clone(),
+            (_, true) => self.clone(),
+            _ => {
+                let both = self.0.iter().zip(&other.0);
+                Region(both.map(|((n, r), (_, s))| (n.clone(), r.start.min(s.start)..r.end.max(s.end))).collect())
+            }
+        }
+    }
     /// The type of the tensor that holds just this region of `ty`.
     pub fn local(&self, ty: &Type) -> Type {
         Type::new(

@@ -5,8 +5,11 @@
 //! gather, an all-to-all, whatever the regions say: a move is defined by who holds which global indices, so it cannot
 //! bring the wrong data). Where a dimension that is summed over is split, devices compute the subtrees of the canonical
 //! summation tree that they own, and an all-reduce finishes the tree. If the result is to be split over the very axes that
-//! split the sum, either the inputs are gathered, or a reduce-scatter finishes on each device its part of the result:
-//! whatever moves fewer bytes, and of equals the second, which needs less memory.
+//! split the sum, either the inputs are gathered, or a reduce-scatter finishes on each device its part of the result;
+//! or the result is made where an input lies and moves then: whatever moves fewer bytes, and of equals the one that needs
+//! less memory. What was moved before for another reader is there.
+//!
+//! Then [`share`] takes out what is sent twice, and [`narrow`] makes of a sum no more than is needed of it.
 //!
 //! What a rule gives to one place along an axis, a stage of a pipeline, lies and is computed on the devices there; the others
 //! hold nothing of it, and [`crate::pipeline`] puts the stages' instructions in an order in which they work side by side.
@@ -26,6 +29,11 @@ use crate::program::{Function, VarId};
 use crate::region::Region;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+
+mod narrow;
+mod share;
+mod sources;
+pub use sources::sources;
 
 /// Index of a value.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -119,6 +127,8 @@ pub struct SpmdProgram {
     /// Sums of a variable's gradients, of its uses or of micro-batches: each is stored where it is added up, so that what it
     /// is made of can go.
     pub sums: Vec<ValueId>,
+    /// Values that are kept to be used again although they could be sent again.
+    pub kept: HashSet<ValueId>,
 }
 
 /// Lowers a function.
@@ -139,7 +149,22 @@ pub fn lower(function: &Function, placement: &Placement) -> Result<SpmdProgram, 
     };
     let all = (0..function.nodes.len() as u32).map(NodeId);
     l.out.sums = all.filter(adds).map(|id| values[id.index()].value).collect();
-    Ok(add_up_at_once(l.out))
+    Ok(narrow::narrow(share::share(add_up_at_once(l.out)), function))
+}
+
+impl SpmdProgram {
+    /// What a device goes over in an instruction: its part of the result and of what is summed.
+    pub fn iteration(&self, function: &Function, instr: &Instr, device: usize) -> Region {
+        let output = &self.values[instr.output.index()];
+        let mut at = output.regions[device].clone();
+        if let SpmdOp::Compute { prim, sum: Some(sum) } = &instr.op {
+            let reduced = prim.op().reduced(&function.input_types(function.node(output.node)));
+            for (d, range) in reduced.iter().zip(sum.tree.elements(&sum.owned[device])) {
+                at = at.with(&d.name, range);
+            }
+        }
+        at
+    }
 }
 
 /// The program with each sum of gradients right behind the last of what it adds.
@@ -174,8 +199,8 @@ struct Lowering<'a> {
     function: &'a Function,
     placement: &'a Placement<'a>,
     out: SpmdProgram,
-    /// Moves by value, by what each device needs, and for a variable by pass.
-    moved: HashMap<(ValueId, Vec<Region>, bool), ValueId>,
+    /// What was moved of a value, and for a variable in which pass.
+    moved: HashMap<(ValueId, bool), Vec<ValueId>>,
 }
 
 /// One way to compute a node's result.
@@ -211,14 +236,26 @@ impl Lowering<'_> {
         if lies.regions.iter().zip(&needed).all(|(h, n)| h.contains(n)) {
             return value;
         }
-        // What is gathered of a variable goes after the forward pass, or it would be there all the time.
-        let again = held.stored.is_some() && self.function.node(node).role != Role::Forward;
-        if let Some(&m) = self.moved.get(&(value, needed.clone(), again)) {
-            return m;
+        let again = self.again(held, node);
+        if let Some(there) = self.there(value, &needed, again) {
+            return there;
         }
-        let output = self.exactly(value, needed.clone(), node);
-        self.moved.insert((value, needed, again), output);
+        let output = self.exactly(value, needed, node);
+        self.moved.entry((value, again)).or_default().push(output);
         output
+    }
+
+    /// Whether what is moved of a variable for the forward pass is no longer there for a node: it would be there all the time.
+    fn again(&self, held: &Held, node: NodeId) -> bool {
+        held.stored.is_some() && self.function.node(node).role != Role::Forward
+    }
+
+    /// What was moved of a value before such that every device holds at least `needed` of it; of some, the least.
+    fn there(&self, value: ValueId, needed: &[Region], again: bool) -> Option<ValueId> {
+        let regions = |v: &ValueId| &self.out.values[v.index()].regions;
+        let enough = |v: &&ValueId| regions(v).iter().zip(needed).all(|(h, n)| h.contains(n));
+        let moved = self.moved.get(&(value, again)).into_iter().flatten().filter(enough);
+        moved.copied().min_by_key(|v| regions(v).iter().map(Region::elements).sum::<usize>())
     }
 
     /// The value held in just these regions: a move.
@@ -281,20 +318,31 @@ impl Lowering<'_> {
             inputs.push(self.moved(&values[input.index()], needed, id));
         }
         let computed = placement.regions(&node.ty, &way.spec);
-        let output = self.value(node.ty.clone(), computed, self.nodes(&way), id);
+        let output = self.value(node.ty.clone(), computed.clone(), self.nodes(&way), id);
         let prim = node.op.clone();
         self.out.instrs.push(Instr { op: SpmdOp::Compute { prim, sum: way.sum.clone() }, inputs, output });
         let groups = self.groups(&way);
-        let (Some(sum), true) = (way.sum, groups[0].len() > 1) else {
-            return Ok(Held { value: output, spec, stored: None });
-        };
-        let f = match &node.op {
-            Prim::Reduce(r) => r.f,
-            _ => ReduceFn::Sum,
-        };
-        let value = self.finished(&node.ty, regions, id);
-        self.out.instrs.push(Instr { op: SpmdOp::AllReduce { f, sum, groups }, inputs: vec![output], output: value });
+        let done = self.done(&computed, &regions);
+        let mut value = output;
+        if let (Some(sum), true) = (way.sum, groups[0].len() > 1) {
+            let f = match &node.op {
+                Prim::Reduce(r) => r.f,
+                _ => ReduceFn::Sum,
+            };
+            value = self.finished(&node.ty, done.to_vec(), id);
+            let op = SpmdOp::AllReduce { f, sum, groups };
+            self.out.instrs.push(Instr { op, inputs: vec![output], output: value });
+        }
+        if self.out.values[value.index()].regions != regions {
+            value = self.exactly(value, regions, id);
+        }
         Ok(Held { value, spec, stored: None })
+    }
+
+    /// What devices that compute parts of sums finish: what they are to have of the result, if it is inside of that.
+    fn done<'r>(&self, computed: &'r [Region], regions: &'r [Region]) -> &'r [Region] {
+        let inside = computed.iter().zip(regions).all(|(all, part)| all.contains(part));
+        if inside { regions } else { computed }
     }
 
     /// The stage that makes both parts of a gradient: it adds them, and hands on one.
@@ -342,27 +390,69 @@ impl Lowering<'_> {
         let used: Vec<usize> = spec.dims.iter().flatten().copied().chain(stage()).collect();
         let gathered = self.along(&reduced, spec.clone(), self.split(id, &reduced, used, values), &node.ty);
         let split = self.split(id, &reduced, stage().collect(), values);
-        if split == gathered.reduced {
-            return gathered;
+        let mut ways = vec![];
+        if split != gathered.reduced {
+            // Of a dimension's axes those in front of one that splits the sum stay: their shards are around the result's.
+            let free = |a: &&usize| !split.iter().flatten().any(|s| s == *a);
+            let around = spec.dims.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
+            ways.push(self.along(&reduced, Spec { dims: around, stage: spec.stage.clone() }, split, &node.ty));
         }
-        // Of a dimension's axes those in front of one that splits the sum stay: their shards are around the result's.
-        let free = |a: &&usize| !split.iter().flatten().any(|s| s == *a);
-        let around = spec.dims.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
-        let scattered = self.along(&reduced, Spec { dims: around, stage: spec.stage.clone() }, split, &node.ty);
+        ways.push(gathered);
+        if !reduced.is_empty() {
+            let work = |way: &Way| way.at.iter().map(Region::elements).max();
+            let least = ways.iter().map(work).min();
+            let there = (0..node.inputs.len()).map(|input| self.where_lies(id, input, spec, &reduced, values));
+            let there: Vec<Way> = there.filter(|way| Some(work(way)) <= least).collect();
+            ways.extend(there);
+        }
+        // Of equals the first.
         let traffic = |way: &Way| self.traffic(id, way, regions, values);
-        if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
+        let best = (0..ways.len()).min_by_key(|i| traffic(&ways[*i])).unwrap_or_default();
+        ways.swap_remove(best)
+    }
+
+    /// The way that splits the result as an input is split, wherever it is to lie: a sum is smaller than what it is of.
+    fn where_lies(&self, id: NodeId, input: usize, spec: &Spec, reduced: &[Dim], values: &[Held]) -> Way {
+        let node = self.function.node(id);
+        let (op, types) = (node.op.op(), self.function.input_types(node));
+        let whole = op.whole(&types, &node.ty);
+        let held = self.used(id, node.inputs[input], values);
+        let mut dims: Axes = vec![vec![]; node.ty.dims.len()];
+        let mut used: Vec<usize> = spec.stage.iter().map(|(axis, _)| *axis).collect();
+        // Dimensions that the input does not have lie as they are to, where its own leave the axes for it.
+        for own in [true, false] {
+            for (i, d) in node.ty.dims.iter().enumerate() {
+                let at = types[input].dims.iter().position(|e| e == d);
+                let axes = match at {
+                    Some(at) if own => &held.dims[at],
+                    None if !own => &spec.dims[i],
+                    _ => continue,
+                };
+                let fits = self.placement.chunks(d) >= self.placement.shards(axes)
+                    && !axes.iter().any(|a| used.contains(a))
+                    && !whole.iter().any(|(name, _)| *name == d.name);
+                if fits {
+                    used.extend(axes);
+                    dims[i] = axes.clone();
+                }
+            }
+        }
+        let split = self.split(id, reduced, used, values);
+        self.along(reduced, Spec { dims, stage: spec.stage.clone() }, split, &node.ty)
+    }
+
+    /// How an input of a node lies for it: what the passes use of a variable, all else the variable itself.
+    fn used<'v>(&self, id: NodeId, input: NodeId, values: &'v [Held]) -> &'v Spec {
+        let passes = matches!(self.function.node(id).role, Role::Forward | Role::Backward);
+        let held = &values[input.index()];
+        held.stored.as_ref().filter(|_| !passes).unwrap_or(&held.spec)
     }
 
     /// The axes of each reduced dimension: those by which the inputs which have it are split, as far as they are free.
     fn split(&self, id: NodeId, reduced: &[Dim], mut used: Vec<usize>, values: &[Held]) -> Axes {
         let node = self.function.node(id);
         let types = self.function.input_types(node);
-        let passes = matches!(node.role, Role::Forward | Role::Backward);
-        let axes_of = |input: NodeId, at: usize| {
-            let held = &values[input.index()];
-            let spec = held.stored.as_ref().filter(|_| !passes).unwrap_or(&held.spec);
-            spec.dims[at].clone()
-        };
+        let axes_of = |input: NodeId, at: usize| self.used(id, input, values).dims[at].clone();
         let mut of = |d: &Dim| {
             let inputs = node.inputs.iter().zip(&types);
             let all = inputs.filter_map(|(i, t)| Some(axes_of(*i, t.dims.iter().position(|e| e == d)?)));
@@ -396,32 +486,41 @@ impl Lowering<'_> {
         Way { spec, reduced, at: iterated, sum: Some(Sum { tree, owned }) }
     }
 
-    /// Bytes that all devices together receive if a node is computed so: of its inputs and of parts of sums.
+    /// Bytes that all devices together receive if a node is computed so: of its inputs, of parts of sums, of the result.
     fn traffic(&self, id: NodeId, way: &Way, regions: &[Region], values: &[Held]) -> usize {
         let node = self.function.node(id);
         let (op, types) = (node.op.op(), self.function.input_types(node));
         let mut bytes = 0;
         for (i, input) in node.inputs.iter().enumerate() {
-            let held = &self.out.values[values[input.index()].value.index()];
-            for (at, held) in way.at.iter().zip(&held.regions) {
-                let needed = needs(op, i, &types, &node.ty, at);
-                bytes += (needed.elements() - needed.intersect(held).elements()) * types[i].dtype.bytes();
+            let from = &values[input.index()];
+            let needed: Vec<Region> = way.at.iter().map(|at| needs(op, i, &types, &node.ty, at)).collect();
+            // What was moved before is there.
+            if self.there(from.value, &needed, self.again(from, id)).is_none() {
+                bytes += missing(&self.out.values[from.value.index()].regions, &needed) * types[i].dtype.bytes();
             }
         }
         let (nodes, groups, computed) =
             (self.nodes(way), self.groups(way), self.placement.regions(&node.ty, &way.spec));
+        let done = self.done(&computed, regions);
         for (d, group) in groups.iter().enumerate() {
             let others: usize = group.iter().filter(|e| **e != d).map(|e| nodes[*e]).sum();
             // An all-reduce goes by segments, and each device sends its own to the others.
-            let elements = if computed[d] == regions[d] {
-                (others + group.len() - 1) * regions[d].elements() / group.len()
+            let elements = if computed[d] == done[d] {
+                (others + group.len() - 1) * done[d].elements() / group.len()
             } else {
-                others * regions[d].elements()
+                others * done[d].elements()
             };
             bytes += elements * node.ty.dtype.bytes();
         }
+        bytes += missing(done, regions) * node.ty.dtype.bytes();
         bytes
     }
+}
+
+/// How many elements devices lack of what they need.
+fn missing(held: &[Region], needed: &[Region]) -> usize {
+    let both = held.iter().zip(needed);
+    both.map(|(held, needed)| needed.elements() - needed.intersect(held).elements()).sum()
 }
 
 /// What an op reads of input `i` for `at`: nothing for nothing.
@@ -443,99 +542,5 @@ impl fmt::Display for SpmdProgram {
             writeln!(f, "%{} = {name}({}) : {} {}", i.output.0, inputs.join(", "), out.ty, out.regions[0])?;
         }
         Ok(())
-    }
-}
-
-/// Which device sends what to whom so that everyone who holds `from` comes to hold `to`: for each receiver the boxes
-/// it gets and their senders (itself for what it has). Prefers what a device has, then its neighbours in number.
-///
-/// Boxes that nobody holds are left out; lowering never asks for such.
-pub fn sources(from: &[Region], to: &[Region]) -> Vec<Vec<(usize, Region)>> {
-    let devices = from.len();
-    to.iter()
-        .enumerate()
-        .map(|(d, wanted)| {
-            let mut missing = if wanted.is_empty() { vec![] } else { vec![wanted.clone()] };
-            let mut found = Vec::new();
-            for s in (0..devices).map(|k| (d + k) % devices) {
-                let mut rest = Vec::new();
-                for piece in missing {
-                    if piece.overlaps(&from[s]) {
-                        let common = piece.intersect(&from[s]);
-                        rest.extend(without(&piece, &common));
-                        found.push((s, common));
-                    } else {
-                        rest.push(piece);
-                    }
-                }
-                missing = rest;
-                if missing.is_empty() {
-                    break;
-                }
-            }
-            found
-        })
-        .collect()
-}
-
-/// The boxes that make up `whole` without `part`, a box inside it.
-fn without(whole: &Region, part: &Region) -> Vec<Region> {
-    let mut rest = whole.clone();
-    let mut out = Vec::new();
-    for i in 0..whole.0.len() {
-        let (w, p) = (rest.0[i].1.clone(), part.0[i].1.clone());
-        for side in [w.start..p.start, p.end..w.end] {
-            if !side.is_empty() {
-                let mut piece = rest.clone();
-                piece.0[i].1 = side;
-                out.push(piece);
-            }
-        }
-        rest.0[i].1 = p;
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn boxes(max: usize) -> impl Strategy<Value = Region> {
-        prop::collection::vec((0..max, 0..max), 2).prop_map(|v| {
-            Region(
-                v.iter()
-                    .enumerate()
-                    .map(|(i, &(a, b))| (format!("d{i}").as_str().into(), a.min(b)..a.max(b) + 1))
-                    .collect(),
-            )
-        })
-    }
-
-    proptest! {
-        #[test]
-        fn every_wanted_element_comes_from_just_one_device_that_holds_it(
-            cut in (1usize..8, 1usize..8), to in prop::collection::vec(boxes(8), 4)
-        ) {
-            let r = |a: std::ops::Range<usize>, b: std::ops::Range<usize>| Region(vec![("d0".into(), a), ("d1".into(), b)]);
-            let from = [r(0..cut.0, 0..cut.1), r(0..cut.0, cut.1..9), r(cut.0..9, 0..cut.1), r(cut.0..9, cut.1..9)];
-            for (wanted, pieces) in to.iter().zip(sources(&from, &to)) {
-                let mut count = [[0; 9]; 9];
-                for (s, piece) in pieces {
-                    prop_assert!(from[s].contains(&piece));
-                    for x in piece.0[0].1.clone() {
-                        for y in piece.0[1].1.clone() {
-                            count[x][y] += 1;
-                        }
-                    }
-                }
-                for (x, row) in count.iter().enumerate() {
-                    for (y, &n) in row.iter().enumerate() {
-                        let inside = wanted.0[0].1.contains(&x) && wanted.0[1].1.contains(&y);
-                        prop_assert_eq!(n, usize::from(inside));
-                    }
-                }
-            }
-        }
     }
 }

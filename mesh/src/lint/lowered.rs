@@ -121,15 +121,7 @@ impl<'a> Lowered<'a> {
     }
     /// What a device goes over: its part of the result and of what is summed.
     pub fn iteration(&self, i: &Instr, device: usize) -> Region {
-        let mut at = self.value(i.output).regions[device].clone();
-        if let SpmdOp::Compute { prim, sum: Some(sum) } = &i.op {
-            let node = self.function.node(self.value(i.output).node);
-            let reduced = prim.op().reduced(&self.function.input_types(node));
-            for (d, range) in reduced.iter().zip(sum.tree.elements(&sum.owned[device])) {
-                at = at.with(&d.name, range);
-            }
-        }
-        at
+        self.spmd.iteration(self.function, i, device)
     }
     /// Its dimensions, whole.
     pub fn dims(&self, i: &Instr) -> Vec<Dim> {

@@ -61,6 +61,12 @@ fn mean_loss(g: &Graph) {
 
 const DENSE: &str = "a dense layer `[batch:64, d_in:32] x [d_in:32, d_out:32]`";
 
+const TURNED: &str = "`x.tanh().rename(\"token\", \"other\")` of 1,024 tokens of 1,024";
+fn turned(g: &Graph) {
+    let x = g.input("x", DType::F32, &[dim("token", 1024), dim("d", 1024)]);
+    g.output("y", &x.tanh().rename("token", "other").exp().sum_all()); // L0010
+}
+
 const fn refusal(
     code: &'static str,
     name: &'static str,
@@ -147,6 +153,16 @@ pub(super) const LINTS: &[Lint] = &[
          there is, or a mesh with more of them.",
         of("pipe=2", "@pipe:2"),
         of("pipe=2", "@pipe:1"),
+    ),
+    refusal(
+        "L0010",
+        "silent-gather",
+        "A tensor that the layout splits would be gathered whole on every device, a MiB or more that each receives in every run, \
+         and no rule asks for it. Split another dimension; or say that it is meant: `token:data?` for what may be whole where \
+         it must, `token:none` in the scope that needs it whole, or `gathers:allow` for all of the layout. Gathers of variables, \
+         of gradients and for updates are no matter here: rules for those trade memory for messages.",
+        example(turned, TURNED, "data=4", "token:data"),
+        example(turned, TURNED, "data=4", "token:data,other:data"),
     ),
     refusal(
         "P0001",

@@ -11,6 +11,7 @@ use crate::body::{Loop, Reduction};
 use crate::dim::{Dim, Name};
 use crate::error::Place;
 use crate::graph::NodeId;
+use crate::layout::Mesh;
 use crate::ops::Prim;
 use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
@@ -47,6 +48,8 @@ pub struct Timeline {
     pub largest: Vec<Alive>,
     /// By block of the function: bytes of it at each step that would not be there if it were made again.
     pub inside: Vec<Vec<usize>>,
+    /// Bytes at each step that are kept in place of being sent again, where there is room.
+    pub kept: Vec<usize>,
 }
 
 /// Something that is alive at a step.
@@ -66,6 +69,8 @@ pub struct Alive {
 pub(super) struct Context<'a> {
     /// The function.
     pub function: &'a Function,
+    /// The mesh.
+    pub mesh: &'a Mesh,
     /// Its lowered form.
     pub spmd: &'a SpmdProgram,
     /// By device: buffers of the variables.
@@ -88,7 +93,7 @@ pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
         let value = |v: ValueId| &cx.spmd.values[v.index()].regions;
         match &instr.op {
             SpmdOp::Move => {
-                moves.insert(i, sources(value(instr.inputs[0]), value(instr.output)));
+                moves.insert(i, sources(cx.mesh, value(instr.inputs[0]), value(instr.output)));
             }
             SpmdOp::AllReduce { sum, groups, .. } => {
                 for group in groups {
@@ -471,7 +476,8 @@ impl Planner<'_> {
             };
             (format!("{scope}{what}"), node.place)
         };
-        let timeline = Timeline { inside: self.inside(device), ..self.timeline(device, &tenants, alive, name) };
+        let (inside, kept) = self.inside(device);
+        let timeline = Timeline { inside, kept, ..self.timeline(device, &tenants, alive, name) };
         let mut steps: Vec<Step> = Vec::with_capacity(works.len());
         for (g, (work, inputs, name, _)) in works.into_iter().enumerate() {
             let group = &self.groups()[g];
@@ -527,23 +533,26 @@ impl Planner<'_> {
         }
     }
 
-    /// By block: bytes of its inside that are there at each step.
-    fn inside(&self, device: usize) -> Vec<Vec<usize>> {
-        let mut sums = vec![vec![0; self.end() + 1]; self.cx.function.blocks.len()];
+    /// By block: bytes of its inside that are there at each step; and bytes that are kept in place of being sent again.
+    fn inside(&self, device: usize) -> (Vec<Vec<usize>>, Vec<usize>) {
+        let none = vec![0; self.end() + 1];
+        let (mut sums, mut kept) = (vec![none.clone(); self.cx.function.blocks.len()], none);
         for life in &self.lives {
             let bytes = life.bytes[device].next_multiple_of(ALIGN);
             let mut from = life.from;
             for (to, value) in life.before.iter().copied().chain([(life.to + 1, life.value)]) {
+                let add = |sum: &mut Vec<usize>| sum[from..to].iter_mut().for_each(|b| *b += bytes);
                 let node = self.origin(value);
-                for (sum, block) in sums.iter_mut().zip(&self.cx.function.blocks) {
-                    if block.inside.binary_search(&node).is_ok() {
-                        sum[from..to].iter_mut().for_each(|b| *b += bytes);
-                    }
+                if self.cx.spmd.kept.contains(&value) {
+                    add(&mut kept);
+                } else {
+                    let blocks = sums.iter_mut().zip(&self.cx.function.blocks);
+                    blocks.filter(|(_, b)| b.inside.binary_search(&node).is_ok()).for_each(|(sum, _)| add(sum));
                 }
                 from = to;
             }
         }
-        sums
+        (sums, kept)
     }
 
     /// Walks through the steps and holds that each finds in memory what it reads.
@@ -593,7 +602,7 @@ impl Planner<'_> {
             largest.push(Alive { name, bytes: buffer.bytes, place: v.place, variable: true });
         }
         largest.sort_by_key(|a| std::cmp::Reverse(a.bytes));
-        Timeline { alive, fullest, largest, inside: vec![] }
+        Timeline { alive, fullest, largest, ..Timeline::default() }
     }
 }
 

@@ -26,6 +26,7 @@ pub mod time;
 
 use crate::dim::Name;
 use crate::error::{Cause, Error};
+use crate::gathers::{self, Gathers};
 use crate::layout::{Layout, Mesh};
 use crate::ops::Prim;
 use crate::pipeline;
@@ -157,9 +158,13 @@ pub fn plan_program(
     for (name, function) in &program.functions {
         in_f32(function)?;
         let mut spmd = spmd::lower(function, &placement)?;
+        if layout.gathers() == Gathers::Refuse {
+            gathers::check(function, &spmd, &placement)?;
+        }
         pipeline::order(&mut spmd, function, layout.schedule());
         let cx = function::Context {
             function,
+            mesh,
             spmd: &spmd,
             variables: &out.variables,
             declared: &program.variables,

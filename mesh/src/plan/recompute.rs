@@ -2,8 +2,8 @@
 //!
 //! Peaks do not add up over blocks, so a choice of blocks is judged by its plan, and nothing else says that it fits.
 //! Choices are tried from the cheapest one on: the first that fits is the best. A plan rules out others without planning
-//! them: what is alive at one of its steps, less all that is inside further blocks there, is a lower bound of the peak of
-//! every choice with those blocks in addition.
+//! them: what is alive at one of its steps, less all that is inside further blocks there and less what is only kept because
+//! there is room ([`crate::spmd`]), is a lower bound of the peak of every choice with those blocks in addition.
 
 use super::ProgramPlan;
 use super::describe::bytes;
@@ -117,7 +117,7 @@ type Mask = u32;
 struct Tried {
     mask: Mask,
     peak: usize,
-    /// What is alive, workspaces included, at a step, by how much of that is inside of each candidate.
+    /// What is alive and has to be, workspaces included, at a step, by how much of that is inside of each candidate.
     alive: BTreeMap<Vec<usize>, usize>,
 }
 
@@ -188,7 +188,7 @@ impl<'a> Search<'a> {
                             at.iter().for_each(|&at| inside[at] += bytes[step]);
                         }
                         let most = alive.entry(inside).or_insert(0);
-                        *most = (now + plan.workspace_bytes).max(*most);
+                        *most = (now - timeline.kept[step] + plan.workspace_bytes).max(*most);
                     }
                 }
             }
