@@ -414,6 +414,11 @@ impl Layout {
         self.scoped().next().is_none() && self.schedule.is_none() && self.gathers.is_none()
     }
 
+    /// The layout, by which tensors may be gathered whole although no rule asks for it.
+    pub(crate) fn allowing_gathers(self) -> Layout {
+        Layout { gathers: Some(Gathers::Allow), ..self }
+    }
+
     /// Whether tensors may be gathered whole although no rule asks for it.
     pub fn gathers(&self) -> Gathers {
         self.gathers.unwrap_or_default()

@@ -103,20 +103,51 @@ fn layers_share_examples_out_to_as_many_devices_as_they_have_chunks() {
 
 #[test]
 fn the_stages_of_a_pipeline_have_the_layers_in_order() {
-    let (machine, small) = (h100(), Bert { batch: 64, micro: 4, ..few_layers(4) });
+    let (machine, small) = (h100(), Bert { batch: 64, micro: 4, ..few_layers(6) });
     let build = |r: &[Name]| Ok(bert(small, r));
     let of = |devices| search(&machine, devices, machine.memory, &build).find().unwrap();
     let found = of(Devices::Mesh("pipe=2,a=2".parse().unwrap()));
     let layout = found.layout.to_string();
     assert!(layout.contains("@pipe:1"), "{layout}");
     // Layers from the first one on are at the first stage, and no others.
-    let first: Vec<bool> = (0..4).map(|i| layout.contains(&format!("encoder/layer.{i}/**{{@pipe:0}}"))).collect();
-    assert!(first[0] && !first[3] && first.is_sorted_by(|a, b| a >= b), "{layout}");
-    // Each stage has its part of the variables: less than half of what one device has, and the words.
-    let alone = of(Devices::Mesh("a=2".parse().unwrap()));
-    assert!(found.planned.unwrap().bytes < alone.planned.unwrap().bytes, "{found:?} {alone:?}");
+    let first: Vec<bool> = (0..6).map(|i| layout.contains(&format!("encoder/layer.{i}/**{{@pipe:0}}"))).collect();
+    assert!(first[0] && !first[5] && first.is_sorted_by(|a, b| a >= b), "{layout}");
+    // Each stage has the variables of its own layers, and no others.
+    let program = bert(small, &[]);
+    let placement = Placement::new(&found.mesh, &found.layout, &program);
+    for v in program.variables.iter().filter(|v| v.name.starts_with("encoder/layer.")) {
+        let regions = placement.regions(&v.ty, &placement.spec(&Subject::variable(v)).unwrap());
+        let layer: usize = v.name["encoder/layer.".len()..].split('/').next().unwrap().parse().unwrap();
+        let stage = usize::from(!first[layer]);
+        let axis = found.mesh.axis("pipe").unwrap();
+        assert!((0..4).all(|d| regions[d].is_empty() != (found.mesh.coordinates(d)[axis] == stage)), "{}", v.name);
+    }
     // It is among what is looked at where the mesh is free.
     assert!(of(Devices::Count(4)).meshes > of(Devices::Mesh("a=2,b=2".parse().unwrap())).meshes);
+}
+
+/// Scores of each row by every other one. Rows are needed whole, and to gather them is cheaper than to make them everywhere.
+#[test]
+fn what_a_layout_that_is_found_gathers_it_allows() {
+    let machine = h100();
+    let build = |_: &[Name]| {
+        let mut p = ProgramBuilder::new();
+        p.function("train", |g| {
+            let (row, d) = (dim("row", 8192), dim("d", 256));
+            let x = g.input("x", DType::F32, &[row, d.clone()]);
+            let layer =
+                |x, i| nn::dense(&x, &format!("layer.{i}"), &["d"], std::slice::from_ref(&d), &Dense::default());
+            let x = (0..2).fold(x, layer).tanh();
+            let scores = x.contract(&x.rename("row", "other"), &["d"]);
+            Optimizer::sgd(0.1).apply(g, &scores.tanh().mean_all());
+        })?;
+        p.finish()
+    };
+    let found = search(&machine, Devices::Mesh("a=8".parse().unwrap()), machine.memory, &build).find().unwrap();
+    let text = found.layout.to_string();
+    assert!(text.ends_with("gathers:allow"), "{text}");
+    let refused = text.replace("gathers:allow", "gathers:refuse").parse().unwrap();
+    assert_eq!(plan(&build(&[]).unwrap(), &found.mesh, &refused).unwrap_err().cause.code(), "L0010");
 }
 
 #[test]

@@ -127,6 +127,8 @@ struct Candidate {
     /// By segment: its stage.
     stages: Vec<usize>,
     again: Vec<Name>,
+    /// Whether it gathers tensors whole: what that takes is in its price.
+    gathers: bool,
     solution: Solution,
 }
 
@@ -228,13 +230,14 @@ impl Running<'_> {
             };
             let bound = candidates.iter().map(|c| c.solution.bound).fold(first.solution.seconds, f64::min);
             if first.form.devices() > PLANNED {
-                return self.found(candidates.swap_remove(0), None, bound);
+                let first = candidates.swap_remove(0);
+                return self.found(Candidate { gathers: true, ..first }, None, bound);
             }
             let slowest = RUNNERS_UP * first.solution.seconds;
             candidates.retain(|c| c.solution.seconds <= slowest);
             candidates.truncate(CANDIDATES);
             let (mut best, mut over) = (None, 1.0f64);
-            for (i, c) in candidates.iter().enumerate() {
+            for (i, c) in candidates.iter_mut().enumerate() {
                 let takes = self.planned(c)?;
                 least = least.into_iter().chain([takes.bytes]).min();
                 if takes.bytes > self.search.memory {
@@ -274,7 +277,7 @@ impl Running<'_> {
                 Devices::Mesh(_) => form.mesh.clone(),
             };
             let stages = stages::share(&tables.problem, &solution, form.pipeline.depth);
-            all.push(Candidate { form: Form { mesh, ..form.clone() }, ways, stages, again, solution });
+            all.push(Candidate { form: Form { mesh, ..form.clone() }, ways, stages, again, gathers: false, solution });
         }
         all.sort_by(|a, b| a.solution.seconds.total_cmp(&b.solution.seconds));
         Ok(all)
@@ -295,12 +298,18 @@ impl Running<'_> {
             1 => layout,
             depth => spell::staged(layout, PIPE, depth, self.segments, &c.stages)?,
         };
-        Ok(spell::firm(layout, &self.mesh(c), self.outline.program))
+        let layout = spell::firm(layout, &self.mesh(c), self.outline.program);
+        Ok(if c.gathers { layout.allowing_gathers() } else { layout })
     }
 
-    /// What a candidate takes by its plan.
-    fn planned(&mut self, c: &Candidate) -> Result<Takes, Error> {
+    /// What a candidate takes by its plan. It may gather what it has to: it was found by what that takes.
+    fn planned(&mut self, c: &mut Candidate) -> Result<Takes, Error> {
         self.plans += 1;
+        let takes = self.search.takes(&c.again, &self.mesh(c), &self.layout(c)?);
+        if !matches!(&takes, Err(e) if matches!(e.cause, Cause::SilentGather { .. })) {
+            return takes;
+        }
+        c.gathers = true;
         self.search.takes(&c.again, &self.mesh(c), &self.layout(c)?)
     }
 
