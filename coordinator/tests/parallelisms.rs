@@ -20,16 +20,33 @@ use std::collections::{BTreeMap, BTreeSet};
 const STEPS: u32 = 10;
 /// Layers of the transformer, and of the mixtures of experts.
 const LAYERS: usize = 2;
-/// Parts of a step, where it is made in parts.
-const PARTS: u32 = 2;
+/// Parts of a step, where it is made in parts or in micro-batches.
+const PARTS: usize = 2;
 /// Batch norms of the UNet.
 const NORMS: usize = 3;
 
 /// A program, what it is fed, and the functions that make a step of it.
 struct Model {
     program: Program,
-    feeds: Vec<(&'static str, Array)>,
+    feeds: Vec<Feed>,
     step: Vec<&'static str>,
+}
+
+/// What an input in a scope is fed.
+struct Feed {
+    name: &'static str,
+    scope: &'static str,
+    dims: Vec<Dim>,
+    data: Array,
+}
+
+impl Feed {
+    fn new(name: &'static str, (dims, data): (Vec<Dim>, Array)) -> Feed {
+        Feed { name, scope: "", dims, data }
+    }
+    fn input(&self, g: &Graph) -> Tensor {
+        g.scoped_at(self.scope, || g.input(self.name, self.data.dtype(), &self.dims))
+    }
 }
 
 fn words(seq: usize) -> [Dim; 2] {
@@ -51,12 +68,13 @@ fn attention(keep: f32) -> Attention {
 }
 
 /// The loss of a small BERT.
-fn encoder(g: &Graph, seq: usize) -> Tensor {
-    let words = words(seq);
-    let (tokens, labels) = (g.input("tokens", DType::I32, &words), g.input("labels", DType::I32, &words));
+fn encoder(g: &Graph, tokens: &Tensor, labels: &Tensor) -> Tensor {
+    let words = tokens.ty().dims;
     let start = || nn::init::glorot_uniform(64, 64);
     let table = |name: &str, rows: Dim| nn::embedding(g, name, &rows, &[d_model()], start());
-    let x = table("word", dim("vocab", 128)).gather(&tokens, "vocab").add(&table("position", words[1].clone()));
+    let x = g.scoped("words", || {
+        table("word", dim("vocab", 128)).gather(tokens, "vocab").add(&table("position", words[1].clone()))
+    });
     let mask = g.scalar(0.0).broadcast(&words);
     let x = (0..LAYERS).fold(x, |x, i| {
         let options = attention(0.9);
@@ -68,99 +86,115 @@ fn encoder(g: &Graph, seq: usize) -> Tensor {
         })
     });
     let logits = nn::dense(&x, "decoder", &["d_model"], &[dim("vocab", 128)], &Dense::default());
-    nn::cross_entropy(&logits, &labels, "vocab").mean_all()
+    nn::cross_entropy(&logits, labels, "vocab").mean_all()
 }
 
-fn words_fed(seq: usize) -> Vec<(&'static str, Array)> {
-    vec![("tokens", i32s(&words(seq), 1, 128).1), ("labels", i32s(&words(seq), 2, 128).1)]
+fn words_fed(seq: usize) -> Vec<Feed> {
+    let tokens = Feed { scope: "words", ..Feed::new("tokens", i32s(&words(seq), 1, 128)) };
+    vec![tokens, Feed::new("labels", i32s(&words(seq), 2, 128))]
 }
 
-/// A model whose function `step` takes a step of Adam.
-fn trained(feeds: Vec<(&'static str, Array)>, loss: impl Fn(&Graph) -> Tensor) -> Model {
+/// A model whose function `step` takes a step of Adam, of all that it is fed or in micro-batches of it; `loss` gives the loss
+/// of one.
+fn trained(feeds: Vec<Feed>, parts: usize, loss: impl Fn(&Graph, &[Tensor], usize) -> Tensor) -> Model {
     let program = common::stepping(|g| {
-        let loss = loss(g);
-        Optimizer::adam(0.01).apply(g, &loss);
+        let inputs: Vec<Tensor> = feeds.iter().map(|feed| feed.input(g)).collect();
+        let of = |part: usize| {
+            let both = feeds.iter().zip(&inputs);
+            let taken = both.map(|(f, x)| g.scoped_at(f.scope, || x.micro_batch("batch", part, parts)));
+            loss(g, &taken.collect::<Vec<_>>(), part)
+        };
+        let (loss, _) = Optimizer::adam(0.01).apply_in_parts(g, parts, of);
         g.output("loss", &loss);
     });
     Model { program, feeds, step: vec!["step"] }
 }
 
-fn transformer() -> Model {
-    trained(words_fed(32), |g| encoder(g, 32))
+fn transformer(parts: usize) -> Model {
+    trained(words_fed(32), parts, |g, x, _| encoder(g, &x[0], &x[1]))
 }
 
 fn long_transformer() -> Model {
-    trained(words_fed(64), |g| encoder(g, 64))
+    trained(words_fed(64), 1, |g, x, _| encoder(g, &x[0], &x[1]))
 }
 
 /// The same with the gradients of several parts of a step added up.
 fn transformer_in_parts() -> Model {
     let (mut p, optimizer) = (ProgramBuilder::new(), Optimizer::adam(0.01));
+    let feeds = words_fed(32);
     let variables = p
         .function("part", |g| {
-            let loss = encoder(g, 32);
+            let loss = encoder(g, &feeds[0].input(g), &feeds[1].input(g));
             g.output("loss", &loss);
-            optimizer.accumulate(g, &loss, PARTS)
+            optimizer.accumulate(g, &loss, PARTS as u32)
         })
         .unwrap();
     p.function("update", |g| optimizer.apply_accumulated(g, &variables).output(g)).unwrap();
-    let step = [vec!["part"; PARTS as usize], vec!["update"]].concat();
-    Model { program: p.finish().unwrap(), feeds: words_fed(32), step }
+    let step = [vec!["part"; PARTS], vec!["update"]].concat();
+    Model { program: p.finish().unwrap(), feeds, step }
 }
 
 /// Layers of experts, each of two choices; the loss counts how unevenly they are used.
-fn experts() -> Model {
+fn experts(parts: usize) -> Model {
     let x = [dim("batch", 8), dim("seq", 16), d_model()];
-    trained(vec![("x", f32s(&x, 1).1), ("wanted", f32s(&x, 2).1)], |g| {
-        let (input, wanted) = (g.input("x", DType::F32, &x), g.input("wanted", DType::F32, &x));
-        let start = || nn::init::glorot_uniform(64, 8);
-        let mut uneven = g.scalar(0.0);
-        let y = (0..LAYERS).fold(input, |x, i| {
-            let options = Mixture { experts: dim("experts", 8), choices: 2, capacity: 1.25, init: start() };
-            g.scoped(format!("layer.{i}"), || {
-                let unit = nn::layer_norm(&x, "norm", &["d_model"], 1e-6);
-                let expert = |x: &Tensor| feed_forward(x, &["experts"]);
-                let mixed = nn::mixture(&unit, "mixture", ["seq", "d_model"], &options, expert);
-                uneven = uneven.add(&mixed.balance);
-                g.output(format!("dropped.{i}"), &mixed.dropped);
-                x.add(&mixed.y)
-            })
-        });
-        y.sub(&wanted).square().mean_all().add(&uneven.mul_scalar(0.01))
-    })
+    trained(
+        vec![Feed { scope: "layer.0", ..Feed::new("x", f32s(&x, 1)) }, Feed::new("wanted", f32s(&x, 2))],
+        parts,
+        |g, inputs, part| {
+            let start = || nn::init::glorot_uniform(64, 8);
+            let mut uneven = g.scalar(0.0);
+            let y = (0..LAYERS).fold(inputs[0].clone(), |x, i| {
+                let options = Mixture { experts: dim("experts", 8), choices: 2, capacity: 1.25, init: start() };
+                g.scoped(format!("layer.{i}"), || {
+                    let unit = nn::layer_norm(&x, "norm", &["d_model"], 1e-6);
+                    let expert = |x: &Tensor| feed_forward(x, &["experts"]);
+                    let mixed = nn::mixture(&unit, "mixture", ["seq", "d_model"], &options, expert);
+                    uneven = uneven.add(&mixed.balance);
+                    g.output(format!("dropped.{i}.{part}"), &mixed.dropped);
+                    x.add(&mixed.y)
+                })
+            });
+            y.sub(&inputs[1]).square().mean_all().add(&uneven.mul_scalar(0.01))
+        },
+    )
 }
 
 /// Two levels of a UNet over three dimensions.
-fn unet() -> Model {
+fn unet(parts: usize) -> Model {
     let volume = [dim("batch", 2), dim("x", 16), dim("y", 12), dim("z", 8), dim("channel", 2)];
     let labels = &volume[..4];
     let space = ["x", "y", "z"];
-    let feeds = vec![("image", f32s(&volume, 1).1), ("labels", i32s(labels, 2, 3).1)];
-    trained(feeds, |g| {
-        let (x, labels) = (g.input("image", DType::F32, &volume), g.input("labels", DType::I32, labels));
+    let feeds =
+        vec![Feed { scope: "top", ..Feed::new("image", f32s(&volume, 1)) }, Feed::new("labels", i32s(labels, 2, 3))];
+    trained(feeds, parts, |_, inputs, _| {
+        let (x, labels) = (&inputs[0], &inputs[1]);
+        let g = x.graph();
         let block = |x: &Tensor, name: &str, channels: usize| {
             g.scoped(name, || {
                 let y = nn::conv(x, "conv", &Kernel::new(&space, 3), &dim("channel", channels));
                 nn::leaky_relu(&nn::batch_norm(&y, "norm", "channel", &BatchNorm::default(), Mode::Train), 0.1)
             })
         };
-        let top = block(&x, "top", 8);
+        let top = block(x, "top", 8);
         let halves = [("x", 16), ("y", 12), ("z", 8)].map(|(n, size)| Window::same(n, size, 2, 2, 1));
         let bottom = block(&top.max_pool(&halves), "bottom", 128);
         let up = nn::conv_transpose(&bottom, "up", &Kernel::new(&space, 2).stride(2), &dim("channel", 8));
         let joined = block(&Tensor::concat(&[&top, &up], "channel"), "joined", 8);
         let logits = nn::dense(&joined, "head", &["channel"], &[dim("class", 3)], &Dense::default());
-        nn::cross_entropy(&logits, &labels, "class").mean_all()
+        nn::cross_entropy(&logits, labels, "class").mean_all()
     })
 }
 
 /// The models by name, as rows and the book call them.
-const MODELS: [(&str, fn() -> Model); 5] = [
-    ("transformer", transformer),
+const MODELS: [(&str, fn() -> Model); 8] = [
+    ("transformer", || transformer(1)),
     ("long transformer", long_transformer),
     ("transformer in parts", transformer_in_parts),
-    ("experts", experts),
-    ("unet", unet),
+    ("experts", || experts(1)),
+    ("unet", || unet(1)),
+    ("transformer in micro-batches", || transformer(PARTS)),
+    ("experts in micro-batches", || experts(PARTS)),
+    ("unet in micro-batches", || unet(PARTS)),
 ];
 
 /// Collectives by kind.
@@ -168,7 +202,7 @@ type Counts = BTreeMap<String, usize>;
 
 /// The steps of the first device that send something, with their nodes.
 fn sending<'a>(session: &'a Session, function: &str) -> impl Iterator<Item = (&'a Step, &'a Node)> {
-    let kinds = ["all-reduce", "reduce-scatter", "all-gather", "all-to-all", "halo", "permute"];
+    let kinds = ["all-reduce", "reduce-scatter", "all-gather", "all-to-all", "halo", "permute", "send"];
     let steps = session.plan().functions[&Name::from(function)][0].steps.iter();
     let nodes = &session.program().functions[&Name::from(function)].nodes;
     steps.filter(move |s| kinds.contains(&&*s.label.op)).map(|s| (s, &nodes[s.label.node.index()]))
@@ -202,7 +236,7 @@ fn letter(model: &Model, letter: &str) -> i64 {
     let number = match letter {
         "V" => model.program.variables.iter().filter(|v| v.trainable).count(),
         "L" => LAYERS,
-        "P" => PARTS as usize,
+        "P" => PARTS,
         "N" => NORMS,
         _ => panic!("no closed form has a letter {letter}"),
     };
@@ -216,7 +250,7 @@ type Seen = Vec<(Name, Vec<u8>)>;
 fn train(model: &Model, mesh: &str, layout: &str) -> (Seen, Session) {
     let opened = Session::embedded(model.program.clone(), &options(mesh, layout));
     let mut session = opened.unwrap_or_else(|e| panic!("{mesh} with {layout}: {e}"));
-    let feeds: Vec<(&str, &Array)> = model.feeds.iter().map(|(n, a)| (*n, a)).collect();
+    let feeds: Vec<(&str, &Array)> = model.feeds.iter().map(|f| (f.name, &f.data)).collect();
     let mut seen = vec![];
     for step in 0..STEPS {
         for function in &model.step {
@@ -234,40 +268,48 @@ fn train(model: &Model, mesh: &str, layout: &str) -> (Seen, Session) {
 /// Parallelisms, alone and together: name, model, mesh, layout, and the collectives of a step where there is a closed form,
 /// of the number of trained variables `V`, of layers `L`, of parts `P` and of batch norms `N`.
 const TABLE: &str = "
-data                      | transformer          | data=4                  | batch:data                                                                                     | all-reduce 1 + V
-ZeRO-1                    | transformer          | data=2                  | batch:data, slots{ *:data }                                                                    | all-reduce 1; reduce-scatter V; all-gather V
-ZeRO-2                    | transformer          | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }                                               | all-reduce 1; reduce-scatter V; all-gather V
-ZeRO-3                    | transformer          | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }, variables{ *:data }                          | all-reduce 1; reduce-scatter V; all-gather V + 6 L
-tensor                    | transformer          | model=4                 | heads:model, d_ff:model                                                                        | all-reduce 4 L
-sequence                  | transformer          | model=4                 | heads:model, d_ff:model, seq:model?                                                            | all-gather 4 L + 1; reduce-scatter 4 L; all-reduce 4 + 6 L
-context                   | long transformer     | sp=2                    | seq:sp, memory_seq:sp?                                                                         | all-gather 4 L - 1; reduce-scatter 2 L; all-reduce V
-Ulysses                   | long transformer     | sp=4                    | seq:sp, **/attention{ seq:none, heads:sp }                                                     | all-to-all 8 L; all-gather 1 + 9 L; all-reduce V - 7 L
-experts                   | experts              | data=4                  | batch:data?, experts:data                                                                      | all-to-all 6 L; all-reduce 1 + 5 L
-experts in groups         | experts              | data=2,model=2          | batch:data+model, **/experts/**{ batch:data, experts:model }                                   | all-to-all 6 L; all-reduce 1 + 9 L
-spatial                   | unet                 | x=4                     | x:x                                                                                            | halo 5; all-reduce 1 + V + 2 N
-spatial 2-D               | unet                 | x=2,y=2                 | x:x, y:y                                                                                       | halo 5; all-reduce 1 + V + 2 N
-spatial 3-D               | unet                 | x=2,y=2,z=2             | x:x, y:y, z:z                                                                                  | halo 5; all-reduce 1 + V + 2 N
-parts                     | transformer in parts | data=4                  | batch:data                                                                                     | all-reduce P + P V
-data, tensor              | transformer          | data=2,model=2          | batch:data, heads:model, d_ff:model                                                            | all-reduce 1 + V + 4 L
-data, tensor, ZeRO-1      | transformer          | data=2,model=2          | batch:data, heads:model, d_ff:model, slots{ *:data }                                           | all-reduce 1 + 8 L; reduce-scatter V - 4 L; all-gather V - 4 L
-data, tensor, ZeRO-3      | transformer          | data=2,model=4          | batch:data, heads:model, d_ff:model, slots{ *:data }, gradients{ *:data }, variables{ *:data } | all-reduce 1 + 8 L; reduce-scatter V - 4 L; all-gather V + 2 L + 2
-data, tensor, words       | transformer          | data=4,model=4          | batch:data, heads:model, d_ff:model, vocab:model                                               | all-reduce 6 + V + 4 L
-data, sequence            | transformer          | data=2,model=4          | batch:data, heads:model, d_ff:model, seq:model?                                                | all-gather 4 L + 2; reduce-scatter 4 L; all-reduce 1 + V
-data, context             | long transformer     | data=2,sp=2             | batch:data, seq:sp, memory_seq:sp?                                                             | all-gather 4 L - 1; reduce-scatter 2 L; all-reduce 1 + V
-data, tensor, context     | long transformer     | data=2,sp=2,model=2     | batch:data, seq:sp, memory_seq:sp?, heads:model, d_ff:model                                    | all-gather 4 L - 1; reduce-scatter 2 L; all-reduce 1 + V + 4 L
-data, Ulysses             | long transformer     | data=2,sp=4             | batch:data, seq:sp, **/attention{ seq:none, heads:sp }                                         | all-to-all 8 L; all-gather 1 + 9 L; all-reduce 1 + V
-data, tensor, Ulysses     | long transformer     | data=4,sp=2,model=2     | batch:data, seq:sp, heads:model, d_ff:model, **/attention{ seq:none, heads:model+sp }          |
-parts, ZeRO-2             | transformer in parts | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }                                               | all-reduce P + V; reduce-scatter P V; all-gather V
-parts, tensor             | transformer in parts | data=2,model=2          | batch:data, heads:model, d_ff:model                                                            | all-reduce P + P V + 4 P L + 10 L
-experts, tensor           | experts              | data=2,model=2          | batch:data?, experts:data, d_ff:model                                                          | all-to-all 6 L; all-reduce 1 + 7 L
-experts, ZeRO-1           | experts              | data=2                  | batch:data?, experts:data, slots{ *:data }                                                     | all-to-all 6 L; all-reduce 1 + 2 L; reduce-scatter 3 L; all-gather 3 L
-experts in groups, tensor | experts              | data=2,model=4,tensor=2 | batch:data+model, d_ff:tensor, **/experts/**{ batch:data, experts:model }                      | all-to-all 6 L; all-reduce 1 + 11 L
-data, spatial             | unet                 | data=2,x=3              | batch:data, x:x                                                                                |
-data, spatial 3-D         | unet                 | data=2,x=2,y=2,z=2      | batch:data, x:x, y:y, z:z                                                                      | halo 5; all-reduce 1 + V + 2 N
-spatial, channels         | unet                 | x=2,y=2                 | x:x, y:y, bottom/**{ x:none, y:none, channel:x+y? }                                             |
-spatial, ZeRO-3           | unet                 | x=2,y=2                 | x:x, y:y, slots{ *:x+y }, gradients{ *:x+y }, variables{ *:x+y }                               |
-spatial, one dimension    | unet                 | x=2,y=4                 | x:x+y                                                                                          | halo 5; all-reduce 1 + V + 2 N
-data, slots over all      | transformer          | data=2,model=2          | batch:data, slots{ *:data+model }                                                              |
+data                           | transformer                  | data=4                  | batch:data                                                                                                | all-reduce 1 + V
+ZeRO-1                         | transformer                  | data=2                  | batch:data, slots{ *:data }                                                                               | all-reduce 1; reduce-scatter V; all-gather V
+ZeRO-2                         | transformer                  | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }                                                          | all-reduce 1; reduce-scatter V; all-gather V
+ZeRO-3                         | transformer                  | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }, variables{ *:data }                                     | all-reduce 1; reduce-scatter V; all-gather V + 6 L
+tensor                         | transformer                  | model=4                 | heads:model, d_ff:model                                                                                   | all-reduce 4 L
+sequence                       | transformer                  | model=4                 | heads:model, d_ff:model, seq:model?                                                                       | all-gather 4 L + 1; reduce-scatter 4 L; all-reduce 4 + 6 L
+context                        | long transformer             | sp=2                    | seq:sp, memory_seq:sp?                                                                                    | all-gather 4 L - 1; reduce-scatter 2 L; all-reduce V
+Ulysses                        | long transformer             | sp=4                    | seq:sp, **/attention{ seq:none, heads:sp }                                                                | all-to-all 8 L; all-gather 1 + 9 L; all-reduce V - 7 L
+experts                        | experts                      | data=4                  | batch:data?, experts:data                                                                                 | all-to-all 6 L; all-reduce 1 + 5 L
+experts in groups              | experts                      | data=2,model=2          | batch:data+model, **/experts/**{ batch:data, experts:model }                                              | all-to-all 6 L; all-reduce 1 + 9 L
+spatial                        | unet                         | x=4                     | x:x                                                                                                       | halo 5; all-reduce 1 + V + 2 N
+spatial 2-D                    | unet                         | x=2,y=2                 | x:x, y:y                                                                                                  | halo 5; all-reduce 1 + V + 2 N
+spatial 3-D                    | unet                         | x=2,y=2,z=2             | x:x, y:y, z:z                                                                                             | halo 5; all-reduce 1 + V + 2 N
+parts                          | transformer in parts         | data=4                  | batch:data                                                                                                | all-reduce P + P V
+data, tensor                   | transformer                  | data=2,model=2          | batch:data, heads:model, d_ff:model                                                                       | all-reduce 1 + V + 4 L
+data, tensor, ZeRO-1           | transformer                  | data=2,model=2          | batch:data, heads:model, d_ff:model, slots{ *:data }                                                      | all-reduce 1 + 8 L; reduce-scatter V - 4 L; all-gather V - 4 L
+data, tensor, ZeRO-3           | transformer                  | data=2,model=4          | batch:data, heads:model, d_ff:model, slots{ *:data }, gradients{ *:data }, variables{ *:data }            | all-reduce 1 + 8 L; reduce-scatter V - 4 L; all-gather V + 2 L + 2
+data, tensor, words            | transformer                  | data=4,model=4          | batch:data, heads:model, d_ff:model, vocab:model                                                          | all-reduce 6 + V + 4 L
+data, sequence                 | transformer                  | data=2,model=4          | batch:data, heads:model, d_ff:model, seq:model?                                                           | all-gather 4 L + 2; reduce-scatter 4 L; all-reduce 1 + V
+data, context                  | long transformer             | data=2,sp=2             | batch:data, seq:sp, memory_seq:sp?                                                                        | all-gather 4 L - 1; reduce-scatter 2 L; all-reduce 1 + V
+data, tensor, context          | long transformer             | data=2,sp=2,model=2     | batch:data, seq:sp, memory_seq:sp?, heads:model, d_ff:model                                               | all-gather 4 L + 1; reduce-scatter 2 L; all-reduce 1 + V + 4 L
+data, Ulysses                  | long transformer             | data=2,sp=4             | batch:data, seq:sp, **/attention{ seq:none, heads:sp }                                                    | all-to-all 8 L; all-gather 1 + 9 L; all-reduce 1 + V
+data, tensor, Ulysses          | long transformer             | data=4,sp=2,model=2     | batch:data, seq:sp, heads:model, d_ff:model, **/attention{ seq:none, heads:model+sp }                     |
+parts, ZeRO-2                  | transformer in parts         | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }                                                          | all-reduce P + V; reduce-scatter P V; all-gather V
+parts, tensor                  | transformer in parts         | data=2,model=2          | batch:data, heads:model, d_ff:model                                                                       | all-reduce P + P V + 4 P L + 10 L
+experts, tensor                | experts                      | data=2,model=2          | batch:data?, experts:data, d_ff:model                                                                     | all-to-all 6 L; all-reduce 1 + 7 L
+experts, ZeRO-1                | experts                      | data=2                  | batch:data?, experts:data, slots{ *:data }                                                                | all-to-all 6 L; all-reduce 1 + 2 L; reduce-scatter 3 L; all-gather 3 L
+experts in groups, tensor      | experts                      | data=2,model=4,tensor=2 | batch:data+model, d_ff:tensor, **/experts/**{ batch:data, experts:model }                                 | all-to-all 6 L; all-reduce 1 + 11 L
+data, spatial                  | unet                         | data=2,x=3              | batch:data, x:x                                                                                           |
+data, spatial 3-D              | unet                         | data=2,x=2,y=2,z=2      | batch:data, x:x, y:y, z:z                                                                                 | halo 5; all-reduce 1 + V + 2 N
+spatial, channels              | unet                         | x=2,y=2                 | x:x, y:y, bottom/**{ x:none, y:none, channel:x+y? }                                                       |
+spatial, ZeRO-3                | unet                         | x=2,y=2                 | x:x, y:y, slots{ *:x+y }, gradients{ *:x+y }, variables{ *:x+y }                                          |
+spatial, one dimension         | unet                         | x=2,y=4                 | x:x+y                                                                                                     | halo 5; all-reduce 1 + V + 2 N
+pipeline                       | transformer in micro-batches | pipe=2                  | @pipe:1, words/**{ @pipe:0 }, layer.0/**{ @pipe:0 }                                                       | send 2 P + 2
+pipeline, gpipe                | transformer in micro-batches | pipe=2                  | @pipe:1, words/**{ @pipe:0 }, layer.0/**{ @pipe:0 }, schedule:gpipe                                       | send 2 P + 2
+pipeline, data                 | transformer in micro-batches | data=2,pipe=2           | batch:data, @pipe:1, words/**{ @pipe:0 }, layer.0/**{ @pipe:0 }                                           | send 2 P + 2; all-reduce 18 P
+pipeline, data, tensor, ZeRO-1 | transformer in micro-batches | data=2,pipe=2,model=2   | batch:data, heads:model, d_ff:model, @pipe:1, words/**{ @pipe:0 }, layer.0/**{ @pipe:0 }, slots{ *:data } | send 2 P + 2; all-reduce 8 P; reduce-scatter 14 P; all-gather 14
+pipeline, experts              | experts in micro-batches     | pipe=2,data=2           | batch:data?, experts:data, @pipe:1, layer.0/**{ @pipe:0 }                                                 |
+pipeline, skips                | unet in micro-batches        | pipe=2                  | @pipe:1, top/**{ @pipe:0 }                                                                                | send 2 P + 1
+pipeline, there and back       | unet in micro-batches        | pipe=3                  | @pipe:0, bottom/**{ @pipe:1 }, up/**{ @pipe:2 }                                                           | send 4 P + 2
+pipeline, spatial 2-D          | unet in micro-batches        | pipe=2,x=2,y=2          | x:x, y:y, @pipe:1, top/**{ @pipe:0 }                                                                      | send 2 P + 1; halo P; all-reduce 6 P
+data, slots over all           | transformer                  | data=2,model=2          | batch:data, slots{ *:data+model }                                                                         |
 ";
 
 /// A line of the table.
@@ -378,7 +420,7 @@ fn tensor_parallel_layers_send_one_all_reduce_forward_and_one_backward() {
 /// twice the weights of the places; never all tokens to a device.
 #[test]
 fn experts_are_sent_their_places_and_nothing_else() {
-    let model = experts();
+    let model = experts(1);
     let devices = 4;
     let session = Session::embedded(model.program.clone(), &options("data=4", "batch:data?, experts:data")).unwrap();
     let sent = |device: &DevicePlan| -> usize {

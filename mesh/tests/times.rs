@@ -202,7 +202,7 @@ fn stages_work_side_by_side_and_wait_as_long_as_the_papers_say() {
         // One pass of a micro-batch through a stage, forward and back, is what all do together by parts and stages. The
         // first layer has no gradient of its input, so the stages are not quite alike.
         let slots = time.seconds / (whole / count / parts as f64);
-        assert!(slots < parts as f64 + count - 1.0 + 0.8, "{schedule}: {slots}");
+        assert!(slots < parts as f64 + count - 1.0 + 0.9, "{schedule}: {slots}");
         assert!(slots > parts as f64, "{schedule}: {slots}");
     }
 }

@@ -30,8 +30,9 @@ pub(super) struct Products {
 }
 
 struct Group {
-    /// The value.
+    /// The value, and the first of the products.
     input: NodeId,
+    product: NodeId,
     /// Products whose gradients are still to come.
     missing: usize,
     /// Gradients that wait for the others.
@@ -58,7 +59,7 @@ impl Products {
         found.sort_by_key(|(_, ids)| ids[0]);
         for (input, ids) in found.into_iter().filter(|(_, ids)| ids.len() > 1) {
             of.extend(ids.iter().map(|id| (*id, groups.len())));
-            groups.push(Group { input, missing: ids.len(), waiting: vec![] });
+            groups.push(Group { input, product: ids[0], missing: ids.len(), waiting: vec![] });
         }
         Products { of, groups }
     }
@@ -71,23 +72,24 @@ impl Products {
         };
         group.missing -= 1;
         group.waiting.push(grad);
-        if group.missing > 0 { None } else { sum(input, std::mem::take(&mut group.waiting)) }
+        if group.missing > 0 { None } else { group.sum() }
     }
 
     /// What is known of a value's gradient when there are none to come.
     pub fn rest(&mut self, input: NodeId) -> Vec<Tensor> {
-        let waiting = self.groups.iter_mut().filter(|g| g.input == input).map(|g| std::mem::take(&mut g.waiting));
-        waiting.filter_map(|grads| sum(input, grads)).collect()
+        self.groups.iter_mut().filter(|g| g.input == input).filter_map(Group::sum).collect()
     }
 }
 
-/// The sum of some gradients of a value; one product, if they are products alike.
-fn sum(input: NodeId, grads: Vec<Tensor>) -> Option<Tensor> {
-    let graph = grads.first()?.graph.clone();
-    graph.clone().beside(input, || match one_product(&graph, &grads) {
-        Some(product) => Some(product),
-        None => grads.into_iter().reduce(|a, b| a.add(&b)),
-    })
+impl Group {
+    /// The sum of the gradients that wait: one product, if they are products alike. That is made where each would be; a stage
+    /// of a pipeline hands on what it makes of them, and not what it makes it of.
+    fn sum(&mut self) -> Option<Tensor> {
+        let grads = std::mem::take(&mut self.waiting);
+        let graph = grads.first()?.graph.clone();
+        let product = graph.beside(self.product, || one_product(&graph, &grads));
+        product.or_else(|| graph.beside(self.input, || grads.into_iter().reduce(|a, b| a.add(&b))))
+    }
 }
 
 fn one_product(graph: &Graph, grads: &[Tensor]) -> Option<Tensor> {

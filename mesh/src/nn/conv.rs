@@ -156,10 +156,10 @@ impl Kernel {
     }
 }
 
-/// What a layer works on: x with its channel under a name that the result's does not have, that channel, and the sizes
-/// along the kernel's dimensions. None, and the mistake is noted, if kernel and x cannot go together.
+/// What a layer works on: x' channel, and its sizes along the kernel's dimensions. None, and the mistake is noted, if kernel
+/// and x cannot go together.
 #[track_caller]
-fn prepare(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) -> Option<(Tensor, Dim, Vec<usize>)> {
+fn prepare(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) -> Option<(Dim, Vec<usize>)> {
     let ty = x.ty();
     if kernel.input.is_none() && !ty.has(&channel.name) {
         let what = format!("the convolution `{name}` does not know which dimension of {ty} is to become {channel}");
@@ -177,11 +177,16 @@ fn prepare(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) -> Option<(Te
         x.graph().fail(Error::new(Cause::Feed { what, help: help.into() }).at(Place::here()));
         return None;
     }
+    Some((own, sizes))
+}
+
+/// x, its channel under a name that the result's does not have, and that channel. It is the layer's own, and lies as that does.
+fn renamed(x: &Tensor, own: Dim, channel: &Dim) -> (Tensor, Dim) {
     if own.name != channel.name {
-        return Some((x.clone(), own, sizes));
+        return (x.clone(), own);
     }
     let inner = input_name(&own.name);
-    Some((x.rename(&own.name, &inner), own.named(inner), sizes))
+    (x.rename(&own.name, &inner), own.named(inner))
 }
 
 fn biased(y: Tensor, kernel: &Kernel, channel: &Dim) -> Tensor {
@@ -198,8 +203,9 @@ fn biased(y: Tensor, kernel: &Kernel, channel: &Dim) -> Tensor {
 /// name of the output's, the filter's side towards x is called `<name>_in`.
 #[track_caller]
 pub fn conv(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) -> Tensor {
-    let Some((x, input, sizes)) = prepare(x, name, kernel, channel) else { return x.clone() };
+    let Some((own, sizes)) = prepare(x, name, kernel, channel) else { return x.clone() };
     x.graph().layer(name, || {
+        let (x, input) = renamed(x, own, channel);
         raise_grains(x.graph(), std::slice::from_ref(&input));
         raise_grains(x.graph(), std::slice::from_ref(channel));
         let windows = sizes.iter().enumerate().map(|(i, n)| kernel.window(i, *n)).collect();
@@ -216,8 +222,9 @@ pub fn conv(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) -> Tensor {
 /// Variables `filter` `[k.<dim>.., channel, input]` (that convolution's) and `bias` `[channel]`.
 #[track_caller]
 pub fn conv_transpose(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) -> Tensor {
-    let Some((x, input, sizes)) = prepare(x, name, kernel, channel) else { return x.clone() };
+    let Some((own, sizes)) = prepare(x, name, kernel, channel) else { return x.clone() };
     x.graph().layer(name, || {
+        let (x, input) = renamed(x, own, channel);
         raise_grains(x.graph(), std::slice::from_ref(&input));
         raise_grains(x.graph(), std::slice::from_ref(channel));
         let sizes: Vec<usize> = sizes.iter().enumerate().map(|(i, m)| kernel.grown(i, *m)).collect();

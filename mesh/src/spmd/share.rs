@@ -46,14 +46,13 @@ pub(super) fn share(mut program: SpmdProgram) -> SpmdProgram {
     program
 }
 
-/// Whether an instruction sends. What stages of a pipeline hand on is their order's business.
+/// Whether an instruction sends.
 fn sends(program: &SpmdProgram, instr: &Instr) -> bool {
     let held = &program.values[instr.inputs.first().map_or(0, |v| v.index())].regions;
     let comes = &program.values[instr.output.index()].regions;
     let mut both = held.iter().zip(comes);
     match &instr.op {
         SpmdOp::Compute { .. } => false,
-        SpmdOp::Move if both.clone().any(|(held, comes)| held.is_empty() != comes.is_empty()) => false,
         SpmdOp::Move => !both.all(|(held, comes)| held.contains(comes)),
         SpmdOp::AllReduce { .. } => true,
     }
