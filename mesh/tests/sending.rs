@@ -61,7 +61,7 @@ fn tokens(size: usize) -> [Dim; 2] {
 fn what_several_layers_make_of_one_value_is_sent_once() {
     let layers = |count: usize| {
         program(|g| {
-            let x = g.input("x", DType::F32, &tokens(64));
+            let x = g.input("x", DType::F32, &[dim("token", 64), dim("d", 1024)]);
             let mask = g.input("mask", DType::F32, &[dim("token", 64)]).tanh();
             let layer = |x: Tensor, i: usize| {
                 g.scoped(format!("layer.{i}"), || {

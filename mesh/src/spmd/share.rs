@@ -3,16 +3,18 @@
 //! The backward pass makes cheap forward values again, and what is inside of recompute regions; layers make the same of one
 //! value (a mask, say) each by itself. Where such a value moves, or a sum of it is finished by several devices, all of them
 //! would send the same again. Here they take what was sent first, and what was made for the sending alone is not made. That
-//! is for the bytes to decide: what is kept takes memory from its first use to its last, so the estimated peak of the
-//! function may rise by a [`SHARE`]th at the most. So a mask is gathered once, a value whose moved form takes the place of
+//! is for the bytes to decide: what is kept takes memory from its first use to its last, and where a function takes much, that may
+//! be a [`SHARE`]th of its peak at the most. So a mask is gathered once, a value whose moved form takes the place of
 //! the unmoved one as well, and large gathers again where they are used again.
 
 use super::{Instr, SpmdOp, SpmdProgram, Value, ValueId};
 use crate::plan::fuse::Fused;
 use std::collections::{HashMap, HashSet};
 
-/// By so large a part may the estimated peak rise for what is kept.
+/// So large a part of the estimated peak may what is kept take in addition where a function takes much.
 const SHARE: usize = 64;
+/// From this part of its peak on a function takes much: bytes are estimated before steps are fused and ordered.
+const MUCH: f64 = 0.75;
 
 /// The program with each value moved, or summed up, once only where that takes hardly more memory.
 pub(super) fn share(mut program: SpmdProgram) -> SpmdProgram {
@@ -21,21 +23,26 @@ pub(super) fn share(mut program: SpmdProgram) -> SpmdProgram {
         return program;
     }
     let memory = Memory::of(&program);
-    let most = memory.peak(&program, &HashMap::new()).0;
-    let most = most + most / SHARE;
+    let (before, _) = memory.alive(&program, &HashMap::new());
+    let peak = before.iter().copied().max().unwrap_or(0);
+    let much = (peak as f64 * MUCH) as usize;
+    let room = |kept: &HashMap<ValueId, ValueId>| {
+        let (alive, _) = memory.alive(&program, kept);
+        alive.iter().zip(&before).all(|(now, before)| *now <= (before + peak / SHARE).max(much))
+    };
     // All at once, if there is room; else one after the other, the smallest first.
     let mut kept: HashMap<ValueId, ValueId> = same.iter().copied().collect();
-    if memory.peak(&program, &kept).0 > most {
+    if !room(&kept) {
         kept.clear();
         same.sort_by_key(|(again, _)| memory.bytes[again.index()]);
         for (again, first) in same {
             kept.insert(again, first);
-            if memory.peak(&program, &kept).0 > most {
+            if !room(&kept) {
                 kept.remove(&again);
             }
         }
     }
-    let made = memory.peak(&program, &kept).1;
+    let (_, made) = memory.alive(&program, &kept);
     for instr in &mut program.instrs {
         instr.inputs.iter_mut().for_each(|v| *v = *kept.get(v).unwrap_or(v));
     }
@@ -126,8 +133,8 @@ impl Memory {
         }
     }
 
-    /// The most bytes that are there at a time, and what is made at all, if some values are others instead.
-    fn peak(&self, program: &SpmdProgram, instead: &HashMap<ValueId, ValueId>) -> (usize, HashSet<ValueId>) {
+    /// The bytes that are there at each instruction, and what is made at all, if some values are others instead.
+    fn alive(&self, program: &SpmdProgram, instead: &HashMap<ValueId, ValueId>) -> (Vec<usize>, HashSet<ValueId>) {
         // By value: the last instruction for which it is there. What is computed inside is computed where it is used.
         let mut last: Vec<Option<usize>> = vec![None; self.bytes.len()];
         let end = program.instrs.len();
@@ -151,11 +158,11 @@ impl Memory {
                 last[input] = last[input].max(Some(used));
             }
         }
-        let alive = changes.iter().scan(0, |alive, change| {
+        let alive = changes.iter().scan(0isize, |alive, change| {
             *alive += change;
-            Some(*alive)
+            Some(alive.unsigned_abs())
         });
-        (alive.max().unwrap_or(0) as usize, made)
+        (alive.collect(), made)
     }
 }
 
