@@ -8,6 +8,7 @@
 //! the unmoved one as well, and large gathers again where they are used again.
 
 use super::{Instr, SpmdOp, SpmdProgram, Value, ValueId};
+use crate::ops::Prim;
 use crate::plan::fuse::Fused;
 use std::collections::{HashMap, HashSet};
 
@@ -120,7 +121,9 @@ struct Memory {
 impl Memory {
     fn of(program: &SpmdProgram) -> Memory {
         let results = program.outputs.iter().map(|(_, v)| *v).chain(program.assigns.iter().map(|(_, v)| *v));
-        let stored: HashSet<ValueId> = Fused::new(program, 1).groups.into_iter().flat_map(|g| g.outputs).collect();
+        let given = |i: &&Instr| matches!(&i.op, SpmdOp::Compute { prim: Prim::Input(_), .. });
+        let stored = Fused::new(program, 1).groups.into_iter().flat_map(|g| g.outputs);
+        let stored: HashSet<ValueId> = stored.chain(program.instrs.iter().filter(given).map(|i| i.output)).collect();
         let most = |v: &Value| (0..v.regions.len()).map(|d| v.bytes(d)).max().unwrap_or(0);
         let mut bytes: Vec<usize> = program.values.iter().map(most).collect();
         // What a variable is set to lies in the variable's place.
