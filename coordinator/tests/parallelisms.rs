@@ -271,10 +271,10 @@ const TABLE: &str = "
 data                           | transformer                  | data=4                  | batch:data                                                                                                | all-reduce 1 + V
 ZeRO-1                         | transformer                  | data=2                  | batch:data, slots{ *:data }                                                                               | all-reduce 1; reduce-scatter V; all-gather V
 ZeRO-2                         | transformer                  | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }                                                          | all-reduce 1; reduce-scatter V; all-gather V
-ZeRO-3                         | transformer                  | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }, variables{ *:data }                                     | all-reduce 1; reduce-scatter V; all-gather V + 6 L
+ZeRO-3                         | transformer                  | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }, variables{ *:data }                                     | all-reduce 1; reduce-scatter V; all-gather V + 7 L
 tensor                         | transformer                  | model=4                 | heads:model, d_ff:model                                                                                   | all-reduce 4 L
-sequence                       | transformer                  | model=4                 | heads:model, d_ff:model, seq:model?                                                                       | all-gather 4 L + 1; reduce-scatter 4 L; all-reduce 4 + 6 L
-context                        | long transformer             | sp=2                    | seq:sp, memory_seq:sp?                                                                                    | all-gather 4 L - 1; reduce-scatter 2 L; all-reduce V
+sequence                       | transformer                  | model=4                 | heads:model, d_ff:model, seq:model?                                                                       | all-gather 4 L + 2; reduce-scatter 4 L; all-reduce 4 + 6 L
+context                        | long transformer             | sp=2                    | seq:sp, memory_seq:sp?                                                                                    | all-gather 4 L + 1; reduce-scatter 2 L; all-reduce V
 Ulysses                        | long transformer             | sp=4                    | seq:sp, **/attention{ seq:none, heads:sp }                                                                | all-to-all 8 L; all-gather 1 + 9 L; all-reduce V - 7 L
 experts                        | experts                      | data=4                  | batch:data?, experts:data                                                                                 | all-to-all 6 L; all-reduce 1 + 5 L
 experts in groups              | experts                      | data=2,model=2          | batch:data+model, **/experts/**{ batch:data, experts:model }                                              | all-to-all 6 L; all-reduce 1 + 9 L
@@ -287,7 +287,7 @@ data, tensor, ZeRO-1           | transformer                  | data=2,model=2  
 data, tensor, ZeRO-3           | transformer                  | data=2,model=4          | batch:data, heads:model, d_ff:model, slots{ *:data }, gradients{ *:data }, variables{ *:data }            | all-reduce 1 + 8 L; reduce-scatter V - 4 L; all-gather V + 2 L + 2
 data, tensor, words            | transformer                  | data=4,model=4          | batch:data, heads:model, d_ff:model, vocab:model                                                          | all-reduce 6 + V + 4 L
 data, sequence                 | transformer                  | data=2,model=4          | batch:data, heads:model, d_ff:model, seq:model?                                                           | all-gather 4 L + 2; reduce-scatter 4 L; all-reduce 1 + V
-data, context                  | long transformer             | data=2,sp=2             | batch:data, seq:sp, memory_seq:sp?                                                                        | all-gather 4 L - 1; reduce-scatter 2 L; all-reduce 1 + V
+data, context                  | long transformer             | data=2,sp=2             | batch:data, seq:sp, memory_seq:sp?                                                                        | all-gather 4 L + 1; reduce-scatter 2 L; all-reduce 1 + V
 data, tensor, context          | long transformer             | data=2,sp=2,model=2     | batch:data, seq:sp, memory_seq:sp?, heads:model, d_ff:model                                               | all-gather 4 L + 1; reduce-scatter 2 L; all-reduce 1 + V + 4 L
 data, Ulysses                  | long transformer             | data=2,sp=4             | batch:data, seq:sp, **/attention{ seq:none, heads:sp }                                                    | all-to-all 8 L; all-gather 1 + 9 L; all-reduce 1 + V
 data, tensor, Ulysses          | long transformer             | data=4,sp=2,model=2     | batch:data, seq:sp, heads:model, d_ff:model, **/attention{ seq:none, heads:model+sp }                     |
@@ -306,7 +306,7 @@ pipeline, gpipe                | transformer in micro-batches | pipe=2          
 pipeline, data                 | transformer in micro-batches | data=2,pipe=2           | batch:data, @pipe:1, words/**{ @pipe:0 }, layer.0/**{ @pipe:0 }                                           | send 2 P + 2; all-reduce 18 P
 pipeline, data, tensor, ZeRO-1 | transformer in micro-batches | data=2,pipe=2,model=2   | batch:data, heads:model, d_ff:model, @pipe:1, words/**{ @pipe:0 }, layer.0/**{ @pipe:0 }, slots{ *:data } | send 2 P + 2; all-reduce 8 P; reduce-scatter 14 P; all-gather 14
 pipeline, experts              | experts in micro-batches     | pipe=2,data=2           | batch:data?, experts:data, @pipe:1, layer.0/**{ @pipe:0 }                                                 |
-pipeline, skips                | unet in micro-batches        | pipe=2                  | @pipe:1, top/**{ @pipe:0 }                                                                                | send 2 P + 1
+pipeline, skips                | unet in micro-batches        | pipe=2                  | @pipe:1, top/**{ @pipe:0 }                                                                                | send 2 P + 2
 pipeline, there and back       | unet in micro-batches        | pipe=3                  | @pipe:0, bottom/**{ @pipe:1 }, up/**{ @pipe:2 }                                                           | send 4 P + 2
 pipeline, spatial 2-D          | unet in micro-batches        | pipe=2,x=2,y=2          | x:x, y:y, @pipe:1, top/**{ @pipe:0 }                                                                      | send 2 P + 1; halo P; all-reduce 6 P
 data, slots over all           | transformer                  | data=2,model=2          | batch:data, slots{ *:data+model }                                                                         |
@@ -332,6 +332,7 @@ fn rows() -> impl Iterator<Item = Row> {
 
 #[test]
 fn every_parallelism_has_the_bits_of_one_device_the_memory_foreseen_and_the_collectives_of_its_closed_form() {
+    let mut others: Vec<String> = vec![];
     for (name, model) in MODELS {
         let model = model();
         let (whole, _) = train(&model, "1", "");
@@ -345,10 +346,12 @@ fn every_parallelism_has_the_bits_of_one_device_the_memory_foreseen_and_the_coll
             }
             let sent = counts(&model, &session);
             if !row.closed_form.is_empty() {
-                assert_eq!(sent, promised(row.closed_form, |l| letter(&model, l)), "{}", row.name);
+                let promised = promised(row.closed_form, |l| letter(&model, l));
+                others.extend((sent != promised).then(|| format!("{}: {sent:?}, not {promised:?}", row.name)));
             }
         }
     }
+    assert!(others.is_empty(), "{}", others.join("\n"));
     assert!(rows().all(|row| MODELS.iter().any(|(name, _)| *name == row.model)), "every row has a model");
 }
 

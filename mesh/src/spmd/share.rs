@@ -8,7 +8,6 @@
 //! the unmoved one as well, and large gathers again where they are used again.
 
 use super::{Instr, SpmdOp, SpmdProgram, Value, ValueId};
-use crate::ops::Prim;
 use crate::plan::fuse::Fused;
 use std::collections::{HashMap, HashSet};
 
@@ -121,9 +120,7 @@ struct Memory {
 impl Memory {
     fn of(program: &SpmdProgram) -> Memory {
         let results = program.outputs.iter().map(|(_, v)| *v).chain(program.assigns.iter().map(|(_, v)| *v));
-        let given = |i: &&Instr| matches!(&i.op, SpmdOp::Compute { prim: Prim::Input(_), .. });
-        let stored = Fused::new(program, 1).groups.into_iter().flat_map(|g| g.outputs);
-        let stored: HashSet<ValueId> = stored.chain(program.instrs.iter().filter(given).map(|i| i.output)).collect();
+        let stored: HashSet<ValueId> = Fused::new(program, 1).groups.into_iter().flat_map(|g| g.outputs).collect();
         let most = |v: &Value| (0..v.regions.len()).map(|d| v.bytes(d)).max().unwrap_or(0);
         let mut bytes: Vec<usize> = program.values.iter().map(most).collect();
         // What a variable is set to lies in the variable's place.
@@ -160,6 +157,11 @@ impl Memory {
                 let input = instead.get(input).unwrap_or(input).index();
                 last[input] = last[input].max(Some(used));
             }
+        }
+        for (_, v) in &program.inputs {
+            let bytes = self.bytes[v.index()] as isize;
+            changes[0] += bytes;
+            changes[last[v.index()].unwrap_or(0) + 1] -= bytes;
         }
         let alive = changes.iter().scan(0isize, |alive, change| {
             *alive += change;
