@@ -30,7 +30,7 @@ impl NodeId {
 }
 
 /// What a node or a variable is for: layouts may have rules for each.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Role {
     /// A part of the forward pass.
     #[default]

@@ -170,7 +170,7 @@ impl<'a> Lowered<'a> {
         let received: Vec<f64> = from
             .regions
             .iter()
-            .zip(&to.regions)
+            .zip(&*to.regions)
             .map(|(f, t)| (t.elements() - t.intersect(f).elements()) as f64 * element as f64)
             .collect();
         let mut gathered = vec![];

@@ -96,7 +96,7 @@ pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
                 moves.insert(i, sources(cx.mesh, value(instr.inputs[0]), value(instr.output)));
             }
             SpmdOp::AllReduce { sum, groups, .. } => {
-                for group in groups {
+                for group in groups.iter() {
                     sums.entry((i, group[0])).or_insert_with(|| Together::new(sum, group));
                 }
             }
@@ -369,9 +369,9 @@ impl Planner<'_> {
                 (Work::AllReduce(work), group.inputs.clone(), name.into(), scratch)
             }
             SpmdOp::Compute { prim: Prim::Reduce(r), sum } => {
-                let work = Work::Reduce(self.reduction(group, view, r, sum.as_ref()));
+                let work = Work::Reduce(self.reduction(group, view, r, sum.as_deref()));
                 let scratch = self.cx.backend.scratch_bytes(&work);
-                let (_, loaded) = self.reduce_nest(group, view, sum.as_ref());
+                let (_, loaded) = self.reduce_nest(group, view, sum.as_deref());
                 (work, loaded, instr_name(&instr.op), scratch)
             }
             SpmdOp::Compute { prim, sum } => {

@@ -206,13 +206,13 @@ impl<'a> Fused<'a> {
     fn same_part(&self, a: ValueId, b: ValueId) -> bool {
         let (a, b) = (&self.spmd.values[a.index()], &self.spmd.values[b.index()]);
         let ranges = |r: &crate::region::Region| r.0.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>();
-        a.nodes == b.nodes && a.regions.iter().zip(&b.regions).all(|(r, s)| ranges(r) == ranges(s))
+        a.nodes == b.nodes && a.regions.iter().zip(&*b.regions).all(|(r, s)| ranges(r) == ranges(s))
     }
 
     /// Whether an instruction splits or merges dimensions whose bytes stay the same on every device.
     fn lies_there(&self, instr: &Instr) -> bool {
         let Some(input) = instr.inputs.first().map(|v| &self.spmd.values[v.index()]) else { return false };
-        let mut regions = input.regions.iter().zip(&self.spmd.values[instr.output.index()].regions);
+        let mut regions = input.regions.iter().zip(&*self.spmd.values[instr.output.index()].regions);
         match &instr.op {
             SpmdOp::Compute { prim: Prim::SplitDim(s), .. } => regions.all(|(x, y)| s.same_bytes(x, y)),
             SpmdOp::Compute { prim: Prim::MergeDims(m), .. } => regions.all(|(x, y)| m.same_bytes(&input.ty, x, y)),

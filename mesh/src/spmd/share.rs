@@ -21,28 +21,32 @@ pub(super) fn share(mut program: SpmdProgram) -> SpmdProgram {
         return program;
     }
     let memory = Memory::of(&program);
-    let most = memory.peak(&program, &HashMap::new()).0;
+    // By value: the one that it is.
+    let own: Vec<ValueId> = (0..program.values.len() as u32).map(ValueId).collect();
+    let most = memory.peak(&program, &own).0;
     let most = most + most / SHARE;
     // All at once, if there is room; else one after the other, the smallest first.
-    let mut kept: HashMap<ValueId, ValueId> = same.iter().copied().collect();
+    let mut kept = own.clone();
+    same.iter().for_each(|(again, first)| kept[again.index()] = *first);
     if memory.peak(&program, &kept).0 > most {
-        kept.clear();
+        kept = own;
         same.sort_by_key(|(again, _)| memory.bytes[again.index()]);
         for (again, first) in same {
-            kept.insert(again, first);
+            kept[again.index()] = first;
             if memory.peak(&program, &kept).0 > most {
-                kept.remove(&again);
+                kept[again.index()] = again;
             }
         }
     }
     let made = memory.peak(&program, &kept).1;
     for instr in &mut program.instrs {
-        instr.inputs.iter_mut().for_each(|v| *v = *kept.get(v).unwrap_or(v));
+        instr.inputs.iter_mut().for_each(|v| *v = kept[v.index()]);
     }
     let results = program.outputs.iter_mut().map(|(_, v)| v).chain(program.assigns.iter_mut().map(|(_, v)| v));
-    results.chain(&mut program.sums).for_each(|v| *v = *kept.get(v).unwrap_or(v));
-    program.instrs.retain(|i| made.contains(&i.output));
-    program.kept = kept.into_values().collect();
+    results.chain(&mut program.sums).for_each(|v| *v = kept[v.index()]);
+    program.instrs.retain(|i| made[i.output.index()]);
+    program.kept =
+        kept.into_iter().enumerate().filter(|(v, first)| first.index() != *v).map(|(_, first)| first).collect();
     program
 }
 
@@ -50,7 +54,7 @@ pub(super) fn share(mut program: SpmdProgram) -> SpmdProgram {
 fn sends(program: &SpmdProgram, instr: &Instr) -> bool {
     let held = &program.values[instr.inputs.first().map_or(0, |v| v.index())].regions;
     let comes = &program.values[instr.output.index()].regions;
-    let mut both = held.iter().zip(comes);
+    let mut both = held.iter().zip(&**comes);
     match &instr.op {
         SpmdOp::Compute { .. } => false,
         SpmdOp::Move if both.clone().any(|(held, comes)| held.is_empty() != comes.is_empty()) => false,
@@ -127,17 +131,17 @@ impl Memory {
         }
     }
 
-    /// The most bytes that are there at a time, and what is made at all, if some values are others instead.
-    fn peak(&self, program: &SpmdProgram, instead: &HashMap<ValueId, ValueId>) -> (usize, HashSet<ValueId>) {
+    /// The most bytes that are there at a time, and by value whether it is made at all, if values are others instead.
+    fn peak(&self, program: &SpmdProgram, instead: &[ValueId]) -> (usize, Vec<bool>) {
         // By value: the last instruction for which it is there. What is computed inside is computed where it is used.
         let mut last: Vec<Option<usize>> = vec![None; self.bytes.len()];
         let end = program.instrs.len();
-        self.results.iter().for_each(|v| last[instead.get(v).unwrap_or(v).index()] = Some(end));
+        self.results.iter().for_each(|v| last[instead[v.index()].index()] = Some(end));
         let mut changes = vec![0isize; end + 2];
-        let mut made = HashSet::new();
+        let mut made = vec![false; self.bytes.len()];
         for (i, instr) in program.instrs.iter().enumerate().rev() {
             let Some(until) = last[instr.output.index()] else { continue };
-            made.insert(instr.output);
+            made[instr.output.index()] = true;
             let received = self.received[i] as isize;
             changes[i] += received;
             changes[i + 1] -= received;
@@ -148,7 +152,7 @@ impl Memory {
             }
             let used = if self.inside[instr.output.index()] { until } else { i };
             for input in &instr.inputs {
-                let input = instead.get(input).unwrap_or(input).index();
+                let input = instead[input.index()].index();
                 last[input] = last[input].max(Some(used));
             }
         }
