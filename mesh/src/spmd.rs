@@ -54,7 +54,7 @@ impl ValueId {
 #[derive(Clone, Debug)]
 pub struct Value {
     /// Type of the whole tensor.
-    pub ty: Type,
+    pub ty: Arc<Type>,
     /// What each device holds.
     pub regions: Arc<[Region]>,
     /// How many nodes of a summation tree each device holds in place of the sum; 1 everywhere for a finished value.
@@ -238,12 +238,12 @@ impl Lowering<'_> {
         self.placement.mesh.size()
     }
 
-    fn value(&mut self, ty: Type, regions: Arc<[Region]>, nodes: Arc<[usize]>, node: NodeId) -> ValueId {
+    fn value(&mut self, ty: Arc<Type>, regions: Arc<[Region]>, nodes: Arc<[usize]>, node: NodeId) -> ValueId {
         self.out.values.push(Value { ty, regions, nodes, node });
         ValueId(self.out.values.len() as u32 - 1)
     }
 
-    fn finished(&mut self, ty: &Type, regions: Arc<[Region]>, node: NodeId) -> ValueId {
+    fn finished(&mut self, ty: &Arc<Type>, regions: Arc<[Region]>, node: NodeId) -> ValueId {
         let nodes = self.alike.ones(self.devices());
         self.value(ty.clone(), regions, nodes, node)
     }
@@ -287,6 +287,7 @@ impl Lowering<'_> {
     fn node(&mut self, id: NodeId, values: &[Held]) -> Result<Held, Error> {
         let function = self.function;
         let node = function.node(id);
+        let ty = Arc::new(node.ty.clone());
         let mut spec = self.alike.spec(self.placement, function, node)?;
         let split = |(axis, _): &(usize, usize)| spec.dims.iter().flatten().any(|a| a == axis);
         if let Some(stage) = self.summed_at(node, values).filter(|stage| !stage.iter().any(split)) {
@@ -295,14 +296,14 @@ impl Lowering<'_> {
         let regions = self.regions(&node.ty, &spec);
         match &node.op {
             Prim::Input(input) => {
-                let value = self.finished(&node.ty, regions, id);
+                let value = self.finished(&ty, regions, id);
                 self.out.inputs.push((input.name.clone(), value));
                 return Ok(Held { value, spec, stored: None });
             }
             Prim::Read(read) => {
                 let stored = self.stored(read.var)?;
                 let lies = self.regions(&node.ty, &stored);
-                let value = self.finished(&node.ty, lies, id);
+                let value = self.finished(&ty, lies, id);
                 self.out.reads.push((read.var, value));
                 let held = Held { value, stored: (stored != spec).then_some(stored), spec };
                 // Rules of its own say how this function uses it.
@@ -324,7 +325,7 @@ impl Lowering<'_> {
         }
         if let Some(stored) = self.cast_where_it_lies(id, &regions, values) {
             let regions = self.regions(&node.ty, &stored);
-            let value = self.finished(&node.ty, regions, id);
+            let value = self.finished(&ty, regions, id);
             let op = SpmdOp::Compute { prim: node.op.clone(), sum: None };
             self.out.instrs.push(Instr { op, inputs: vec![values[node.inputs[0].index()].value], output: value });
             return Ok(Held { value, spec, stored: Some(stored) });
@@ -334,7 +335,7 @@ impl Lowering<'_> {
         for (input, needed) in node.inputs.iter().zip(&computed.needed) {
             inputs.push(self.moved(&values[input.index()], needed.clone(), id));
         }
-        let output = self.value(node.ty.clone(), computed.regions.clone(), computed.nodes.clone(), id);
+        let output = self.value(ty.clone(), computed.regions.clone(), computed.nodes.clone(), id);
         let op = SpmdOp::Compute { prim: node.op.clone(), sum: computed.sum.clone() };
         self.out.instrs.push(Instr { op, inputs, output });
         let mut value = output;
@@ -343,7 +344,7 @@ impl Lowering<'_> {
                 Prim::Reduce(r) => r.f,
                 _ => ReduceFn::Sum,
             };
-            value = self.finished(&node.ty, computed.done.clone(), id);
+            value = self.finished(&ty, computed.done.clone(), id);
             let op = SpmdOp::AllReduce { f, sum, groups: computed.groups.clone() };
             self.out.instrs.push(Instr { op, inputs: vec![output], output: value });
         }
