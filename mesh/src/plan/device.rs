@@ -34,7 +34,6 @@ struct Common {
 
 /// The memory of devices whose tenants are alike.
 pub(super) struct Class {
-    base: usize,
     pub tenants: Vec<Tenant>,
     buffers: Vec<Buffer>,
     end: usize,
@@ -48,20 +47,23 @@ impl Planner<'_> {
     /// The plans of all devices.
     pub(super) fn devices_plans(&self) -> Vec<(DevicePlan, Timeline)> {
         let groups: Vec<Common> = self.groups().iter().map(|g| self.common(g)).collect();
-        let (mut classes, blocks) = (vec![], self.blocks());
         let works = on_threads((0..self.devices()).collect(), |d: usize| {
             self.groups().iter().map(|g| self.work(g, self.view(d))).collect::<Vec<Worked>>()
         });
-        let place = |(d, works): (usize, Vec<Worked>)| {
-            let (tenants, parts) = self.tenants(d, &works);
-            let class = self.class(d, tenants, &mut classes, &blocks);
-            let timeline = self.told(d, &mut classes[class], parts);
-            (d, works, parts, class, timeline)
-        };
-        let placed: Vec<_> = works.into_iter().enumerate().map(place).collect();
-        on_threads(placed, |(d, works, parts, class, timeline)| {
-            (self.device(d, works, parts, &classes[class], &groups), timeline)
-        })
+        // Devices with the same tenants have the same places.
+        let base = self.cx.base;
+        let (mut of, mut firsts): (Vec<usize>, Vec<(usize, Vec<Tenant>)>) = Default::default();
+        for (d, works) in works.iter().enumerate() {
+            let tenants = self.tenants(d, works);
+            let alike = firsts.iter().position(|(first, t)| base[*first] == base[d] && *t == tenants);
+            of.push(alike.unwrap_or(firsts.len()));
+            firsts.extend(alike.is_none().then_some((d, tenants)));
+        }
+        let blocks = self.blocks();
+        let mut classes = on_threads(firsts, |(d, tenants)| self.class(d, tenants, &blocks));
+        let timelines: Vec<Timeline> = of.iter().enumerate().map(|(d, of)| self.told(d, &mut classes[*of])).collect();
+        let devices = works.into_iter().zip(timelines).enumerate().collect();
+        on_threads(devices, |(d, (works, timeline))| (self.device(d, works, &classes[of[d]], &groups), timeline))
     }
 
     fn common(&self, group: &Group) -> Common {
@@ -70,19 +72,21 @@ impl Planner<'_> {
     }
 
     /// The class of a device with these tenants.
-    fn class(&self, device: usize, tenants: Vec<Tenant>, classes: &mut Vec<Class>, blocks: &Blocks) -> usize {
+    fn class(&self, device: usize, tenants: Vec<Tenant>, blocks: &Blocks) -> Class {
         let base = self.cx.base[device];
-        classes.iter().position(|c| c.base == base && c.tenants == tenants).unwrap_or_else(|| {
-            let (buffers, end) = memory::place(&tenants, base);
-            let timeline = self.timeline(device, &tenants, base, blocks);
-            classes.push(Class { base, tenants, buffers, end, timeline, told: vec![] });
-            classes.len() - 1
-        })
+        let (buffers, end) = memory::place(&tenants, base);
+        let timeline = self.timeline(device, &tenants, base, blocks);
+        Class { tenants, buffers, end, timeline, told: vec![] }
+    }
+
+    /// Which of a device's tenants is what.
+    pub(super) fn parts(&self) -> Parts {
+        Parts { staged: self.lives.len(), scratch: self.lives.len() + self.copies.len() }
     }
 
     /// The plan of a device of a class.
-    fn device(&self, device: usize, works: Vec<Worked>, parts: Parts, class: &Class, groups: &[Common]) -> DevicePlan {
-        let buffers = &class.buffers;
+    fn device(&self, device: usize, works: Vec<Worked>, class: &Class, groups: &[Common]) -> DevicePlan {
+        let (buffers, parts) = (&class.buffers, self.parts());
         let mut steps: Vec<Step> = Vec::with_capacity(works.len() + self.kept.len() + 2 * self.copies.len());
         for (g, (work, common)) in works.into_iter().zip(groups).enumerate() {
             let (work, reads, label) = match work {
@@ -127,7 +131,7 @@ impl Planner<'_> {
     }
 
     /// What needs a place on a device.
-    fn tenants(&self, device: usize, works: &[Worked]) -> (Vec<Tenant>, Parts) {
+    fn tenants(&self, device: usize, works: &[Worked]) -> Vec<Tenant> {
         let end = self.end();
         let lives = self.lives.iter().map(|l| Tenant { bytes: l.bytes[device], from: l.from, to: l.to });
         // Values that are copied to variables at the end, by way of a buffer each, since one may be the other's old value.
@@ -140,8 +144,7 @@ impl Planner<'_> {
             from: g,
             to: g,
         });
-        let parts = Parts { staged: self.lives.len(), scratch: self.lives.len() + self.copies.len() };
-        (lives.chain(copies).chain(scratch).collect(), parts)
+        lives.chain(copies).chain(scratch).collect()
     }
 
     fn label(&self, v: ValueId, op: Name) -> Label {

@@ -395,7 +395,7 @@ impl Planner<'_> {
                 return Some((Work::AllReduce(work), scratch));
             }
             (_, SpmdOp::Compute { prim: Prim::Reduce(r), sum }) => {
-                Work::Reduce(self.reduction(group, view, r, sum.as_deref()))
+                Work::Reduce(Box::new(self.reduction(group, view, r, sum.as_deref())))
             }
             (_, SpmdOp::Compute { prim, sum }) => {
                 let inputs: Vec<Part> = instr.inputs.iter().map(|v| self.part(*v, view)).collect();
@@ -405,7 +405,7 @@ impl Planner<'_> {
                     None => {
                         let sum = sum.as_ref().map(|s| (s.tree.clone(), s.owned[device].clone()));
                         let epilogue = (group.kind == Kind::Epilogue).then(|| self.map(group, view));
-                        Work::Op(OpWork { op: prim.clone(), inputs, output, sum, epilogue })
+                        Work::Op(Box::new(OpWork { op: prim.clone(), inputs, output, sum, epilogue }))
                     }
                 }
             }

@@ -71,7 +71,9 @@ const STRETCH: usize = 64;
 /// All lists are in the order of places.
 #[derive(Default)]
 struct Placed {
-    all: Vec<Spot>,
+    spots: Vec<Spot>,
+    /// All of them, by number.
+    all: Vec<u32>,
     /// By stretch: what is alive in it.
     stretches: Vec<Vec<Spot>>,
 }
@@ -80,9 +82,12 @@ impl Placed {
     fn insert(&mut self, spot: Spot) {
         let last = spot.to / STRETCH;
         self.stretches.resize_with(self.stretches.len().max(last + 1), Vec::new);
-        for list in self.stretches[spot.from / STRETCH..=last].iter_mut().chain([&mut self.all]) {
+        for list in &mut self.stretches[spot.from / STRETCH..=last] {
             list.insert(list.partition_point(|s| s.start <= spot.start), spot);
         }
+        let at = self.all.partition_point(|i| self.spots[*i as usize].start <= spot.start);
+        self.all.insert(at, self.spots.len() as u32);
+        self.spots.push(spot);
     }
 
     /// Starts and ends of the places of all that is alive together with a tenant, in order.
@@ -92,7 +97,7 @@ impl Placed {
         let range = (t.from / STRETCH).min(stretches)..(t.to / STRETCH + 1).min(stretches);
         let together = |s: &&Spot| s.from <= t.to && t.from <= s.to;
         if self.stretches[range.clone()].iter().map(Vec::len).sum::<usize>() >= self.all.len() {
-            found.extend(self.all.iter().filter(together).map(|s| (s.start, s.end)));
+            found.extend(self.all.iter().map(|i| &self.spots[*i as usize]).filter(together).map(|s| (s.start, s.end)));
             return;
         }
         for i in range.clone() {

@@ -68,9 +68,9 @@ pub enum Work {
     /// A fused elementwise loop; one output per result of its body.
     Map(Loop),
     /// A fused reduction; one output per result of its body.
-    Reduce(Reduction),
+    Reduce(Box<Reduction>),
     /// A primitive op on parts of its inputs.
-    Op(OpWork),
+    Op(Box<OpWork>),
     /// Copies of boxes within the device; what no box covers is `fill`.
     Copy(CopyWork),
     /// Steps that are done slice by slice.

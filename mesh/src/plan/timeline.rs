@@ -102,8 +102,8 @@ impl Planner<'_> {
     }
 
     /// The timeline of a device of a class.
-    pub(super) fn told(&self, device: usize, class: &mut Class, parts: Parts) -> Timeline {
-        let fullest = class.timeline.fullest;
+    pub(super) fn told(&self, device: usize, class: &mut Class) -> Timeline {
+        let (fullest, parts) = (class.timeline.fullest, self.parts());
         let here = class.tenants.iter().enumerate();
         let here = here.filter(|(_, t)| t.from <= fullest && fullest <= t.to && t.bytes > 0);
         let here: Vec<(usize, &Tenant)> = here.collect();

@@ -2,7 +2,7 @@
 //! form, and what [`crate::plan::time`] says of it.
 
 use super::outline::{Form, Kind, Outline, Source, Work};
-use super::split::{Axes, Shape, Site, Split, Way, Zero};
+use super::split::{Axes, Sees, Shape, Site, Split, Way};
 use crate::dim::DType;
 use crate::ops::Prim;
 use crate::plan::cost::Cost;
@@ -99,11 +99,22 @@ impl<'a> Prices<'a> {
         Prices { site, outline, nodes, works, moves: HashMap::default(), regions: vec![], numbers: HashMap::new() }
     }
 
+    /// What of a way nodes of that kind depend on.
+    pub fn node_sees(&self, kind: usize) -> Sees {
+        let k = &self.outline.kinds[kind];
+        Sees { dims: k.dims, zero: k.zero }
+    }
+
+    /// What of a way steps of that kind depend on.
+    pub fn step_sees(&self, work: usize) -> Sees {
+        let w = &self.outline.works[work];
+        Sees { dims: w.dims, zero: w.zero }
+    }
+
     /// A node of that kind.
     pub fn node(&mut self, kind: usize, way: Way) -> Rc<Priced> {
         let outline = self.outline;
-        let k = &outline.kinds[kind];
-        let way = Way { splits: way.splits.only(k.dims), zero: if k.zero { way.zero } else { Zero::default() } };
+        let (k, way) = (&outline.kinds[kind], self.node_sees(kind).of(way));
         if let Some(priced) = self.nodes[kind].get(&way) {
             return priced.clone();
         }
@@ -138,8 +149,7 @@ impl<'a> Prices<'a> {
     /// Seconds of a step of that kind.
     pub fn step(&mut self, work: usize, way: Way) -> f64 {
         let outline = self.outline;
-        let w = &outline.works[work];
-        let way = Way { splits: way.splits.only(w.dims), zero: if w.zero { way.zero } else { Zero::default() } };
+        let (w, way) = (&outline.works[work], self.step_sees(work).of(way));
         if let Some(seconds) = self.works[work].get(&way) {
             return *seconds;
         }
