@@ -140,8 +140,12 @@ pub struct SpmdProgram {
 /// # Errors
 /// A layout that cannot be applied to one of its tensors, with the tensor's place in the user's source.
 pub fn lower(function: &Function, placement: &Placement) -> Result<SpmdProgram, Error> {
+    lower_with(&mut Alike::default(), function, placement)
+}
+
+fn lower_with(alike: &mut Alike, function: &Function, placement: &Placement) -> Result<SpmdProgram, Error> {
     let (out, moved) = (SpmdProgram::default(), HashMap::new());
-    let mut l = Lowering { function, placement, out, moved, alike: Alike::default() };
+    let mut l = Lowering { function, placement, out, moved, alike };
     let mut values: Vec<Held> = Vec::with_capacity(function.nodes.len());
     for (i, _) in function.nodes.iter().enumerate() {
         let value = l.node(NodeId(i as u32), &values)?;
@@ -206,7 +210,7 @@ struct Lowering<'a> {
     out: SpmdProgram,
     /// What was moved of a value, and for a variable in which pass.
     moved: HashMap<(ValueId, bool), Vec<ValueId>>,
-    alike: Alike,
+    alike: &'a mut Alike,
 }
 
 /// One way to compute a node's result.

@@ -9,6 +9,7 @@ use super::timeline::{Blocks, Timeline};
 use crate::dim::Name;
 use crate::spmd::ValueId;
 use std::num::NonZero;
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
@@ -44,16 +45,16 @@ pub(super) struct Class {
 }
 
 impl Planner<'_> {
-    /// The plans of all devices.
-    pub(super) fn devices_plans(&self) -> Vec<(DevicePlan, Timeline)> {
+    /// The plans of some devices.
+    pub(super) fn devices_plans(&self, devices: Range<usize>) -> Vec<(DevicePlan, Timeline)> {
         let groups: Vec<Common> = self.groups().iter().map(|g| self.common(g)).collect();
-        let works = on_threads((0..self.devices()).collect(), |d: usize| {
+        let works = on_threads(devices.clone().collect(), |d: usize| {
             self.groups().iter().map(|g| self.work(g, self.view(d))).collect::<Vec<Worked>>()
         });
         // Devices with the same tenants have the same places.
         let base = self.cx.base;
         let (mut of, mut firsts): (Vec<usize>, Vec<(usize, Vec<Tenant>)>) = Default::default();
-        for (d, works) in works.iter().enumerate() {
+        for (d, works) in devices.clone().zip(&works) {
             let tenants = self.tenants(d, works);
             let alike = firsts.iter().position(|(first, t)| base[*first] == base[d] && *t == tenants);
             of.push(alike.unwrap_or(firsts.len()));
@@ -61,9 +62,10 @@ impl Planner<'_> {
         }
         let blocks = self.blocks();
         let mut classes = on_threads(firsts, |(d, tenants)| self.class(d, tenants, &blocks));
-        let timelines: Vec<Timeline> = of.iter().enumerate().map(|(d, of)| self.told(d, &mut classes[*of])).collect();
-        let devices = works.into_iter().zip(timelines).enumerate().collect();
-        on_threads(devices, |(d, (works, timeline))| (self.device(d, works, &classes[of[d]], &groups), timeline))
+        let timelines: Vec<Timeline> =
+            devices.clone().zip(&of).map(|(d, of)| self.told(d, &mut classes[*of])).collect();
+        let parts = devices.zip(of).zip(works.into_iter().zip(timelines)).collect();
+        on_threads(parts, |((d, of), (works, timeline))| (self.device(d, works, &classes[of], &groups), timeline))
     }
 
     fn common(&self, group: &Group) -> Common {
@@ -194,4 +196,98 @@ fn on_threads<T: Send, U: Send>(items: Vec<T>, make: impl Fn(T) -> U + Sync) -> 
         let done = running.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         done.flatten().collect()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{ALIGN, Backend, PlanOptions, function, plan_program};
+    use super::*;
+    use crate::dim::{DType, dim};
+    use crate::graph::Tensor;
+    use crate::layout::{Layout, Mesh};
+    use crate::nn::{self, Kernel};
+    use crate::ops::window::Window;
+    use crate::optim::Optimizer;
+    use crate::pipeline;
+    use crate::placement::Placement;
+    use crate::program::{Program, ProgramBuilder};
+    use crate::spmd;
+
+    struct Plain;
+
+    impl Backend for Plain {
+        fn scratch_bytes(&self, work: &Work) -> usize {
+            match work {
+                Work::Op(op) => op.output.region.elements(),
+                _ => 0,
+            }
+        }
+        fn workspace_bytes(&self) -> usize {
+            0
+        }
+    }
+
+    /// Convolutions and a pool in two scopes, to be trained, with a block that is made again.
+    fn program() -> Program {
+        let mut p = ProgramBuilder::recomputing(&["upper".into()]);
+        p.function("train", |g| {
+            let image = [dim("batch", 4), dim("x", 24), dim("y", 16), dim("channel", 2)];
+            let x = g.input("image", DType::F32, &image);
+            let kernel = Kernel::new(&["x", "y"], 3).from_channel("channel");
+            let conv = |x: &Tensor, name: &str, channels| nn::conv(x, name, &kernel, &dim("channel", channels)).relu();
+            let x = g.scoped("lower", || conv(&x, "first", 4).max_pool(&[Window::same("x", 24, 2, 2, 1)]));
+            let x = g.block("upper", || g.scoped("upper", || conv(&conv(&x, "second", 4), "third", 8)));
+            let loss = x.mean(&["batch", "x", "y", "channel"]);
+            Optimizer::adam(0.1).clipped(1.0).apply(g, &loss);
+            g.output("loss", &loss);
+        })
+        .unwrap();
+        p.finish().unwrap()
+    }
+
+    #[test]
+    fn a_device_that_is_planned_beside_others_has_the_plan_that_it_has_alone() {
+        let program = program();
+        let function = program.function("train").unwrap();
+        for (mesh, layout, classes) in [
+            ("data=4", "batch:data", 1),
+            ("x=3", "x:x", 3),
+            ("x=4", "x:x", 2),
+            ("x=3,y=2", "x:x,y:y,variables{*:x},slots{*:x}", 3),
+            ("data=2,x=5", "batch:data,x:x", 5),
+            ("pipe=2,data=2", "@pipe:1,lower/**{@pipe:0},batch:data", 2),
+        ] {
+            let (mesh, layout): (Mesh, Layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
+            let plan = plan_program(&program, &mesh, &layout, &PlanOptions::default(), &Plain).unwrap();
+            let placement = Placement::new(&mesh, &layout, &program);
+            let mut spmd = spmd::lower(function, &placement).unwrap();
+            pipeline::order(&mut spmd, function, layout.schedule());
+            let base = |held: &Vec<(_, Buffer)>| held.iter().map(|(_, b)| b.bytes.next_multiple_of(ALIGN)).sum();
+            let base: Vec<usize> = plan.variables.iter().map(base).collect();
+            let cx = function::Context {
+                function,
+                mesh: &mesh,
+                spmd: &spmd,
+                variables: &plan.variables,
+                declared: &program.variables,
+                base: &base,
+                backend: &Plain,
+                apart: false,
+            };
+            let all = plan.functions[&"train".into()].iter().zip(&plan.timelines[&"train".into()]);
+            for (d, beside) in all.enumerate() {
+                let alone = function::plan(&cx, d..d + 1);
+                assert_eq!(
+                    format!("{beside:?}"),
+                    format!("{:?}", (&alone[0].0, &alone[0].1)),
+                    "{d}, {layout} on {mesh}"
+                );
+            }
+            let shared = |t: &Timeline| t.alive.as_ptr();
+            let mut found: Vec<_> = plan.timelines[&"train".into()].iter().map(shared).collect();
+            found.sort_unstable();
+            found.dedup();
+            assert!(found.len() <= classes, "{} classes of devices: {layout} on {mesh}", found.len());
+        }
+    }
 }

@@ -15,6 +15,7 @@ use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
 use crate::spmd::{Instr, SpmdOp, SpmdProgram, ValueId};
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Where a stored value lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,8 +56,8 @@ pub(super) struct Context<'a> {
     pub apart: bool,
 }
 
-/// Plans the function for every device.
-pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
+/// Plans the function for some devices.
+pub(super) fn plan(cx: &Context, devices: Range<usize>) -> Vec<(DevicePlan, Timeline)> {
     let fused = Fused::new(cx.spmd, if cx.apart { 0 } else { cx.backend.threads() });
     let mut p = Planner {
         cx,
@@ -74,7 +75,7 @@ pub(super) fn plan(cx: &Context) -> Vec<(DevicePlan, Timeline)> {
     p.alike();
     p.uses();
     p.homes();
-    p.devices_plans()
+    p.devices_plans(devices)
 }
 
 /// A function as it is planned: all that devices have in common.
@@ -216,7 +217,7 @@ impl Planner<'_> {
         for (var, v) in assigns {
             let old = reads.get(&var).copied();
             let direct = made.get(&v).is_some_and(|&g| {
-                !self.homes[v.index()].is_some()
+                self.homes[v.index()].is_none()
                     && old.is_none_or(|old| match self.last[old.index()] {
                         Some(l) if l == g => self.reads_in_place(g, old, v),
                         Some(l) => l < g,

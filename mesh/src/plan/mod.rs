@@ -175,7 +175,7 @@ pub fn plan_program(
             backend,
             apart: options.apart,
         };
-        let (plans, timelines) = function::plan(&cx).into_iter().unzip();
+        let (plans, timelines) = function::plan(&cx, 0..mesh.size()).into_iter().unzip();
         out.functions.insert(name.clone(), plans);
         out.timelines.insert(name.clone(), timelines);
     }

@@ -58,6 +58,9 @@ pub(super) struct Alike {
     owned: HashMap<(Vec<Dim>, Rc<Spec>), Arc<[Region]>>,
     cases: HashMap<Case, Vec<(Prim, Rc<Computed>)>>,
     ones: Option<Arc<[usize]>>,
+    /// Whether each node is worked out by itself: what is known is held to that.
+    #[cfg(test)]
+    forgets: bool,
 }
 
 impl Alike {
@@ -99,6 +102,10 @@ impl Alike {
             own: node.layout.clone(),
             whole: subject.whole.clone(),
         };
+        #[cfg(test)]
+        if self.forgets {
+            return placement.spec(&subject).map(Rc::new);
+        }
         if let Some(spec) = self.specs.get(&seen) {
             return Ok(spec.clone());
         }
@@ -120,6 +127,10 @@ impl Alike {
 
     /// How an op was computed in this case.
     pub fn known(&self, case: &Case, op: &Prim) -> Option<Rc<Computed>> {
+        #[cfg(test)]
+        if self.forgets {
+            return None;
+        }
         self.cases.get(case)?.iter().find(|(known, _)| known == op).map(|(_, computed)| computed.clone())
     }
 
@@ -128,5 +139,80 @@ impl Alike {
         let computed = Rc::new(computed);
         self.cases.entry(case).or_default().push((op, computed.clone()));
         computed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{SpmdProgram, lower_with};
+    use super::*;
+    use crate::dim::{DType, dim};
+    use crate::layout::{Layout, Mesh};
+    use crate::nn::{self, Dense};
+    use crate::optim::Optimizer;
+    use crate::program::{Program, ProgramBuilder};
+
+    /// So many layers that are alike, to be trained.
+    fn layers(count: usize) -> Program {
+        let mut p = ProgramBuilder::new();
+        p.function("train", |g| {
+            let (model, wide) = (dim("model", 96), dim("wide", 256));
+            let mut x = g.input("x", DType::F32, &[dim("batch", 16), model.clone()]);
+            for i in 0..count {
+                x = g.scoped(format!("layer.{i}"), || {
+                    let y = nn::dense(&x, "up", &["model"], std::slice::from_ref(&wide), &Dense::default()).relu();
+                    nn::dense(&y, "down", &["wide"], std::slice::from_ref(&model), &Dense::default())
+                });
+            }
+            let loss = x.mean(&["batch", "model"]);
+            Optimizer::adamw(1e-3, 0.01).clipped(1.0).apply(g, &loss);
+            g.output("loss", &loss);
+        })
+        .unwrap();
+        p.finish().unwrap()
+    }
+
+    fn lowered(alike: &mut Alike, p: &Program, mesh: &str, layout: &str) -> SpmdProgram {
+        let (mesh, layout): (Mesh, Layout) = (mesh.parse().unwrap(), layout.parse().unwrap());
+        lower_with(alike, p.function("train").unwrap(), &Placement::new(&mesh, &layout, p)).unwrap()
+    }
+
+    /// All that a program says.
+    fn text(p: &SpmdProgram) -> String {
+        let mut kept: Vec<_> = p.kept.iter().collect();
+        kept.sort();
+        let edges = (&p.inputs, &p.reads, &p.outputs, &p.assigns, &p.sums);
+        format!("{:?} {:?} {edges:?} {kept:?}", p.values, p.instrs)
+    }
+
+    const LAYOUTS: [(&str, &str); 6] = [
+        ("data=4", "batch:data"),
+        ("data=3", "batch:data,model:data?"),
+        ("data=2,model=2", "batch:data,wide:model"),
+        ("data=4", "batch:data,variables{*:data},slots{*:data},gradients{*:data}"),
+        ("data=2,model=3", "batch:data,wide:model,model:model?,slots{*:data}"),
+        ("pipe=2,data=2", "@pipe:1,layer.0/**{@pipe:0},layer.1/**{@pipe:0},batch:data"),
+    ];
+
+    #[test]
+    fn what_is_worked_out_once_is_what_each_node_comes_to_by_itself() {
+        let p = layers(3);
+        for (mesh, layout) in LAYOUTS {
+            let mut forgets = Alike { forgets: true, ..Alike::default() };
+            let [once, each] = [&mut Alike::default(), &mut forgets].map(|alike| lowered(alike, &p, mesh, layout));
+            assert_eq!(text(&once), text(&each), "{layout} on {mesh}");
+        }
+    }
+
+    #[test]
+    fn more_layers_are_no_more_cases_nor_lists() {
+        for (mesh, layout) in LAYOUTS {
+            let worked_out = |count: usize| {
+                let (p, mut alike) = (layers(count), Alike::default());
+                lowered(&mut alike, &p, mesh, layout);
+                (alike.cases.values().map(Vec::len).sum::<usize>(), alike.lists.borrow().len())
+            };
+            assert_eq!(worked_out(6), worked_out(12), "{layout} on {mesh}");
+        }
     }
 }
