@@ -160,7 +160,7 @@ fn run(case: &Case) -> Result<Measured, Failure> {
     let mut session = Session::embedded(case.program.clone(), &options)?;
     let f = session.function("train")?;
     let inputs: Vec<(Name, Type)> = session.plan().functions.get(&Name::from("train")).map_or(vec![], |plans| {
-        plans[0].inputs.iter().map(|(name, part, _)| (name.clone(), part.ty.clone())).collect()
+        plans[0].inputs.iter().map(|(name, part, _)| (name.clone(), Type::clone(&part.ty))).collect()
     });
     for (name, ty) in inputs {
         // A class, a word or a length that there is; an image that is not the same everywhere.

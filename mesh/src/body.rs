@@ -10,6 +10,7 @@ use crate::ops::compare::CompareFn;
 use crate::ops::reduce::ReduceFn;
 use crate::ops::source::Distribution;
 use crate::ops::unary::UnaryFn;
+use std::sync::Arc;
 
 /// Index of an earlier instruction of the body, whose value is meant.
 pub type Slot = usize;
@@ -96,22 +97,8 @@ pub struct Loop {
     pub origin: Vec<usize>,
     /// Operands that [`Instr::Load`] names.
     pub operands: Vec<Access>,
-    /// What is computed at each point.
-    pub body: Body,
-}
-
-impl Loop {
-    /// The same loop with one of its operands behind all others.
-    pub fn with_last(mut self, operand: usize) -> Loop {
-        let last = self.operands.len() - 1;
-        self.operands[operand..].rotate_left(1);
-        for (instr, _) in &mut self.body.instrs {
-            if let Instr::Load(o) = instr {
-                *o = if *o == operand { last } else { *o - usize::from(*o > operand) };
-            }
-        }
-        self
-    }
+    /// What is computed at each point, on every device the same.
+    pub body: Arc<Body>,
 }
 
 /// A loop nest whose results are reduced over some of the loops.

@@ -60,7 +60,7 @@ pub(crate) fn check(function: &Function, spmd: &SpmdProgram, placement: &Placeme
     for instr in spmd.instrs.iter().filter(|i| matches!(i.op, SpmdOp::Move)) {
         let (from, to) = (&spmd.values[instr.inputs[0].index()], &spmd.values[instr.output.index()]);
         let received = |(held, needed): (&Region, &Region)| needed.elements() - needed.intersect(held).elements();
-        let most = from.regions.iter().zip(&to.regions).map(received).max().unwrap_or(0) * to.ty.dtype.bytes();
+        let most = from.regions.iter().zip(&*to.regions).map(received).max().unwrap_or(0) * to.ty.dtype.bytes();
         let whole = Region::full(&to.ty);
         let all = to.regions.iter().all(|r| r.is_empty() || *r == whole);
         let passes = |id: NodeId| matches!(function.node(id).role, Role::Forward | Role::Backward);

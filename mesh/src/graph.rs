@@ -10,7 +10,7 @@ use crate::op::GradContext;
 use crate::ops::{self, Prim};
 use crate::program::{Block, Init, VarId, Variable, Variables};
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -30,7 +30,7 @@ impl NodeId {
 }
 
 /// What a node or a variable is for: layouts may have rules for each.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Role {
     /// A part of the forward pass.
     #[default]
@@ -709,7 +709,7 @@ impl State {
             return c.spreads(a, b, &node.ty);
         }
         let op = node.op.op();
-        op.copies() || op.elementwise() && self.large_roots(id, &mut vec![]) <= 1
+        op.copies() || op.elementwise() && self.large_roots(id, &mut HashSet::new()) <= 1
     }
 
     /// Whether a value is a product that spreads, or made element by element from one of its size.
@@ -722,22 +722,24 @@ impl State {
         }
     }
 
-    /// How many kept values of about this value's size its elementwise chain starts from.
-    fn large_roots(&self, id: NodeId, seen: &mut Vec<NodeId>) -> usize {
+    /// How many kept values of about this value's size its elementwise chain starts from, as far as two.
+    fn large_roots(&self, id: NodeId, seen: &mut HashSet<NodeId>) -> usize {
         let node = &self.nodes[id.index()];
         let large = node.ty.elements() / 2;
-        node.inputs
-            .iter()
-            .map(|&i| {
-                let input = &self.nodes[i.index()];
-                if seen.contains(&i) || input.ty.elements() <= large || input.inputs.is_empty() && self.is_cheap(i) {
-                    return 0;
-                }
-                seen.push(i);
-                let goes_on = input.op.op().elementwise() && !input.inputs.is_empty() && !self.narrows_product(input);
-                if goes_on { self.large_roots(i, seen) } else { 1 }
-            })
-            .sum()
+        let mut roots = 0;
+        for &i in &node.inputs {
+            let input = &self.nodes[i.index()];
+            if input.ty.elements() <= large || input.inputs.is_empty() && self.is_cheap(i) || !seen.insert(i) {
+                continue;
+            }
+            let goes_on = input.op.op().elementwise() && !input.inputs.is_empty() && !self.narrows_product(input);
+            roots += if goes_on { self.large_roots(i, seen) } else { 1 };
+            // More than one is too many, however many they are.
+            if roots > 1 {
+                break;
+            }
+        }
+        roots
     }
 
     /// Whether a node is a product in fewer bits: that is kept instead of the product.

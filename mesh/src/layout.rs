@@ -243,9 +243,11 @@ impl Pattern {
     /// Whether it matches a path. `*` in a part stands for any text, the part `**` for any number of parts.
     pub fn matches(&self, path: &str) -> bool {
         let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
-        wild(&self.0.split('/').collect::<Vec<_>>(), &parts, &|p| *p == "**", &|p, part| {
+        let text = |p: &str, part: &str| {
             wild(&p.chars().collect::<Vec<_>>(), &part.chars().collect::<Vec<_>>(), &|c| *c == '*', &|c, d| c == d)
-        })
+        };
+        let one = |p: &&str, part: &&str| if p.contains('*') { text(p, part) } else { p == part };
+        wild(&self.0.split('/').collect::<Vec<_>>(), &parts, &|p| *p == "**", &one)
     }
     /// Its text without the wild cards at its ends, to look for what was meant.
     pub(crate) fn core(&self) -> &str {

@@ -13,7 +13,7 @@ use crate::layout::{ANY, AT, Layout, Mesh, Pattern, Rule, Scoped, Section};
 use crate::program::{Function, Program, Variable};
 use crate::region::Region;
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 /// The mesh axes of each of some dimensions, the outermost first; none where it is not split.
@@ -87,11 +87,14 @@ impl<'a> Subject<'a> {
     }
 }
 
-/// The tensors of a program; those of the functions that the user wrote come first, for the places.
+/// The tensors of a program; those of the functions that the user wrote come first, for the places. Of those that are alike
+/// to rules, the first one stands for all.
 pub(crate) fn subjects(program: &Program) -> Vec<Subject<'_>> {
     let functions = program.functions.values().filter(|f| f.name != "init");
     let nodes = functions.flat_map(|f| f.nodes.iter().map(|n| Subject::node(f, n)));
-    nodes.chain(program.variables.iter().map(Subject::variable)).collect()
+    let mut seen = HashSet::new();
+    let all = nodes.chain(program.variables.iter().map(Subject::variable));
+    all.filter(|s| seen.insert((&s.ty.dims, s.section, s.paths.clone(), s.own, s.whole.clone()))).collect()
 }
 
 /// The tensors that a rule is for. A program without any of its section has none to be wrong about: all in its scope.

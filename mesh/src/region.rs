@@ -47,6 +47,10 @@ impl Region {
     pub fn shape(&self) -> Vec<usize> {
         self.0.iter().map(|(_, r)| r.len()).collect()
     }
+    /// Whether it has the extents of another one.
+    pub fn has_shape_of(&self, other: &Region) -> bool {
+        self.0.iter().map(|(_, r)| r.len()).eq(other.0.iter().map(|(_, r)| r.len()))
+    }
     /// Whether `inner` lies inside. An empty region lies inside everything.
     pub fn contains(&self, inner: &Region) -> bool {
         inner.is_empty()

@@ -27,9 +27,13 @@ use crate::ops::reduce::ReduceFn;
 use crate::placement::{Axes, Placement, Spec, Subject};
 use crate::program::{Function, VarId};
 use crate::region::Region;
+use alike::{Alike, Case, Lies};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::rc::Rc;
+use std::sync::Arc;
 
+mod alike;
 mod narrow;
 mod share;
 mod sources;
@@ -50,11 +54,11 @@ impl ValueId {
 #[derive(Clone, Debug)]
 pub struct Value {
     /// Type of the whole tensor.
-    pub ty: Type,
+    pub ty: Arc<Type>,
     /// What each device holds.
-    pub regions: Vec<Region>,
+    pub regions: Arc<[Region]>,
     /// How many nodes of a summation tree each device holds in place of the sum; 1 everywhere for a finished value.
-    pub nodes: Vec<usize>,
+    pub nodes: Arc<[usize]>,
     /// The function's node it belongs to.
     pub node: NodeId,
 }
@@ -83,7 +87,7 @@ pub enum SpmdOp {
         /// The op.
         prim: Prim,
         /// If it sums over dimensions.
-        sum: Option<Sum>,
+        sum: Option<Arc<Sum>>,
     },
     /// The same tensor, held otherwise.
     Move,
@@ -92,9 +96,9 @@ pub enum SpmdOp {
         /// How parts are combined.
         f: ReduceFn,
         /// The sum.
-        sum: Sum,
+        sum: Arc<Sum>,
         /// The group of devices that each device finishes it with.
-        groups: Vec<Vec<usize>>,
+        groups: Arc<[Arc<[usize]>]>,
     },
 }
 
@@ -136,7 +140,12 @@ pub struct SpmdProgram {
 /// # Errors
 /// A layout that cannot be applied to one of its tensors, with the tensor's place in the user's source.
 pub fn lower(function: &Function, placement: &Placement) -> Result<SpmdProgram, Error> {
-    let mut l = Lowering { function, placement, out: SpmdProgram::default(), moved: HashMap::new() };
+    lower_with(&mut Alike::default(), function, placement)
+}
+
+fn lower_with(alike: &mut Alike, function: &Function, placement: &Placement) -> Result<SpmdProgram, Error> {
+    let (out, moved) = (SpmdProgram::default(), HashMap::new());
+    let mut l = Lowering { function, placement, out, moved, alike };
     let mut values: Vec<Held> = Vec::with_capacity(function.nodes.len());
     for (i, _) in function.nodes.iter().enumerate() {
         let value = l.node(NodeId(i as u32), &values)?;
@@ -190,9 +199,9 @@ fn add_up_at_once(mut program: SpmdProgram) -> SpmdProgram {
 struct Held {
     value: ValueId,
     /// How it is split, for ops that sum over its dimensions.
-    spec: Spec,
+    spec: Rc<Spec>,
     /// How it lies, if it is a variable that lies otherwise than the forward and backward pass use it.
-    stored: Option<Spec>,
+    stored: Option<Rc<Spec>>,
 }
 
 struct Lowering<'a> {
@@ -201,6 +210,7 @@ struct Lowering<'a> {
     out: SpmdProgram,
     /// What was moved of a value, and for a variable in which pass.
     moved: HashMap<(ValueId, bool), Vec<ValueId>>,
+    alike: &'a mut Alike,
 }
 
 /// One way to compute a node's result.
@@ -211,7 +221,20 @@ struct Way {
     reduced: Axes,
     /// What each device iterates over.
     at: Vec<Region>,
-    sum: Option<Sum>,
+    sum: Option<Arc<Sum>>,
+}
+
+/// How a node's result is computed, and the lists of regions that this comes to.
+struct Computed {
+    /// By input: what is read of it.
+    needed: Vec<Arc<[Region]>>,
+    /// What is computed, and how many nodes of its sum.
+    regions: Arc<[Region]>,
+    nodes: Arc<[usize]>,
+    sum: Option<Arc<Sum>>,
+    groups: Arc<[Arc<[usize]>]>,
+    /// What devices that compute parts of sums finish.
+    done: Arc<[Region]>,
 }
 
 impl Lowering<'_> {
@@ -219,21 +242,20 @@ impl Lowering<'_> {
         self.placement.mesh.size()
     }
 
-    fn value(&mut self, ty: Type, regions: Vec<Region>, nodes: Vec<usize>, node: NodeId) -> ValueId {
+    fn value(&mut self, ty: Arc<Type>, regions: Arc<[Region]>, nodes: Arc<[usize]>, node: NodeId) -> ValueId {
         self.out.values.push(Value { ty, regions, nodes, node });
         ValueId(self.out.values.len() as u32 - 1)
     }
 
-    fn finished(&mut self, ty: &Type, regions: Vec<Region>, node: NodeId) -> ValueId {
-        let nodes = vec![1; self.devices()];
+    fn finished(&mut self, ty: &Arc<Type>, regions: Arc<[Region]>, node: NodeId) -> ValueId {
+        let nodes = self.alike.ones(self.devices());
         self.value(ty.clone(), regions, nodes, node)
     }
 
     /// The value such that every device holds at least `needed` of it.
-    fn moved(&mut self, held: &Held, needed: Vec<Region>, node: NodeId) -> ValueId {
+    fn moved(&mut self, held: &Held, needed: Arc<[Region]>, node: NodeId) -> ValueId {
         let value = held.value;
-        let lies = &self.out.values[value.index()];
-        if lies.regions.iter().zip(&needed).all(|(h, n)| h.contains(n)) {
+        if self.alike.inside(&self.out.values[value.index()].regions, &needed) {
             return value;
         }
         let again = self.again(held, node);
@@ -251,15 +273,15 @@ impl Lowering<'_> {
     }
 
     /// What was moved of a value before such that every device holds at least `needed` of it; of some, the least.
-    fn there(&self, value: ValueId, needed: &[Region], again: bool) -> Option<ValueId> {
+    fn there(&self, value: ValueId, needed: &Arc<[Region]>, again: bool) -> Option<ValueId> {
         let regions = |v: &ValueId| &self.out.values[v.index()].regions;
-        let enough = |v: &&ValueId| regions(v).iter().zip(needed).all(|(h, n)| h.contains(n));
+        let enough = |v: &&ValueId| self.alike.inside(regions(v), needed);
         let moved = self.moved.get(&(value, again)).into_iter().flatten().filter(enough);
         moved.copied().min_by_key(|v| regions(v).iter().map(Region::elements).sum::<usize>())
     }
 
     /// The value held in just these regions: a move.
-    fn exactly(&mut self, value: ValueId, regions: Vec<Region>, node: NodeId) -> ValueId {
+    fn exactly(&mut self, value: ValueId, regions: Arc<[Region]>, node: NodeId) -> ValueId {
         let ty = self.out.values[value.index()].ty.clone();
         let output = self.finished(&ty, regions, node);
         self.out.instrs.push(Instr { op: SpmdOp::Move, inputs: vec![value], output });
@@ -267,24 +289,25 @@ impl Lowering<'_> {
     }
 
     fn node(&mut self, id: NodeId, values: &[Held]) -> Result<Held, Error> {
-        let (function, placement) = (self.function, self.placement);
+        let function = self.function;
         let node = function.node(id);
-        let (op, types) = (node.op.op(), function.input_types(node));
-        let mut spec = placement.spec(&Subject::node(function, node))?;
+        let ty = Arc::new(node.ty.clone());
+        let mut spec = self.alike.spec(self.placement, function, node)?;
         let split = |(axis, _): &(usize, usize)| spec.dims.iter().flatten().any(|a| a == axis);
         if let Some(stage) = self.summed_at(node, values).filter(|stage| !stage.iter().any(split)) {
-            spec.stage = stage;
+            spec = Rc::new(Spec { dims: spec.dims.clone(), stage });
         }
-        let regions = placement.regions(&node.ty, &spec);
+        let regions = self.regions(&node.ty, &spec);
         match &node.op {
             Prim::Input(input) => {
-                let value = self.finished(&node.ty, regions, id);
+                let value = self.finished(&ty, regions, id);
                 self.out.inputs.push((input.name.clone(), value));
                 return Ok(Held { value, spec, stored: None });
             }
             Prim::Read(read) => {
                 let stored = self.stored(read.var)?;
-                let value = self.finished(&node.ty, placement.regions(&node.ty, &stored), id);
+                let lies = self.regions(&node.ty, &stored);
+                let value = self.finished(&ty, lies, id);
                 self.out.reads.push((read.var, value));
                 let held = Held { value, stored: (stored != spec).then_some(stored), spec };
                 // Rules of its own say how this function uses it.
@@ -295,7 +318,7 @@ impl Lowering<'_> {
             }
             Prim::Assign(assign) => {
                 let spec = self.stored(assign.var)?;
-                let regions = placement.regions(&node.ty, &spec);
+                let regions = self.regions(&node.ty, &spec);
                 let value = values[node.inputs[0].index()].value;
                 let there = self.out.values[value.index()].regions == regions;
                 let value = if there { value } else { self.exactly(value, regions, id) };
@@ -305,38 +328,76 @@ impl Lowering<'_> {
             _ => {}
         }
         if let Some(stored) = self.cast_where_it_lies(id, &regions, values) {
-            let regions = placement.regions(&node.ty, &stored);
-            let value = self.finished(&node.ty, regions, id);
+            let regions = self.regions(&node.ty, &stored);
+            let value = self.finished(&ty, regions, id);
             let op = SpmdOp::Compute { prim: node.op.clone(), sum: None };
             self.out.instrs.push(Instr { op, inputs: vec![values[node.inputs[0].index()].value], output: value });
             return Ok(Held { value, spec, stored: Some(stored) });
         }
-        let way = self.way(id, &spec, &regions, values);
-        let mut inputs = Vec::new();
-        for (i, input) in node.inputs.iter().enumerate() {
-            let needed = way.at.iter().map(|at| needs(op, i, &types, &node.ty, at)).collect();
-            inputs.push(self.moved(&values[input.index()], needed, id));
+        let computed = self.computed(id, &spec, &regions, values);
+        let mut inputs = Vec::with_capacity(node.inputs.len());
+        for (input, needed) in node.inputs.iter().zip(&computed.needed) {
+            inputs.push(self.moved(&values[input.index()], needed.clone(), id));
         }
-        let computed = placement.regions(&node.ty, &way.spec);
-        let output = self.value(node.ty.clone(), computed.clone(), self.nodes(&way), id);
-        let prim = node.op.clone();
-        self.out.instrs.push(Instr { op: SpmdOp::Compute { prim, sum: way.sum.clone() }, inputs, output });
-        let groups = self.groups(&way);
-        let done = self.done(&computed, &regions);
+        let output = self.value(ty.clone(), computed.regions.clone(), computed.nodes.clone(), id);
+        let op = SpmdOp::Compute { prim: node.op.clone(), sum: computed.sum.clone() };
+        self.out.instrs.push(Instr { op, inputs, output });
         let mut value = output;
-        if let (Some(sum), true) = (way.sum, groups[0].len() > 1) {
+        if let Some(sum) = computed.sum.clone().filter(|_| computed.groups[0].len() > 1) {
             let f = match &node.op {
                 Prim::Reduce(r) => r.f,
                 _ => ReduceFn::Sum,
             };
-            value = self.finished(&node.ty, done.to_vec(), id);
-            let op = SpmdOp::AllReduce { f, sum, groups };
+            value = self.finished(&ty, computed.done.clone(), id);
+            let op = SpmdOp::AllReduce { f, sum, groups: computed.groups.clone() };
             self.out.instrs.push(Instr { op, inputs: vec![output], output: value });
         }
         if self.out.values[value.index()].regions != regions {
             value = self.exactly(value, regions, id);
         }
         Ok(Held { value, spec, stored: None })
+    }
+
+    /// The part of a tensor that each device owns.
+    fn regions(&mut self, ty: &Type, spec: &Rc<Spec>) -> Arc<[Region]> {
+        self.alike.regions(self.placement, ty, spec)
+    }
+
+    /// How a node's result, of which each device is to have `regions`, is computed: as it was for one that is alike.
+    fn computed(&mut self, id: NodeId, spec: &Rc<Spec>, regions: &Arc<[Region]>, values: &[Held]) -> Rc<Computed> {
+        let (function, node) = (self.function, self.function.node(id));
+        let lies = |input: &NodeId| {
+            let held = &values[input.index()];
+            let moved = self.moved.get(&(held.value, self.again(held, id))).into_iter().flatten();
+            let lists = std::iter::once(&held.value).chain(moved);
+            let lists = lists.map(|v| self.alike.number(&self.out.values[v.index()].regions)).collect();
+            let (spec, stored) = (held.spec.clone(), held.stored.clone());
+            Lies { ty: function.node(*input).ty.clone(), spec, stored, lists }
+        };
+        let case = Case {
+            op: node.op.op().name(),
+            ty: node.ty.clone(),
+            passes: passes(node),
+            spec: spec.clone(),
+            inputs: node.inputs.iter().map(lies).collect(),
+        };
+        if let Some(known) = self.alike.known(&case, &node.op) {
+            return known;
+        }
+        let way = self.way(id, spec, regions, values);
+        let (op, types) = (node.op.op(), function.input_types(node));
+        let needed = |i: usize| way.at.iter().map(|at| needs(op, i, &types, &node.ty, at)).collect::<Vec<_>>();
+        let needed: Vec<Vec<Region>> = (0..node.inputs.len()).map(needed).collect();
+        let computed = self.placement.regions(&node.ty, &way.spec);
+        let computed = Computed {
+            needed: needed.into_iter().map(|list| self.alike.list(list)).collect(),
+            done: self.alike.list(self.done(&computed, regions).to_vec()),
+            regions: self.alike.list(computed),
+            nodes: self.nodes(&way).into(),
+            groups: self.groups(&way),
+            sum: way.sum,
+        };
+        self.alike.learn(case, node.op.clone(), computed)
     }
 
     /// What devices that compute parts of sums finish: what they are to have of the result, if it is inside of that.
@@ -354,24 +415,31 @@ impl Lowering<'_> {
     }
 
     /// How a variable lies.
-    fn stored(&self, var: VarId) -> Result<Spec, Error> {
-        self.placement.spec(&Subject::variable(&self.placement.program.variables[var.index()]))
+    fn stored(&self, var: VarId) -> Result<Rc<Spec>, Error> {
+        let subject = Subject::variable(&self.placement.program.variables[var.index()]);
+        self.placement.spec(&subject).map(Rc::new)
     }
 
     /// Whether a variable is cast before it is gathered: how it lies, if that is less than `used` of it on every device.
-    fn cast_where_it_lies(&self, id: NodeId, used: &[Region], values: &[Held]) -> Option<Spec> {
+    fn cast_where_it_lies(&self, id: NodeId, used: &Arc<[Region]>, values: &[Held]) -> Option<Rc<Spec>> {
         let node = self.function.node(id);
         let input = &values[node.inputs.first().filter(|_| matches!(node.op, Prim::Cast(_)))?.index()];
         let lies = &self.out.values[input.value.index()].regions;
-        input.stored.clone().filter(|_| used.iter().zip(lies).all(|(used, lies)| used.contains(lies)))
+        input.stored.clone().filter(|_| self.alike.inside(used, lies))
     }
 
     /// The devices that each device finishes a sum with: those that differ along the axes which split it only.
-    fn groups(&self, way: &Way) -> Vec<Vec<usize>> {
-        let split: Vec<usize> = way.reduced.iter().flatten().copied().collect();
-        let at: Vec<Vec<usize>> = (0..self.devices()).map(|d| self.placement.mesh.coordinates(d)).collect();
-        let together = |a: usize, b: usize| (0..at[a].len()).all(|x| split.contains(&x) || at[a][x] == at[b][x]);
-        (0..self.devices()).map(|d| (0..self.devices()).filter(|&e| together(d, e)).collect()).collect()
+    fn groups(&self, way: &Way) -> Arc<[Arc<[usize]>]> {
+        let outside = |d: usize| {
+            let mut at = self.placement.mesh.coordinates(d);
+            way.reduced.iter().flatten().for_each(|axis| at[*axis] = 0);
+            at
+        };
+        let places: Vec<Vec<usize>> = (0..self.devices()).map(outside).collect();
+        let mut together: HashMap<&[usize], Vec<usize>> = HashMap::new();
+        places.iter().enumerate().for_each(|(d, at)| together.entry(at).or_default().push(d));
+        let together: HashMap<&[usize], Arc<[usize]>> = together.into_iter().map(|(at, d)| (at, d.into())).collect();
+        places.iter().map(|at| together[&**at].clone()).collect()
     }
 
     /// How many nodes of the summation tree each device computes.
@@ -443,9 +511,8 @@ impl Lowering<'_> {
 
     /// How an input of a node lies for it: what the passes use of a variable, all else the variable itself.
     fn used<'v>(&self, id: NodeId, input: NodeId, values: &'v [Held]) -> &'v Spec {
-        let passes = matches!(self.function.node(id).role, Role::Forward | Role::Backward);
         let held = &values[input.index()];
-        held.stored.as_ref().filter(|_| !passes).unwrap_or(&held.spec)
+        held.stored.as_ref().filter(|_| !passes(self.function.node(id))).unwrap_or(&held.spec)
     }
 
     /// The axes of each reduced dimension: those by which the inputs which have it are split, as far as they are free.
@@ -483,7 +550,7 @@ impl Lowering<'_> {
             iterated.push(region);
         }
         let tree = self.placement.program.chunking.tree(dims);
-        Way { spec, reduced, at: iterated, sum: Some(Sum { tree, owned }) }
+        Way { spec, reduced, at: iterated, sum: Some(Arc::new(Sum { tree, owned })) }
     }
 
     /// Bytes that all devices together receive if a node is computed so: of its inputs, of parts of sums, of the result.
@@ -494,6 +561,7 @@ impl Lowering<'_> {
         for (i, input) in node.inputs.iter().enumerate() {
             let from = &values[input.index()];
             let needed: Vec<Region> = way.at.iter().map(|at| needs(op, i, &types, &node.ty, at)).collect();
+            let needed = self.alike.list(needed);
             // What was moved before is there.
             if self.there(from.value, &needed, self.again(from, id)).is_none() {
                 bytes += missing(&self.out.values[from.value.index()].regions, &needed) * types[i].dtype.bytes();
@@ -515,6 +583,11 @@ impl Lowering<'_> {
         bytes += missing(done, regions) * node.ty.dtype.bytes();
         bytes
     }
+}
+
+/// Whether a node is of the forward or the backward pass.
+fn passes(node: &Node) -> bool {
+    matches!(node.role, Role::Forward | Role::Backward)
 }
 
 /// How many elements devices lack of what they need.

@@ -51,7 +51,9 @@ fn the_products_of_all_devices_are_those_of_the_function() {
         let plan = planned(&program, mesh, layout);
         // Without what their epilogues do, which counts as well.
         let alone = |s: &Step| match &s.work {
-            Work::Op(op) => Step { work: Work::Op(OpWork { epilogue: None, ..op.clone() }), ..s.clone() }.cost().flops,
+            Work::Op(op) => {
+                Step { work: Work::Op(Box::new(OpWork { epilogue: None, ..(**op).clone() })), ..s.clone() }.cost().flops
+            }
             _ => 0.0,
         };
         let of = products.iter().flat_map(|c| steps(&plan, c).concat());

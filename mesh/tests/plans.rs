@@ -79,7 +79,7 @@ fn a_report_has_every_step_of_every_device_and_reads_back_as_it_was_written() {
             let sum: f64 = g.steps.iter().filter_map(|s| s.seconds).sum();
             assert!((sum - t.busy()).abs() < 1e-9, "{sum} is not {t:?}");
             assert_eq!(g.peak_bytes, plan.peak_bytes(d));
-            assert_eq!(&g.alive, &plan.timelines[&"train".into()][d].alive);
+            assert_eq!(*g.alive, *plan.timelines[&"train".into()][d].alive);
         }
     }
     // What steps send and what axes carry is the same.

@@ -40,7 +40,7 @@ fn sends(p: &Program, mesh: &str, layout: &str) -> [usize; 2] {
     let moves = spmd.instrs.iter().filter(|i| {
         let held = &spmd.values[i.inputs.first().map_or(0, |v| v.index())].regions;
         let comes = &spmd.values[i.output.index()].regions;
-        matches!(i.op, SpmdOp::Move) && !held.iter().zip(comes).all(|(held, comes)| held.contains(comes))
+        matches!(i.op, SpmdOp::Move) && !held.iter().zip(&**comes).all(|(held, comes)| held.contains(comes))
     });
     let sums = spmd.instrs.iter().filter(|i| matches!(i.op, SpmdOp::AllReduce { .. }));
     [moves.count(), sums.count()]

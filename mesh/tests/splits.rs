@@ -182,7 +182,7 @@ fn fetched(spmd: &SpmdProgram) -> f64 {
     let moves = spmd.instrs.iter().filter(|i| matches!(i.op, SpmdOp::Move));
     let share = moves.map(|i| {
         let (from, to) = (&spmd.values[i.inputs[0].index()], &spmd.values[i.output.index()]);
-        let got = from.regions.iter().zip(&to.regions).map(|(from, to)| to.elements() - to.intersect(from).elements());
+        let got = from.regions.iter().zip(&*to.regions).map(|(from, to)| to.elements() - to.intersect(from).elements());
         got.sum::<usize>() as f64 / from.ty.elements() as f64
     });
     share.fold(0.0, f64::max)

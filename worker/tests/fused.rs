@@ -150,7 +150,7 @@ fn nest(c: &mut Choices, extents: &[usize], operands: usize, length: usize) -> (
     let body = body(c, &operands, extents.len(), length);
     let reach = |a: &Access| 1 + a.offset + a.strides.iter().zip(extents).map(|(s, n)| s * (n - 1)).sum::<usize>();
     let buffers: Vec<Vec<u8>> = operands.iter().map(|a| numbers(c, a.dtype, reach(a))).collect();
-    (Loop { origin: vec![3; extents.len()], extents: extents.to_vec(), operands, body }, buffers)
+    (Loop { origin: vec![3; extents.len()], extents: extents.to_vec(), operands, body: body.into() }, buffers)
 }
 
 const CX: StepContext = StepContext::new(5, 3);
@@ -207,7 +207,7 @@ proptest! {
         // All are of floats; some of what was merely loaded.
         let floats: Vec<usize> = (0..nest.body.instrs.len()).filter(|i| nest.body.instrs[*i].1 == DType::F32).collect();
         prop_assume!(!floats.is_empty());
-        nest.body.results = (0..1 + c.below(3)).map(|_| c.of(&floats)).collect();
+        std::sync::Arc::make_mut(&mut nest.body).results = (0..1 + c.below(3)).map(|_| c.of(&floats)).collect();
         nest.origin = vec![0; extents.len()];
         let over = || extents.iter().zip(&reduced).filter(|(_, r)| **r).map(|(n, _)| *n);
         let dims: Vec<TreeDim> = over().map(|n| TreeDim { size: n, chunks: 1 + c.below(n.min(8)) }).collect();

@@ -151,7 +151,7 @@ fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[us
 fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize]) -> Option<Vec<Vec<u8>>> {
     let nest = op.epilogue.clone()?;
     let mut others = inputs.split_off(op.inputs.len());
-    let alone = Work::Op(OpWork { epilogue: None, ..op.clone() });
+    let alone = Work::Op(Box::new(OpWork { epilogue: None, ..op.clone() }));
     let bytes = op.output.region.elements() * op.output.ty.dtype.bytes();
     let product = run(&alone, Isa::detect(), pool, inputs, &[bytes]).remove(0);
     let mut given = Guarded::new(bytes);

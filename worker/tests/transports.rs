@@ -664,7 +664,7 @@ fn all_reduce(kind: Kind, devices: usize, segments: Segments) -> Vec<Vec<u32>> {
             dtype: DType::F32,
             elements,
             devices: (0..devices).collect(),
-            nodes: nodes.clone(),
+            nodes: nodes.clone().into(),
             me,
             order: order.clone().into(),
             segments: segments.clone(),

@@ -10,7 +10,8 @@ use crate::plan::{self, ExchangeKind};
 use crate::program::{Function, Program, VarId};
 use crate::region::Region;
 use crate::spmd::{Instr, SpmdOp, SpmdProgram, Sum, Value, ValueId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 /// Operations that a random number takes; the op itself counts none.
 const FLOPS_A_DRAW: f64 = 25.0;
@@ -69,9 +70,11 @@ impl<'a> Lowered<'a> {
         let mut flops = vec![0.0; mesh.size()];
         let mut sent = vec![0.0; mesh.size()];
         for i in &l.spmd.instrs {
-            for d in 0..mesh.size() {
-                flops[d] += l.flops(i, d);
-                sent[d] += l.all_reduced(i, d);
+            let add = |all: &mut Vec<f64>, own: Vec<f64>| all.iter_mut().zip(own).for_each(|(all, own)| *all += own);
+            match &i.op {
+                SpmdOp::Compute { .. } => add(&mut flops, l.flops_on(i, 0..mesh.size())),
+                SpmdOp::AllReduce { .. } => add(&mut sent, l.all_reduced(i)),
+                SpmdOp::Move => {}
             }
         }
         for m in l.moves.iter() {
@@ -135,33 +138,43 @@ impl<'a> Lowered<'a> {
         let (a, b) = self.along(axis);
         self.iteration(i, a) == self.iteration(i, b)
     }
-    /// Operations of an instruction on a device.
-    pub fn flops(&self, i: &Instr, device: usize) -> f64 {
-        let SpmdOp::Compute { prim, .. } = &i.op else { return 0.0 };
+    /// Operations of an instruction on each of some devices.
+    fn flops_on(&self, i: &Instr, devices: Range<usize>) -> Vec<f64> {
+        let SpmdOp::Compute { prim, .. } = &i.op else { return vec![0.0; devices.len()] };
         let (_, node) = self.node_of(i);
         let all = match prim {
             Prim::Random(_) => FLOPS_A_DRAW * node.ty.elements() as f64,
             _ => prim.op().flops(&self.function.input_types(node), &node.ty) as f64,
         };
-        let own = self.iteration(i, device);
         let dims = self.dims(i);
-        dims.iter().fold(all, |f, d| f * own.get(&d.name).map_or(d.size, |r| r.len()) as f64 / d.size.max(1) as f64)
+        let share = |own: Region| {
+            dims.iter().fold(all, |f, d| f * own.get(&d.name).map_or(d.size, |r| r.len()) as f64 / d.size.max(1) as f64)
+        };
+        devices.map(|device| share(self.iteration(i, device))).collect()
+    }
+    /// Operations of an instruction on a device.
+    pub fn flops(&self, i: &Instr, device: usize) -> f64 {
+        self.flops_on(i, device..device + 1)[0]
     }
     /// The most of a device.
     pub fn most_flops(&self, i: &Instr) -> f64 {
-        (0..self.mesh.size()).map(|d| self.flops(i, d)).fold(0.0, f64::max)
+        self.flops_on(i, 0..self.mesh.size()).into_iter().fold(0.0, f64::max)
     }
-    /// Bytes that a device sends to finish a sum.
-    pub fn all_reduced(&self, i: &Instr, device: usize) -> f64 {
-        let SpmdOp::AllReduce { f, sum, groups } = &i.op else { return 0.0 };
+    /// Bytes that each device sends to finish a sum.
+    fn all_reduced(&self, i: &Instr) -> Vec<f64> {
+        let SpmdOp::AllReduce { f, sum, groups } = &i.op else { return vec![0.0; self.mesh.size()] };
         let value = self.value(i.output);
-        let together = plan::Together::new(sum, &groups[device]);
         let held = &self.value(i.inputs[0]).regions;
-        plan::all_reduce(*f, value.ty.dtype, &together, held, &value.regions, device).sent_bytes() as f64
+        let mut known: HashMap<&[usize], plan::Together> = HashMap::new();
+        let mut sent = |(device, group)| {
+            let together = known.entry(group).or_insert_with(|| plan::Together::new(sum, group));
+            plan::all_reduce(*f, value.ty.dtype, together, held, &value.regions, device).sent_bytes() as f64
+        };
+        groups.iter().map(|g| &**g).enumerate().map(&mut sent).collect()
     }
     /// The most of a device.
     pub fn most_all_reduced(&self, i: &Instr) -> f64 {
-        (0..self.mesh.size()).map(|d| self.all_reduced(i, d)).fold(0.0, f64::max)
+        self.all_reduced(i).into_iter().fold(0.0, f64::max)
     }
 
     fn moved(&self, i: &Instr) -> Moved {
@@ -170,7 +183,7 @@ impl<'a> Lowered<'a> {
         let received: Vec<f64> = from
             .regions
             .iter()
-            .zip(&to.regions)
+            .zip(&*to.regions)
             .map(|(f, t)| (t.elements() - t.intersect(f).elements()) as f64 * element as f64)
             .collect();
         let mut gathered = vec![];

@@ -242,7 +242,7 @@ fn several_partials(p: &Planned) -> Vec<Finding> {
     for l in &p.functions {
         for (i, axes, _) in l.all_reduces() {
             let Some(axis) = axes.iter().copied().find(|a| !p.axis_size(*a).is_power_of_two()) else { continue };
-            let parts = i.inputs.iter().flat_map(|v| &l.value(*v).nodes).copied().max().unwrap_or(1);
+            let parts = i.inputs.iter().flat_map(|v| &*l.value(*v).nodes).copied().max().unwrap_or(1);
             if parts < 2 {
                 continue;
             }

@@ -91,7 +91,7 @@ fn block(l: &Lowered, m: &Moved) -> f64 {
 fn halo_axes(l: &Lowered, m: &Moved) -> Vec<(Name, usize)> {
     let (from, to) = (l.value(m.from), l.value(m.to));
     let axes = (0..l.mesh.axes().len()).filter(|a| l.mesh.axes()[*a].1 > 1);
-    let grown = |d: &Name| from.regions.iter().zip(&to.regions).any(|(f, t)| f.get(d) != t.get(d));
+    let grown = |d: &Name| from.regions.iter().zip(&*to.regions).any(|(f, t)| f.get(d) != t.get(d));
     axes.flat_map(|a| l.split(&from.regions, a).into_iter().filter(grown).map(move |d| (d, a)).collect::<Vec<_>>())
         .collect()
 }
@@ -167,7 +167,7 @@ fn misaligned(p: &Planned) -> Vec<Finding> {
             let moves = |w: &&Window| {
                 let d = &w.dim;
                 let outside =
-                    value.regions.iter().zip(&l.value(m.to).regions).any(|(f, t)| match (f.get(d), t.get(d)) {
+                    value.regions.iter().zip(&*l.value(m.to).regions).any(|(f, t)| match (f.get(d), t.get(d)) {
                         (Some(f), Some(t)) => t.start < f.start || t.end > f.end,
                         _ => false,
                     });

@@ -9,13 +9,14 @@ use super::exchange::box_copy;
 use super::function::Planner;
 use super::fuse::{Cut, Fused, Group, Kind};
 use super::memory::{self, Tenant};
-use super::step::{At, Band, CopyWork, SliceStep, Slices, Work};
+use super::step::{At, Band, CopyWork, IDLE, SliceStep, Slices, Work};
 use crate::body::Loop;
 use crate::dim::Name;
 use crate::ops::Prim;
 use crate::ops::contract::Contract;
 use crate::region::Region;
 use crate::spmd::{SpmdOp, ValueId};
+use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::ops::Range;
@@ -47,16 +48,16 @@ pub(super) struct View<'a> {
 
 impl View<'_> {
     /// What there is of a value.
-    pub fn region(&self, v: ValueId) -> Region {
-        let mut region = self.fused.spmd.values[v.index()].regions[self.device].clone();
-        if let Some(slice) = self.slice.filter(|s| s.inside.contains(&v)) {
-            for (name, range) in &mut region.0 {
-                if let Some((_, r)) = slice.ranges.iter().find(|(n, _)| n == name) {
-                    *range = r.clone();
-                }
+    pub fn region(&self, v: ValueId) -> Cow<'_, Region> {
+        let all = &self.fused.spmd.values[v.index()].regions[self.device];
+        let Some(slice) = self.slice.filter(|s| s.inside.contains(&v)) else { return Cow::Borrowed(all) };
+        let mut region = all.clone();
+        for (name, range) in &mut region.0 {
+            if let Some((_, r)) = slice.ranges.iter().find(|(n, _)| n == name) {
+                *range = r.clone();
             }
         }
-        region
+        Cow::Owned(region)
     }
 }
 
@@ -351,14 +352,26 @@ impl Blocks<'_> {
         larger.map(|(cut, _, block)| *block = block.div_ceil(2).max(cut.least)).is_some()
     }
 
-    /// All slices: a range by dimension.
-    fn slices(&self) -> Vec<Vec<Range<usize>>> {
-        let mut out = vec![vec![]];
+    /// The slices by shape, which differ in nothing but where they lie: the ranges of the first one of a shape, and by slice
+    /// how far it lies from that along each dimension.
+    fn shapes(&self) -> Vec<(Vec<Range<usize>>, Vec<Vec<usize>>)> {
+        let mut shapes = vec![(vec![], vec![vec![]])];
         for (_, all, block) in &self.dims {
-            let pieces = || all.clone().step_by((*block).max(1)).map(|i| i..(i + block).min(all.end));
-            out = out.iter().flat_map(|s: &Vec<_>| pieces().map(|p| [s.clone(), vec![p]].concat())).collect();
+            let block = (*block).max(1);
+            let rest = all.len() / block * block;
+            let whole = (all.start..all.start + block, (0..rest).step_by(block).collect::<Vec<usize>>());
+            let last = (all.start + rest..all.end, vec![0]);
+            let pieces: Vec<_> = [whole, last].into_iter().filter(|(r, at)| !r.is_empty() && !at.is_empty()).collect();
+            let cut = |(first, at): &(Vec<Range<usize>>, Vec<Vec<usize>>)| {
+                let with = |(range, further): &(Range<usize>, Vec<usize>)| {
+                    let at = at.iter().flat_map(|a| further.iter().map(|f| a.iter().chain([f]).copied().collect()));
+                    (first.iter().chain([range]).cloned().collect(), at.collect())
+                };
+                pieces.iter().map(with).collect::<Vec<_>>()
+            };
+            shapes = shapes.iter().flat_map(cut).collect();
         }
-        out
+        shapes
     }
 }
 
@@ -386,21 +399,12 @@ impl Planner<'_> {
         };
         let shared = SHARE * self.cx.backend.threads();
         while (bytes(&blocks) > CACHE || blocks.count() < shared) && blocks.halve() {}
-        // Slices of one shape differ in nothing but where they lie.
-        let mut shapes: Vec<(Vec<Range<usize>>, Slices)> = Vec::new();
-        for ranges in blocks.slices() {
-            let alike =
-                |(first, _): &(Vec<Range<usize>>, Slices)| first.iter().zip(&ranges).all(|(a, b)| a.len() == b.len());
-            let at = shapes.iter().position(alike).unwrap_or_else(|| {
-                let named = cuts.iter().map(|c| c.name.clone()).zip(ranges.iter().cloned());
-                let slice = Slice { inside: inside.clone(), ranges: named.collect() };
-                shapes.push((ranges.clone(), self.slices(group, members, &slice, device)));
-                shapes.len() - 1
-            });
-            let (first, slices) = &mut shapes[at];
-            slices.at.push(ranges.iter().zip(first).map(|(r, f)| r.start - f.start).collect());
-        }
-        Work::Band(Band { slices: shapes.into_iter().map(|(_, s)| s).collect() })
+        let slices = |(ranges, at): (Vec<Range<usize>>, Vec<Vec<usize>>)| {
+            let named = cuts.iter().map(|c| c.name.clone()).zip(ranges);
+            let slice = Slice { inside: inside.clone(), ranges: named.collect() };
+            Slices { at, ..self.slices(group, members, &slice, device) }
+        };
+        Work::Band(Band { slices: blocks.shapes().into_iter().map(slices).collect() })
     }
 
     /// The steps of slices that are like one, which is the first of them.
@@ -414,7 +418,9 @@ impl Planner<'_> {
         let reads = members.iter().enumerate().flat_map(|(m, g)| g.inputs.iter().map(move |v| (*v, m)));
         let last: HashMap<ValueId, usize> = reads.collect();
         for (m, member) in members.iter().enumerate() {
-            let (work, read, name, scratch) = self.work(member, view);
+            let work = self.work(member, view);
+            let (name, read) = if work.is_some() { (self.name(member), self.reads(member)) } else { (IDLE, vec![]) };
+            let (work, scratch) = work.unwrap_or_else(|| (Work::Copy(CopyWork::default()), 0));
             let step = steps.len();
             // The loops' names, which are those of the points that it goes over.
             let points: Vec<Name> = match &member.kind {
@@ -422,7 +428,7 @@ impl Planner<'_> {
                     let x = self.fused.spmd.instrs[member.instrs[0]].inputs[0];
                     self.fused.ty(x).dims.iter().map(|d| d.name.clone()).collect()
                 }
-                _ => view.region(member.outputs[0]).0.into_iter().map(|(n, _)| n).collect(),
+                _ => view.region(member.outputs[0]).0.iter().map(|(n, _)| n.clone()).collect(),
             };
             let loops: Vec<Option<usize>> = cuts.iter().map(|n| points.iter().position(|p| p == *n)).collect();
             let along = |nest: &Loop, o: usize| -> Vec<usize> {
@@ -470,7 +476,7 @@ impl Planner<'_> {
             }
             tenants.push(Tenant { bytes: scratch, from: step, to: step });
             let scratch = tenants.len() - 1;
-            steps.push(SliceStep { work, inputs, outputs, scratch, loops, name });
+            steps.push(SliceStep { work, inputs, outputs, scratch, loops, name: name.into() });
             for v in &member.outputs {
                 let Some(operand) = group.outputs.iter().position(|o| o == v) else { continue };
                 let value = &self.fused.spmd.values[v.index()];

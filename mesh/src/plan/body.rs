@@ -1,14 +1,16 @@
-//! Makes the loop nest of a fused step for one device.
+//! Makes the loop nests of fused steps: once, and from that the loop of each device.
 
 use super::band::View;
+use super::fuse::Fused;
 use crate::body::{Access, Body, Instr, Loop, Slot};
-use crate::dim::{DType, Name};
+use crate::dim::{DType, Dim, Name};
 use crate::ops::Prim;
 use crate::ops::binary::BinaryFn;
 use crate::ops::unary::UnaryFn;
 use crate::region::Region;
 use crate::spmd::{SpmdOp, ValueId};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Row-major strides of an array of those extents.
 pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
@@ -19,31 +21,68 @@ pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
     out
 }
 
-/// Builds the loop over `at` whose results are `roots`: values of just the dimensions of `at`, in memory or not.
-/// Stored values are loaded, except those in `inside`, which this loop computes. Returns the loaded values too, in
-/// the order of the loop's operands.
-pub(super) fn build(view: View, at: &Region, roots: &[ValueId], inside: &[ValueId]) -> (Loop, Vec<ValueId>) {
-    let mut b = Builder {
-        view,
-        inside,
-        at,
-        origin: at.0.iter().map(|(_, r)| r.start).collect(),
-        operands: vec![],
-        loaded: vec![],
-        body: Body::default(),
-        made: HashMap::new(),
-    };
-    let names: Vec<(Name, usize)> = at.0.iter().enumerate().map(|(i, (n, _))| (n.clone(), i)).collect();
-    b.body.results = roots.iter().map(|&v| b.emit(v, &names)).collect();
-    (Loop { extents: at.shape(), origin: b.origin, operands: b.operands, body: b.body }, b.loaded)
+/// The loop nest of a fused step: what is the same on every device.
+pub(super) struct Nest {
+    /// By operand: the value that is loaded, and the loop that each of its dimensions runs along.
+    loads: Vec<(ValueId, Vec<usize>)>,
+    /// By operand: the stored value whose bytes those are.
+    pub loaded: Vec<ValueId>,
+    body: Arc<Body>,
+}
+
+impl Nest {
+    /// The nest over dimensions of these names whose results are `roots`: values of just those dimensions, in memory or
+    /// not. Stored values are loaded, except those in `inside`, which the nest computes.
+    pub fn new(fused: &Fused, dims: &[Dim], roots: &[ValueId], inside: &[ValueId]) -> Nest {
+        let (body, made) = (Body::default(), HashMap::new());
+        let mut b = Builder { fused, inside, depth: dims.len(), loads: vec![], loaded: vec![], body, made };
+        let names: Vec<(Name, usize)> = dims.iter().enumerate().map(|(i, d)| (d.name.clone(), i)).collect();
+        b.body.results = roots.iter().map(|&v| b.emit(v, &names)).collect();
+        Nest { loads: b.loads, loaded: b.loaded, body: b.body.into() }
+    }
+
+    /// The same nest with one of its operands behind all others.
+    pub fn with_last(mut self, operand: usize) -> Nest {
+        let last = self.loads.len() - 1;
+        self.loads[operand..].rotate_left(1);
+        self.loaded[operand..].rotate_left(1);
+        for (instr, _) in &mut Arc::make_mut(&mut self.body).instrs {
+            if let Instr::Load(o) = instr {
+                *o = if *o == operand { last } else { *o - usize::from(*o > operand) };
+            }
+        }
+        self
+    }
+
+    /// Its loop over `at`, where there is of values what `view` says.
+    pub fn on(&self, view: View, at: &Region) -> Loop {
+        let operands = (0..self.loads.len()).map(|o| self.access(o, view, at)).collect();
+        let origin = at.0.iter().map(|(_, r)| r.start).collect();
+        Loop { extents: at.shape(), origin, operands, body: self.body.clone() }
+    }
+
+    /// How the loop over `at` reads an operand.
+    pub fn access(&self, operand: usize, view: View, at: &Region) -> Access {
+        let (v, loops) = &self.loads[operand];
+        let held = view.region(*v);
+        let mut access = Access { dtype: view.fused.ty(*v).dtype, offset: 0, strides: vec![0; at.0.len()] };
+        let mut stride = 1;
+        for (&l, (_, range)) in loops.iter().zip(&held.0).rev() {
+            let first = at.0[l].1.start;
+            access.offset += (first - range.start.min(first)) * stride;
+            access.strides[l] = stride;
+            stride *= range.len();
+        }
+        access
+    }
 }
 
 struct Builder<'a> {
-    view: View<'a>,
+    fused: &'a Fused<'a>,
     inside: &'a [ValueId],
-    at: &'a Region,
-    origin: Vec<usize>,
-    operands: Vec<Access>,
+    /// How many loops there are.
+    depth: usize,
+    loads: Vec<(ValueId, Vec<usize>)>,
     loaded: Vec<ValueId>,
     body: Body,
     made: HashMap<(ValueId, Vec<usize>), Slot>,
@@ -52,7 +91,7 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// The slot of a value whose dimensions run along the loops that `names` gives them.
     fn emit(&mut self, v: ValueId, names: &[(Name, usize)]) -> Slot {
-        let fused = self.view.fused;
+        let fused = self.fused;
         let value = &fused.spmd.values[v.index()];
         let loops: Vec<usize> = value
             .ty
@@ -77,17 +116,9 @@ impl Builder<'_> {
 
     /// Loads `v`, whose bytes are those of `root`.
     fn load(&mut self, v: ValueId, root: ValueId, loops: &[usize]) -> Slot {
-        let dtype = self.view.fused.ty(v).dtype;
-        let held = self.view.region(v);
-        let own = strides(&held.shape());
-        let mut access = Access { dtype, offset: 0, strides: vec![0; self.origin.len()] };
-        for ((&l, (_, range)), s) in loops.iter().zip(&held.0).zip(&own) {
-            access.offset += (self.origin[l] - range.start.min(self.origin[l])) * s;
-            access.strides[l] = *s;
-        }
-        self.operands.push(access);
+        self.loads.push((v, loops.to_vec()));
         self.loaded.push(root);
-        self.push(Instr::Load(self.operands.len() - 1), dtype)
+        self.push(Instr::Load(self.loads.len() - 1), self.fused.ty(v).dtype)
     }
 
     fn push(&mut self, instr: Instr, dtype: DType) -> Slot {
@@ -96,7 +127,7 @@ impl Builder<'_> {
     }
 
     fn compute(&mut self, v: ValueId, loops: &[usize]) -> Slot {
-        let fused = self.view.fused;
+        let fused = self.fused;
         let value = &fused.spmd.values[v.index()];
         let producer = fused.producer[v.index()].expect("feeds and variables are stored");
         let instr = &fused.spmd.instrs[producer];
@@ -119,7 +150,7 @@ impl Builder<'_> {
             Prim::Iota(_) => Instr::Index { dim: loops[0] },
             Prim::Random(r) => {
                 let whole = strides(&value.ty.shape());
-                let mut by_loop = vec![0; self.at.0.len()];
+                let mut by_loop = vec![0; self.depth];
                 loops.iter().zip(&whole).for_each(|(&l, &s)| by_loop[l] = s as u64);
                 Instr::Random { distribution: r.distribution, key: r.key, strides: by_loop }
             }

@@ -139,7 +139,7 @@ fn stores(nest: &Loop) -> usize {
 
 /// The op's own count on whole tensors, and of that the share which is computed here.
 fn op_flops(op: &OpWork) -> f64 {
-    let types: Vec<&Type> = op.inputs.iter().map(|p| &p.ty).collect();
+    let types: Vec<&Type> = op.inputs.iter().map(|p| &*p.ty).collect();
     let whole = op.op.op().flops(&types, &op.output.ty) as f64;
     let mut share = op.output.region.elements() as f64 / op.output.ty.elements().max(1) as f64;
     if let Some((tree, owned)) = &op.sum {

@@ -4,9 +4,10 @@ use super::body::strides;
 use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Segments, Wire};
 use crate::chunk;
 use crate::dim::DType;
+use crate::layout::Mesh;
 use crate::ops::reduce::ReduceFn;
 use crate::region::Region;
-use crate::spmd::{Sum, Value};
+use crate::spmd::{Sum, Value, sources};
 use std::sync::Arc;
 
 /// A box of one array copied into another: `piece` in global indices, `from` and `to` what the arrays hold.
@@ -58,40 +59,65 @@ pub(crate) fn kind(from: &[Region], to: &[Region]) -> ExchangeKind {
     if (0..dims).any(|d| same(&from, d) != same(&to, d)) { ExchangeKind::AllToAll } else { ExchangeKind::Permute }
 }
 
-/// For each receiver of a move, the boxes that it gets and their senders.
-pub(super) type Sources = Vec<Vec<(usize, Region)>>;
+/// A move: its pattern, and who sends what to whom.
+pub(super) struct Moves {
+    pub kind: ExchangeKind,
+    /// For each receiver, the boxes that it gets and their senders.
+    pieces: Vec<Vec<(usize, Region)>>,
+    /// By device: what it sends, keeps and receives, in the order of receivers: the receiver and which of its boxes.
+    of: Vec<Vec<(usize, usize)>>,
+}
 
-/// The move of a device, and the scratch it needs; `plan` is the move's [`crate::spmd::sources`]. Messages between a
-/// pair are listed in the receiver's order of boxes.
-pub(super) fn exchange(value: &Value, to: &[Region], plan: &Sources, device: usize) -> (Exchange, usize) {
-    let from = &value.regions;
-    let element = value.ty.dtype.bytes();
-    let mut scratch = 0;
-    let mut out = Exchange { kind: kind(from, to), element, local: vec![], sends: vec![], recvs: vec![] };
-    let mut message = |peer: usize, piece: &Region, sending: bool| {
-        let bytes = piece.elements() * element;
-        let held = if sending { &from[device] } else { &to[device] };
-        let copy = if sending { box_copy(piece, held, piece) } else { box_copy(piece, piece, held) };
-        let at = if contiguous(piece, held) {
-            Wire::InPlace(element * if sending { copy.from } else { copy.to })
-        } else {
-            let at = scratch;
-            scratch += bytes.next_multiple_of(super::ALIGN);
-            Wire::Staged { scratch: at, copy }
+impl Moves {
+    pub fn new(mesh: &Mesh, from: &[Region], to: &[Region]) -> Moves {
+        let pieces = sources(mesh, from, to);
+        let mut of = vec![vec![]; to.len()];
+        for (receiver, pieces) in pieces.iter().enumerate() {
+            for (i, (sender, _)) in pieces.iter().enumerate() {
+                of[*sender].push((receiver, i));
+                if *sender != receiver {
+                    of[receiver].push((receiver, i));
+                }
+            }
+        }
+        Moves { kind: kind(from, to), pieces, of }
+    }
+
+    /// Whether a device has nothing to do with it.
+    pub fn is_idle(&self, device: usize) -> bool {
+        self.of[device].is_empty()
+    }
+
+    /// The move of a device, of a value's parts to `to`, and the scratch it needs. Messages between a pair are listed in
+    /// the receiver's order of boxes.
+    pub fn on(&self, value: &Value, to: &[Region], device: usize) -> (Exchange, usize) {
+        let from = &value.regions;
+        let element = value.ty.dtype.bytes();
+        let mut scratch = 0;
+        let mut out = Exchange { kind: self.kind, element, local: vec![], sends: vec![], recvs: vec![] };
+        let mut message = |peer: usize, piece: &Region, sending: bool| {
+            let bytes = piece.elements() * element;
+            let held = if sending { &from[device] } else { &to[device] };
+            let copy = if sending { box_copy(piece, held, piece) } else { box_copy(piece, piece, held) };
+            let at = if contiguous(piece, held) {
+                Wire::InPlace(element * if sending { copy.from } else { copy.to })
+            } else {
+                let at = scratch;
+                scratch += bytes.next_multiple_of(super::ALIGN);
+                Wire::Staged { scratch: at, copy }
+            };
+            Message { peer, bytes, at }
         };
-        Message { peer, bytes, at }
-    };
-    for (receiver, pieces) in plan.iter().enumerate() {
-        for (sender, piece) in pieces {
+        for &(receiver, i) in &self.of[device] {
+            let (sender, piece) = &self.pieces[receiver][i];
             match (*sender == device, receiver == device) {
                 (true, true) => out.local.push(box_copy(piece, &from[device], &to[device])),
                 (true, false) => out.sends.push(message(receiver, piece, true)),
-                (false, true) => out.recvs.push(message(*sender, piece, false)),
-                (false, false) => {}
+                (false, _) => out.recvs.push(message(*sender, piece, false)),
             }
         }
+        (out, scratch)
     }
-    (out, scratch)
 }
 
 /// From so many elements on, an all-reduce goes by segments.
@@ -99,8 +125,8 @@ pub(crate) const SEGMENTED: usize = 8192;
 
 /// What the participants of an all-reduce have in common.
 pub(crate) struct Together {
-    devices: Vec<usize>,
-    nodes: Vec<usize>,
+    devices: Arc<[usize]>,
+    nodes: Arc<[usize]>,
     order: Arc<[chunk::Finish]>,
 }
 
@@ -108,7 +134,7 @@ impl Together {
     pub(crate) fn new(sum: &Sum, group: &[usize]) -> Together {
         let owned: Vec<_> = group.iter().map(|&d| sum.owned[d].clone()).collect();
         Together {
-            devices: group.to_vec(),
+            devices: group.into(),
             nodes: owned.iter().map(|o| sum.tree.nodes(o).len()).collect(),
             order: sum.tree.finish(&owned).into(),
         }

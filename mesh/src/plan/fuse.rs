@@ -7,12 +7,13 @@
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
 use super::band::{self, View};
-use super::body;
+use super::body::Nest;
 use crate::body::MAX_INSTRS;
 use crate::dim::{DType, Name, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
 use crate::ops::unary::UnaryFn;
+use crate::region::Region;
 use crate::spmd::{Instr, SpmdOp, SpmdProgram, ValueId};
 use std::collections::{HashMap, HashSet};
 
@@ -205,14 +206,14 @@ impl<'a> Fused<'a> {
     /// Whether two values are the same bytes on every device.
     fn same_part(&self, a: ValueId, b: ValueId) -> bool {
         let (a, b) = (&self.spmd.values[a.index()], &self.spmd.values[b.index()]);
-        let ranges = |r: &crate::region::Region| r.0.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>();
-        a.nodes == b.nodes && a.regions.iter().zip(&b.regions).all(|(r, s)| ranges(r) == ranges(s))
+        let same = |(r, s): (&Region, &Region)| r.0.iter().map(|(_, r)| r).eq(s.0.iter().map(|(_, s)| s));
+        a.nodes == b.nodes && a.regions.iter().zip(&*b.regions).all(same)
     }
 
     /// Whether an instruction splits or merges dimensions whose bytes stay the same on every device.
     fn lies_there(&self, instr: &Instr) -> bool {
         let Some(input) = instr.inputs.first().map(|v| &self.spmd.values[v.index()]) else { return false };
-        let mut regions = input.regions.iter().zip(&self.spmd.values[instr.output.index()].regions);
+        let mut regions = input.regions.iter().zip(&*self.spmd.values[instr.output.index()].regions);
         match &instr.op {
             SpmdOp::Compute { prim: Prim::SplitDim(s), .. } => regions.all(|(x, y)| s.same_bytes(x, y)),
             SpmdOp::Compute { prim: Prim::MergeDims(m), .. } => regions.all(|(x, y)| m.same_bytes(&input.ty, x, y)),
@@ -396,16 +397,15 @@ impl<'a> Fused<'a> {
         if keeps && value.ty.dims != out.ty.dims {
             return false;
         }
+        let nest = Nest::new(self, &out.ty.dims, &map.outputs, &map.outputs);
+        let mut own = nest.loaded.iter().enumerate().filter(|(_, u)| **u == v).map(|(o, _)| o);
+        let (Some(own), None) = (own.next(), own.next()) else { return false };
         out.regions.iter().enumerate().all(|(device, at)| {
             if at.is_empty() {
                 return value.regions[device].is_empty();
             }
             let view = View { fused: self, device, slice: None };
-            let (nest, loaded) = body::build(view, at, &map.outputs, &map.outputs);
-            let mut own = nest.operands.iter().zip(&loaded).filter(|(_, u)| **u == v).map(|(access, _)| access);
-            let all = nest.extents.iter().product::<usize>();
-            let once = own.next().is_some_and(|access| access.is_whole(&nest.extents));
-            once && own.next().is_none() && all == value.regions[device].elements()
+            nest.access(own, view, at).is_whole(&at.shape()) && at.elements() == value.regions[device].elements()
         })
     }
 
@@ -437,7 +437,7 @@ impl<'a> Fused<'a> {
                 let (x, y) = (&self.spmd.values[a.output.index()], &self.spmd.values[b.output.index()]);
                 // What an optimizer sets lies in memory anyway, so it costs none to set it sooner.
                 let sets = |g: &Group| g.outputs.iter().all(|v| set.contains(v));
-                let reads_same = || later.inputs.iter().any(|v| earlier.inputs.contains(v) && self.ty(*v) == &x.ty);
+                let reads_same = || later.inputs.iter().any(|v| earlier.inputs.contains(v) && *self.ty(*v) == *x.ty);
                 let gains = reads_earlier || sets(earlier) && sets(later) && reads_same();
                 gains && x.ty.dims == y.ty.dims && x.regions == y.regions
             }

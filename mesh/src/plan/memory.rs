@@ -30,31 +30,85 @@ pub fn place(tenants: &[Tenant], base: usize) -> (Vec<Buffer>, usize) {
 }
 
 fn place_in_order(tenants: &[Tenant], base: usize, order: &[usize]) -> (Vec<Buffer>, usize) {
-    let mut buffers = vec![Buffer::default(); tenants.len()];
-    // Placed so far, by offset.
-    let mut placed: Vec<usize> = Vec::new();
+    // What is empty lies at the start.
+    let mut buffers = vec![Buffer { offset: base, bytes: 0 }; tenants.len()];
+    let mut placed = Placed::default();
+    let mut beside = vec![];
     let mut end = base;
-    for &i in order {
+    for &i in order.iter().filter(|i| tenants[**i].bytes > 0) {
         let t = &tenants[i];
         let bytes = t.bytes.next_multiple_of(ALIGN);
+        placed.beside(t, &mut beside);
         let (mut best, mut at): (Option<(usize, usize)>, usize) = (None, base);
-        for &p in placed.iter().filter(|&&p| tenants[p].from <= t.to && t.from <= tenants[p].to) {
-            let b = buffers[p];
+        for &(start, end) in &beside {
             // The tightest gap that is large enough.
-            if b.offset >= at + bytes && best.is_none_or(|(_, gap)| b.offset - at < gap) {
-                best = Some((at, b.offset - at));
+            if start >= at + bytes && best.is_none_or(|(_, gap)| start - at < gap) {
+                best = Some((at, start - at));
             }
-            at = at.max(b.offset + b.bytes.next_multiple_of(ALIGN));
+            at = at.max(end);
         }
         let offset = best.map_or(at, |(offset, _)| offset);
         buffers[i] = Buffer { offset, bytes: t.bytes };
         end = end.max(offset + bytes);
-        if bytes > 0 {
-            let slot = placed.partition_point(|&p| buffers[p].offset <= offset);
-            placed.insert(slot, i);
-        }
+        placed.insert(Spot { start: offset, end: offset + bytes, from: t.from, to: t.to });
     }
     (buffers, end)
+}
+
+/// The place of a tenant.
+#[derive(Clone, Copy)]
+struct Spot {
+    start: usize,
+    end: usize,
+    from: usize,
+    to: usize,
+}
+
+/// Steps of a stretch of time.
+const STRETCH: usize = 64;
+
+/// What is placed so far, to be found by when it is alive: most tenants are alive for a few steps only, beside few others.
+/// All lists are in the order of places.
+#[derive(Default)]
+struct Placed {
+    spots: Vec<Spot>,
+    /// All of them, by number.
+    all: Vec<u32>,
+    /// By stretch: what is alive in it.
+    stretches: Vec<Vec<Spot>>,
+}
+
+impl Placed {
+    fn insert(&mut self, spot: Spot) {
+        let last = spot.to / STRETCH;
+        self.stretches.resize_with(self.stretches.len().max(last + 1), Vec::new);
+        for list in &mut self.stretches[spot.from / STRETCH..=last] {
+            list.insert(list.partition_point(|s| s.start <= spot.start), spot);
+        }
+        let at = self.all.partition_point(|i| self.spots[*i as usize].start <= spot.start);
+        self.all.insert(at, self.spots.len() as u32);
+        self.spots.push(spot);
+    }
+
+    /// Starts and ends of the places of all that is alive together with a tenant, in order.
+    fn beside(&self, t: &Tenant, found: &mut Vec<(usize, usize)>) {
+        found.clear();
+        let stretches = self.stretches.len();
+        let range = (t.from / STRETCH).min(stretches)..(t.to / STRETCH + 1).min(stretches);
+        let together = |s: &&Spot| s.from <= t.to && t.from <= s.to;
+        if self.stretches[range.clone()].iter().map(Vec::len).sum::<usize>() >= self.all.len() {
+            found.extend(self.all.iter().map(|i| &self.spots[*i as usize]).filter(together).map(|s| (s.start, s.end)));
+            return;
+        }
+        for i in range.clone() {
+            // What is in several stretches counts in the first of them.
+            let first = |s: &&Spot| (s.from / STRETCH).max(range.start) == i;
+            found.extend(self.stretches[i].iter().filter(|s| together(s) && first(s)).map(|s| (s.start, s.end)));
+        }
+        if range.len() > 1 {
+            found.sort();
+        }
+    }
 }
 
 /// Bytes alive at each of `steps` steps.
@@ -65,14 +119,17 @@ pub fn timeline(tenants: &[Tenant], base: usize, steps: usize) -> Vec<usize> {
         change[t.from.min(steps)] += bytes;
         change[(t.to + 1).min(steps)] -= bytes;
     }
+    added_up(base, &change[..steps])
+}
+
+/// Bytes at each step, by what comes and goes there.
+pub(super) fn added_up(base: usize, changes: &[isize]) -> Vec<usize> {
     let mut now = base as isize;
-    change[..steps]
-        .iter()
-        .map(|c| {
-            now += c;
-            now as usize
-        })
-        .collect()
+    let after = |change: &isize| {
+        now += change;
+        now as usize
+    };
+    changes.iter().map(after).collect()
 }
 
 #[cfg(test)]
@@ -80,7 +137,43 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// The places of tenants in an order, each looked for beside all that are placed.
+    fn plainly(tenants: &[Tenant], base: usize, order: &[usize]) -> (Vec<Buffer>, usize) {
+        let (mut buffers, mut end) = (vec![Buffer { offset: base, bytes: 0 }; tenants.len()], base);
+        let mut placed: Vec<usize> = vec![];
+        for &i in order.iter().filter(|i| tenants[**i].bytes > 0) {
+            let t = &tenants[i];
+            let bytes = t.bytes.next_multiple_of(ALIGN);
+            placed.sort_by_key(|p| buffers[*p].offset);
+            let together = placed.iter().filter(|p| tenants[**p].from <= t.to && t.from <= tenants[**p].to);
+            let (mut gaps, mut at) = (vec![], base);
+            for b in together.map(|p| buffers[*p]) {
+                gaps.extend((b.offset >= at + bytes).then(|| (b.offset - at, at)));
+                at = at.max(b.offset + b.bytes.next_multiple_of(ALIGN));
+            }
+            let offset = gaps.into_iter().min().map_or(at, |(_, at)| at);
+            buffers[i] = Buffer { offset, bytes: t.bytes };
+            end = end.max(offset + bytes);
+            placed.push(i);
+        }
+        (buffers, end)
+    }
+
+    /// Tenants of so many steps: most of them for a few, some for many.
+    fn tenants(steps: usize) -> impl Strategy<Value = Vec<Tenant>> {
+        let length = prop_oneof![4 => 0..9usize, 1 => 0..steps];
+        let tenant = (prop_oneof![1 => Just(0), 4 => 1..900usize], 0..steps, length);
+        let tenant = tenant.prop_map(move |(bytes, from, n)| Tenant { bytes, from, to: (from + n).min(steps - 1) });
+        prop::collection::vec(tenant, 1..200)
+    }
+
     proptest! {
+        #[test]
+        fn places_are_those_of_a_search_beside_all_that_is_placed(list in tenants(5 * STRETCH)) {
+            let order: Vec<usize> = (0..list.len()).collect();
+            prop_assert_eq!(place_in_order(&list, 128, &order), plainly(&list, 128, &order));
+        }
+
         #[test]
         fn no_two_that_are_alive_together_overlap(list in prop::collection::vec((0usize..500, 0usize..20, 0usize..20), 1..60)) {
             let tenants: Vec<Tenant> = list.iter().map(|&(bytes, a, b)| Tenant {

@@ -3,7 +3,7 @@
 //! [`fuse`] decides what is stored and what is computed inside the loops that use it; `band` finds steps that are done slice
 //! by slice, without storing what is between them; `body` makes the loops,
 //! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
-//! puts them together into [`step`]s; [`cost`] says what each takes, and [`time`] how long a machine needs; [`describe`] is a plan
+//! puts them together into [`step`]s, `device` each device's, and `timeline` says what is in memory at each; [`cost`] says what each takes, and [`time`] how long a machine needs; [`describe`] is a plan
 //! as text, [`report`] as data, [`html`] as a page, and [`diff`] what two differ in; [`recompute`] chooses what a backward pass makes
 //! again. The peak that a plan predicts is what execution uses, byte for byte, because execution has no other memory than
 //! the plan's.
@@ -13,6 +13,7 @@ mod body;
 mod copies;
 pub mod cost;
 pub mod describe;
+mod device;
 pub mod diff;
 pub(crate) mod exchange;
 mod function;
@@ -23,6 +24,7 @@ pub mod recompute;
 pub mod report;
 pub mod step;
 pub mod time;
+mod timeline;
 
 use crate::dim::Name;
 use crate::error::{Cause, Error};
@@ -34,12 +36,13 @@ use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use crate::spmd;
 pub(crate) use exchange::{Together, all_reduce, kind};
-pub use function::{Alive, Timeline};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 pub use step::{
     ALIGN, AllReduce, At, Backend, Band, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message,
     OpWork, Part, Segments, SliceStep, Slices, Step, Wire, Work,
 };
+pub use timeline::{Alive, Timeline};
 
 /// What a plan has to keep to.
 #[derive(Clone, Debug, Default)]
@@ -139,10 +142,10 @@ pub fn plan_program(
     let mut variables: Vec<Vec<(Part, Buffer)>> = vec![vec![]; mesh.size()];
     let mut base = vec![0; mesh.size()];
     for v in &program.variables {
-        let spec = placement.spec(&Subject::variable(v))?;
+        let (spec, ty) = (placement.spec(&Subject::variable(v))?, Arc::new(v.ty.clone()));
         for (d, region) in placement.regions(&v.ty, &spec).into_iter().enumerate() {
             let bytes = region.elements() * v.ty.dtype.bytes();
-            variables[d].push((Part { ty: v.ty.clone(), region }, Buffer { offset: base[d], bytes }));
+            variables[d].push((Part { ty: ty.clone(), region }, Buffer { offset: base[d], bytes }));
             base[d] += bytes.next_multiple_of(ALIGN);
         }
     }
@@ -172,7 +175,7 @@ pub fn plan_program(
             backend,
             apart: options.apart,
         };
-        let (plans, timelines) = function::plan(&cx).into_iter().unzip();
+        let (plans, timelines) = function::plan(&cx, 0..mesh.size()).into_iter().unzip();
         out.functions.insert(name.clone(), plans);
         out.timelines.insert(name.clone(), timelines);
     }

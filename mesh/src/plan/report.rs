@@ -361,7 +361,7 @@ fn groups(
             peak_bytes: plan.peak_bytes(d),
             variables_bytes: plan.variables[d].iter().map(|(_, b)| b.bytes).sum(),
             workspace_bytes: plan.workspace_bytes,
-            alive: timeline.alive.clone(),
+            alive: timeline.alive.to_vec(),
             fullest: timeline.fullest,
             at_fullest: timeline.largest.iter().filter(|a| !a.variable && a.bytes >= least).map(alive).collect(),
             values: lives(f, of).into_iter().filter(|l| l.bytes >= least.max(1)).collect(),

@@ -26,7 +26,7 @@ pub const ALIGN: usize = 64;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
     /// The whole tensor's type.
-    pub ty: Type,
+    pub ty: Arc<Type>,
     /// What is held.
     pub region: Region,
 }
@@ -43,7 +43,7 @@ pub struct Step {
     /// Room for intermediate results, as large as the backend asked for.
     pub scratch: Buffer,
     /// Where it comes from.
-    pub label: Label,
+    pub label: Arc<Label>,
 }
 
 /// What a step is called on devices that have nothing to do with it, since it is another stage's.
@@ -68,9 +68,9 @@ pub enum Work {
     /// A fused elementwise loop; one output per result of its body.
     Map(Loop),
     /// A fused reduction; one output per result of its body.
-    Reduce(Reduction),
+    Reduce(Box<Reduction>),
     /// A primitive op on parts of its inputs.
-    Op(OpWork),
+    Op(Box<OpWork>),
     /// Copies of boxes within the device; what no box covers is `fill`.
     Copy(CopyWork),
     /// Steps that are done slice by slice.
@@ -302,9 +302,9 @@ pub struct AllReduce {
     /// Elements of a node.
     pub elements: usize,
     /// Devices that take part, in order.
-    pub devices: Vec<usize>,
+    pub devices: Arc<[usize]>,
     /// Nodes that each holds.
-    pub nodes: Vec<usize>,
+    pub nodes: Arc<[usize]>,
     /// Which participant this device is.
     pub me: usize,
     /// The combination: a stack machine over (participant, node).
@@ -364,7 +364,7 @@ impl AllReduce {
 }
 
 /// What the planner asks of a backend.
-pub trait Backend {
+pub trait Backend: Sync {
     /// Scratch bytes that the backend needs for an op, a map or a reduction on a device.
     fn scratch_bytes(&self, work: &Work) -> usize;
     /// Bytes of the workspaces that a device keeps for its threads, whatever it runs.

@@ -12,7 +12,7 @@ use super::{DevicePlan, ProgramPlan};
 use crate::dim::{DType, Name};
 use crate::layout::Mesh;
 use crate::machine::Machine;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
 /// How long a run of a function takes.
@@ -142,6 +142,9 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
     let devices = plans.len();
     let (per_host, share) = machine.share(devices);
     let mut clocks = vec![0.0f64; devices];
+    // By kind of work; and by devices that hear each other the axes that they differ along.
+    let mut classes: HashMap<&str, f64> = HashMap::new();
+    let (mut axes, mut along): (Vec<(Name, AxisTime)>, HashMap<(usize, usize), usize>) = Default::default();
     let mut out = Estimate {
         devices: vec![DeviceTime::default(); devices],
         steps: vec![vec![]; devices],
@@ -155,7 +158,6 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
         for (d, plan_of) in plans.iter().enumerate() {
             let Some(step) = plan_of.steps.get(s) else { continue };
             let own = step.seconds(machine, share);
-            let class = Name::from(step.class());
             let mut seconds = own;
             if step.family() == "collective" {
                 // By link: latency, and bytes of the fuller direction.
@@ -167,7 +169,14 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
                     last = last.max(begun[peer]);
                     latency[far] = latency[far].max(links[far].latency * n as f64);
                     bytes[far] = [bytes[far][0] + sent as f64, bytes[far][1] + received as f64];
-                    let axis = out.axes.entry(axes_between(&plan.mesh, d, peer)).or_default();
+                    let axis = *along.entry((d, peer)).or_insert_with(|| {
+                        let name = axes_between(&plan.mesh, d, peer);
+                        axes.iter().position(|(known, _)| *known == name).unwrap_or_else(|| {
+                            axes.push((name, AxisTime::default()));
+                            axes.len() - 1
+                        })
+                    });
+                    let axis = &mut axes[axis].1;
                     axis.bytes += sent as f64;
                     axis.seconds += sent as f64 / links[far].bytes / devices as f64;
                 }
@@ -182,10 +191,12 @@ pub fn estimate(plan: &ProgramPlan, function: &str, machine: &Machine) -> Option
             }
             out.steps[d].push(seconds);
             if !step.is_idle() {
-                *out.classes.entry(class).or_default() += seconds / devices as f64;
+                *classes.entry(step.class()).or_default() += seconds / devices as f64;
             }
         }
     }
+    out.classes = classes.into_iter().map(|(class, seconds)| (class.into(), seconds)).collect();
+    out.axes = axes.into_iter().collect();
     out.seconds = clocks.iter().copied().fold(0.0, f64::max) + machine.step;
     Some(out)
 }

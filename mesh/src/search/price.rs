@@ -2,12 +2,14 @@
 //! form, and what [`crate::plan::time`] says of it.
 
 use super::outline::{Form, Kind, Outline, Source, Work};
-use super::split::{Axes, Shape, Site, Split, Way, Zero};
+use super::split::{Axes, Sees, Shape, Site, Split, Way};
+use crate::chunk::{ChunkBox, Tree};
 use crate::dim::DType;
 use crate::ops::Prim;
 use crate::plan::cost::Cost;
 use crate::plan::exchange::SEGMENTED;
 use crate::region::Region;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
@@ -49,7 +51,7 @@ pub struct Held {
     /// How it lies.
     pub split: Split,
     /// What of it the device has.
-    pub region: Region,
+    pub region: Rc<Region>,
 }
 
 /// A node on a mesh.
@@ -63,8 +65,8 @@ pub struct Priced {
     /// Seconds that finishing its sum takes.
     pub sum: f64,
     /// What it iterates over, and of its result computes.
-    at: Region,
-    computed: Region,
+    at: Rc<Region>,
+    computed: Rc<Region>,
     /// Nodes of the summation tree that the device computes, of how many chunks.
     nodes: usize,
     leaves: usize,
@@ -83,6 +85,8 @@ pub struct Prices<'a> {
     /// Regions, by their numbers.
     regions: Vec<Region>,
     numbers: HashMap<Region, usize>,
+    /// By tree and chunks: how many nodes of it are inside.
+    trees: RefCell<HashMap<(Tree, ChunkBox), usize>>,
 }
 
 /// The split of a summed-over dimension, and of which axes it may be.
@@ -96,14 +100,34 @@ impl<'a> Prices<'a> {
     pub fn new(outline: &'a Outline<'a>, site: Site<'a>) -> Prices<'a> {
         let nodes = vec![HashMap::default(); outline.kinds.len()];
         let works = vec![HashMap::default(); outline.works.len()];
-        Prices { site, outline, nodes, works, moves: HashMap::default(), regions: vec![], numbers: HashMap::new() }
+        Prices {
+            site,
+            outline,
+            nodes,
+            works,
+            moves: HashMap::default(),
+            regions: vec![],
+            numbers: HashMap::new(),
+            trees: RefCell::default(),
+        }
+    }
+
+    /// What of a way nodes of that kind depend on.
+    pub fn node_sees(&self, kind: usize) -> Sees {
+        let k = &self.outline.kinds[kind];
+        Sees { dims: k.dims, zero: k.zero }
+    }
+
+    /// What of a way steps of that kind depend on.
+    pub fn step_sees(&self, work: usize) -> Sees {
+        let w = &self.outline.works[work];
+        Sees { dims: w.dims, zero: w.zero }
     }
 
     /// A node of that kind.
     pub fn node(&mut self, kind: usize, way: Way) -> Rc<Priced> {
         let outline = self.outline;
-        let k = &outline.kinds[kind];
-        let way = Way { splits: way.splits.only(k.dims), zero: if k.zero { way.zero } else { Zero::default() } };
+        let (k, way) = (&outline.kinds[kind], self.node_sees(kind).of(way));
         if let Some(priced) = self.nodes[kind].get(&way) {
             return priced.clone();
         }
@@ -138,8 +162,7 @@ impl<'a> Prices<'a> {
     /// Seconds of a step of that kind.
     pub fn step(&mut self, work: usize, way: Way) -> f64 {
         let outline = self.outline;
-        let w = &outline.works[work];
-        let way = Way { splits: way.splits.only(w.dims), zero: if w.zero { way.zero } else { Zero::default() } };
+        let (w, way) = (&outline.works[work], self.step_sees(work).of(way));
         if let Some(seconds) = self.works[work].get(&way) {
             return *seconds;
         }
@@ -184,11 +207,11 @@ impl<'a> Prices<'a> {
     /// How something lies.
     pub fn held(&self, source: &Source, way: Way) -> Held {
         let used = self.site.split(&source.shape, way);
-        let mut region = self.site.region(&source.shape, &used);
+        let mut region = Rc::new(self.site.region(&source.shape, &used));
         let mut split = used.clone();
         if let Some(stored) = &source.stored {
             let lies = self.site.split(stored, way);
-            let there = self.site.region(stored, &lies);
+            let there = Rc::new(self.site.region(stored, &lies));
             // A cast is made where its variable lies, if that is less.
             if !source.cast || region.contains(&there) {
                 (split, region) = (lies, there);
@@ -215,40 +238,50 @@ impl<'a> Prices<'a> {
         match &k.op {
             Prim::Input(_) | Prim::Read(_) => return there(held, vec![]),
             Prim::Assign(_) => {
-                let (needs, moved) = (vec![held.region.clone()], vec![inputs[0].region != held.region]);
+                let (needs, moved) = (vec![Region::clone(&held.region)], vec![inputs[0].region != held.region]);
                 return Priced { moved, ..there(held, self.numbered(needs)) };
             }
             Prim::Cast(_) if held.split != held.used && inputs[0].region == held.region => {
-                let needs = vec![held.region.clone()];
+                let needs = vec![Region::clone(&held.region)];
                 return there(held, self.numbered(needs));
             }
             _ => {}
         }
         let sum = self.sum(k, &held, &inputs);
-        let computed = self.site.region(&k.own.shape, &sum.around);
+        let done = match k.own.stored {
+            None => held.region.clone(),
+            Some(_) => Rc::new(self.site.region(&k.own.shape, &held.used)),
+        };
+        let computed =
+            if sum.around == held.used { done.clone() } else { Rc::new(self.site.region(&k.own.shape, &sum.around)) };
         let (mut at, mut leaves, mut chunks) = (computed.clone(), 1, vec![]);
         for (d, axes) in k.reduced.iter().zip(&sum.reduced) {
             let count = self.outline.program.chunking.count(&d.name, d.size);
-            at = at.with(&d.name, self.site.owned(d.size, count, *axes));
+            at = Region::clone(&at).with(&d.name, self.site.owned(d.size, count, *axes)).into();
             chunks.push(self.site.owned_chunks(count, *axes));
             leaves *= chunks[chunks.len() - 1].len();
         }
         let axes = sum.reduced.iter().fold(0, |all, a| all | a);
         let nodes = match axes {
             0 => 1,
-            _ => self.outline.program.chunking.tree(&k.reduced).nodes(&chunks).len(),
+            _ => self.tree_nodes(k, chunks),
         };
         let types: Vec<_> = k.types.iter().collect();
         let needs: Vec<Region> = (0..inputs.len()).map(|i| k.op.op().needs(i, &types, &k.ty, &at)).collect();
         let moved: Vec<bool> = inputs.iter().zip(&needs).map(|(h, n)| !h.region.contains(n)).collect();
         let reads = (0..inputs.len()).map(|i| bytes(i, if moved[i] { &needs[i] } else { &inputs[i].region })).collect();
-        let done = self.site.region(&k.own.shape, &held.used);
         let sum = match axes {
             0 => 0.0,
             _ => self.finish(axes, nodes, &computed, &done, k.own.shape.element),
         };
         let needs = self.numbered(needs);
         Priced { held, needs, moved, sum, at, computed, nodes, leaves, reads }
+    }
+
+    /// How many nodes of its summation tree are inside of those chunks.
+    fn tree_nodes(&self, k: &Kind, chunks: ChunkBox) -> usize {
+        let key = (self.outline.program.chunking.tree(&k.reduced), chunks);
+        *self.trees.borrow_mut().entry(key).or_insert_with_key(|(tree, chunks)| tree.nodes(chunks).len())
     }
 
     /// How a node's sum is split: as its inputs are, or with inputs gathered if that moves fewer bytes.
@@ -303,7 +336,7 @@ impl<'a> Prices<'a> {
             bytes += (needed.elements() - needed.intersect(&h.region).elements()) * k.inputs[i].shape.element;
         }
         let group = self.site.shards(sum.reduced.iter().fold(0, |all, a| all | a));
-        let others = self.outline.program.chunking.tree(&k.reduced).nodes(&chunks).len() * (group - 1);
+        let others = if group > 1 { self.tree_nodes(k, chunks) * (group - 1) } else { 0 };
         let elements = match computed == done {
             true => (others + group - 1) * done.elements() / group,
             false => others * done.elements(),

@@ -71,6 +71,8 @@ pub struct Segment {
     /// Sets of dimensions that may lie on one axis, no two of which any tensor of the segment has: first the largest ones,
     /// then parts of them.
     pub choices: Choices,
+    /// The first segment with that content and those choices.
+    pub alike: usize,
 }
 
 /// A function in segments.
@@ -156,6 +158,10 @@ impl Segments {
         }
         let mut segments = Segments { list, between: BTreeMap::new() };
         segments.fill(outline, &segment_of, variables);
+        let mut first: HashMap<(&Content, &Choices), usize> = HashMap::new();
+        let alike = segments.list.iter().enumerate().map(|(i, s)| *first.entry((&s.content, &s.choices)).or_insert(i));
+        let alike: Vec<usize> = alike.collect();
+        segments.list.iter_mut().zip(alike).for_each(|(s, alike)| s.alike = alike);
         segments
     }
 

@@ -67,6 +67,26 @@ pub struct Way {
     pub zero: Zero,
 }
 
+/// What of a way something depends on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Sees {
+    /// All bits of the dimensions that it has.
+    pub dims: Splits,
+    /// Whether it has to do with variables.
+    pub zero: bool,
+}
+
+impl Sees {
+    /// What one of both depends on.
+    pub fn or(self, other: Sees) -> Sees {
+        Sees { dims: Splits(self.dims.0 | other.dims.0), zero: self.zero || other.zero }
+    }
+    /// What it sees of a way.
+    pub fn of(self, way: Way) -> Way {
+        Way { splits: way.splits.only(self.dims), zero: if self.zero { way.zero } else { Zero::default() } }
+    }
+}
+
 /// A dimension of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Extent {

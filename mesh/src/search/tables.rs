@@ -4,7 +4,7 @@
 use super::price::Prices;
 use super::segments::{Choices, Content, Segments, Uses};
 use super::solve::{Label, Pair, Problem, insert};
-use super::split::{AXES, Axes, Site, Splits, Way, Zero};
+use super::split::{AXES, Axes, Sees, Site, Splits, Way, Zero};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -40,7 +40,7 @@ impl Class<'_> {
     fn labels(&mut self, prices: &mut Prices, way: usize) -> Vec<Label> {
         let (content, again) = (self.content, self.again);
         let found = &mut self.labels[way];
-        found.get_or_insert_with(|| labels(prices, content, self.ways[way], again)).clone()
+        found.get_or_insert_with(|| labels(prices, content, self.ways[way], self.seconds[way], again)).clone()
     }
 
     /// The way that is like another segment's, as far as this one has its dimensions.
@@ -63,13 +63,13 @@ impl Tables {
         budget: f64,
         fastest: &mut f64,
     ) -> Option<Tables> {
-        let mut known: HashMap<(&Content, &Choices), usize> = HashMap::new();
+        let mut known: HashMap<usize, usize> = HashMap::new();
         let mut classes: Vec<Class> = vec![];
         let mut of = vec![];
         for s in &segments.list {
-            let class = *known.entry((&s.content, &s.choices)).or_insert_with(|| {
+            let class = *known.entry(s.alike).or_insert_with(|| {
                 let ways = ways(&prices.site, &s.content, &s.choices, stage);
-                let seconds = ways.iter().map(|w| s.content.seconds(prices, *w)).collect();
+                let seconds = sums(prices, &s.content.nodes, &s.content.steps, &s.content.uses, &ways);
                 let (labels, again) = (vec![None; ways.len()], again && s.block.is_some());
                 classes.push(Class { content: &s.content, count: 0, ways, seconds, labels, again });
                 classes.len() - 1
@@ -171,52 +171,73 @@ fn zero(site: &Site, content: &Content, splits: Splits) -> Axes {
     best.unwrap_or(0)
 }
 
-impl Content {
-    /// Seconds of a way to split it.
-    fn seconds(&self, prices: &mut Prices, way: Way) -> f64 {
-        sums(prices, &self.nodes, &self.steps, &self.uses, way)
+/// Ways, as far as something sees of them: those that look unlike, and by way which of them it looks like.
+struct Looks {
+    unlike: Vec<Way>,
+    of: Vec<usize>,
+}
+
+impl Looks {
+    fn new(sees: Sees, ways: &[Way]) -> Looks {
+        let (mut known, mut unlike): (HashMap<Way, usize>, Vec<Way>) = Default::default();
+        let mut look = |way: &Way| {
+            *known.entry(sees.of(*way)).or_insert_with(|| {
+                unlike.push(*way);
+                unlike.len() - 1
+            })
+        };
+        let of = ways.iter().map(&mut look).collect();
+        Looks { unlike, of }
     }
 }
 
+/// Seconds of each of some ways to split nodes, steps and what they take of one another.
 fn sums(
     prices: &mut Prices,
     nodes: &[(usize, usize)],
     steps: &[(usize, usize)],
     uses: &[(Uses, usize)],
-    way: Way,
-) -> f64 {
-    let mut seconds = 0.0;
+    ways: &[Way],
+) -> Vec<f64> {
+    let mut looks: HashMap<Sees, Looks> = HashMap::new();
+    let mut seconds = vec![0.0; ways.len()];
+    let mut add = |sees: Sees, n: usize, price: &mut dyn FnMut(Way) -> f64| {
+        let looks = looks.entry(sees).or_insert_with(|| Looks::new(sees, ways));
+        let unlike: Vec<f64> = looks.unlike.iter().map(|way| price(*way) * n as f64).collect();
+        seconds.iter_mut().zip(&looks.of).for_each(|(all, i)| *all += unlike[*i]);
+    };
     for (kind, n) in nodes {
-        seconds += prices.node(*kind, way).sum * *n as f64;
+        add(prices.node_sees(*kind), *n, &mut |way| prices.node(*kind, way).sum);
     }
     for (work, n) in steps {
-        seconds += prices.step(*work, way) * *n as f64;
+        add(prices.step_sees(*work), *n, &mut |way| prices.step(*work, way));
     }
     for ((from, by), n) in uses {
-        let mut moved: Vec<usize> = vec![];
-        for (kind, input) in by {
-            let node = prices.node(*kind, way);
-            if node.moved[*input] && !moved.contains(&node.needs[*input]) {
-                moved.push(node.needs[*input]);
+        let sees = by.iter().map(|(kind, _)| prices.node_sees(*kind)).fold(prices.node_sees(*from), Sees::or);
+        add(sees, *n, &mut |way| {
+            let mut moved: Vec<usize> = vec![];
+            for (kind, input) in by {
+                let node = prices.node(*kind, way);
+                if node.moved[*input] && !moved.contains(&node.needs[*input]) {
+                    moved.push(node.needs[*input]);
+                }
             }
-        }
-        if !moved.is_empty() {
             let held = prices.node(*from, way);
-            seconds += moved.iter().map(|m| prices.moved(*from, &held.held, *m)).sum::<f64>() * *n as f64;
-        }
+            moved.iter().map(|m| prices.moved(*from, &held.held, *m)).sum()
+        });
     }
     seconds
 }
 
 /// What a way to split a segment takes, with its block made again or not.
-fn labels(prices: &mut Prices, content: &Content, way: Way, again: bool) -> Vec<Label> {
+fn labels(prices: &mut Prices, content: &Content, way: Way, seconds: f64, again: bool) -> Vec<Label> {
     let mut labels = vec![];
-    let (seconds, memory) = (content.seconds(prices, way), memory(prices, content, way));
+    let memory = memory(prices, content, way);
     let [kept, transient] = memory.kept;
     insert(&mut labels, Label { seconds, kept, transient, again: false });
     if again {
         let (nodes, steps, uses) = &content.again;
-        let seconds = seconds + sums(prices, nodes, steps, uses, way);
+        let seconds = seconds + sums(prices, nodes, steps, uses, &[way])[0];
         let [kept, transient] = memory.again;
         insert(&mut labels, Label { seconds, kept, transient, again: true });
     }
@@ -291,27 +312,28 @@ fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> Vec<
     for (kind, by) in uses {
         // Options that differ elsewhere have the same held and needed parts here.
         let mut needs: Vec<Vec<usize>> = vec![];
-        let of_to: Vec<usize> = to
-            .iter()
-            .map(|way| {
-                let mut all: Vec<usize> = vec![];
-                for (consumer, input) in by {
-                    let need = prices.node(*consumer, *way).needs[*input];
-                    if !all.contains(&need) {
-                        all.push(need);
-                    }
+        let sees = by.iter().map(|(consumer, _)| prices.node_sees(*consumer)).fold(Sees::default(), Sees::or);
+        let looks = Looks::new(sees, to);
+        let unlike = looks.unlike.iter().map(|way| {
+            let mut all: Vec<usize> = vec![];
+            for (consumer, input) in by {
+                let need = prices.node(*consumer, *way).needs[*input];
+                if !all.contains(&need) {
+                    all.push(need);
                 }
-                index(&mut needs, all, |a, b| a == b)
-            })
-            .collect();
+            }
+            index(&mut needs, all, |a, b| a == b)
+        });
+        let unlike: Vec<usize> = unlike.collect();
+        let of_to: Vec<usize> = looks.of.iter().map(|i| unlike[*i]).collect();
         let mut held = vec![];
-        let of_from: Vec<usize> = from
-            .iter()
-            .map(|way| {
-                let node = prices.node(*kind, *way);
-                index(&mut held, node, |a, b| a.held.split == b.held.split)
-            })
-            .collect();
+        let looks = Looks::new(prices.node_sees(*kind), from);
+        let unlike = looks.unlike.iter().map(|way| {
+            let node = prices.node(*kind, *way);
+            index(&mut held, node, |a, b| a.held.split == b.held.split)
+        });
+        let unlike: Vec<usize> = unlike.collect();
+        let of_from: Vec<usize> = looks.of.iter().map(|i| unlike[*i]).collect();
         let mut costs = vec![0.0; held.len() * needs.len()];
         for (h, node) in held.iter().enumerate() {
             for (n, need) in needs.iter().enumerate() {

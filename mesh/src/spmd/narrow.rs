@@ -8,25 +8,25 @@ use crate::graph::Role;
 use crate::plan::{Together, all_reduce};
 use crate::program::Function;
 use crate::region::Region;
+use std::sync::Arc;
 
 /// The program with finished sums in parts where that sends fewer bytes.
 pub(super) fn narrow(mut program: SpmdProgram, function: &Function) -> SpmdProgram {
+    let candidates = candidates(&program, function);
     // By value: what its readers need on each device. None while there are no readers.
-    let mut needed: Vec<Option<Vec<Region>>> = vec![None; program.values.len()];
+    let mut needed: Vec<Option<Arc<[Region]>>> = vec![None; program.values.len()];
     let results = program.outputs.iter().map(|(_, v)| *v).chain(program.assigns.iter().map(|(_, v)| *v));
     for v in results.collect::<Vec<ValueId>>() {
         needed[v.index()] = Some(program.values[v.index()].regions.clone());
     }
     for i in (0..program.instrs.len()).rev() {
-        let instr = program.instrs[i].clone();
-        let output = instr.output.index();
-        if let Some(part) = needed[output].take().filter(|part| may_shrink(function, &program.values[output], part)) {
-            let less = match &instr.op {
+        let output = program.instrs[i].output.index();
+        if let Some(part) = needed[output].take().filter(|part| may_shrink(function, &program.values[output], part))
+            && candidates[output]
+        {
+            let less = match &program.instrs[i].op {
                 SpmdOp::Move => false,
-                SpmdOp::Compute { prim, sum } => {
-                    let role = function.node(program.values[output].node).role;
-                    sum.is_none() && prim.op().elementwise() && role == Role::Gradient
-                }
+                SpmdOp::Compute { .. } => true,
                 SpmdOp::AllReduce { .. } => {
                     sent(&program, i, &part) < sent(&program, i, &program.values[output].regions)
                 }
@@ -35,11 +35,11 @@ pub(super) fn narrow(mut program: SpmdProgram, function: &Function) -> SpmdProgr
                 program.values[output].regions = part;
             }
         }
-        for (at, input) in instr.inputs.iter().enumerate() {
-            let held = &program.values[input.index()].regions;
-            let read: Vec<Region> = (0..held.len()).map(|d| reads(&program, function, i, at, d)).collect();
+        for (at, input) in program.instrs[i].inputs.iter().enumerate().filter(|(_, v)| candidates[v.index()]) {
+            let read = reads(&program, function, i, at);
             let hull = match needed[input.index()].take() {
-                Some(before) => before.iter().zip(&read).map(|(a, b)| a.hull(b)).collect(),
+                Some(before) if before == read => before,
+                Some(before) => before.iter().zip(&*read).map(|(a, b)| a.hull(b)).collect(),
                 None => read,
             };
             needed[input.index()] = Some(hull);
@@ -48,27 +48,56 @@ pub(super) fn narrow(mut program: SpmdProgram, function: &Function) -> SpmdProgr
     program
 }
 
+/// By value: whether it is a finished sum, or made of gradients element by element. No other one is ever less.
+fn candidates(program: &SpmdProgram, function: &Function) -> Vec<bool> {
+    let mut candidates = vec![false; program.values.len()];
+    for instr in &program.instrs {
+        let output = instr.output.index();
+        candidates[output] = match &instr.op {
+            SpmdOp::Move => false,
+            SpmdOp::Compute { prim, sum } => {
+                let role = function.node(program.values[output].node).role;
+                sum.is_none() && role == Role::Gradient && prim.op().elementwise()
+            }
+            SpmdOp::AllReduce { .. } => true,
+        };
+    }
+    candidates
+}
+
 /// Whether a value may be these parts of it alone: no rule of its own says otherwise, and nobody is left with nothing.
 fn may_shrink(function: &Function, value: &Value, part: &[Region]) -> bool {
     let mut both = value.regions.iter().zip(part);
-    function.node(value.node).layout.is_none()
+    *value.regions != *part
+        && function.node(value.node).layout.is_none()
         && both.all(|(held, part)| held.contains(part) && held.is_empty() == part.is_empty())
-        && value.regions != part
 }
 
-/// What an instruction reads of an input on a device.
-fn reads(program: &SpmdProgram, function: &Function, i: usize, input: usize, device: usize) -> Region {
+/// What an instruction reads of an input on each device.
+fn reads(program: &SpmdProgram, function: &Function, i: usize, input: usize) -> Arc<[Region]> {
     let instr = &program.instrs[i];
-    let held = &program.values[instr.inputs[input].index()].regions[device];
+    let held = &program.values[instr.inputs[input].index()];
     let output = &program.values[instr.output.index()];
     match &instr.op {
+        // Element by element, of just those dimensions.
+        SpmdOp::Compute { prim, sum: None }
+            if prim.op().elementwise()
+                && held.ty.dims == output.ty.dims
+                && !output.regions.iter().any(|r| r.is_empty()) =>
+        {
+            output.regions.clone()
+        }
         SpmdOp::Compute { prim, .. } => {
             let types = function.input_types(function.node(output.node));
-            needs(prim.op(), input, &types, &output.ty, &program.iteration(function, instr, device))
+            let read = |d| needs(prim.op(), input, &types, &output.ty, &program.iteration(function, instr, d));
+            (0..held.regions.len()).map(read).collect()
         }
         // What the device does not have comes from one that sends it.
-        SpmdOp::Move if held.contains(&output.regions[device]) => output.regions[device].clone(),
-        SpmdOp::Move | SpmdOp::AllReduce { .. } => held.clone(),
+        SpmdOp::Move => {
+            let both = held.regions.iter().zip(&*output.regions);
+            both.map(|(held, comes)| if held.contains(comes) { comes } else { held }.clone()).collect()
+        }
+        SpmdOp::AllReduce { .. } => held.regions.clone(),
     }
 }
 

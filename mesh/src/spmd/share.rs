@@ -23,33 +23,37 @@ pub(super) fn share(mut program: SpmdProgram) -> SpmdProgram {
         return program;
     }
     let memory = Memory::of(&program);
-    let (before, _) = memory.alive(&program, &HashMap::new());
+    // By value: the one that it is.
+    let own: Vec<ValueId> = (0..program.values.len() as u32).map(ValueId).collect();
+    let (before, _) = memory.alive(&program, &own);
     let peak = before.iter().copied().max().unwrap_or(0);
     let much = (peak as f64 * MUCH) as usize;
-    let room = |kept: &HashMap<ValueId, ValueId>| {
+    let room = |kept: &[ValueId]| {
         let (alive, _) = memory.alive(&program, kept);
         alive.iter().zip(&before).all(|(now, before)| *now <= (before + peak / SHARE).max(much))
     };
     // All at once, if there is room; else one after the other, the smallest first.
-    let mut kept: HashMap<ValueId, ValueId> = same.iter().copied().collect();
+    let mut kept = own.clone();
+    same.iter().for_each(|(again, first)| kept[again.index()] = *first);
     if !room(&kept) {
-        kept.clear();
+        kept.clone_from(&own);
         same.sort_by_key(|(again, _)| memory.bytes[again.index()]);
         for (again, first) in same {
-            kept.insert(again, first);
+            kept[again.index()] = first;
             if !room(&kept) {
-                kept.remove(&again);
+                kept[again.index()] = again;
             }
         }
     }
     let (_, made) = memory.alive(&program, &kept);
     for instr in &mut program.instrs {
-        instr.inputs.iter_mut().for_each(|v| *v = *kept.get(v).unwrap_or(v));
+        instr.inputs.iter_mut().for_each(|v| *v = kept[v.index()]);
     }
     let results = program.outputs.iter_mut().map(|(_, v)| v).chain(program.assigns.iter_mut().map(|(_, v)| v));
-    results.chain(&mut program.sums).for_each(|v| *v = *kept.get(v).unwrap_or(v));
-    program.instrs.retain(|i| made.contains(&i.output));
-    program.kept = kept.into_values().collect();
+    results.chain(&mut program.sums).for_each(|v| *v = kept[v.index()]);
+    program.instrs.retain(|i| made[i.output.index()]);
+    program.kept =
+        kept.into_iter().enumerate().filter(|(v, first)| first.index() != *v).map(|(_, first)| first).collect();
     program
 }
 
@@ -57,7 +61,7 @@ pub(super) fn share(mut program: SpmdProgram) -> SpmdProgram {
 fn sends(program: &SpmdProgram, instr: &Instr) -> bool {
     let held = &program.values[instr.inputs.first().map_or(0, |v| v.index())].regions;
     let comes = &program.values[instr.output.index()].regions;
-    let mut both = held.iter().zip(comes);
+    let mut both = held.iter().zip(&**comes);
     match &instr.op {
         SpmdOp::Compute { .. } => false,
         SpmdOp::Move => !both.all(|(held, comes)| held.contains(comes)),
@@ -133,17 +137,17 @@ impl Memory {
         }
     }
 
-    /// The bytes that are there at each instruction, and what is made at all, if some values are others instead.
-    fn alive(&self, program: &SpmdProgram, instead: &HashMap<ValueId, ValueId>) -> (Vec<usize>, HashSet<ValueId>) {
+    /// The bytes that are there at each instruction, and by value whether it is made at all, if values are others instead.
+    fn alive(&self, program: &SpmdProgram, instead: &[ValueId]) -> (Vec<usize>, Vec<bool>) {
         // By value: the last instruction for which it is there. What is computed inside is computed where it is used.
         let mut last: Vec<Option<usize>> = vec![None; self.bytes.len()];
         let end = program.instrs.len();
-        self.results.iter().for_each(|v| last[instead.get(v).unwrap_or(v).index()] = Some(end));
+        self.results.iter().for_each(|v| last[instead[v.index()].index()] = Some(end));
         let mut changes = vec![0isize; end + 2];
-        let mut made = HashSet::new();
+        let mut made = vec![false; self.bytes.len()];
         for (i, instr) in program.instrs.iter().enumerate().rev() {
             let Some(until) = last[instr.output.index()] else { continue };
-            made.insert(instr.output);
+            made[instr.output.index()] = true;
             let received = self.received[i] as isize;
             changes[i] += received;
             changes[i + 1] -= received;
@@ -154,7 +158,7 @@ impl Memory {
             }
             let used = if self.inside[instr.output.index()] { until } else { i };
             for input in &instr.inputs {
-                let input = instead.get(input).unwrap_or(input).index();
+                let input = instead[input.index()].index();
                 last[input] = last[input].max(Some(used));
             }
         }
