@@ -7,6 +7,7 @@
 use mesh::dim::{DType, Dim, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, Attention, BatchNorm, Dense, Kernel as Filter, Mode};
+use mesh::op::Reference;
 use mesh::ops::binary::{Binary, BinaryFn};
 use mesh::ops::conv::Conv;
 use mesh::ops::resize::Resize;
@@ -14,7 +15,7 @@ use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
-use mesh::plan::{At, OpWork, PlanOptions, SliceStep, Work, plan_program};
+use mesh::plan::{At, OpWork, Part, PlanOptions, SliceStep, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::rng::Stream;
 use std::collections::{BTreeMap, BTreeSet};
@@ -457,6 +458,66 @@ fn convolutions_hold(dtype: DType) {
         hold(&p, "1", "", &mut seen);
         hold(&p, "m=2", layout, &mut seen);
         assert!(["conv_weight_grad", "with an epilogue"].iter().all(|k| seen.contains(k)), "{seen:?}");
+    }
+}
+
+/// Windows that outputs along the first dimension share, one after the other, or cannot: strides, gaps, padding.
+#[test]
+fn convolutions_of_many_outputs_are_as_they_are_defined() {
+    for (size, stride, dilation, lo) in
+        [(3, 1, 1, 1), (2, 1, 1, 0), (3, 2, 1, 1), (2, 1, 3, 2), (3, 1, 2, 2), (2, 2, 3, 1), (5, 2, 1, 2), (2, 3, 1, 0)]
+    {
+        let window = Window::padded("x", size, stride, lo, lo).dilated(dilation);
+        let windows = vec![window, Window::same("y", 4, 3, 1, 1), Window::same("z", 5, 2, 1, 1)];
+        let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
+        let mut p = ProgramBuilder::new();
+        p.function("f", |g: &Graph| {
+            let dims = [dim("batch", 24), dim("x", 13), dim("y", 4), dim("z", 5), dim("i", 2)];
+            let kernel = conv.windows.iter().map(|w| dim(w.kernel(), w.size));
+            let kernel: Vec<Dim> = kernel.chain([dim("i", 2), dim("o", 3)]).collect();
+            let (x, w) = (g.input("x", DType::F32, &dims), g.input("w", DType::F32, &kernel));
+            let y = x.conv(&w, &conv);
+            let dy = g.input("dy", DType::F32, &y.ty().dims);
+            g.output("dx", &g.gradients(&y.mul(&dy).sum_all(), &[&x])[0]);
+            g.output("y", &y);
+        })
+        .unwrap();
+        let p = p.finish().unwrap();
+        let backend = CpuBackend { threads: 1 };
+        let whole = ("1".parse().unwrap(), "".parse().unwrap());
+        let plan = plan_program(&p, &whole.0, &whole.1, &PlanOptions::default(), &backend).unwrap();
+        let mut seen = BTreeSet::new();
+        for step in plan.functions.values().flatten().flat_map(|device| &device.steps) {
+            let Work::Op(op) = &step.work else { continue };
+            seen.insert(name(&step.work));
+            // Whole numbers, of which no sum is rounded.
+            let draw = |stream: &Stream, i: usize| (stream.uniform(i as u64) * 9.0).floor() - 4.0;
+            let values = |(key, part): (usize, &Part)| -> Vec<f32> {
+                let stream = Stream { seed: 3, step: 0, key: key as u32 };
+                (0..part.region.elements()).map(|i| draw(&stream, i)).collect()
+            };
+            let values: Vec<Vec<f32>> = op.inputs.iter().enumerate().map(values).collect();
+            let wide = |(part, v): (&Part, &Vec<f32>)| {
+                let v = v.iter().map(|v| f64::from(*v)).collect();
+                Reference::from_shape_vec(part.ty.shape(), v).unwrap()
+            };
+            let wide: Vec<Reference> = op.inputs.iter().zip(&values).map(wide).collect();
+            let types: Vec<_> = op.inputs.iter().map(|part| &part.ty).collect();
+            let defined = op.op.op().reference(&wide.iter().collect::<Vec<_>>(), &types, &op.output.ty);
+            let defined: Vec<u8> = defined.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect();
+            let buffer = |v: &Vec<f32>| {
+                let bytes: Vec<u8> = v.iter().flat_map(|v| v.to_le_bytes()).collect();
+                let mut buffer = Guarded::new(bytes.len());
+                buffer.fill(&bytes);
+                buffer
+            };
+            let mut inputs: Vec<Guarded> = values.iter().map(buffer).collect();
+            for isa in Isa::available() {
+                let found = run(&step.work, isa, &Pool::new(2, None), &mut inputs, &[defined.len()]);
+                assert!(found[0] == defined, "{isa:?}: {:?}", op.op);
+            }
+        }
+        assert!(["conv", "conv_transpose"].iter().all(|k| seen.contains(k)), "{seen:?}");
     }
 }
 

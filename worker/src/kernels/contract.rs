@@ -30,10 +30,14 @@ use std::ops::Range;
 const PIECE: usize = 512;
 /// Rows of a block at most: of eight register tiles, or of seven matrix tiles.
 const BLOCK_ROWS: usize = 112;
-/// Columns of a block at most, and of one that an epilogue takes from the cache.
+/// Columns of a block at most, and of one whose result lies in the cache first.
 const BLOCK_COLUMNS: [usize; 2] = [1024, 512];
-/// Blocks that a product is cut into at least, so that threads end at about the same time.
-const BLOCKS: usize = 16;
+/// Elements between rows of a result at most that tiles store themselves: rows farther apart fall on the same places of the
+/// caches, or on pages of their own, so that stores hold up what comes behind them.
+const DIRECT: usize = 256;
+/// Blocks that a product is cut into at least, so that threads end at about the same time, and one whose rows are packed anew
+/// for each block of columns.
+const BLOCKS: [usize; 2] = [16, 12];
 /// Units between the rows of a packed piece that lie in neighbouring sets of the cache.
 const PITCH: usize = PIECE + 16;
 /// Bytes after which memory falls on the same places of the nearest cache.
@@ -255,26 +259,26 @@ impl ContractPlan {
         let at_once = nodes.iter().all(|n| n.len() == 1) && out_columns.run() == out_columns.len().max(1);
         let row_stride = out_rows.stride();
         let epilogue = work.epilogue.as_ref().map(|nest| Epilogue::new(nest, isa));
-        let direct = at_once && row_stride.is_some() && epilogue.is_none();
+        let direct = at_once && row_stride.is_some_and(|n| n <= DIRECT) && epilogue.is_none();
         let width = panel_width(isa, b_columns.len());
         let batches = offsets(&batch);
         let tile = if pairs && isa == Isa::Amx { 16 } else { 14 };
         let (rows, panels) = (a_rows.len().max(1), b_columns.len().div_ceil(width).max(1));
         let block_rows = rows.div_ceil(rows.div_ceil(BLOCK_ROWS)).next_multiple_of(tile).min(rows);
         let room = WORKSPACE_BYTES / 4 - BLOCK_ROWS * PITCH - epilogue::registers(&epilogue);
-        let most = BLOCK_COLUMNS[usize::from(epilogue.is_some())];
+        let most = BLOCK_COLUMNS[usize::from(!direct)];
         let most = if direct { most } else { most.min(room / (slots * block_rows)) } / width;
         assert!(most > 0, "the stack of a sum with {slots} levels does not fit into the workspace");
-        let wanted = BLOCKS.div_ceil(batches.len().max(1) * rows.div_ceil(block_rows));
-        let column_blocks = panels.div_ceil(most).max(wanted.min(panels.div_ceil(2)));
-        let block = [block_rows, panels.div_ceil(column_blocks)];
-        let elements = out.region.elements();
         // A row's units lie side by side, and rows not where the nearest cache can hold few of them.
         let whole = |at: usize| at.is_multiple_of(unit);
         let side_by_side = a_depth.run() == a_depth.len() && a_depth.len() > 0 && whole(a_depth.at(0));
         let apart = a_rows.stride().filter(|n| whole(*n) && !(n * a.ty.dtype.bytes()).is_multiple_of(CACHE_WAY));
         let whole = a_rows.len() > 0 && whole(a_rows.at(0)) && batches.iter().all(|b| whole(b[0]));
         let a_pitch = apart.filter(|_| side_by_side && whole && !widens).map(|n| n / unit);
+        let wanted = BLOCKS[usize::from(a_pitch.is_none())].div_ceil(batches.len().max(1) * rows.div_ceil(block_rows));
+        let column_blocks = panels.div_ceil(most).max(wanted.min(panels.div_ceil(2)));
+        let block = [block_rows, panels.div_ceil(column_blocks)];
+        let elements = out.region.elements();
         Some(ContractPlan {
             isa,
             pairs,

@@ -2,8 +2,8 @@
 //!
 //! A task computes some rows of outputs (fixed batch and outer indices, along the innermost spatial dimension): it
 //! stages the input rows that its taps read, zeros where they leave the input, and runs register tiles over them.
-//! Staging makes every stride, dilation, padding, halo and phase of a transposed convolution the same loop. Weights
-//! are packed into panels once a run.
+//! Staging makes every stride, dilation, padding, halo and phase of a transposed convolution the same loop. Outputs next to
+//! each other share what is staged. Weights are packed into panels once a run.
 //!
 //! Contracted channels are counted in units: elements of `f32`, pairs of `bf16` (the last one of a leaf may have a zero for
 //! its second half). `f16` is staged and packed as the `f32` that it is. An epilogue takes a task's outputs from the workspace.
@@ -25,6 +25,15 @@ use mesh::ops::conv::Conv;
 use mesh::ops::window::Window;
 use mesh::plan::{OpWork, Part};
 use std::ops::Range;
+
+/// Floats, or pairs, that a task stages, with its results, to have more rows of outputs share what they read of x: a part of
+/// what the second-level cache holds.
+const STAGED: usize = 64 << 10;
+
+/// Outputs along the first dimension that a task goes through at most, for the same sake, and tasks that there are to be
+/// nevertheless.
+const RUN: usize = 8;
+const TASKS: usize = 64;
 
 /// Row-major strides of what is held of a tensor.
 pub(super) fn strides(part: &Part) -> Vec<usize> {
@@ -75,6 +84,8 @@ struct Outputs {
     o1: usize,
     rows: Range<usize>,
     range: Range<usize>,
+    /// Planes of x before this one are staged, by the output before along the first dimension.
+    staged: usize,
 }
 
 /// A convolution or transposed convolution, prepared.
@@ -109,6 +120,10 @@ pub struct ConvPlan {
     /// Weight strides: tap, contracted channel, produced channel; first element.
     w_strides: [usize; 3],
     w_first: usize,
+    /// Outputs along the first dimension that a task goes through: one after the other, which share what they read of x.
+    run: usize,
+    /// Planes of x that one of them reads at most.
+    planes: usize,
     /// Rows of the second dimension and outputs of a phase that a task stages.
     block: (usize, usize),
     stage_rows: usize,
@@ -193,6 +208,8 @@ impl ConvPlan {
             taps,
             w_strides: [tap_stride, w_from_stride, w_to_stride],
             w_first,
+            run: 1,
+            planes: 1,
             block: (1, 1),
             stage_rows: 0,
         };
@@ -241,12 +258,19 @@ impl ConvPlan {
         while count > 1 && size(1, count) > budget {
             count = count.div_ceil(2);
         }
-        while rows < self.outputs[1] && rows * count < 96 && size(rows + 1, count) <= budget / 2 {
+        let few = |rows: usize| rows * count < 96 && size(rows + 1, count) <= budget / 2;
+        while rows < self.outputs[1] && (few(rows) || size(rows + 1, count) <= STAGED) {
             rows += 1;
         }
         assert!(size(rows, count) <= budget, "a convolution's rows of one output do not fit into the workspace");
         self.stage_rows = first * rows_for(rows);
         self.block = (rows, count);
+        self.planes = first;
+        // Planes take turns in as many places.
+        let tasks = self.batches.len() * self.outputs[1].div_ceil(rows) * outputs.div_ceil(count) * self.groups;
+        if self.phases.len() == 1 && self.axes[0].slides() {
+            self.run = (tasks * self.outputs[0] / TASKS).clamp(1, RUN);
+        }
     }
 
     /// Runs it; the result is `[nodes, batch.., spatial.., channel]`.
@@ -266,20 +290,28 @@ impl ConvPlan {
         });
         let row_blocks = self.outputs[1].div_ceil(self.block.0);
         let blocks = self.longest().div_ceil(self.block.1);
-        let tasks = self.batches.len() * self.outputs[0] * row_blocks * blocks * self.groups;
+        let runs = self.outputs[0].div_ceil(self.run);
+        let tasks = self.batches.len() * runs * row_blocks * blocks * self.groups;
         pool.run(tasks, &|t, workspace| {
             let p = p;
             let (group, t) = (t % self.groups, t / self.groups);
             let (part, t) = (t % blocks * self.block.1, t / blocks);
             let (rows, t) = (t % row_blocks * self.block.0, t / row_blocks);
-            let at = Outputs {
-                batch: t / self.outputs[0],
-                o1: t % self.outputs[0],
+            let first = t % runs * self.run;
+            let mut at = Outputs {
+                batch: t / runs,
+                o1: first,
                 rows: rows..(rows + self.block.0).min(self.outputs[1]),
                 range: part..(part + self.block.1).min(self.longest()),
+                staged: 0,
             };
-            // SAFETY: tasks write disjoint outputs.
-            unsafe { self.task(&at, group, p, workspace.floats()) };
+            for o1 in first..(first + self.run).min(self.outputs[0]) {
+                at.o1 = o1;
+                // SAFETY: tasks write disjoint outputs.
+                unsafe { self.task(&at, group, p, workspace.floats()) };
+                let read = self.axes[0].taps[o1].iter().map(|t| t.1 + 1);
+                at.staged = read.max().unwrap_or(0).max(at.staged);
+            }
         });
     }
 
@@ -383,17 +415,18 @@ impl ConvPlan {
         let start = phase.base + (range.start * phase.in_step) as isize;
         let row_size = length * units;
         let height = high - low;
+        let place_of = |s1: usize, i1: usize| if self.run > 1 { i1 % self.planes } else { s1 };
         debug_assert!(taps1.len() * height * row_size <= stage.len());
         // SAFETY: indices inside the held ranges, by the plan.
         unsafe {
-            for (s1, (_, i1)) in taps1.iter().enumerate() {
+            for (s1, (_, i1)) in taps1.iter().enumerate().filter(|(_, (_, i1))| *i1 >= at.staged) {
                 for i2 in low..high {
                     let x = self.batches[at.batch]
                         + i1 * self.axes[0].stride
                         + i2 * self.axes[1].stride
                         + self.x_channel
                         + group * if self.groups > 1 { self.contracted } else { 0 };
-                    let row = &mut stage[(s1 * height + i2 - low) * row_size..][..row_size];
+                    let row = &mut stage[(place_of(s1, *i1) * height + i2 - low) * row_size..][..row_size];
                     self.stage(p.x, x, start, length, row);
                 }
             }
@@ -404,11 +437,11 @@ impl ConvPlan {
             for panel in 0..self.panels() {
                 for (r, o2) in at.rows.clone().enumerate() {
                     let mut n = 0;
-                    for (s1, (j1, _)) in taps1.iter().enumerate() {
+                    for (s1, (j1, i1)) in taps1.iter().enumerate() {
                         for (j2, i2) in &self.axes[1].taps[o2] {
                             for (j3, offset) in &phase.taps {
                                 let tap = (j1 * self.taps[1] + j2) * self.taps[2] + j3;
-                                let from = (s1 * height + i2 - low) * row_size + offset * units;
+                                let from = (place_of(s1, *i1) * height + i2 - low) * row_size + offset * units;
                                 list[n] = [from as u32, (tap * units * self.width) as u32];
                                 n += 1;
                             }
@@ -533,6 +566,18 @@ unsafe impl Sync for Pointers<'_> {}
 unsafe impl Send for Pointers<'_> {}
 
 impl Axis {
+    /// Whether each output reads neighbouring inputs, and none that lie before those of the output before it.
+    fn slides(&self) -> bool {
+        let read = |taps: &Vec<(usize, usize)>| {
+            let all = || taps.iter().map(|t| t.1);
+            Some((all().min()?, all().max()?, taps.len()))
+        };
+        let windows: Vec<_> = self.taps.iter().filter_map(read).collect();
+        windows.iter().all(|(low, high, n)| high - low + 1 == *n)
+            && windows.is_sorted_by_key(|w| w.0)
+            && windows.is_sorted_by_key(|w| w.1)
+    }
+
     /// Input rows that `rows` neighbouring outputs span at most.
     fn span(&self, rows: usize) -> usize {
         self.taps

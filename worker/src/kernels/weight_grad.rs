@@ -606,7 +606,7 @@ impl WeightGradPlan {
                 let width = if self.isa >= Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
                 let mut ci = 0;
                 while ci < self.cin {
-                    let mr = tile_rows(self.isa, self.cin - ci, width);
+                    let mr = tile_rows(self.isa, self.pairs(), self.cin - ci, width);
                     let at = (tap * self.cin + ci) * row + group * self.cout + co;
                     let job = Job {
                         plan: self,
@@ -650,22 +650,42 @@ unsafe fn add(isa: Isa, a: *mut f32, b: *const f32, n: usize) {
 /// So many channels lie at each place behind `from`; there is room for all pairs.
 unsafe fn pack_pairs(isa: Isa, from: *const u16, pairs: &[[usize; 2]], channels: usize, to: &mut [f32]) {
     dispatch!(isa, fn(from: *const u16, pairs: &[[usize; 2]], channels: usize, to: &mut [f32]) {
-        // SAFETY: by the contract of this function.
-        let line = |at: usize| unsafe { std::slice::from_raw_parts(from.add(at), channels) };
-        let low = |a: u16| u32::from(a);
-        let high = |b: u16| u32::from(b) << 16;
-        for (pair, to) in pairs.iter().zip(to.chunks_exact_mut(channels.max(1))) {
-            match *pair {
-                [NOTHING, NOTHING] => to.fill(0.0),
-                [a, NOTHING] => to.iter_mut().zip(line(a)).for_each(|(t, a)| *t = f32::from_bits(low(*a))),
-                [NOTHING, b] => to.iter_mut().zip(line(b)).for_each(|(t, b)| *t = f32::from_bits(high(*b))),
-                [a, b] => {
-                    let both = line(a).iter().zip(line(b));
-                    to.iter_mut().zip(both).for_each(|(t, (a, b))| *t = f32::from_bits(low(*a) | high(*b)));
-                }
+        let mut to = to.as_mut_ptr().cast::<u32>();
+        for pair in pairs {
+            let mut c = 0;
+            // Vectors, also where there is just one of them.
+            while c < channels {
+                // SAFETY: by the contract of this function.
+                c += unsafe {
+                    match channels - c {
+                        32.. => pack_channels::<32>(from.wrapping_add(c), *pair, to.add(c)),
+                        16.. => pack_channels::<16>(from.wrapping_add(c), *pair, to.add(c)),
+                        8.. => pack_channels::<8>(from.wrapping_add(c), *pair, to.add(c)),
+                        _ => pack_channels::<1>(from.wrapping_add(c), *pair, to.add(c)),
+                    }
+                };
             }
+            to = to.wrapping_add(channels);
         }
     });
+}
+
+/// Packs `N` channels of a pair; gives their number.
+///
+/// # Safety
+/// So many channels lie at each place, and there is room for them at `to`.
+#[inline(always)]
+unsafe fn pack_channels<const N: usize>(from: *const u16, [a, b]: [usize; 2], to: *mut u32) -> usize {
+    let line = |at: usize| match at {
+        NOTHING => [0; N],
+        // SAFETY: by this function's contract.
+        at => unsafe { from.add(at).cast::<[u16; N]>().read_unaligned() },
+    };
+    let (low, high) = (line(a), line(b));
+    let both: [u32; N] = std::array::from_fn(|c| u32::from(low[c]) | u32::from(high[c]) << 16);
+    // SAFETY: as above.
+    unsafe { to.cast::<[u32; N]>().write_unaligned(both) };
+    N
 }
 
 /// The run of flattened batch indices of a box over the batch dimensions.

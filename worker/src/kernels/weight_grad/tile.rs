@@ -3,7 +3,7 @@
 
 use super::{Box4, WeightGradPlan};
 use crate::kernels::isa::Isa;
-use crate::kernels::tile::{Combine, Lanes, Portable, PortablePairs, store_row};
+use crate::kernels::tile::{COUNTED, Combine, Lanes, Portable, PortablePairs, store_row, tiling};
 use std::ops::Range;
 
 /// Where a task finds its block's x and dy: in the inputs, or packed.
@@ -127,7 +127,11 @@ pub struct Job<'a> {
 
 /// Rows of the next tile of so many columns when so many input channels are left: as many sums at a time as the latency of
 /// a multiply-add wants.
-pub fn tile_rows(isa: Isa, left: usize, width: usize) -> usize {
+pub fn tile_rows(isa: Isa, pairs: bool, left: usize, width: usize) -> usize {
+    const NEXT: [u8; COUNTED] = tiling([14, 12, 8, 4, 2, 1], 2);
+    if pairs && isa.pairs() && width == 32 {
+        return usize::from(NEXT[left.min(COUNTED - 1)]);
+    }
     let sizes: &[usize] = match isa {
         Isa::Avx512 | Isa::Amx if width == 16 => &[16, 12, 8, 4, 2, 1],
         Isa::Avx512 | Isa::Amx => &[12, 8, 4, 2, 1],
@@ -289,7 +293,7 @@ pub unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, false, _) => tile!(tile_avx2, 1, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (_, true, 32) if isa.pairs() => tile!(pairs_avx512, 2, 12, 8, 4, 2, 1),
+        (_, true, 32) if isa.pairs() => tile!(pairs_avx512, 2, 14, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (_, true, _) if isa.pairs() => tile!(pairs_avx512, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
