@@ -502,7 +502,7 @@ fn convolutions_of_many_outputs_are_as_they_are_defined() {
                 Reference::from_shape_vec(part.ty.shape(), v).unwrap()
             };
             let wide: Vec<Reference> = op.inputs.iter().zip(&values).map(wide).collect();
-            let types: Vec<_> = op.inputs.iter().map(|part| &part.ty).collect();
+            let types: Vec<_> = op.inputs.iter().map(|part| &*part.ty).collect();
             let defined = op.op.op().reference(&wide.iter().collect::<Vec<_>>(), &types, &op.output.ty);
             let defined: Vec<u8> = defined.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect();
             let buffer = |v: &Vec<f32>| {
