@@ -9,7 +9,8 @@
 //! or the result is made where an input lies and moves then: whatever moves fewer bytes, and of equals the one that needs
 //! less memory. What was moved before for another reader is there.
 //!
-//! Then [`share`] takes out what is sent twice, and [`narrow`] makes of a sum no more than is needed of it.
+//! Then [`once`] and [`share`] take out what is made or sent twice, [`updates`] puts updates where gradients come, and
+//! [`narrow`] makes of a sum no more than is needed of it.
 //!
 //! What a rule gives to one place along an axis, a stage of a pipeline, lies and is computed on the devices there; the others
 //! hold nothing of it, and [`crate::pipeline`] puts the stages' instructions in an order in which they work side by side.
@@ -35,8 +36,10 @@ use std::sync::Arc;
 
 mod alike;
 mod narrow;
+mod once;
 mod share;
 mod sources;
+mod updates;
 pub use sources::sources;
 
 /// Index of a value.
@@ -158,7 +161,7 @@ fn lower_with(alike: &mut Alike, function: &Function, placement: &Placement) -> 
     };
     let all = (0..function.nodes.len() as u32).map(NodeId);
     l.out.sums = all.filter(adds).map(|id| values[id.index()].value).collect();
-    Ok(narrow::narrow(share::share(add_up_at_once(l.out)), function))
+    Ok(narrow::narrow(share::share(updates::as_gradients_come(once::once(l.out), function)), function))
 }
 
 impl SpmdProgram {
@@ -174,25 +177,6 @@ impl SpmdProgram {
         }
         at
     }
-}
-
-/// The program with each sum of gradients right behind the last of what it adds.
-fn add_up_at_once(mut program: SpmdProgram) -> SpmdProgram {
-    let sums: HashSet<ValueId> = program.sums.iter().copied().collect();
-    let mut place: Vec<Option<usize>> = vec![None; program.values.len()];
-    let mut keys = Vec::with_capacity(program.instrs.len());
-    for (i, instr) in program.instrs.iter().enumerate() {
-        let last = instr.inputs.iter().filter_map(|v| place[v.index()]).max();
-        let at = if sums.contains(&instr.output) { last.unwrap_or(i) } else { i };
-        place[instr.output.index()] = Some(at);
-        keys.push(at);
-    }
-    // Of equals the one that was there stays in front, and inputs before users.
-    let mut order: Vec<usize> = (0..keys.len()).collect();
-    order.sort_by_key(|i| (keys[*i], *i));
-    let mut instrs: Vec<Option<Instr>> = program.instrs.into_iter().map(Some).collect();
-    program.instrs = order.into_iter().filter_map(|i| instrs[i].take()).collect();
-    program
 }
 
 /// A node's result.

@@ -224,3 +224,33 @@ fn gradients_of_micro_batches_are_added_up_as_they_come() {
     // Twice as many micro-batches have half of the activations, and not a gradient more.
     assert!(peak(16) < peak(8) + weights, "{} {}", peak(8), peak(16));
 }
+
+/// Layers whose weights are most of what there is.
+fn wide(optimizer: &Optimizer) -> Program {
+    let mut p = ProgramBuilder::new();
+    p.function("f", |g| {
+        let x = g.input("x", DType::F32, &[dim("batch", 4), dim("h0", 256)]);
+        let layer = |x: Tensor, i: usize| {
+            let [from, to] = [i, i + 1].map(|i| format!("h{i}"));
+            nn::dense(&x, &format!("layer.{i}"), &[&from], &[dim(to.as_str(), 256)], &Dense::default()).tanh()
+        };
+        let loss = (0..6).fold(x, layer).square().mean_all();
+        optimizer.apply(g, &loss);
+        g.output("loss", &loss);
+    })
+    .unwrap();
+    p.finish().unwrap()
+}
+
+#[test]
+fn a_gradient_goes_as_soon_as_its_variable_is_updated() {
+    let weights = 256 * 256 * 4;
+    // Beside weights and slots, in how many weights' place.
+    let beside = |optimizer: Optimizer, slots: usize| {
+        let peak = timed(&wide(&optimizer), "1", "", &simple()).0.peak_bytes(0);
+        (peak / weights).saturating_sub(6 * (1 + slots))
+    };
+    assert_eq!((beside(Optimizer::sgd(0.1), 0), beside(Optimizer::adam(0.1), 2)), (0, 0));
+    // A norm over all of them waits for the last.
+    assert!(beside(Optimizer::adam(0.1).clipped(1.0), 2) >= 6);
+}
