@@ -93,7 +93,7 @@ fn the_deep_levels_of_a_unet_are_split_otherwise_than_the_shallow_ones() {
         let found = search.find().unwrap();
         let voxels = |level: u32| {
             let own = extents(&found, &program, &format!("encoder.{level}"), ["x", "y", "z", "channel"]);
-            own[..3].iter().product::<usize>() * devices >> (3 * (9 - level))
+            (own[..3].iter().product::<usize>() * devices) >> (3 * (9 - level))
         };
         assert_eq!([0, 1, 2].map(voxels), [1; 3], "{}", found.layout);
         assert!(voxels(5) > 1, "{}", found.layout);
