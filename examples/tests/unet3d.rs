@@ -171,6 +171,8 @@ fn mistakes_on_the_command_line_name_their_place_and_what_to_do() {
     place.fails(&plan("--size 10x10"), 2, &["--size 10x10 is no size"]);
     place.fails(&plan("--memory lots"), 2, &["--memory lots", "2GiB"]);
     place.fails(&plan("--seed 18446744073709551615"), 2, &["--seed"]);
+    place.fails("plan --data phantom --levels 0", 2, &["--levels 0", "from 1 to 10"]);
+    place.fails("plan --data phantom --crop 16 --levels 8", 2, &["--levels 8", "16x16x16", "fewer levels"]);
     place.fails("plan --data phantom --crop 500", 2, &["--crop 500x500x500 is larger than the volume, 122x101x112"]);
     place.fails("plan --labels l.nii", 2, &["--labels l.nii has no image", "--data"]);
     place.fails("plan --data scan.nii", 2, &["--data scan.nii has no labels", "--labels"]);

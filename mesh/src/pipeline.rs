@@ -111,19 +111,23 @@ fn tasks(spmd: &SpmdProgram, function: &Function) -> Option<Vec<Task>> {
         let from = |p: usize| hop[p] + usize::from(stage_of[p].is_some() && stage_of[p] != stage_of[i]);
         hop[i] = inputs(i).map(from).max().unwrap_or(0);
     }
-    let micro = micro_batches(spmd, function, &inputs);
+    let parts = parts(function);
+    let micro = micro_batches(spmd, &parts, &inputs);
     let role = |i: usize| function.node(spmd.values[spmd.instrs[i].output.index()].node).role;
     let phase = |i: usize| match role(i) {
         Role::Forward => Phase::Forward,
         Role::Update | Role::Variable => Phase::Update,
         Role::Backward | Role::Gradient => Phase::Backward,
     };
+    let mut turns: Vec<(Phase, usize)> = (0..spmd.instrs.len()).map(|i| (phase(i), hop[i])).collect();
+    put_off(spmd, &parts, &stage_of, &mut turns);
     let mut tasks: Vec<Task> = vec![];
     let (mut at, mut of): (HashMap<Key, usize>, Vec<usize>) = (HashMap::new(), vec![]);
     for i in 0..spmd.instrs.len() {
         let moves = matches!(spmd.instrs[i].op, SpmdOp::Move);
         let hands_on = (moves && inputs(i).any(|p| stage_of[p] != stage_of[i])).then_some(i);
-        let key = Key { hop: hop[i], stage: stage_of[i], micro: micro[i], phase: phase(i), hands_on };
+        let (phase, hop) = turns[i];
+        let key = Key { hop, stage: stage_of[i], micro: micro[i], phase, hands_on };
         let t = *at.entry(key).or_insert_with(|| {
             tasks.push(Task { key, instrs: vec![], after: BTreeSet::new(), cost: 0.0 });
             tasks.len() - 1
@@ -154,18 +158,9 @@ fn stage(spmd: &SpmdProgram, value: ValueId, stages: &mut Vec<Vec<bool>>) -> Opt
 /// drop-out mask, a cast of a variable) for the first one that takes it.
 fn micro_batches<I: Iterator<Item = usize>>(
     spmd: &SpmdProgram,
-    function: &Function,
+    of: &[Option<usize>],
     inputs: &dyn Fn(usize) -> I,
 ) -> Vec<usize> {
-    let mut of: Vec<Option<usize>> = Vec::with_capacity(function.nodes.len());
-    for node in &function.nodes {
-        let given = node.inputs.iter().filter_map(|n: &NodeId| of[n.index()]).max();
-        let own = match &node.op {
-            Prim::Slice(s) if *s.dim == *MICRO => Some(s.start),
-            _ => None,
-        };
-        of.push(given.or(own));
-    }
     let last = of.iter().flatten().max().copied().unwrap_or(0);
     let node = |i: usize| spmd.values[spmd.instrs[i].output.index()].node;
     let mut micro: Vec<Option<usize>> = (0..spmd.instrs.len()).map(|i| of[node(i).index()]).collect();
@@ -176,6 +171,45 @@ fn micro_batches<I: Iterator<Item = usize>>(
         }
     }
     micro.into_iter().map(|m| m.unwrap_or(last)).collect()
+}
+
+/// Puts off what is for no micro-batch, and could be made for all of them at the start (a cast of a variable, a drop-out mask),
+/// to the phase and the hop in which its stage first takes it: until then it would only be in memory. What another stage takes
+/// stays where it is.
+fn put_off(spmd: &SpmdProgram, parts: &[Option<usize>], stage_of: &[Option<usize>], turns: &mut [(Phase, usize)]) {
+    if parts.iter().all(Option::is_none) {
+        return;
+    }
+    let made: HashMap<ValueId, usize> = spmd.instrs.iter().enumerate().map(|(i, instr)| (instr.output, i)).collect();
+    // By instruction: when its stage first takes the result, and whether another one does.
+    let mut taken: Vec<(Option<(Phase, usize)>, bool)> = vec![(None, false); turns.len()];
+    for (i, instr) in spmd.instrs.iter().enumerate().rev() {
+        let is_for_none = parts[spmd.values[instr.output.index()].node.index()].is_none();
+        if let (Some(first), false) = taken[i]
+            && is_for_none
+        {
+            turns[i] = turns[i].max(first);
+        }
+        for p in instr.inputs.iter().filter_map(|v| made.get(v)) {
+            let (first, elsewhere) = &mut taken[*p];
+            *elsewhere |= stage_of[*p] != stage_of[i];
+            *first = Some(first.map_or(turns[i], |f| f.min(turns[i])));
+        }
+    }
+}
+
+/// By node: the micro-batch that it is for, the last one of several; None where it is for none, or for all.
+pub(crate) fn parts(function: &Function) -> Vec<Option<usize>> {
+    let mut of: Vec<Option<usize>> = Vec::with_capacity(function.nodes.len());
+    for node in &function.nodes {
+        let given = node.inputs.iter().filter_map(|n: &NodeId| of[n.index()]).max();
+        let own = match &node.op {
+            Prim::Slice(s) if *s.dim == *MICRO => Some(s.start),
+            _ => None,
+        };
+        of.push(given.or(own));
+    }
+    of
 }
 
 /// Micro-batches that a run of a function goes in: 1 where it does not go through its batch in parts.
@@ -211,11 +245,17 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
     let stages = tasks.iter().filter_map(|t| t.key.stage).max().map_or(0, |s| s + 1);
     let forward = || tasks.iter().filter(|t| t.key.phase == Phase::Forward);
     let farthest = forward().map(|t| t.key.hop).max().unwrap_or(0);
-    // How many tasks a stage may go ahead.
-    let ahead: Vec<usize> = (0..stages)
-        .map(|s| forward().filter(|t| t.key.stage == Some(s)).map(|t| farthest - t.key.hop + 1).max().unwrap_or(1))
-        .collect();
-    let (mut clocks, mut flight) = (vec![0.0f64; stages], vec![0isize; stages]);
+    // By stage and micro-batch: the hops at which there is still something to do backward.
+    let mut backward: HashMap<(usize, usize), Vec<usize>> = HashMap::new();
+    for Key { hop, stage, micro, phase, hands_on } in tasks.iter().map(|t| t.key) {
+        if let (Some(stage), Phase::Backward, None) = (stage, phase, hands_on) {
+            backward.entry((stage, micro)).or_default().push(hop);
+        }
+    }
+    // By stage and hop: the micro-batches that have been begun forward. As many hops as there are to the farthest one may a
+    // stage go ahead of what has come back, by as many hops.
+    let mut begun: HashMap<(usize, usize), Vec<usize>> = HashMap::new();
+    let mut clocks = vec![0.0f64; stages];
     let mut done: Vec<Option<f64>> = vec![None; tasks.len()];
     let mut order = vec![];
     let mut missing: Vec<usize> = tasks.iter().map(|t| t.after.len()).collect();
@@ -232,8 +272,11 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
         // What all devices do holds all of them up, so it waits for what is each one's own.
         let own = |t: &usize| tasks[*t].key.stage.is_some() || tasks[*t].key.hop == 0;
         let may = |t: &usize| match tasks[*t].key {
-            Key { stage: Some(s), phase: Phase::Forward, hands_on: None, .. } if schedule != Schedule::GPipe => {
-                flight[s] < ahead[s] as isize
+            Key { stage: Some(s), phase: Phase::Forward, hands_on: None, hop, .. } if schedule != Schedule::GPipe => {
+                let in_flight = |m: &&usize| {
+                    backward.get(&(s, **m)).is_some_and(|left| left.iter().any(|back| *back <= 2 * farthest - hop))
+                };
+                begun.get(&(s, hop)).map_or(0, |all| all.iter().filter(in_flight).count()) <= farthest - hop
             }
             _ => true,
         };
@@ -260,9 +303,14 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
             Some(s) => clocks[s] = end,
             None => clocks.fill(end),
         }
-        if let Key { stage: Some(s), hands_on: None, .. } = tasks[t].key {
-            flight[s] += isize::from(tasks[t].key.phase == Phase::Forward);
-            flight[s] -= isize::from(tasks[t].key.phase == Phase::Backward);
+        match tasks[t].key {
+            Key { stage: Some(s), phase: Phase::Forward, hands_on: None, hop, micro } => {
+                begun.entry((s, hop)).or_default().push(micro);
+            }
+            Key { stage: Some(s), phase: Phase::Backward, hands_on: None, micro, hop } => {
+                backward.entry((s, micro)).and_modify(|left| left.retain(|back| *back != hop));
+            }
+            _ => {}
         }
         done[t] = Some(end);
         ready.retain(|r| *r != t);

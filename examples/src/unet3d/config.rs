@@ -36,6 +36,8 @@ pub struct Config {
     pub common: Common,
     /// Filters at the first level; each level below has twice as many.
     pub base: usize,
+    /// Levels; each below the first one halves every extent.
+    pub levels: usize,
     /// Normalisation.
     pub norm: Norm,
     /// Optimizer.
@@ -67,6 +69,7 @@ impl Default for Config {
         Config {
             common: Common { mesh: "x=2,y=2".into(), steps: 150, ..Common::default() },
             base: 8,
+            levels: 4,
             norm: Norm::Batch,
             optimizer: OptimizerKind::Adam,
             rate: 0.003,
@@ -98,6 +101,7 @@ impl Settings for Config {
 
     fn check_own(&self) -> Result<(), Mistake> {
         range("--base", self.base as u64, 1, 1024)?;
+        range("--levels", self.levels as u64, 1, 10)?;
         range("--batch", self.batch as u64, 1, 4096)?;
         if self.norm == Norm::Group && !self.base.is_multiple_of(4) {
             let what = format!("group norm has 4 groups of channels, which do not divide --base {}", self.base);

@@ -93,6 +93,13 @@ impl Cut {
             let what = format!("--crop {} is larger than the volume, {}", times(block), times(resampled));
             return mistake(what, "take a smaller block, or resample the volume with --size");
         }
+        // One pooling may find a single voxel, and leave it as it is.
+        let least = 1 << config.levels.saturating_sub(3);
+        if config.levels > 2 && block.iter().all(|n| *n <= least) {
+            let what =
+                format!("--levels {} halve {} voxels until there is one, and go on", config.levels, times(block));
+            return mistake(what, format!("take fewer levels, or a volume of more than {least} voxels along an axis"));
+        }
         Ok(Cut { native, resampled, block })
     }
 

@@ -117,9 +117,12 @@ impl Plan {
 struct Options {
     #[command(flatten)]
     devices: DeviceOptions,
-    /// Filters at the first level; each of the three levels below has twice as many [default: 8]
+    /// Filters at the first level; each level below has twice as many [default: 8]
     #[arg(long, help_heading = "Model", value_name = "N")]
     base: Option<usize>,
+    /// Levels; each below the first one halves every extent [default: 4]
+    #[arg(long, help_heading = "Model", value_name = "N")]
+    levels: Option<usize>,
     /// Normalisation after each convolution [default: batch]
     #[arg(long, help_heading = "Model")]
     norm: Option<Norm>,
@@ -171,7 +174,7 @@ impl Options {
             macro_rules! take {
                 ($($field:ident),*) => { $(if let Some(v) = &self.$field { c.$field = v.clone(); })* };
             }
-            take!(base, norm, optimizer, rate, dtype, dropout, batch, data, labels, size, crop);
+            take!(base, levels, norm, optimizer, rate, dtype, dropout, batch, data, labels, size, crop);
             c.augment |= self.augment;
         })
     }

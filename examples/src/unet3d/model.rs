@@ -12,9 +12,6 @@ use mesh::program::{Program, ProgramBuilder};
 
 /// The spatial dimensions.
 pub const SPACE: [&str; 3] = ["x", "y", "z"];
-/// Poolings; the network has one level more.
-pub const POOLINGS: usize = 3;
-
 /// Two convolutions, each with norm, leaky ReLU and drop-out (none after the network's very first).
 fn block(x: &Tensor, name: &str, channels: usize, config: &Config, mode: Mode) -> Tensor {
     let g = x.graph();
@@ -46,7 +43,7 @@ pub fn unet(image: &Tensor, classes: usize, config: &Config, mode: Mode) -> Tens
     let mut x = image.cast(config.dtype.into());
     let mut skips = Vec::new();
     let g = image.graph();
-    for level in 0..=POOLINGS {
+    for level in 0..config.levels {
         let name = format!("encoder.{level}");
         x = g.block(&name, || {
             if level > 0 {
@@ -54,7 +51,7 @@ pub fn unet(image: &Tensor, classes: usize, config: &Config, mode: Mode) -> Tens
             }
             block(&x, &name, config.base << level, config, mode)
         });
-        if level < POOLINGS {
+        if level + 1 < config.levels {
             skips.push(x.clone());
         }
     }
@@ -174,13 +171,13 @@ mod tests {
     use super::*;
 
     /// The closed form of the published network's multiply-adds a voxel of level 0, forward; every size even.
-    fn forward_flops(base: u64, classes: u64, voxels: u64) -> u64 {
+    fn forward_flops(base: u64, levels: u32, classes: u64, voxels: u64) -> u64 {
         let conv = |ci: u64, co: u64, level: u32| 2 * 27 * ci * co * (voxels >> (3 * level));
         let mut flops = conv(1, base, 0) + conv(base, base, 0);
-        for level in 1..=3u32 {
+        for level in 1..levels {
             flops += conv(base << (level - 1), base << level, level) + conv(base << level, base << level, level);
         }
-        for level in (0..3u32).rev() {
+        for level in (0..levels - 1).rev() {
             let (low, own) = (base << (level + 1), base << level);
             flops += 2 * 8 * low * own * (voxels >> (3 * (level + 1)));
             flops += conv(2 * own, own, level) + conv(own, own, level);
@@ -198,11 +195,23 @@ mod tests {
             let products = f.nodes.iter().filter(|n| n.op.op().name().starts_with("conv"));
             products.map(|n| n.op.op().flops(&f.input_types(n), &n.ty)).sum()
         };
-        let forward = forward_flops(32, 3, 64 * 64 * 64);
+        let forward = forward_flops(32, 4, 3, 64 * 64 * 64);
         assert_eq!(flops("eval"), forward);
         // Backward: the gradients by data and by filter cost what forward does, but nobody asks for the image's.
         assert_eq!(flops("train"), 3 * forward - 2 * 27 * 32 * 64 * 64 * 64);
         assert!((forward as f64 / 112e9 - 1.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn it_has_as_many_levels_as_are_asked_for() {
+        for levels in [1, 2, 6] {
+            let config = Config { base: 8, levels, ..Config::default() };
+            let p = program(&Shape { volume: [64; 3], classes: 3 }, &config, &[]).unwrap();
+            let f = p.function("eval").unwrap();
+            let products = f.nodes.iter().filter(|n| n.op.op().name().starts_with("conv"));
+            let flops: u64 = products.map(|n| n.op.op().flops(&f.input_types(n), &n.ty)).sum();
+            assert_eq!(flops, forward_flops(8, levels as u32, 3, 64 * 64 * 64), "{levels} levels");
+        }
     }
 
     #[test]

@@ -41,8 +41,8 @@ fn searched(task: &mut Task) -> Result<String, Failed> {
 fn introduction(c: &Config, outline: &Outline, options: &Options, parameters: usize) -> String {
     let mut extents = outline.shape;
     let mut levels = vec![times(extents)];
-    let even = (0..3).all(|a| outline.shape[a].is_multiple_of(1 << model::POOLINGS));
-    for _ in 0..model::POOLINGS {
+    let even = (0..3).all(|a| outline.shape[a].is_multiple_of(1 << (c.levels - 1)));
+    for _ in 1..c.levels {
         extents = extents.map(|n| n.div_ceil(2));
         levels.push(times(extents));
     }

@@ -2,10 +2,13 @@
 //! what the backward pass makes again, so that a step takes the least time within the memory that there is.
 //!
 //! [`outline`] is what a function does, each kind of step once; [`segments`] are the parts of it that are split in one way
-//! each; [`split`] says what a device that stands for all has of a tensor, and [`price`] what steps take there; [`meshes`]
-//! lists the meshes; [`tables`] makes of a mesh the problem that [`solve`] solves; [`stages`] shares segments out to the
-//! stages of a pipeline, each on such a mesh; [`spell`] writes the answer as a layout.
+//! each; [`split`] says what a device that stands for all has of a tensor, and [`price`] what steps take there, [`looks`]
+//! how long a segment takes in all ways to split it, and [`mod@bytes`] how much memory; [`meshes`] lists the meshes;
+//! [`tables`] makes of a mesh the problem that [`solve`] solves; [`stages`] shares segments out to the stages of a
+//! pipeline, each on such a mesh; [`spell`] writes the answer as a layout.
 
+pub mod bytes;
+pub mod looks;
 pub mod meshes;
 pub mod outline;
 pub mod price;
@@ -28,12 +31,18 @@ use price::Prices;
 use segments::Segments;
 use solve::Solution;
 use split::{Pipeline, Site, Way};
-use tables::Tables;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use tables::{Classes, Tables};
 
 /// Devices up to which what is found is planned: larger meshes are judged by the prices alone.
 pub const PLANNED: usize = 64;
 /// By how much a candidate may be slower than the fastest one, by the prices, to be planned beside it.
 const RUNNERS_UP: f64 = 1.05;
+/// How much faster than by its price a runner-up may turn out to be: where that would not do it is not planned.
+const MISPRICED: f64 = 0.98;
 /// By which factor a mesh has to be faster than one with fewer axes, or another order of them, to be looked at.
 const BETTER: f64 = 0.9999;
 /// Candidates that are planned, at the most.
@@ -142,23 +151,15 @@ impl Search<'_> {
         let outline = Outline::new(&program, program.function(self.function)?, self.threads)?;
         let segments = Segments::new(&outline);
         let forms = self.forms(&outline, &segments)?;
-        let (budget, mut fastest) = (self.memory as f64, f64::INFINITY);
-        let mut tables = vec![];
-        for form in &forms {
-            let site = Site::new(&form.mesh, form.pipeline, self.machine, outline.most_chunks());
-            let mut prices = Prices::new(&outline, site);
-            for stage in 0..=ZERO {
-                let of_mesh = Tables::new(&segments, &mut prices, stage, self.may_recompute, budget, &mut fastest);
-                tables.extend(of_mesh.map(|t| (form.clone(), t)));
-            }
-        }
         let mut search = Running {
             search: self,
+            program: &program,
             outline: &outline,
             segments: &segments,
-            meshes: forms.len(),
-            tables,
-            fastest,
+            forms,
+            tables: vec![],
+            fastest: f64::INFINITY,
+            layouts: 0.0,
             plans: 0,
         };
         search.run()
@@ -195,7 +196,12 @@ impl Search<'_> {
     /// # Errors
     /// A layout that cannot be.
     pub fn takes(&self, recompute: &[Name], mesh: &Mesh, layout: &Layout) -> Result<Takes, Error> {
-        let plans = (self.plan)(&(self.build)(recompute)?, mesh, layout)?;
+        self.planned(&(self.build)(recompute)?, mesh, layout)
+    }
+
+    /// What a program takes by its plan.
+    fn planned(&self, program: &Program, mesh: &Mesh, layout: &Layout) -> Result<Takes, Error> {
+        let plans = (self.plan)(program, mesh, layout)?;
         let times = plans.iter().filter_map(|p| time::estimate(p, self.function, self.machine));
         let seconds = times.map(|t| t.seconds).fold(0.0, f64::max);
         let peaks = plans.iter().flat_map(|p| (0..p.mesh.size()).map(|d| p.peak_bytes(d)));
@@ -206,12 +212,16 @@ impl Search<'_> {
 /// A search that runs.
 struct Running<'a> {
     search: &'a Search<'a>,
+    /// The program in which nothing is made again.
+    program: &'a Program,
     outline: &'a Outline<'a>,
     segments: &'a Segments,
-    meshes: usize,
-    tables: Vec<(Form, Tables)>,
+    forms: Vec<Form>,
+    /// By form, those of them that may be part of the fastest step.
+    tables: Vec<(usize, Tables)>,
     /// Seconds of the fastest step that is known to fit, by the prices.
     fastest: f64,
+    layouts: f64,
     plans: usize,
 }
 
@@ -222,6 +232,7 @@ impl Running<'_> {
         // What needs least of all that was planned.
         let mut least = None;
         for _ in 0..ROUNDS {
+            self.tabulate(limit);
             let mut candidates = self.candidates(limit)?;
             let Some(first) = candidates.first() else {
                 // Prices of memory are estimates from above.
@@ -236,13 +247,17 @@ impl Running<'_> {
             let slowest = RUNNERS_UP * first.solution.seconds;
             candidates.retain(|c| c.solution.seconds <= slowest);
             candidates.truncate(CANDIDATES);
-            let (mut best, mut over) = (None, 1.0f64);
+            let (mut best, mut over): (Option<(usize, Takes)>, f64) = (None, 1.0);
             for (i, c) in candidates.iter_mut().enumerate() {
+                let least_seconds = MISPRICED * (c.solution.seconds + self.search.machine.step);
+                if best.is_some_and(|(_, t)| t.seconds <= least_seconds) {
+                    continue;
+                }
                 let takes = self.planned(c)?;
                 least = least.into_iter().chain([takes.bytes]).min();
                 if takes.bytes > self.search.memory {
                     over = over.max(takes.bytes as f64 / c.solution.memory.max(1.0));
-                } else if best.is_none_or(|(_, t): (usize, Takes)| takes.seconds < t.seconds) {
+                } else if best.is_none_or(|(_, t)| takes.seconds < t.seconds) {
                     best = Some((i, takes));
                 }
             }
@@ -257,14 +272,52 @@ impl Running<'_> {
         Err(Error::from(over).note("this is the least of the layouts that were searched"))
     }
 
+    /// The tables of all forms for a limit of memory. Forms are shared out to as many threads as there are cores; what they
+    /// find does not depend on which is first, since all that is left out is slower than what is known in the end.
+    fn tabulate(&mut self, limit: f64) {
+        let (next, fastest) = (AtomicUsize::new(0), Mutex::new(f64::INFINITY));
+        let (forms, outline, segments) = (&self.forms, self.outline, self.segments);
+        let (machine, may_recompute) = (self.search.machine, self.search.may_recompute);
+        let known = || fastest.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |form: &Form| {
+            let site = Site::new(&form.mesh, form.pipeline, machine, outline.most_chunks());
+            let mut classes = Classes::new(segments, &site, may_recompute);
+            let mut prices = Prices::new(outline, site);
+            let mut found = vec![];
+            for stage in 0..=ZERO {
+                let mut best = *known();
+                found.extend(Tables::new(&mut classes, &mut prices, stage, limit, &mut best));
+                let mut least = known();
+                *least = least.min(best);
+            }
+            (found, f64::from(ZERO + 1) * classes.layouts())
+        };
+        let run = || {
+            let mine = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < forms.len());
+            std::iter::from_fn(mine).map(|i| (i, of(&forms[i]))).collect::<Vec<_>>()
+        };
+        let threads = thread::available_parallelism().map_or(1, NonZero::get).min(forms.len()).max(1);
+        let mut all: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+            let done = running.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            done.flatten().collect()
+        });
+        all.sort_by_key(|(i, _)| *i);
+        self.layouts = all.iter().map(|(_, (_, n))| n).sum();
+        self.tables = all.into_iter().flat_map(|(i, (tables, _))| tables.into_iter().map(move |t| (i, t))).collect();
+        let fastest = *known();
+        self.fastest = fastest;
+    }
+
     /// The best of each mesh, the fastest first.
     fn candidates(&self, limit: f64) -> Result<Vec<Candidate>, Error> {
         let mut all = vec![];
-        // Plans may need more memory than the prices say: then what they say is fastest is no limit.
-        let mut most =
-            if limit >= self.search.memory as f64 { self.fastest * (1.0 + 1e-6) / BETTER } else { f64::INFINITY };
+        let mut most = self.fastest * (1.0 + 1e-6) / BETTER;
         for (form, tables) in &self.tables {
-            let Some(solution) = tables.problem.solve(limit, most * BETTER) else { continue };
+            let form = &self.forms[*form];
+            let Some((solution, stages)) = stages::solve(&tables.problem, form.pipeline, limit, most * BETTER) else {
+                continue;
+            };
             most = most.min(solution.seconds);
             let (mut ways, mut again) = (vec![], vec![]);
             let segments = tables.options.iter().zip(&self.segments.list);
@@ -276,7 +329,6 @@ impl Running<'_> {
                 Devices::Count(_) => spell::named(&form.mesh, self.outline, &ways)?,
                 Devices::Mesh(_) => form.mesh.clone(),
             };
-            let stages = stages::share(&tables.problem, &solution, form.pipeline.depth);
             all.push(Candidate { form: Form { mesh, ..form.clone() }, ways, stages, again, gathers: false, solution });
         }
         all.sort_by(|a, b| a.solution.seconds.total_cmp(&b.solution.seconds));
@@ -305,18 +357,17 @@ impl Running<'_> {
     /// What a candidate takes by its plan. It may gather what it has to: it was found by what that takes.
     fn planned(&mut self, c: &mut Candidate) -> Result<Takes, Error> {
         self.plans += 1;
-        let takes = self.search.takes(&c.again, &self.mesh(c), &self.layout(c)?);
+        let built = if c.again.is_empty() { None } else { Some((self.search.build)(&c.again)?) };
+        let program = built.as_ref().unwrap_or(self.program);
+        let takes = self.search.planned(program, &self.mesh(c), &self.layout(c)?);
         if !matches!(&takes, Err(e) if matches!(e.cause, Cause::SilentGather { .. })) {
             return takes;
         }
         c.gathers = true;
-        self.search.takes(&c.again, &self.mesh(c), &self.layout(c)?)
+        self.search.planned(program, &self.mesh(c), &self.layout(c)?)
     }
 
     fn found(&self, c: Candidate, planned: Option<Takes>, bound: f64) -> Result<Found, Error> {
-        let ways = |(_, t): &(Form, Tables)| {
-            t.problem.segments.iter().map(|s| s.iter().map(Vec::len).sum::<usize>() as f64).product::<f64>()
-        };
         Ok(Found {
             layout: self.layout(&c)?,
             mesh: self.mesh(&c),
@@ -324,8 +375,8 @@ impl Running<'_> {
             priced: Takes { seconds: c.solution.seconds + self.search.machine.step, bytes: c.solution.memory as usize },
             planned,
             bound: bound + self.search.machine.step,
-            meshes: self.meshes,
-            layouts: self.tables.iter().map(ways).sum::<f64>(),
+            meshes: self.forms.len(),
+            layouts: self.layouts,
             plans: self.plans,
         })
     }

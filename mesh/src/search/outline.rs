@@ -1,12 +1,13 @@
 //! What a function does, as far as time and memory depend on a layout: each kind of node and of step once, however many
 //! layers have it.
 
-use super::split::{DIMS, Dims, Shape, Splits};
+use super::split::{DIMS, Dims, Sees, Shape};
 use crate::dim::{Dim, Name, Type};
 use crate::error::{Cause, Error};
 use crate::graph::{Node, NodeId, Role};
-use crate::layout::{Layout, Mesh, Section};
+use crate::layout::{Layout, Mesh};
 use crate::ops::Prim;
+use crate::pipeline;
 use crate::placement::Placement;
 use crate::plan::fuse::{self, Fused};
 use crate::program::{Function, Program};
@@ -41,10 +42,8 @@ pub struct Kind {
     pub ty: Type,
     /// The dimensions it sums over.
     pub reduced: Vec<Dim>,
-    /// All bits of the dimensions that it knows.
-    pub dims: Splits,
-    /// Whether it depends on what ZeRO splits.
-    pub zero: bool,
+    /// What of a way to split it it depends on.
+    pub sees: Sees,
 }
 
 /// How a step goes, as [`fuse::Kind`] has it.
@@ -77,10 +76,8 @@ pub struct Work {
     pub loads: Vec<Shape>,
     /// What it stores.
     pub stores: Vec<Shape>,
-    /// All bits of the dimensions that it knows.
-    pub dims: Splits,
-    /// Whether it depends on what ZeRO splits.
-    pub zero: bool,
+    /// What of a way to split it it depends on.
+    pub sees: Sees,
 }
 
 /// A step of the function on one device.
@@ -121,8 +118,11 @@ pub struct Outline<'a> {
     pub groups: Vec<Group>,
     /// What lies in memory.
     pub stored: Vec<Stored>,
-    /// The first step of the backward pass, and the first one behind it.
-    pub turns: [usize; 2],
+    /// By node: the micro-batch that it is for; None where it is for none, or for all.
+    pub parts: Vec<Option<usize>>,
+    /// The first step of the backward pass, the first one behind that of the first micro-batch, and the first one behind
+    /// those of all.
+    pub turns: [usize; 3],
 }
 
 /// What tells kinds of nodes from one another.
@@ -173,7 +173,8 @@ impl<'a> Outline<'a> {
             works: vec![],
             groups: vec![],
             stored: vec![],
-            turns: [0; 2],
+            parts: pipeline::parts(function),
+            turns: [0; 3],
         };
         outline.nodes();
         outline.steps(threads)?;
@@ -241,8 +242,7 @@ impl<'a> Outline<'a> {
                     reduced: op.reduced(&types),
                     types: types.into_iter().cloned().collect(),
                     ty: node.ty.clone(),
-                    dims: shapes.clone().fold(Splits::default(), |s, shape| Splits(s.0 | shape.dims().0)),
-                    zero: shapes.into_iter().any(|s| s.section != Section::Activations),
+                    sees: shapes.fold(Sees::default(), |s, shape| s.or(shape.sees())),
                 });
                 next
             });
@@ -298,7 +298,9 @@ impl<'a> Outline<'a> {
         let is_backward = |g: &Group| matches!(role(g), Role::Backward | Role::Gradient);
         let back = self.groups.iter().position(is_backward).unwrap_or(end);
         let behind = self.groups.iter().rposition(is_backward).map_or(end, |g| g + 1);
-        self.turns = [back, behind];
+        let is_next = |g: &Group| self.parts[g.node].is_some_and(|part| part > 0);
+        let next = self.groups[back..behind].iter().position(is_next).map_or(behind, |g| back + g);
+        self.turns = [back, next, behind];
         Ok(())
     }
 
@@ -326,18 +328,11 @@ impl<'a> Outline<'a> {
         }
         let mut seen = vec![];
         let arithmetic = behind.iter().map(|i| inlined(fused, *i, &mut seen)).sum();
-        let (mut dims, mut zero) = (self.kinds[kind].dims, self.kinds[kind].zero);
+        let mut sees = loads.iter().chain(&stores).fold(self.kinds[kind].sees, |sees, s| sees.or(s.sees()));
         if let Form::Band(members) = &form {
-            for member in members.iter().map(|m| &self.works[*m]) {
-                dims = Splits(dims.0 | member.dims.0);
-                zero |= member.zero;
-            }
+            sees = members.iter().fold(sees, |sees, m| sees.or(self.works[*m].sees));
         }
-        for s in loads.iter().chain(&stores) {
-            dims = Splits(dims.0 | s.dims().0);
-            zero |= s.section != Section::Activations;
-        }
-        let work = Work { form, kind, then, arithmetic, loads, stores, dims, zero };
+        let work = Work { form, kind, then, arithmetic, loads, stores, sees };
         let next = self.works.len();
         *known.entry(work).or_insert_with_key(|work| {
             self.works.push(work.clone());

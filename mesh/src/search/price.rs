@@ -4,7 +4,7 @@
 use super::outline::{Form, Kind, Outline, Source, Work};
 use super::split::{Axes, Sees, Shape, Site, Split, Way};
 use crate::chunk::{ChunkBox, Tree};
-use crate::dim::DType;
+use crate::dim::{DType, Name};
 use crate::ops::Prim;
 use crate::plan::cost::Cost;
 use crate::plan::exchange::SEGMENTED;
@@ -23,7 +23,9 @@ impl Hasher for Mixed {
         self.0
     }
     fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
+        for word in bytes.chunks(8) {
+            self.write_u64(word.iter().fold(0, |all, b| all << 8 | u64::from(*b)));
+        }
     }
     fn write_u8(&mut self, n: u8) {
         self.write_u64(u64::from(n));
@@ -54,6 +56,23 @@ pub struct Held {
     pub region: Rc<Region>,
 }
 
+/// What a node needs of an input.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Wanted {
+    /// What of it the device needs.
+    region: Region,
+    /// Over which axes the dimensions of that are split, as far as the node has them too.
+    split: Split,
+}
+
+impl Wanted {
+    /// Whether devices along some axis need other parts along another dimension than they hold.
+    fn crosses(&self, held: &Split) -> bool {
+        let others = |d: usize| self.split.iter().enumerate().filter(|(e, _)| *e != d).fold(0, |all, (_, a)| all | a);
+        held.iter().enumerate().any(|(d, axes)| axes & others(d) != 0)
+    }
+}
+
 /// A node on a mesh.
 pub struct Priced {
     /// Its result.
@@ -82,11 +101,12 @@ pub struct Prices<'a> {
     nodes: Vec<HashMap<Way, Rc<Priced>, Quick>>,
     works: Vec<HashMap<Way, f64, Quick>>,
     moves: HashMap<(usize, Split, usize), f64, Quick>,
-    /// Regions, by their numbers.
-    regions: Vec<Region>,
-    numbers: HashMap<Region, usize>,
+    /// What is needed, by its number.
+    wanted: Vec<Wanted>,
+    numbers: HashMap<Wanted, usize, Quick>,
+    peers: RefCell<HashMap<Axes, [usize; 2], Quick>>,
     /// By tree and chunks: how many nodes of it are inside.
-    trees: RefCell<HashMap<(Tree, ChunkBox), usize>>,
+    trees: RefCell<HashMap<(Tree, ChunkBox), usize, Quick>>,
 }
 
 /// The split of a summed-over dimension, and of which axes it may be.
@@ -106,22 +126,21 @@ impl<'a> Prices<'a> {
             nodes,
             works,
             moves: HashMap::default(),
-            regions: vec![],
-            numbers: HashMap::new(),
+            wanted: vec![],
+            numbers: HashMap::default(),
+            peers: RefCell::default(),
             trees: RefCell::default(),
         }
     }
 
     /// What of a way nodes of that kind depend on.
     pub fn node_sees(&self, kind: usize) -> Sees {
-        let k = &self.outline.kinds[kind];
-        Sees { dims: k.dims, zero: k.zero }
+        self.outline.kinds[kind].sees
     }
 
     /// What of a way steps of that kind depend on.
     pub fn step_sees(&self, work: usize) -> Sees {
-        let w = &self.outline.works[work];
-        Sees { dims: w.dims, zero: w.zero }
+        self.outline.works[work].sees
     }
 
     /// A node of that kind.
@@ -136,22 +155,22 @@ impl<'a> Prices<'a> {
         priced
     }
 
-    /// Elements of a region.
-    pub fn elements(&self, region: usize) -> usize {
-        self.regions[region].elements()
+    /// Elements of what is needed.
+    pub fn elements(&self, wanted: usize) -> usize {
+        self.wanted[wanted].region.elements()
     }
 
-    /// The numbers of some regions.
-    fn numbered(&mut self, regions: Vec<Region>) -> Vec<usize> {
-        let of = |region: Region| match self.numbers.get(&region) {
+    /// The numbers of what is needed.
+    fn numbered(&mut self, wanted: Vec<Wanted>) -> Vec<usize> {
+        let of = |wanted: Wanted| match self.numbers.get(&wanted) {
             Some(number) => *number,
             None => {
-                self.regions.push(region.clone());
-                self.numbers.insert(region, self.regions.len() - 1);
-                self.regions.len() - 1
+                self.wanted.push(wanted.clone());
+                self.numbers.insert(wanted, self.wanted.len() - 1);
+                self.wanted.len() - 1
             }
         };
-        regions.into_iter().map(of).collect()
+        wanted.into_iter().map(of).collect()
     }
 
     /// Bytes of an element of what a node of that kind gives.
@@ -177,20 +196,34 @@ impl<'a> Prices<'a> {
         if let Some(seconds) = self.moves.get(&key) {
             return *seconds;
         }
-        let seconds = self.move_of(kind, held, &self.regions[wanted]);
+        let seconds = self.move_of(kind, held, &self.wanted[wanted]);
         self.moves.insert(key, seconds);
         seconds
     }
 
-    fn move_of(&self, kind: usize, held: &Held, wanted: &Region) -> f64 {
+    fn move_of(&self, kind: usize, held: &Held, wanted: &Wanted) -> f64 {
+        let shape = &self.outline.kinds[kind].own.shape;
+        let (crosses, wanted) = (wanted.crosses(&held.split), &wanted.region);
+        let bytes = 2.0 * (wanted.elements() * shape.element) as f64;
+        if crosses {
+            // The device that stands for all may have what it needs, being as far along one axis as along another. Of others,
+            // all comes from those that hold other parts.
+            let peers = self.peers(held.split.iter().fold(0, |all, axes| all | axes)).map(|n| n as f64);
+            let received = peers.map(|n| 0.5 * bytes * n / (peers[0] + peers[1]));
+            let messages = received.map(|b| usize::from(b > 0.0));
+            return self.collective("all-to-all", Cost { flops: 0.0, bytes }, messages, received);
+        }
         if held.region.contains(wanted) {
             return 0.0;
         }
-        let shape = &self.outline.kinds[kind].own.shape;
         let received = self.site.received(shape, &held.split, wanted);
         let messages = received.map(|b| usize::from(b > 0.0));
-        let bytes = 2.0 * (wanted.elements() * shape.element) as f64;
         self.collective(exchange(held, wanted), Cost { flops: 0.0, bytes }, messages, received)
+    }
+
+    /// How many others differ from the device along those axes only: on its host, and on others.
+    fn peers(&self, axes: Axes) -> [usize; 2] {
+        *self.peers.borrow_mut().entry(axes).or_insert_with(|| self.site.peers(axes))
     }
 
     /// Seconds of a step that communicates.
@@ -238,12 +271,13 @@ impl<'a> Prices<'a> {
         match &k.op {
             Prim::Input(_) | Prim::Read(_) => return there(held, vec![]),
             Prim::Assign(_) => {
-                let (needs, moved) = (vec![Region::clone(&held.region)], vec![inputs[0].region != held.region]);
-                return Priced { moved, ..there(held, self.numbered(needs)) };
+                let wanted = Wanted { region: Region::clone(&held.region), split: held.split.clone() };
+                let moved = vec![inputs[0].region != held.region || wanted.crosses(&inputs[0].split)];
+                return Priced { moved, ..there(held, self.numbered(vec![wanted])) };
             }
             Prim::Cast(_) if held.split != held.used && inputs[0].region == held.region => {
-                let needs = vec![Region::clone(&held.region)];
-                return there(held, self.numbered(needs));
+                let wanted = Wanted { region: Region::clone(&held.region), split: held.split.clone() };
+                return there(held, self.numbered(vec![wanted]));
             }
             _ => {}
         }
@@ -267,9 +301,22 @@ impl<'a> Prices<'a> {
             _ => self.tree_nodes(k, chunks),
         };
         let types: Vec<_> = k.types.iter().collect();
-        let needs: Vec<Region> = (0..inputs.len()).map(|i| k.op.op().needs(i, &types, &k.ty, &at)).collect();
-        let moved: Vec<bool> = inputs.iter().zip(&needs).map(|(h, n)| !h.region.contains(n)).collect();
-        let reads = (0..inputs.len()).map(|i| bytes(i, if moved[i] { &needs[i] } else { &inputs[i].region })).collect();
+        let axes_of = |name: &Name| {
+            let own = k.own.shape.extents.iter().zip(&sum.around).find(|(e, _)| e.dim.name == *name);
+            let reduced = || k.reduced.iter().zip(&sum.reduced).find(|(d, _)| d.name == *name).map(|(_, axes)| *axes);
+            own.map(|(_, axes)| *axes).or_else(reduced).unwrap_or(0)
+        };
+        let wanted = |i: usize| {
+            let region = k.op.op().needs(i, &types, &k.ty, &at);
+            let extents = k.inputs[i].shape.extents.iter().zip(&region.0);
+            let split = extents.map(|(e, (name, r))| if r.len() < e.dim.size { axes_of(name) } else { 0 }).collect();
+            Wanted { region, split }
+        };
+        let needs: Vec<Wanted> = (0..inputs.len()).map(wanted).collect();
+        let moves = |(h, n): (&Held, &Wanted)| !h.region.contains(&n.region) || n.crosses(&h.split);
+        let moved: Vec<bool> = inputs.iter().zip(&needs).map(moves).collect();
+        let reads = |i: usize| bytes(i, if moved[i] { &needs[i].region } else { &inputs[i].region });
+        let reads = (0..inputs.len()).map(reads).collect();
         let sum = match axes {
             0 => 0.0,
             _ => self.finish(axes, nodes, &computed, &done, k.own.shape.element),
@@ -365,7 +412,7 @@ impl<'a> Prices<'a> {
         let parts = nodes * group;
         let bytes = (((parts + 1) * segment + 2 * copied) * element) as f64;
         let cost = Cost { flops: ((parts - 1) * segment) as f64, bytes };
-        let peers = self.site.peers(axes);
+        let peers = self.peers(axes);
         let messages = peers.map(|n| if n > 0 { nodes + usize::from(shared) } else { 0 });
         let class = if scattered { "reduce-scatter" } else { "all-reduce" };
         self.collective(class, cost, messages, peers.map(|n| (n * each) as f64))

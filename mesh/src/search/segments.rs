@@ -1,7 +1,7 @@
 //! The parts of a function that are split in one way each: the blocks of the model, or where it has none the first parts
 //! of its scopes. Whatever belongs to no such part follows the rules for every tensor.
 
-use super::outline::{Kind, Outline};
+use super::outline::{Kind, Outline, Stored};
 use super::split::{Shape, Splits};
 use crate::dim::Name;
 use crate::layout::Section;
@@ -23,7 +23,8 @@ pub struct Kept {
     pub from: usize,
     /// What reads it: at which of the segment's steps, in which phase, and by which kind and input where it may be moved.
     pub readers: Vec<(usize, u8, Option<(usize, usize)>)>,
-    /// The phase in which it is made: forward, backward, update.
+    /// The phase in which it is made: 0 and 1, forward and backward of the first micro-batch, which stands for all; 2, those
+    /// of the others; 3, the update.
     pub phase: u8,
     /// Whether making the block again makes it again.
     pub inside: bool,
@@ -206,13 +207,15 @@ impl Segments {
         // By segment, its steps.
         let mut steps: Vec<Vec<usize>> = vec![vec![]; count];
         outline.groups.iter().enumerate().for_each(|(g, group)| steps[segment_of[group.node]].push(g));
-        let phase = |g: usize| u8::from(g >= outline.turns[0]) + u8::from(g >= outline.turns[1]);
+        let phase = |g: usize| outline.turns.map(|turn| u8::from(g >= turn)).iter().sum();
         for (s, segment) in self.list.iter_mut().enumerate() {
             let works = |only: &dyn Fn(usize) -> bool| {
                 counted(steps[s].iter().map(|g| &outline.groups[*g]).filter(|g| only(g.node)).map(|g| g.work))
             };
             let place = |g: usize| steps[s].partition_point(|own| *own < g);
-            let own = outline.stored.iter().filter(|v| segment_of[v.node] == s);
+            // Other micro-batches have what the first one has.
+            let is_other = |v: &&Stored| phase(v.from) == 2 && v.readers.iter().all(|(g, _)| phase(*g) == 2);
+            let own = outline.stored.iter().filter(|v| segment_of[v.node] == s && !is_other(v));
             let kept = own.map(|v| Kept {
                 kind: outline.kind_of[v.node],
                 from: place(v.from),

@@ -6,13 +6,15 @@
 //! comes and goes. A chain is the usual dynamic programming so; a skip connection keeps its producer's option as a state
 //! until its consumer is eliminated.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Partial solutions that stay, at the most, for one choice of neighbours: few at first, for a bound on the time; with the
 /// last number the answer may have a gap.
 const PARTIALS: [usize; 3] = [4, 16, 64];
 /// Sums that a round may take for the next one to be tried.
 const SUMS: u64 = 1_000_000;
+/// How often all segments take turns, at the most, until a solution is as good as that makes it.
+const SWEEPS: usize = 16;
 /// Rounds of the search for the multiplier that gives the best lower bound.
 const ROUNDS: usize = 10;
 
@@ -23,6 +25,8 @@ pub struct Label {
     pub seconds: f64,
     /// Bytes that stay while other segments run: these add up.
     pub kept: f64,
+    /// How many of them there are for each micro-batch in flight, where a step goes in several.
+    pub flight: f64,
     /// Bytes more while it runs itself: of these the most counts.
     pub transient: f64,
     /// Whether its block is made again.
@@ -49,14 +53,14 @@ pub struct Pair {
     /// The segments.
     pub of: [usize; 2],
     /// Seconds.
-    pub seconds: Rc<Vec<f64>>,
+    pub seconds: Arc<Vec<f64>>,
 }
 
 /// What is to be minimised.
 #[derive(Clone, Debug, Default)]
 pub struct Problem {
     /// By segment and option.
-    pub segments: Vec<Rc<Vec<Vec<Label>>>>,
+    pub segments: Vec<Arc<Vec<Vec<Label>>>>,
     /// What goes between segments, each two once.
     pub pairs: Vec<Pair>,
 }
@@ -131,7 +135,7 @@ impl Problem {
     /// The fastest solution within a budget of memory that takes `most` seconds or less; None if there is none, as far as
     /// partial solutions were kept.
     pub fn solve(&self, budget: f64, most: f64) -> Option<Solution> {
-        let free = self.eliminate(f64::INFINITY, most, 1).0?;
+        let free = self.eliminate(f64::INFINITY, most.min(self.descent()), 1).0?;
         if free.memory <= budget {
             return Some(free);
         }
@@ -168,12 +172,13 @@ impl Problem {
     fn bound(&self, budget: f64, enough: f64) -> f64 {
         let at = |price: f64| {
             let priced = |l: &Label| Label { seconds: l.seconds + price * l.kept, kept: 0.0, transient: 0.0, ..*l };
-            let options = |s: &Rc<Vec<Vec<Label>>>| s.iter().map(|o| o.iter().map(priced).collect()).collect();
+            let options = |s: &Arc<Vec<Vec<Label>>>| s.iter().map(|o| o.iter().map(priced).collect()).collect();
             let problem = Problem {
-                segments: self.segments.iter().map(|s| Rc::new(options(s))).collect(),
+                segments: self.segments.iter().map(|s| Arc::new(options(s))).collect(),
                 pairs: self.pairs.clone(),
             };
-            let free = problem.eliminate(f64::INFINITY, enough + price * budget, 1).0;
+            let enough = (enough + price * budget).min(problem.descent());
+            let free = problem.eliminate(f64::INFINITY, enough, 1).0;
             free.map_or(f64::INFINITY, |s| s.seconds - price * budget)
         };
         let mut best = at(0.0);
@@ -191,9 +196,40 @@ impl Problem {
         best
     }
 
+    /// Seconds that some solution takes, whatever memory it needs, and hardly more: segments take turns to have the option that
+    /// is best beside those of the others, until none changes. So what is slower need not be looked at.
+    fn descent(&self) -> f64 {
+        let fastest = |labels: &Vec<Label>| labels.iter().map(|l| l.seconds).fold(f64::INFINITY, f64::min);
+        let alone: Vec<Vec<f64>> = self.segments.iter().map(|s| s.iter().map(fastest).collect()).collect();
+        let of: Vec<Vec<&Pair>> =
+            (0..alone.len()).map(|s| self.pairs.iter().filter(|p| p.of.contains(&s)).collect()).collect();
+        // At first each beside those in front of it.
+        let mut chosen: Vec<Option<usize>> = vec![None; alone.len()];
+        for _ in 0..SWEEPS {
+            let before = chosen.clone();
+            for (s, options) in alone.iter().enumerate() {
+                let beside = |option: usize| {
+                    let at = |i: usize| if i == s { Some(option) } else { chosen[i] };
+                    let all = of[s].iter().filter_map(|p| Some(self.seconds(p, [at(p.of[0])?, at(p.of[1])?])));
+                    options[option] + all.sum::<f64>()
+                };
+                let all: Vec<f64> = (0..options.len()).map(beside).collect();
+                let best = (0..all.len()).min_by(|a, b| all[*a].total_cmp(&all[*b]));
+                chosen[s] = best;
+            }
+            if chosen == before {
+                break;
+            }
+        }
+        let own: Option<f64> = alone.iter().zip(&chosen).map(|(options, c)| Some(options[(*c)?])).sum();
+        let between: Option<f64> =
+            self.pairs.iter().map(|p| Some(self.seconds(p, [chosen[p.of[0]]?, chosen[p.of[1]]?]))).sum();
+        own.zip(between).map_or(f64::INFINITY, |(own, between)| (own + between) * (1.0 + 1e-9))
+    }
+
     /// A solution, whether partial ones were left out, and how many sums that took.
     fn eliminate(&self, budget: f64, most: f64, partials: usize) -> (Option<Solution>, bool, u64) {
-        let fastest = |s: &Rc<Vec<Vec<Label>>>| s.iter().flatten().map(|l| l.seconds).fold(f64::INFINITY, f64::min);
+        let fastest = |s: &Arc<Vec<Vec<Label>>>| s.iter().flatten().map(|l| l.seconds).fold(f64::INFINITY, f64::min);
         let floors: Vec<f64> = self.segments.iter().map(fastest).collect();
         let slack = most - floors.iter().sum::<f64>() * (1.0 - 1e-12);
         let live = (0..self.segments.len()).map(|s| self.live(s, floors[s] + slack)).collect();
@@ -266,6 +302,7 @@ fn join(a: &Label, b: &Label) -> Label {
     Label {
         seconds: a.seconds + b.seconds,
         kept: a.kept + b.kept,
+        flight: a.flight + b.flight,
         transient: a.transient.max(b.transient),
         again: false,
     }

@@ -45,16 +45,20 @@ pub struct Zero {
     pub axes: Axes,
 }
 
+/// The first stage of ZeRO that splits tensors of a section.
+fn first_stage(section: Section) -> Option<u8> {
+    match section {
+        Section::Slots => Some(1),
+        Section::Gradients => Some(2),
+        Section::Variables => Some(3),
+        Section::Activations => None,
+    }
+}
+
 impl Zero {
     /// Over which axes tensors of a section are split by it.
     pub fn of(self, section: Section) -> Axes {
-        let from = match section {
-            Section::Slots => 1,
-            Section::Gradients => 2,
-            Section::Variables => 3,
-            Section::Activations => u8::MAX,
-        };
-        if self.stage >= from { self.axes } else { 0 }
+        if first_stage(section).is_some_and(|first| self.stage >= first) { self.axes } else { 0 }
     }
 }
 
@@ -72,18 +76,26 @@ pub struct Way {
 pub struct Sees {
     /// All bits of the dimensions that it has.
     pub dims: Splits,
-    /// Whether it has to do with variables.
-    pub zero: bool,
+    /// By stage of ZeRO, a bit each: whether it has tensors which that one begins to split.
+    pub zero: u8,
 }
 
 impl Sees {
     /// What one of both depends on.
     pub fn or(self, other: Sees) -> Sees {
-        Sees { dims: Splits(self.dims.0 | other.dims.0), zero: self.zero || other.zero }
+        Sees { dims: Splits(self.dims.0 | other.dims.0), zero: self.zero | other.zero }
     }
     /// What it sees of a way.
     pub fn of(self, way: Way) -> Way {
-        Way { splits: way.splits.only(self.dims), zero: if self.zero { way.zero } else { Zero::default() } }
+        let zero = match self.stage(way.zero.stage) {
+            0 => Zero::default(),
+            stage => Zero { stage, ..way.zero },
+        };
+        Way { splits: way.splits.only(self.dims), zero }
+    }
+    /// The first stage of ZeRO that is the same to it as this one.
+    pub fn stage(self, stage: u8) -> u8 {
+        (1..=stage).rev().find(|s| self.zero >> s & 1 == 1).unwrap_or(0)
     }
 }
 
@@ -136,6 +148,11 @@ impl Dims<'_> {
 }
 
 impl Shape {
+    /// What of a way it depends on.
+    pub fn sees(&self) -> Sees {
+        Sees { dims: self.dims(), zero: first_stage(self.section).map_or(0, |stage| 1 << stage) }
+    }
+
     /// All bits of its dimensions.
     pub fn dims(&self) -> Splits {
         let all = self.extents.iter().filter_map(|e| e.at);
@@ -157,6 +174,11 @@ impl Pipeline {
     /// the first micro-batch comes to it and the last one leaves it (Narayanan et al. 2019).
     pub fn seconds(&self) -> f64 {
         (self.micro + self.depth - 1) as f64 / (self.micro * self.depth) as f64
+    }
+
+    /// Micro-batches whose activations a stage keeps: it goes so far ahead that the last one is busy.
+    pub fn in_flight(&self, stage: usize) -> usize {
+        (self.depth - stage).min(self.micro)
     }
 }
 

@@ -1,19 +1,22 @@
 //! The problem that [`super::solve`] solves, for one mesh: the options of each segment with what they take, and what goes
 //! between segments.
 
+use super::bytes::{Bytes, bytes};
+use super::looks::{Known, Looks, Seen};
 use super::price::Prices;
 use super::segments::{Choices, Content, Segments, Uses};
 use super::solve::{Label, Pair, Problem, insert};
 use super::split::{AXES, Axes, Sees, Site, Splits, Way, Zero};
+use super::stages;
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// The tables of one mesh and one stage of ZeRO.
 pub struct Tables {
     /// What is to be minimised.
     pub problem: Problem,
     /// By segment: how its options split it.
-    pub options: Vec<Rc<Vec<Way>>>,
+    pub options: Vec<Arc<Vec<Way>>>,
 }
 
 /// Ways to split a segment up to which parts of sets of dimensions are tried as well.
@@ -21,121 +24,192 @@ const WAYS: usize = 300;
 /// Uniform ways that are worked out for an upper bound.
 const UNIFORM: usize = 12;
 
-/// The segments that are alike.
+/// Segments that are alike.
 struct Class<'a> {
     content: &'a Content,
     count: usize,
+    /// The ways to split them, and over which axes ZeRO splits their variables in each.
     ways: Vec<Way>,
+    /// Whether their blocks may be made again.
+    again: bool,
+    /// Seconds that are known by stages of ZeRO.
+    known: Known,
+}
+
+/// The segments of a function on a mesh.
+pub struct Classes<'a> {
+    list: Vec<Class<'a>>,
+    /// By segment: which it is.
+    of: Vec<usize>,
+    /// Kinds of pairs of segments.
+    kinds: Vec<([usize; 2], &'a Vec<Uses>)>,
+    /// Pairs of segments: which, and their kind.
+    pairs: Vec<([usize; 2], usize)>,
+}
+
+impl<'a> Classes<'a> {
+    /// The segments on that mesh, where blocks may be made `again` or not.
+    pub fn new(segments: &'a Segments, site: &Site, again: bool) -> Classes<'a> {
+        let mut known: HashMap<usize, usize> = HashMap::new();
+        let (mut list, mut of): (Vec<Class>, Vec<usize>) = Default::default();
+        for s in &segments.list {
+            let class = *known.entry(s.alike).or_insert_with(|| {
+                let ways = ways(site, &s.content, &s.choices);
+                let again = again && s.block.is_some();
+                list.push(Class { content: &s.content, count: 0, ways, again, known: Known::new() });
+                list.len() - 1
+            });
+            list[class].count += 1;
+            of.push(class);
+        }
+        let mut numbers: HashMap<([usize; 2], &Vec<Uses>), usize> = HashMap::new();
+        let (mut kinds, mut pairs) = (vec![], vec![]);
+        for (&(from, to), uses) in &segments.between {
+            let kind = ([of[from], of[to]], uses);
+            let number = *numbers.entry(kind).or_insert_with(|| {
+                kinds.push(kind);
+                kinds.len() - 1
+            });
+            pairs.push(([from, to], number));
+        }
+        Classes { list, of, kinds, pairs }
+    }
+
+    /// How many layouts there are with each stage of ZeRO; as a number that may be huge.
+    pub fn layouts(&self) -> f64 {
+        let ways = self.of.iter().map(|c| &self.list[*c]).map(|c| c.ways.len() * if c.again { 2 } else { 1 });
+        ways.map(|n| n as f64).product()
+    }
+}
+
+/// A class at a stage of ZeRO.
+struct Staged<'a> {
+    content: &'a Content,
+    count: usize,
+    again: bool,
+    seen: Seen,
     /// By way, its seconds.
     seconds: Vec<f64>,
     labels: Vec<Option<Vec<Label>>>,
-    again: bool,
 }
 
-impl Class<'_> {
+impl Staged<'_> {
     fn fastest(&self) -> f64 {
         self.seconds.iter().copied().fold(f64::INFINITY, f64::min)
     }
 
+    /// What a way to split it takes, with its block made again or not.
     fn labels(&mut self, prices: &mut Prices, way: usize) -> Vec<Label> {
-        let (content, again) = (self.content, self.again);
-        let found = &mut self.labels[way];
-        found.get_or_insert_with(|| labels(prices, content, self.ways[way], self.seconds[way], again)).clone()
+        if let Some(known) = &self.labels[way] {
+            return known.clone();
+        }
+        let mut labels = vec![];
+        let seconds = self.seconds[way];
+        let [as_it_is, made_again] = bytes(prices, &mut self.seen, self.content, way);
+        let pipeline = prices.site.pipeline;
+        let mut add = |seconds, bytes: Bytes, again| {
+            let (kept, flight, transient) = (bytes.kept(pipeline), bytes.flight, bytes.transient);
+            insert(&mut labels, Label { seconds, kept, flight, transient, again });
+        };
+        add(seconds, as_it_is, false);
+        if self.again {
+            let more = self.seen.again(prices, self.content, way);
+            add(seconds + more, made_again, true);
+        }
+        self.labels[way] = Some(labels.clone());
+        labels
     }
 
     /// The way that is like another segment's, as far as this one has its dimensions.
     fn like(&self, splits: Splits) -> Option<usize> {
         let dims = self.content.chunks.keys().fold(Splits::default(), |s, d| s.with(*d, Axes::MAX));
-        self.ways.binary_search_by_key(&splits.only(dims), |w| w.splits).ok()
+        self.seen.ways.binary_search_by_key(&splits.only(dims), |w| w.splits).ok()
     }
 }
 
 impl Tables {
-    /// The tables of a function at those prices and that stage of ZeRO, where blocks may be made `again` or not, with which
-    /// a step within a budget of memory takes less than `fastest` seconds, which is lowered to what one takes where all
-    /// segments are split alike; None if there are none. Options that are too slow for that, whatever the others are, are
-    /// left out.
+    /// The tables of a function at those prices and that stage of ZeRO with which a step within a budget of memory takes less
+    /// than `fastest` seconds, which is lowered to what one takes where all segments are split alike; None if there are none.
+    /// Options that are too slow for that, whatever the others are, are left out.
     pub fn new(
-        segments: &Segments,
+        classes: &mut Classes,
         prices: &mut Prices,
         stage: u8,
-        again: bool,
         budget: f64,
         fastest: &mut f64,
     ) -> Option<Tables> {
-        let mut known: HashMap<usize, usize> = HashMap::new();
-        let mut classes: Vec<Class> = vec![];
-        let mut of = vec![];
-        for s in &segments.list {
-            let class = *known.entry(s.alike).or_insert_with(|| {
-                let ways = ways(&prices.site, &s.content, &s.choices, stage);
-                let seconds = sums(prices, &s.content.nodes, &s.content.steps, &s.content.uses, &ways);
-                let (labels, again) = (vec![None; ways.len()], again && s.block.is_some());
-                classes.push(Class { content: &s.content, count: 0, ways, seconds, labels, again });
-                classes.len() - 1
-            });
-            classes[class].count += 1;
-            of.push(class);
-        }
-        let floor: f64 = classes.iter().map(|c| c.fastest() * c.count as f64).sum();
-        if floor > *fastest * (1.0 + 1e-9) {
-            return None;
-        }
-        *fastest = fastest.min(uniform(prices, segments, &mut classes, &of, budget));
-        let mut options = vec![];
-        for class in &mut classes {
-            let slack = *fastest * (1.0 + 1e-9) - floor + class.fastest();
-            let live: Vec<usize> = (0..class.ways.len()).filter(|w| class.seconds[*w] <= slack).collect();
-            let labels: Vec<Vec<Label>> = live.iter().map(|w| class.labels(prices, *w)).collect();
-            let ways: Vec<Way> = live.iter().map(|w| class.ways[*w]).collect();
-            options.push((Rc::new(ways), Rc::new(labels)));
-        }
-        let mut pairs: Vec<Pair> = vec![];
-        let mut tables: HashMap<(usize, usize, &Vec<Uses>), Rc<Vec<f64>>> = HashMap::new();
-        for (&(from, to), uses) in &segments.between {
-            let seconds = tables
-                .entry((of[from], of[to], uses))
-                .or_insert_with(|| Rc::new(between(prices, uses, &options[of[from]].0, &options[of[to]].0)));
-            if seconds.iter().any(|s| *s > 0.0) {
-                pairs.push(Pair { of: [from, to], seconds: seconds.clone() });
+        let mut staged: Vec<Staged> = vec![];
+        let mut floor = 0.0;
+        for class in &mut classes.list {
+            let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
+            let (content, count, again) = (class.content, class.count, class.again);
+            let mut seen = Seen::new(class.ways.iter().map(with).collect());
+            let seconds = seen.all(prices, content, stage, &mut class.known);
+            let labels = vec![None; seconds.len()];
+            let class = Staged { content, count, again, seen, seconds, labels };
+            floor += class.fastest() * class.count as f64;
+            staged.push(class);
+            if floor > *fastest * (1.0 + 1e-9) {
+                return None;
             }
         }
-        let segments = of.iter().map(|c| options[*c].1.clone()).collect();
-        let options = of.iter().map(|c| options[*c].0.clone()).collect();
+        *fastest = fastest.min(uniform(classes, prices, &mut staged, budget));
+        let mut options = vec![];
+        for class in &mut staged {
+            let slack = *fastest * (1.0 + 1e-9) - floor + class.fastest();
+            let live: Vec<usize> = (0..class.seconds.len()).filter(|w| class.seconds[*w] <= slack).collect();
+            let labels: Vec<Vec<Label>> = live.iter().map(|w| class.labels(prices, *w)).collect();
+            let ways: Vec<Way> = live.iter().map(|w| class.seen.ways[*w]).collect();
+            options.push((Arc::new(ways), Arc::new(labels)));
+        }
+        let kinds = classes.kinds.iter().map(|([from, to], uses)| {
+            let seconds = between(prices, uses, &options[*from].0, &options[*to].0);
+            seconds.iter().any(|s| *s > 0.0).then(|| Arc::new(seconds))
+        });
+        let kinds: Vec<Option<Arc<Vec<f64>>>> = kinds.collect();
+        let pair = |(of, kind): &([usize; 2], usize)| Some(Pair { of: *of, seconds: kinds[*kind].clone()? });
+        let pairs = classes.pairs.iter().filter_map(pair).collect();
+        let segments = classes.of.iter().map(|c| options[*c].1.clone()).collect();
+        let options = classes.of.iter().map(|c| options[*c].0.clone()).collect();
         Some(Tables { problem: Problem { segments, pairs }, options })
     }
 }
 
 /// The fewest seconds within a budget where all segments are split alike, of the ways that promise most.
-fn uniform(prices: &mut Prices, segments: &Segments, classes: &mut [Class], of: &[usize], budget: f64) -> f64 {
-    let mut all: Vec<Splits> = classes.iter().flat_map(|c| c.ways.iter().map(|w| w.splits)).collect();
+fn uniform(classes: &Classes, prices: &mut Prices, staged: &mut [Staged], budget: f64) -> f64 {
+    let mut all: Vec<Splits> = staged.iter().flat_map(|c| c.seen.ways.iter().map(|w| w.splits)).collect();
     all.sort_unstable();
     all.dedup();
-    let alone = |splits: &Splits, classes: &[Class]| -> Option<f64> {
-        classes.iter().map(|c| Some(c.seconds[c.like(*splits)?] * c.count as f64)).sum()
+    let alone = |splits: &Splits, staged: &[Staged]| -> Option<f64> {
+        staged.iter().map(|c| Some(c.seconds[c.like(*splits)?] * c.count as f64)).sum()
     };
-    let mut promising: Vec<(f64, Splits)> = all.iter().filter_map(|s| Some((alone(s, classes)?, *s))).collect();
+    let mut promising: Vec<(f64, Splits)> = all.iter().filter_map(|s| Some((alone(s, staged)?, *s))).collect();
     promising.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut best = f64::INFINITY;
-    for (_, splits) in promising.into_iter().take(UNIFORM) {
-        let mut problem = Problem::default();
+    for (least, splits) in promising.into_iter().take(UNIFORM) {
+        if least >= best {
+            break;
+        }
         let mut ways = vec![];
-        for class in &mut *classes {
+        for class in &mut *staged {
             let Some(at) = class.like(splits) else { break };
-            ways.push((class.ways[at], Rc::new(vec![class.labels(prices, at)])));
+            ways.push((class.seen.ways[at], Arc::new(vec![class.labels(prices, at)])));
         }
-        problem.segments = of.iter().map(|c| ways[*c].1.clone()).collect();
-        for (&(from, to), uses) in &segments.between {
-            let seconds = between(prices, uses, &[ways[of[from]].0], &[ways[of[to]].0]);
-            problem.pairs.push(Pair { of: [from, to], seconds: Rc::new(seconds) });
-        }
-        best = problem.solve(budget, best).map_or(best, |s| best.min(s.seconds));
+        let between = classes
+            .kinds
+            .iter()
+            .map(|([from, to], uses)| Arc::new(between(prices, uses, &[ways[*from].0], &[ways[*to].0])));
+        let kinds: Vec<Arc<Vec<f64>>> = between.collect();
+        let pair = |(of, kind): &([usize; 2], usize)| Pair { of: *of, seconds: kinds[*kind].clone() };
+        let pairs = classes.pairs.iter().map(pair).collect();
+        let problem = Problem { segments: classes.of.iter().map(|c| ways[*c].1.clone()).collect(), pairs };
+        best = stages::solve(&problem, prices.site.pipeline, budget, best).map_or(best, |(s, _)| best.min(s.seconds));
     }
     best
 }
 
 /// The ways to split a segment: each axis splits one of the sets of dimensions, or nothing.
-fn ways(site: &Site, content: &Content, choices: &Choices, stage: u8) -> Vec<Way> {
+fn ways(site: &Site, content: &Content, choices: &Choices) -> Vec<Way> {
     let axes = site.mesh.axes().len();
     let few = |sets: usize| (sets + 1).pow(axes as u32) <= WAYS;
     let sets = (choices.largest..=choices.sets.len()).rev().find(|n| few(*n)).unwrap_or(choices.largest);
@@ -151,7 +225,10 @@ fn ways(site: &Site, content: &Content, choices: &Choices, stage: u8) -> Vec<Way
     let mut possible: Vec<Splits> = all.into_iter().filter(fits).collect();
     possible.sort_unstable();
     possible.dedup();
-    possible.into_iter().map(|splits| Way { splits, zero: Zero { stage, axes: zero(site, content, splits) } }).collect()
+    possible
+        .into_iter()
+        .map(|splits| Way { splits, zero: Zero { stage: 0, axes: zero(site, content, splits) } })
+        .collect()
 }
 
 /// The axes that ZeRO splits the variables of a segment over: of those that do not split them anyway, as many devices as
@@ -171,141 +248,6 @@ fn zero(site: &Site, content: &Content, splits: Splits) -> Axes {
     best.unwrap_or(0)
 }
 
-/// Ways, as far as something sees of them: those that look unlike, and by way which of them it looks like.
-struct Looks {
-    unlike: Vec<Way>,
-    of: Vec<usize>,
-}
-
-impl Looks {
-    fn new(sees: Sees, ways: &[Way]) -> Looks {
-        let (mut known, mut unlike): (HashMap<Way, usize>, Vec<Way>) = Default::default();
-        let mut look = |way: &Way| {
-            *known.entry(sees.of(*way)).or_insert_with(|| {
-                unlike.push(*way);
-                unlike.len() - 1
-            })
-        };
-        let of = ways.iter().map(&mut look).collect();
-        Looks { unlike, of }
-    }
-}
-
-/// Seconds of each of some ways to split nodes, steps and what they take of one another.
-fn sums(
-    prices: &mut Prices,
-    nodes: &[(usize, usize)],
-    steps: &[(usize, usize)],
-    uses: &[(Uses, usize)],
-    ways: &[Way],
-) -> Vec<f64> {
-    let mut looks: HashMap<Sees, Looks> = HashMap::new();
-    let mut seconds = vec![0.0; ways.len()];
-    let mut add = |sees: Sees, n: usize, price: &mut dyn FnMut(Way) -> f64| {
-        let looks = looks.entry(sees).or_insert_with(|| Looks::new(sees, ways));
-        let unlike: Vec<f64> = looks.unlike.iter().map(|way| price(*way) * n as f64).collect();
-        seconds.iter_mut().zip(&looks.of).for_each(|(all, i)| *all += unlike[*i]);
-    };
-    for (kind, n) in nodes {
-        add(prices.node_sees(*kind), *n, &mut |way| prices.node(*kind, way).sum);
-    }
-    for (work, n) in steps {
-        add(prices.step_sees(*work), *n, &mut |way| prices.step(*work, way));
-    }
-    for ((from, by), n) in uses {
-        let sees = by.iter().map(|(kind, _)| prices.node_sees(*kind)).fold(prices.node_sees(*from), Sees::or);
-        add(sees, *n, &mut |way| {
-            let mut moved: Vec<usize> = vec![];
-            for (kind, input) in by {
-                let node = prices.node(*kind, way);
-                if node.moved[*input] && !moved.contains(&node.needs[*input]) {
-                    moved.push(node.needs[*input]);
-                }
-            }
-            let held = prices.node(*from, way);
-            moved.iter().map(|m| prices.moved(*from, &held.held, *m)).sum()
-        });
-    }
-    seconds
-}
-
-/// What a way to split a segment takes, with its block made again or not.
-fn labels(prices: &mut Prices, content: &Content, way: Way, seconds: f64, again: bool) -> Vec<Label> {
-    let mut labels = vec![];
-    let memory = memory(prices, content, way);
-    let [kept, transient] = memory.kept;
-    insert(&mut labels, Label { seconds, kept, transient, again: false });
-    if again {
-        let (nodes, steps, uses) = &content.again;
-        let seconds = seconds + sums(prices, nodes, steps, uses, &[way])[0];
-        let [kept, transient] = memory.again;
-        insert(&mut labels, Label { seconds, kept, transient, again: true });
-    }
-    labels
-}
-
-/// Bytes kept and transient: as it is, and with the block made again.
-struct Memory {
-    kept: [f64; 2],
-    again: [f64; 2],
-}
-
-fn memory(prices: &mut Prices, content: &Content, way: Way) -> Memory {
-    let mut variables = 0.0;
-    for (shape, n) in &content.variables {
-        let region = prices.site.region(shape, &prices.site.split(shape, way));
-        variables += (region.elements() * shape.element * n) as f64;
-    }
-    // A stage has its part of the variables. Of activations it keeps its part too, but of as many micro-batches as there are
-    // stages.
-    variables /= prices.site.pipeline.depth as f64;
-    // Bytes at the turn to the backward pass and behind it, of that what is made again, and by step.
-    let (mut turn, mut behind, mut inside) = (0.0, 0.0, 0.0);
-    let mut change = vec![0.0; content.length + 2];
-    let mut alive = |from: (usize, u8), to: (usize, u8), bytes: f64, remade: bool| {
-        turn += if from.1 < 1 && to.1 >= 1 { bytes } else { 0.0 };
-        behind += if from.1 < 2 && to.1 >= 2 { bytes } else { 0.0 };
-        inside += if from.1 < 1 && to.1 >= 1 && remade { bytes } else { 0.0 };
-        change[from.0] += bytes;
-        change[to.0 + 1] -= bytes;
-    };
-    for value in &content.kept {
-        let own = prices.node(value.kind, way);
-        let element = prices.element(value.kind);
-        let mut last = (value.from, value.phase);
-        let mut copies: Vec<(usize, (usize, u8), (usize, u8))> = vec![];
-        for (step, phase, by) in &value.readers {
-            let mut copied = false;
-            if let Some((kind, input)) = by {
-                let reader = prices.node(*kind, way);
-                if reader.moved[*input] {
-                    let need = reader.needs[*input];
-                    match copies.iter_mut().find(|(r, ..)| *r == need) {
-                        Some((_, _, to)) => {
-                            *to = (*to).max((*step, *phase));
-                            copied = true;
-                        }
-                        None => copies.push((need, (*step, *phase), (*step, *phase))),
-                    }
-                }
-            }
-            if !copied {
-                last = last.max((*step, *phase));
-            }
-        }
-        let bytes = |elements: usize| (elements * element) as f64;
-        alive((value.from, value.phase), last, bytes(own.held.region.elements()), value.inside);
-        copies.iter().for_each(|(r, from, to)| alive(*from, *to, bytes(prices.elements(*r)), value.inside));
-    }
-    let (mut now, mut most) = (0.0, 0.0f64);
-    for c in change {
-        now += c;
-        most = most.max(now);
-    }
-    let of = |kept: f64, most: f64| [variables + kept, (most - kept).max(0.0)];
-    Memory { kept: of(turn.max(behind), most), again: of((turn - inside).max(behind), most) }
-}
-
 /// Seconds of what the second segment takes from the first one, by the options of both.
 fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> Vec<f64> {
     let mut table = vec![0.0; from.len() * to.len()];
@@ -314,7 +256,8 @@ fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> Vec<
         let mut needs: Vec<Vec<usize>> = vec![];
         let sees = by.iter().map(|(consumer, _)| prices.node_sees(*consumer)).fold(Sees::default(), Sees::or);
         let looks = Looks::new(sees, to);
-        let unlike = looks.unlike.iter().map(|way| {
+        let unlike = looks.unlike.iter().map(|i| {
+            let way = &to[*i];
             let mut all: Vec<usize> = vec![];
             for (consumer, input) in by {
                 let need = prices.node(*consumer, *way).needs[*input];
@@ -328,8 +271,8 @@ fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> Vec<
         let of_to: Vec<usize> = looks.of.iter().map(|i| unlike[*i]).collect();
         let mut held = vec![];
         let looks = Looks::new(prices.node_sees(*kind), from);
-        let unlike = looks.unlike.iter().map(|way| {
-            let node = prices.node(*kind, *way);
+        let unlike = looks.unlike.iter().map(|i| {
+            let node = prices.node(*kind, from[*i]);
             index(&mut held, node, |a, b| a.held.split == b.held.split)
         });
         let unlike: Vec<usize> = unlike.collect();

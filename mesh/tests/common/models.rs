@@ -9,8 +9,8 @@ use mesh::program::{Init, Program, ProgramBuilder};
 
 const SPACE: [&str; 3] = ["x", "y", "z"];
 
-/// A 3-D UNet of four levels on one image of `size` voxels a side, with `base` channels at the top.
-pub fn unet(size: usize, base: usize, recompute: &[Name]) -> Program {
+/// A 3-D UNet of so many levels on one image of `size` voxels a side, with `base` channels at the top.
+pub fn unet(size: usize, base: usize, levels: usize, recompute: &[Name]) -> Program {
     let mut p = ProgramBuilder::recomputing(recompute);
     p.function("train", |g| {
         g.grain("class", 3);
@@ -30,7 +30,7 @@ pub fn unet(size: usize, base: usize, recompute: &[Name]) -> Program {
             })
         };
         let (mut x, mut skips) = (image.cast(DType::Bf16), vec![]);
-        for level in 0..4 {
+        for level in 0..levels {
             let name = format!("encoder.{level}");
             x = g.block(&name, || {
                 if level > 0 {
@@ -40,7 +40,7 @@ pub fn unet(size: usize, base: usize, recompute: &[Name]) -> Program {
             });
             skips.push(x.clone());
         }
-        for (level, skip) in skips[..3].iter().enumerate().rev() {
+        for (level, skip) in skips[..levels - 1].iter().enumerate().rev() {
             let name = format!("decoder.{level}");
             x = g.block(&name, || {
                 let double = Kernel::new(&SPACE, 2).stride(2).unbiased().to(&SPACE.map(|d| skip.dim(d).size));
@@ -107,8 +107,9 @@ fn masked_words(g: &Graph, b: Bert, [tokens, lengths, positions, targets]: [Tens
         |g: &Graph, name: &str, rows: &Dim| nn::embedding(g, name, rows, std::slice::from_ref(&model), start.clone());
     let words = || g.scoped("embeddings", || table(g, "word", &vocab));
     let mask = nn::attention_mask(&lengths, &seq);
-    let word = words().gather(&tokens, "vocab");
+    let table_of_words = words();
     let mut x = g.scoped("embeddings", || {
+        let word = table_of_words.gather(&tokens, "vocab");
         let places = table(g, "position", &dim("position", 512)).slice("position", 0, b.seq);
         norm(&word.add(&places.rename("position", "seq")), "norm").cast(DType::Bf16)
     });

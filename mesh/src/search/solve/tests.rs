@@ -32,7 +32,7 @@ fn problems() -> impl Strategy<Value = (Problem, f64)> {
         seconds: s.into(),
         kept: k.into(),
         transient: t.into(),
-        again: false,
+        ..Label::default()
     });
     let options = prop::collection::vec(prop::collection::vec(label, 1..3), 1..4);
     (prop::collection::vec(options, 1..7), any::<u64>(), 10f64..100.0).prop_map(|(segments, bits, budget)| {
@@ -43,10 +43,10 @@ fn problems() -> impl Strategy<Value = (Problem, f64)> {
         let pairs = some.map(|(i, of)| {
             let size = segments[of[0]].len() * segments[of[1]].len();
             let value = |k: usize| ((bits.rotate_left((7 * i + 3 * k) as u32)) % 17) as f64;
-            Pair { of, seconds: Rc::new((0..size).map(value).collect()) }
+            Pair { of, seconds: Arc::new((0..size).map(value).collect()) }
         });
         let pairs = pairs.collect();
-        (Problem { segments: segments.into_iter().map(Rc::new).collect(), pairs }, budget)
+        (Problem { segments: segments.into_iter().map(Arc::new).collect(), pairs }, budget)
     })
 }
 
@@ -63,7 +63,7 @@ fn by_integers(problem: &Problem, budget: f64) -> Option<f64> {
         problem.pairs.iter().map(|p| p.seconds.iter().map(|_| vars.add(variable().min(0))).collect()).collect();
     let transient = vars.add(variable().min(0));
     let all = || {
-        let of = |(s, vs): (&Rc<Vec<Vec<Label>>>, &Vec<Vec<good_lp::Variable>>)| {
+        let of = |(s, vs): (&Arc<Vec<Vec<Label>>>, &Vec<Vec<good_lp::Variable>>)| {
             let flat: Vec<Label> = s.iter().flatten().copied().collect();
             flat.into_iter().zip(vs.iter().flatten().copied().collect::<Vec<_>>()).collect::<Vec<_>>()
         };

@@ -1,0 +1,155 @@
+//! Ways to split a segment, as what is in it sees them: ways that look alike to something are priced once for it, and what
+//! is the same in two stages of ZeRO is priced once for both.
+
+use super::price::{Priced, Prices};
+use super::segments::{Content, Uses};
+use super::split::{Sees, Way};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// Ways, as far as something sees of them.
+pub struct Looks {
+    /// The first of each that look alike.
+    pub unlike: Vec<usize>,
+    /// By way: which of them it looks like.
+    pub of: Vec<usize>,
+}
+
+impl Looks {
+    /// Ways as `sees` does.
+    pub fn new(sees: Sees, ways: &[Way]) -> Looks {
+        let (mut known, mut unlike): (HashMap<Way, usize>, Vec<usize>) = Default::default();
+        let mut look = |(i, way): (usize, &Way)| {
+            *known.entry(sees.of(*way)).or_insert_with(|| {
+                unlike.push(i);
+                unlike.len() - 1
+            })
+        };
+        let of = ways.iter().enumerate().map(&mut look).collect();
+        Looks { unlike, of }
+    }
+}
+
+/// Something that takes time.
+#[derive(Clone, Copy)]
+enum Item<'a> {
+    /// The end of a sum, by kind of node.
+    Sum(usize),
+    /// A step, by kind.
+    Step(usize),
+    /// What nodes take of one another.
+    Uses(&'a Uses),
+}
+
+/// Something that takes time, and how often.
+type Counted<'a> = (Item<'a>, f64);
+
+fn items<'a>(
+    (sums, steps, uses): (&[(usize, usize)], &[(usize, usize)], &'a [(Uses, usize)]),
+) -> impl Iterator<Item = Counted<'a>> {
+    let sums: Vec<Counted> = sums.iter().map(|(kind, n)| (Item::Sum(*kind), *n as f64)).collect();
+    let steps: Vec<Counted> = steps.iter().map(|(work, n)| (Item::Step(*work), *n as f64)).collect();
+    sums.into_iter().chain(steps).chain(uses.iter().map(|(uses, n)| (Item::Uses(uses), *n as f64)))
+}
+
+/// Seconds that one is known to take by what sees of ways, and from which stage of ZeRO on.
+pub type Known = HashMap<(Sees, u8), Rc<Vec<f64>>>;
+
+/// A kind of node in ways to split a segment.
+struct Nodes {
+    looks: Rc<Looks>,
+    priced: Vec<Option<Rc<Priced>>>,
+}
+
+/// Ways to split a segment, and what its nodes are in each.
+pub struct Seen {
+    /// The ways.
+    pub ways: Vec<Way>,
+    looks: HashMap<Sees, Rc<Looks>>,
+    /// By kind of node.
+    nodes: Vec<Option<Nodes>>,
+}
+
+impl Seen {
+    /// Nothing is worked out yet.
+    pub fn new(ways: Vec<Way>) -> Seen {
+        Seen { ways, looks: HashMap::new(), nodes: vec![] }
+    }
+
+    fn looks(&mut self, sees: Sees) -> Rc<Looks> {
+        self.looks.entry(sees).or_insert_with(|| Rc::new(Looks::new(sees, &self.ways))).clone()
+    }
+
+    /// A kind of node in a way.
+    pub fn node(&mut self, prices: &mut Prices, kind: usize, way: usize) -> &Priced {
+        if self.nodes.len() <= kind {
+            self.nodes.resize_with(kind + 1, || None);
+        }
+        let Seen { ways, looks, nodes } = self;
+        let nodes = nodes[kind].get_or_insert_with(|| {
+            let sees = prices.node_sees(kind);
+            let looks = looks.entry(sees).or_insert_with(|| Rc::new(Looks::new(sees, ways))).clone();
+            Nodes { priced: vec![None; looks.unlike.len()], looks }
+        });
+        nodes.priced[nodes.looks.of[way]].get_or_insert_with(|| prices.node(kind, ways[way]))
+    }
+
+    fn seconds(&mut self, prices: &mut Prices, item: Item, way: usize) -> f64 {
+        match item {
+            Item::Sum(kind) => self.node(prices, kind, way).sum,
+            Item::Step(work) => prices.step(work, self.ways[way]),
+            Item::Uses((from, by)) => {
+                let mut moved: Vec<usize> = vec![];
+                for (kind, input) in by {
+                    let node = self.node(prices, *kind, way);
+                    if node.moved[*input] && !moved.contains(&node.needs[*input]) {
+                        moved.push(node.needs[*input]);
+                    }
+                }
+                if moved.is_empty() {
+                    return 0.0;
+                }
+                let held = prices.node(*from, self.ways[way]);
+                moved.iter().map(|m| prices.moved(*from, &held.held, *m)).sum()
+            }
+        }
+    }
+
+    /// Seconds of each way to split a segment with that content, with all that is known.
+    pub fn all(&mut self, prices: &mut Prices, content: &Content, stage: u8, known: &mut Known) -> Vec<f64> {
+        let mut seeing: Vec<(Sees, Vec<Counted>)> = vec![];
+        let mut at: HashMap<Sees, usize> = HashMap::new();
+        for (item, n) in items((&content.nodes, &content.steps, &content.uses)) {
+            let sees = match item {
+                Item::Sum(kind) => prices.node_sees(kind),
+                Item::Step(work) => prices.step_sees(work),
+                Item::Uses((from, by)) => {
+                    by.iter().map(|(kind, _)| prices.node_sees(*kind)).fold(prices.node_sees(*from), Sees::or)
+                }
+            };
+            let at = *at.entry(sees).or_insert_with(|| {
+                seeing.push((sees, vec![]));
+                seeing.len() - 1
+            });
+            seeing[at].1.push((item, n));
+        }
+        let mut seconds = vec![0.0; self.ways.len()];
+        for (sees, items) in seeing {
+            let key = (sees, sees.stage(stage));
+            let looks = self.looks(sees);
+            let of = known.entry(key).or_insert_with(|| {
+                let each = |way: &usize| items.iter().map(|(item, n)| self.seconds(prices, *item, *way) * n).sum();
+                let unlike: Vec<f64> = looks.unlike.iter().map(each).collect();
+                Rc::new(looks.of.iter().map(|i| unlike[*i]).collect())
+            });
+            seconds.iter_mut().zip(&**of).for_each(|(all, own)| *all += own);
+        }
+        seconds
+    }
+
+    /// Seconds that it takes to make again what the segment's block makes again.
+    pub fn again(&mut self, prices: &mut Prices, content: &Content, way: usize) -> f64 {
+        let (sums, steps, uses) = &content.again;
+        items((sums, steps, uses)).map(|(item, n)| self.seconds(prices, item, way) * n).sum()
+    }
+}
