@@ -9,7 +9,8 @@
 //! or the result is made where an input lies and moves then: whatever moves fewer bytes, and of equals the one that needs
 //! less memory. What was moved before for another reader is there.
 //!
-//! Then [`share`] takes out what is sent twice, and [`narrow`] makes of a sum no more than is needed of it.
+//! Then [`share`] takes out what is sent twice, and [`narrow`] makes of a sum no more than is needed of it; where a rule says
+//! so, [`ring`] lets blocks go round in place of gathering them.
 //!
 //! What a rule gives to one place along an axis, a stage of a pipeline, lies and is computed on the devices there; the others
 //! hold nothing of it, and [`crate::pipeline`] puts the stages' instructions in an order in which they work side by side.
@@ -17,7 +18,7 @@
 //! A variable lies as the rules for variables say; each use takes of it what it needs. What the forward pass has gathered
 //! is not kept for the backward pass, which gathers again.
 
-use crate::chunk::{ChunkBox, Tree};
+use crate::chunk::{ChunkBox, Finish, Tree};
 use crate::dim::{Dim, Name, Type};
 use crate::error::Error;
 use crate::graph::{Node, NodeId, Role};
@@ -28,15 +29,17 @@ use crate::placement::{Axes, Placement, Spec, Subject};
 use crate::program::{Function, VarId};
 use crate::region::Region;
 use alike::{Alike, Case, Lies};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
 mod alike;
 mod narrow;
+mod ring;
 mod share;
 mod sources;
+pub(crate) use ring::check_rings;
 pub use sources::sources;
 
 /// Index of a value.
@@ -100,6 +103,13 @@ pub enum SpmdOp {
         /// The group of devices that each device finishes it with.
         groups: Arc<[Arc<[usize]>]>,
     },
+    /// Joins nodes of a sum that a device made one after the other: two inputs, parts of one sum that it holds itself.
+    Join {
+        /// How nodes are combined.
+        f: ReduceFn,
+        /// By device: the stack machine ([`Tree::join`]), whose stack at the end is the result's nodes.
+        order: Arc<[Arc<[Finish]>]>,
+    },
 }
 
 /// An instruction.
@@ -133,6 +143,8 @@ pub struct SpmdProgram {
     pub sums: Vec<ValueId>,
     /// Values that are kept to be used again although they could be sent again.
     pub kept: HashSet<ValueId>,
+    /// Rules by which blocks go round.
+    pub rings: BTreeSet<String>,
 }
 
 /// Lowers a function.
@@ -158,7 +170,7 @@ fn lower_with(alike: &mut Alike, function: &Function, placement: &Placement) -> 
     };
     let all = (0..function.nodes.len() as u32).map(NodeId);
     l.out.sums = all.filter(adds).map(|id| values[id.index()].value).collect();
-    Ok(narrow::narrow(share::share(add_up_at_once(l.out)), function))
+    ring::ring(narrow::narrow(share::share(add_up_at_once(l.out)), function), function, placement)
 }
 
 impl SpmdProgram {
@@ -610,6 +622,7 @@ impl fmt::Display for SpmdProgram {
                 SpmdOp::Move => "move",
                 SpmdOp::AllReduce { .. } if self.values[i.inputs[0].index()].regions != out.regions => "reduce-scatter",
                 SpmdOp::AllReduce { .. } => "all-reduce",
+                SpmdOp::Join { .. } => "join",
             };
             let inputs: Vec<String> = i.inputs.iter().map(|v| format!("%{}", v.0)).collect();
             writeln!(f, "%{} = {name}({}) : {} {}", i.output.0, inputs.join(", "), out.ty, out.regions[0])?;
