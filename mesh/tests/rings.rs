@@ -86,6 +86,21 @@ fn blocks_go_round_five_times_and_gradients_go_to_their_owners() {
     assert_eq!(spmd.instrs.iter().filter(|i| matches!(i.op, SpmdOp::Move)).count(), (5 + 3 + 2) * 3 + 1);
 }
 
+#[test]
+fn a_longer_sequence_on_as_many_more_devices_takes_hardly_more_memory() {
+    let peak = |sp: usize, rule: &str| {
+        let (p, mesh) = (attention(512 * sp), format!("sp={sp}").parse().unwrap());
+        let layout = format!("seq:sp,memory_seq:{rule}").parse().unwrap();
+        let plan = plan_program(&p, &mesh, &layout, &PlanOptions::default(), &Plain).unwrap();
+        (0..sp).map(|d| plan.peak_bytes(d)).max().unwrap()
+    };
+    let [gathered, round] = ["sp?", "ring(sp)"].map(|rule| [2, 4, 8].map(|sp| peak(sp, rule)));
+    assert!(gathered.iter().zip(&round).all(|(gathered, round)| round < gathered), "{gathered:?} and {round:?}");
+    // Four times the sequence: keys, values and partial gradients of all of it, or some more nodes of sums that wait.
+    assert!(2 * gathered[2] > 5 * gathered[0], "{gathered:?}");
+    assert!(3 * round[2] < 5 * round[0], "{round:?}");
+}
+
 /// What is taken of weights `[a, memory]`, of which a product takes all of `memory`.
 fn weights(take: impl Fn(&Graph, Tensor)) -> Program {
     program(|g| {
