@@ -180,7 +180,7 @@ impl Sum {
 fn communicates(step: &Step) -> bool {
     match step.work {
         Work::Exchange(_) | Work::AllReduce(_) => true,
-        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => false,
+        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => false,
     }
 }
 

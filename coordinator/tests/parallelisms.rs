@@ -114,8 +114,8 @@ fn transformer(parts: usize) -> Model {
     trained(words_fed(32), parts, |g, x, _| encoder(g, &x[0], &x[1]))
 }
 
-fn long_transformer() -> Model {
-    trained(words_fed(64), 1, |g, x, _| encoder(g, &x[0], &x[1]))
+fn long_transformer(seq: usize) -> Model {
+    trained(words_fed(seq), 1, |g, x, _| encoder(g, &x[0], &x[1]))
 }
 
 /// The same with the gradients of several parts of a step added up.
@@ -186,9 +186,10 @@ fn unet(parts: usize) -> Model {
 }
 
 /// The models by name, as rows and the book call them.
-const MODELS: [(&str, fn() -> Model); 8] = [
+const MODELS: [(&str, fn() -> Model); 9] = [
     ("transformer", || transformer(1)),
-    ("long transformer", long_transformer),
+    ("long transformer", || long_transformer(64)),
+    ("longest transformer", || long_transformer(128)),
     ("transformer in parts", transformer_in_parts),
     ("experts", || experts(1)),
     ("unet", || unet(1)),
@@ -275,6 +276,7 @@ ZeRO-3                         | transformer                  | data=2          
 tensor                         | transformer                  | model=4                 | heads:model, d_ff:model                                                                                   | all-reduce 4 L
 sequence                       | transformer                  | model=4                 | heads:model, d_ff:model, seq:model?                                                                       | all-gather 4 L + 2; reduce-scatter 4 L; all-reduce 4 + 6 L
 context                        | long transformer             | sp=2                    | seq:sp, memory_seq:sp?                                                                                    | all-gather 4 L + 1; reduce-scatter 2 L; all-reduce V
+ring                           | long transformer             | sp=2                    | seq:sp, memory_seq:ring(sp)                                                                               | permute 10 L; all-gather 1; all-reduce V
 Ulysses                        | long transformer             | sp=4                    | seq:sp, **/attention{ seq:none, heads:sp }                                                                | all-to-all 8 L; all-gather 1 + 9 L; all-reduce V - 7 L
 experts                        | experts                      | data=4                  | batch:data?, experts:data                                                                                 | all-to-all 6 L; all-reduce 1 + 5 L
 experts in groups              | experts                      | data=2,model=2          | batch:data+model, **/experts/**{ batch:data, experts:model }                                              | all-to-all 6 L; all-reduce 1 + 9 L
@@ -289,6 +291,10 @@ data, tensor, words            | transformer                  | data=4,model=4  
 data, sequence                 | transformer                  | data=2,model=4          | batch:data, heads:model, d_ff:model, seq:model?                                                           | all-gather 4 L + 2; reduce-scatter 4 L; all-reduce 1 + V
 data, context                  | long transformer             | data=2,sp=2             | batch:data, seq:sp, memory_seq:sp?                                                                        | all-gather 4 L + 1; reduce-scatter 2 L; all-reduce 1 + V
 data, tensor, context          | long transformer             | data=2,sp=2,model=2     | batch:data, seq:sp, memory_seq:sp?, heads:model, d_ff:model                                               | all-gather 4 L + 1; reduce-scatter 2 L; all-reduce 1 + V + 4 L
+data, ring                     | long transformer             | data=2,sp=2             | batch:data, seq:sp, memory_seq:ring(sp)                                                                   | permute 10 L; all-gather 1; all-reduce 1 + V
+data, ring, uneven             | longest transformer          | data=2,sp=3             | batch:data, seq:sp, memory_seq:ring(sp)                                                                   |
+data, tensor, ring             | long transformer             | data=2,sp=2,model=2     | batch:data, seq:sp, memory_seq:ring(sp), heads:model, d_ff:model                                          |
+ring, of four                  | longest transformer          | sp=4                    | seq:sp, memory_seq:ring(sp)                                                                               | permute 30 L; all-gather 1; all-reduce V
 data, Ulysses                  | long transformer             | data=2,sp=4             | batch:data, seq:sp, **/attention{ seq:none, heads:sp }                                                    | all-to-all 8 L; all-gather 1 + 9 L; all-reduce 1 + V
 data, tensor, Ulysses          | long transformer             | data=4,sp=2,model=2     | batch:data, seq:sp, heads:model, d_ff:model, **/attention{ seq:none, heads:model+sp }                     |
 parts, ZeRO-2                  | transformer in parts         | data=2                  | batch:data, slots{ *:data }, gradients{ *:data }                                                          | all-reduce P + V; reduce-scatter P V; all-gather V

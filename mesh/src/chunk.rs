@@ -166,14 +166,44 @@ impl Tree {
             out.push(Finish::Combine);
         }
     }
+
+    /// The complete subtrees that the nodes of several parts make together, in the tree's order, and the stack machine that
+    /// makes them: they lie on the stack at its end. A leaf is (part, index among that part's nodes).
+    pub fn join(&self, parts: &[&[Node]]) -> (Vec<Node>, Vec<Finish>) {
+        let (mut found, mut out) = (Vec::new(), Vec::new());
+        if self.join_node(&self.root(), parts, &mut found, &mut out) {
+            found.push(self.root());
+        }
+        (found, out)
+    }
+
+    /// Whether a node is complete, and on top of the stack; if it is not, what is below it has been found.
+    fn join_node(&self, node: &Node, parts: &[&[Node]], found: &mut Vec<Node>, out: &mut Vec<Finish>) -> bool {
+        let place = |(owner, part): (usize, &&[Node])| Some((owner, part.iter().position(|n| n == node)?));
+        if let Some((owner, node)) = parts.iter().enumerate().find_map(place) {
+            out.push(Finish::Take { owner, node });
+            return true;
+        }
+        let Some((a, b)) = self.halves(node) else { return false };
+        let left = self.join_node(&a, parts, found, out);
+        let at = found.len();
+        let right = self.join_node(&b, parts, found, out);
+        match (left, right) {
+            (true, true) => out.push(Finish::Combine),
+            (true, false) => found.insert(at, a),
+            (false, true) => found.push(b),
+            (false, false) => {}
+        }
+        left && right
+    }
 }
 
 /// One instruction of the stack machine that finishes a distributed sum.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Finish {
     /// Push node `node` of owner `owner`.
     Take {
-        /// Index of the owner.
+        /// Index of the owner, or of the part.
         owner: usize,
         /// Index among its nodes.
         node: usize,
@@ -254,6 +284,32 @@ mod tests {
                 }
             }
             prop_assert_eq!(stack.pop().unwrap(), text(&tree, &tree.root()));
+        }
+
+        #[test]
+        fn parts_that_come_in_any_order_join_to_the_same_sum(
+            chunks in prop::collection::vec(1usize..9, 1..3), shards in 1usize..9, order in Just((0..8usize).collect::<Vec<_>>()).prop_shuffle()
+        ) {
+            let tree = Tree { dims: chunks.iter().map(|&c| TreeDim { size: 2 * c, chunks: c }).collect(), first: None };
+            let shards = shards.min(chunks[0]);
+            let mut owned = tree.root().chunks;
+            let (mut nodes, mut texts): (Vec<Node>, Vec<String>) = (vec![], vec![]);
+            for shard in order.into_iter().filter(|i| *i < shards) {
+                owned[0] = shard_chunks(chunks[0], shards, shard);
+                let piece = tree.nodes(&owned);
+                let parts = [texts, piece.iter().map(|n| text(&tree, n)).collect()];
+                let (joined, machine) = tree.join(&[&nodes, &piece]);
+                let mut stack: Vec<String> = Vec::new();
+                for f in machine {
+                    match f {
+                        Finish::Take { owner, node } => stack.push(parts[owner][node].clone()),
+                        Finish::Combine => { let (r, l) = (stack.pop().unwrap(), stack.pop().unwrap()); stack.push(format!("({l}+{r})")); }
+                    }
+                }
+                (nodes, texts) = (joined, stack);
+                prop_assert_eq!(nodes.iter().map(|n| text(&tree, n)).collect::<Vec<_>>(), texts.clone());
+            }
+            prop_assert_eq!(texts, [text(&tree, &tree.root())]);
         }
     }
 }

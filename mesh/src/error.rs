@@ -185,6 +185,14 @@ pub enum Cause {
         /// Bytes that a device receives.
         bytes: usize,
     },
+    /// Blocks of a dimension are to go round, and cannot.
+    #[error("layout rule `{rule}` lets blocks go round, but {why}")]
+    NoRing {
+        /// The rule.
+        rule: String,
+        /// What is in the way.
+        why: String,
+    },
     /// The mesh does not have as many places as there are devices.
     #[error("the mesh `{mesh}` has {size} places, but there are {devices} devices")]
     MeshSize {
@@ -269,6 +277,7 @@ impl Cause {
             Cause::UnknownScope { .. } => "L0008",
             Cause::NoSuchStage { .. } => "L0009",
             Cause::SilentGather { .. } => "L0010",
+            Cause::NoRing { .. } => "L0011",
             Cause::OverMemory { .. } => "M0001",
         }
     }
@@ -304,6 +313,7 @@ impl Cause {
                 "split another dimension over `{axis}`; or say that it is meant: `{dim}:{axis}?` where it may be whole where it \
                  must, `{dim}:none` for the scope that needs it whole, `gathers:allow` for all of the layout"
             ),
+            Cause::NoRing { .. } => "let it be gathered: `axis?` in place of `ring(axis)`".into(),
             Cause::MeshSize { devices, .. } => {
                 format!("make the axis sizes multiply to {devices}, or change the number of devices")
             }

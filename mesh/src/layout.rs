@@ -6,7 +6,8 @@
 //!         | "@" axis ":" (number | "none")          @pipe:0
 //!         | "schedule:" ("gpipe" | "1f1b"), in no block
 //!         | "gathers:" ("allow" | "refuse"), in no block
-//! axes    = "none" | axis { "+" axis } ["?"]
+//! axes    = "none" | split ["?"] | "ring(" split ")"                                          memory_seq:ring(sp)
+//! split   = axis { "+" axis }
 //! block   = (section | pattern) "{" layout "}"      slots{ *:data }    decoder/**{ x:none, channel:model }
 //! section = "variables" | "gradients" | "slots" | "activations"
 //! ```
@@ -14,6 +15,7 @@
 //! A scope's pattern is a path whose parts may hold `*` (any text) or be `**` (any number of parts); it may begin with `/`,
 //! as it must for a module that is called like a section. Scopes may stand in a section, and no other block in a block. The same in TOML is a table: rules are `dimension = "axes"`, blocks are tables.
 //! `@pipe:0` is a stage of a pipeline: what it is for lies on the devices at that place along the axis, and only there; `schedule` says in which order stages work ([`crate::pipeline`]).
+//! `ring(sp)` is `sp?`, and what is split so is not gathered for a product: its blocks go round ([`crate::spmd`]).
 //! `gathers` says whether what is split may be gathered whole although no rule asks for it ([`crate::gathers`]).
 //! What the rules mean for a tensor is [`crate::placement`]'s.
 
@@ -133,6 +135,8 @@ impl FromStr for Mesh {
 const NONE: &str = "none";
 /// What a rule has in place of a dimension that each tensor chooses.
 pub const ANY: &str = "*";
+/// What the axes of a rule stand in where blocks go round.
+const RING: &str = "ring";
 /// What an axis has in front of it where a rule says at which place along it tensors lie.
 pub const AT: char = '@';
 
@@ -145,6 +149,8 @@ pub struct Rule {
     pub axes: Vec<Name>,
     /// Whether a tensor that cannot be split so stays whole there, in place of an error.
     pub optional: bool,
+    /// Whether blocks of what is split so go round where all of it would be gathered.
+    pub ring: bool,
     /// The place along the axis, if the rule is about that.
     pub at: Option<usize>,
 }
@@ -163,6 +169,7 @@ impl Rule {
         let axes = self.axes.iter().map(|a| &**a).collect::<Vec<_>>().join("+");
         match (axes.as_str(), self.optional) {
             ("", _) => NONE.into(),
+            (axes, _) if self.ring => format!("{RING}({axes})"),
             (axes, true) => format!("{axes}?"),
             (axes, false) => axes.into(),
         }
@@ -180,7 +187,10 @@ impl FromStr for Rule {
     fn from_str(text: &str) -> Result<Rule, Error> {
         let syntax = |expected: &str| Cause::Syntax { text: text.trim().into(), expected: expected.into() };
         let (dim, over) = text.split_once(':').map(|(d, a)| (d.trim(), a.trim())).unwrap_or_default();
+        let round = over.strip_prefix(RING).and_then(|rest| rest.trim_start().strip_prefix('(')?.strip_suffix(')'));
+        let ring = round.is_some();
         let (over, optional) = match over.strip_suffix('?') {
+            _ if ring => (round.unwrap_or_default().trim(), true),
             Some(over) => (over.trim_end(), true),
             None => (over, false),
         };
@@ -190,19 +200,20 @@ impl FromStr for Rule {
                 return Err(syntax("a stage @axis:number, such as `@pipe:0`").into());
             };
             let axes = at.map(|_| axis.into()).into_iter().collect();
-            return Ok(Rule { dim: dim.into(), axes, optional, at });
+            return Ok(Rule { dim: dim.into(), axes, optional, ring, at });
         }
         let axes: Vec<&str> = if over == NONE { vec![] } else { over.split('+').map(str::trim).collect() };
         if !(is_name(dim) || dim == ANY)
             || axes.iter().any(|a| !is_name(a) || *a == NONE)
             || axes.is_empty() && optional
+            || ring && dim == ANY
         {
             return Err(syntax("a rule dimension:axis, such as `x:x` in `batch:data, x:x`").into());
         }
         if axes.iter().enumerate().any(|(i, a)| axes[..i].contains(a)) {
             return Err(syntax("a rule that names each axis once, such as `batch:data+x`").into());
         }
-        Ok(Rule { dim: dim.into(), axes: axes.into_iter().map(Name::from).collect(), optional, at: None })
+        Ok(Rule { dim: dim.into(), axes: axes.into_iter().map(Name::from).collect(), optional, ring, at: None })
     }
 }
 
@@ -654,11 +665,14 @@ mod tests {
             ("[a-d]{1,2}", any::<bool>()).prop_map(|(a, o)| format!("{a}{}", if o { "?" } else { "" })),
             Just("a+ b".to_string()),
             Just("c+a+b?".to_string()),
+            Just("ring ( a +b)".to_string()),
         ];
-        let dim = prop_oneof![Just("*".to_string()), Just("x".to_string()), "[a-z]{1,4}", Just("k.x".to_string())];
+        let dim = prop_oneof![Just("x".to_string()), "[a-z]{1,4}", Just("k.x".to_string())];
         let stage = prop::option::of(prop_oneof![Just("@a: none"), Just("@a:2"), Just(" @ab : 11 ")]);
         (prop::collection::btree_map(dim, axes, 0..4), stage).prop_map(|(m, stage)| {
-            let rules = m.iter().map(|(d, a)| format!(" {d} : {a}"));
+            // What each tensor chooses does not go round.
+            let any = m.values().next().filter(|a| !a.starts_with(RING)).map(|a| format!("*: {a}"));
+            let rules = m.iter().map(|(d, a)| format!(" {d} : {a}")).chain(any);
             rules.chain(stage.map(String::from)).collect::<Vec<_>>().join(" ;")
         })
     }
@@ -740,7 +754,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_the_parsers_panic(text in ".{0,40}", marks in "[a1@*:/+?{},; \n-]{0,40}") {
+        fn no_text_makes_the_parsers_panic(text in ".{0,40}", marks in "[a1@*:/+?{}(),; \n-]{0,40}") {
             for text in [text, marks] {
                 let _ = text.parse::<Mesh>();
                 let read = text.parse::<Layout>();

@@ -217,6 +217,19 @@ impl<'a> Placement<'a> {
         t.own.is_some() || self.deciding(None, t, dim).is_some_and(|s| s.rule.optional || s.rule.axes.is_empty())
     }
 
+    /// Whether there are rules by which blocks go round.
+    pub(crate) fn has_rings(&self) -> bool {
+        self.rules.iter().any(|s| s.rule.ring)
+    }
+
+    /// The rule by which blocks of a tensor along a dimension go round where all of it would be gathered.
+    pub(crate) fn ring(&self, t: &Subject, dim: &str) -> Option<Scoped<'_>> {
+        if t.own.is_some() {
+            return None;
+        }
+        self.deciding(None, t, dim).filter(|s| s.rule.ring && !self.axes(s.rule).is_empty())
+    }
+
     /// How a tensor is split: by its own rules if it has any, else by the layout's; never along dimensions that its op
     /// needs whole.
     ///

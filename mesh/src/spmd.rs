@@ -10,7 +10,8 @@
 //! less memory. What was moved before for another reader is there.
 //!
 //! Then [`once`] and [`share`] take out what is made or sent twice, [`updates`] puts updates where gradients come, and
-//! [`narrow`] makes of a sum no more than is needed of it.
+//! [`narrow`] makes of a sum no more than is needed of it; where a rule says so, [`ring`] lets blocks go round in place of
+//! gathering them.
 //!
 //! What a rule gives to one place along an axis, a stage of a pipeline, lies and is computed on the devices there; the others
 //! hold nothing of it, and [`crate::pipeline`] puts the stages' instructions in an order in which they work side by side.
@@ -18,7 +19,7 @@
 //! A variable lies as the rules for variables say; each use takes of it what it needs. What the forward pass has gathered
 //! is not kept for the backward pass, which gathers again.
 
-use crate::chunk::{ChunkBox, Tree};
+use crate::chunk::{ChunkBox, Finish, Tree};
 use crate::dim::{Dim, Name, Type};
 use crate::error::Error;
 use crate::graph::{Node, NodeId, Role};
@@ -29,7 +30,7 @@ use crate::placement::{Axes, Placement, Spec, Subject};
 use crate::program::{Function, VarId};
 use crate::region::Region;
 use alike::{Alike, Case, Lies};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -37,9 +38,11 @@ use std::sync::Arc;
 mod alike;
 mod narrow;
 mod once;
+mod ring;
 mod share;
 mod sources;
 mod updates;
+pub(crate) use ring::check_rings;
 pub use sources::sources;
 
 /// Index of a value.
@@ -103,6 +106,13 @@ pub enum SpmdOp {
         /// The group of devices that each device finishes it with.
         groups: Arc<[Arc<[usize]>]>,
     },
+    /// Joins nodes of a sum that a device made one after the other: two inputs, parts of one sum that it holds itself.
+    Join {
+        /// How nodes are combined.
+        f: ReduceFn,
+        /// By device: the stack machine ([`Tree::join`]), whose stack at the end is the result's nodes.
+        order: Arc<[Arc<[Finish]>]>,
+    },
 }
 
 /// An instruction.
@@ -136,6 +146,8 @@ pub struct SpmdProgram {
     pub sums: Vec<ValueId>,
     /// Values that are kept to be used again although they could be sent again.
     pub kept: HashSet<ValueId>,
+    /// Rules by which blocks go round.
+    pub rings: BTreeSet<String>,
 }
 
 /// Lowers a function.
@@ -161,7 +173,8 @@ fn lower_with(alike: &mut Alike, function: &Function, placement: &Placement) -> 
     };
     let all = (0..function.nodes.len() as u32).map(NodeId);
     l.out.sums = all.filter(adds).map(|id| values[id.index()].value).collect();
-    Ok(narrow::narrow(share::share(updates::as_gradients_come(once::once(l.out), function)), function))
+    let shared = share::share(updates::as_gradients_come(once::once(l.out), function));
+    ring::ring(narrow::narrow(shared, function), function, placement)
 }
 
 impl SpmdProgram {
@@ -594,6 +607,7 @@ impl fmt::Display for SpmdProgram {
                 SpmdOp::Move => "move",
                 SpmdOp::AllReduce { .. } if self.values[i.inputs[0].index()].regions != out.regions => "reduce-scatter",
                 SpmdOp::AllReduce { .. } => "all-reduce",
+                SpmdOp::Join { .. } => "join",
             };
             let inputs: Vec<String> = i.inputs.iter().map(|v| format!("%{}", v.0)).collect();
             writeln!(f, "%{} = {name}({}) : {} {}", i.output.0, inputs.join(", "), out.ty, out.regions[0])?;

@@ -1,12 +1,9 @@
 //! Exchanges and all-reduces over a [`Transport`].
 
 use crate::kernels::copy::CopyPlan;
-use crate::kernels::math;
+use crate::kernels::join::combine;
 use crate::pool::Pool;
 use crate::transport::{Transport, TransportError};
-use mesh::chunk::Finish;
-use mesh::dim::DType;
-use mesh::ops::reduce::ReduceFn;
 use mesh::plan::{AllReduce, Exchange, Message, Segments, Wire};
 
 /// A message with its packing prepared.
@@ -114,11 +111,6 @@ enum Segment {
     Scratch(usize, CopyPlan),
 }
 
-/// Results on the stack at a time: a tree over owners is no deeper.
-const DEPTH: usize = 64;
-/// Elements combined at a time, so that the stack stays in the first-level cache.
-const BLOCK: usize = 256;
-
 impl AllReducePlan {
     /// Prepares an all-reduce.
     pub fn new(work: &AllReduce) -> AllReducePlan {
@@ -192,23 +184,8 @@ impl AllReducePlan {
             let parts = Parts { plan: self, mine, apart, others: transport.borrowed()? };
             let start = if w.segments == Segments::Shared { w.segment_start(w.me).unwrap_or(0) } else { 0 };
             let result = output.add(start * size);
-            // Each combination is a loop of its own, so that the compiler can make it one of vectors.
-            match (w.dtype, w.f) {
-                (DType::I32, ReduceFn::Sum) => parts.combine(result.cast(), pool, i32::wrapping_add),
-                (DType::I32, ReduceFn::Max) => parts.combine(result.cast(), pool, i32::max),
-                (DType::I32, ReduceFn::Min) => parts.combine(result.cast(), pool, i32::min),
-                (DType::Bool, ReduceFn::Sum | ReduceFn::Max) => parts.combine(result, pool, |a: u8, b| a | b),
-                (DType::Bool, ReduceFn::Min) => parts.combine(result, pool, |a: u8, b| a & b),
-                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Sum) => {
-                    parts.combine(result.cast(), pool, |a: f32, b| a + b)
-                }
-                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Max) => {
-                    parts.combine(result.cast(), pool, math::max::<f32>)
-                }
-                (DType::F32 | DType::Bf16 | DType::F16, ReduceFn::Min) => {
-                    parts.combine(result.cast(), pool, math::min::<f32>)
-                }
-            }
+            let part = |owner: usize, node: usize| parts.node(owner, node);
+            combine(pool, (w.dtype, w.f), &w.order, &part, (result, own, 1));
             if w.segments == Segments::Shared {
                 for p in others() {
                     transport.send(w.devices[p], result, own * size)?;
@@ -222,7 +199,6 @@ impl AllReducePlan {
 }
 
 /// What the participants hold of the segment that this device finishes.
-#[derive(Clone, Copy)]
 struct Parts<'a> {
     plan: &'a AllReducePlan,
     /// The first one of this device's nodes, and how far apart they are.
@@ -234,61 +210,14 @@ struct Parts<'a> {
 // SAFETY: tasks only read the parts.
 unsafe impl Sync for Parts<'_> {}
 
-#[derive(Clone, Copy)]
-struct Output<T>(*mut T);
-// SAFETY: tasks write disjoint elements.
-unsafe impl<T> Sync for Output<T> {}
-
 impl Parts<'_> {
-    /// Combines the parts along the tree, block by block of elements.
-    unsafe fn combine<T: Copy + Default>(&self, output: *mut T, pool: &Pool, f: impl Fn(T, T) -> T + Copy + Sync) {
-        let output = Output(output);
-        let blocks = self.plan.work.segment_elements(self.plan.work.me).div_ceil(BLOCK);
-        let tasks = if blocks < 64 { 1 } else { pool.threads() };
-        pool.run(tasks, &|t, _| {
-            // The wrappers, not the pointers inside, are shared with the tasks.
-            let (parts, output) = (*self, &output);
-            let mut stack = [[T::default(); BLOCK]; DEPTH];
-            for b in blocks * t / tasks..blocks * (t + 1) / tasks {
-                // SAFETY: by the contract of `AllReducePlan::run`; blocks are disjoint.
-                unsafe { parts.block(b * BLOCK, &mut stack, output.0, f) };
-            }
-        });
-    }
-
-    unsafe fn block<T: Copy>(&self, at: usize, stack: &mut [[T; BLOCK]; DEPTH], output: *mut T, f: impl Fn(T, T) -> T) {
+    /// Where a participant's node begins.
+    fn node(&self, owner: usize, node: usize) -> *const u8 {
         let w = &self.plan.work;
-        let n = BLOCK.min(w.segment_elements(w.me) - at);
-        let mut top = 0;
-        let mut steps = w.order.iter().peekable();
-        while let Some(step) = steps.next() {
-            match *step {
-                Finish::Take { owner, node } => {
-                    // SAFETY: a participant's nodes have a segment's elements each, and nobody writes to them now.
-                    let part = unsafe {
-                        let first = if owner == w.me {
-                            self.mine.cast::<T>().add(node * self.apart)
-                        } else {
-                            self.others[self.plan.first[owner] + node].cast::<T>()
-                        };
-                        std::slice::from_raw_parts(first.add(at), n)
-                    };
-                    // What is taken to be combined at once needs no place of its own.
-                    if steps.next_if_eq(&&Finish::Combine).is_some() {
-                        stack[top - 1][..n].iter_mut().zip(part).for_each(|(a, b)| *a = f(*a, *b));
-                    } else {
-                        stack[top][..n].copy_from_slice(part);
-                        top += 1;
-                    }
-                }
-                Finish::Combine => {
-                    let (a, b) = stack.split_at_mut(top - 1);
-                    a[top - 2][..n].iter_mut().zip(&b[0][..n]).for_each(|(a, b)| *a = f(*a, *b));
-                    top -= 1;
-                }
-            }
+        if owner != w.me {
+            return self.others[self.plan.first[owner] + node];
         }
-        // SAFETY: the output has a segment's elements.
-        unsafe { std::ptr::copy_nonoverlapping(stack[0].as_ptr(), output.add(at), n) };
+        // SAFETY: this device's nodes have a segment's elements each, so far apart.
+        unsafe { self.mine.add(node * self.apart * w.dtype.bytes()) }
     }
 }

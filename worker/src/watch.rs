@@ -129,6 +129,7 @@ fn computed(work: &Work) -> (Vec<DType>, Vec<Result>) {
         Work::Band(band) => of_band(band),
         // A maximum or minimum is infinite only if a part is, maybe another device's.
         Work::AllReduce(a) => (vec![a.dtype], vec![(a.dtype, (a.f == ReduceFn::Sum).then(|| vec![0]))]),
+        Work::Join(j) => (vec![j.dtype; 2], vec![(j.dtype, (j.f == ReduceFn::Sum).then(|| vec![0, 1]))]),
         Work::Copy(_) | Work::Exchange(_) => (vec![], vec![]),
     }
 }

@@ -111,7 +111,7 @@ fn dtypes(work: &Work) -> Vec<DType> {
             steps.flat_map(read).collect::<BTreeMap<_, _>>().into_values().collect()
         }
         Work::Copy(c) => vec![if c.element == 4 { DType::F32 } else { DType::Bool }; 16],
-        Work::Exchange(_) | Work::AllReduce(_) => vec![],
+        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => vec![],
     }
 }
 
@@ -123,7 +123,7 @@ fn name(work: &Work) -> &'static str {
         Work::Op(op) => op.op.op().name(),
         Work::Copy(_) => "copy",
         Work::Band(_) => "band",
-        Work::Exchange(_) | Work::AllReduce(_) => "between devices",
+        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => "between devices",
     }
 }
 

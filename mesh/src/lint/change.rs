@@ -46,7 +46,8 @@ fn without(rule: &Rule, axis: &Name) -> Option<Rule> {
 /// A rule for a dimension in a section, with one axis more than it has there.
 fn adding(layout: Layout, section: Option<Section>, dim: &Name, axis: &Name) -> Layout {
     let old = layout.scoped().find(|s| s.section == section && s.scope.is_none() && s.rule.dim == *dim);
-    let mut rule = old.map_or(Rule { dim: dim.clone(), axes: vec![], optional: false, at: None }, |s| s.rule.clone());
+    let none = Rule { dim: dim.clone(), axes: vec![], optional: false, ring: false, at: None };
+    let mut rule = old.map_or(none, |s| s.rule.clone());
     if !rule.axes.contains(axis) {
         rule.axes.push(axis.clone());
     }
@@ -71,7 +72,8 @@ impl Change {
         let concerned = |s: &Scoped| about_time(s) && s.rule.dim == *dim && s.rule.axes.contains(axis);
         let mut to = Change::taking_out(layout, dim, axis);
         for s in layout.scoped().filter(concerned) {
-            let rule = Rule { dim: other.clone(), axes: vec![axis.clone()], optional: s.rule.optional, at: None };
+            let optional = s.rule.optional;
+            let rule = Rule { dim: other.clone(), axes: vec![axis.clone()], optional, ring: false, at: None };
             to = match s.scope {
                 None => adding(to, s.section, other, axis),
                 Some(_) => to.replacing(s.section, s.scope, rule),

@@ -74,7 +74,7 @@ impl<'a> Lowered<'a> {
             match &i.op {
                 SpmdOp::Compute { .. } => add(&mut flops, l.flops_on(i, 0..mesh.size())),
                 SpmdOp::AllReduce { .. } => add(&mut sent, l.all_reduced(i)),
-                SpmdOp::Move => {}
+                SpmdOp::Move | SpmdOp::Join { .. } => {}
             }
         }
         for m in l.moves.iter() {
@@ -97,7 +97,7 @@ impl<'a> Lowered<'a> {
     pub fn computes(&self) -> impl Iterator<Item = (&Instr, &Prim)> {
         self.spmd.instrs.iter().filter_map(|i| match &i.op {
             SpmdOp::Compute { prim, .. } => Some((i, prim)),
-            SpmdOp::Move | SpmdOp::AllReduce { .. } => None,
+            SpmdOp::Move | SpmdOp::AllReduce { .. } | SpmdOp::Join { .. } => None,
         })
     }
     /// Sums that devices finish together, with the axes that they do along, and what combines them.
@@ -106,7 +106,7 @@ impl<'a> Lowered<'a> {
             SpmdOp::AllReduce { f, sum, .. } => {
                 Some((i, (0..self.mesh.axes().len()).filter(|a| self.sums(sum, *a)).collect(), *f))
             }
-            SpmdOp::Move | SpmdOp::Compute { .. } => None,
+            SpmdOp::Move | SpmdOp::Compute { .. } | SpmdOp::Join { .. } => None,
         })
     }
     /// Devices that differ in an axis alone: its first and its last one.

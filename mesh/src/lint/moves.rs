@@ -259,8 +259,9 @@ fn cause(p: &Planned, l: &Lowered, m: &Moved) -> Cause {
         return Cause::AllToAll;
     }
     if m.kind == ExchangeKind::Permute {
-        // Pooling and strides are the windows' own lints.
-        return if super::windows::of(&by.op).is_empty() { Cause::Shifted } else { Cause::Fine };
+        // Blocks that go round are asked for; pooling and strides are the windows' own lints.
+        let asked = !l.spmd.rings.is_empty() || !super::windows::of(&by.op).is_empty();
+        return if asked { Cause::Fine } else { Cause::Shifted };
     }
     if by.layout.is_some() && m.gathered.iter().any(|(d, _)| p.has_rule(d)) {
         return if sliced_again(l, m) { Cause::ThenSliced } else { Cause::OwnRules };

@@ -165,6 +165,15 @@ pub(super) const LINTS: &[Lint] = &[
         example(turned, TURNED, "data=4", "token:data,other:data"),
     ),
     refusal(
+        "L0011",
+        "no-ring",
+        "A rule such as `memory_seq:ring(sp)` lets blocks of a dimension go round in place of being gathered, and that cannot be: \
+         no product gathers what is split so, or something needs all of what is made of it at once, such as a result, or an op \
+         that does not go by blocks. Let it be gathered there, `memory_seq:sp?`.",
+        of("data=2", "batch:ring(data)"),
+        of("data=2", "batch:data?"),
+    ),
+    refusal(
         "P0001",
         "refused-inputs",
         "An op refuses its inputs: dimensions of one name and unlike sizes, one that is not there, a dtype that it does not \

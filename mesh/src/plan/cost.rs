@@ -26,7 +26,7 @@ impl Step {
             Work::Reduce(_) => "reduce",
             Work::Copy(_) if !self.is_idle() => "copy",
             Work::Band(_) => "band",
-            Work::Copy(_) | Work::Op(_) | Work::Exchange(_) | Work::AllReduce(_) => &self.label.op,
+            Work::Copy(_) | Work::Op(_) | Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => &self.label.op,
         }
     }
 
@@ -48,7 +48,7 @@ impl Step {
                 let names: Vec<&str> = steps.iter().map(|s| &*s.name).filter(|n| *n != "copy").collect();
                 format!("{} slices of {}", band.count(), names.join(", "))
             }
-            Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) => {
+            Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => {
                 format!("{} bytes", self.outputs.iter().map(|b| b.bytes).sum::<usize>())
             }
         }
@@ -82,6 +82,7 @@ impl Step {
             Work::Band(_) => self.inputs.iter().map(|b| b.bytes).sum::<usize>() + outputs,
             Work::Exchange(e) => moved(e),
             Work::AllReduce(a) => combined(a).1,
+            Work::Join(j) => (j.nodes().0 + j.places) * j.elements * j.dtype.bytes(),
         };
         Cost { flops: flops(&self.work), bytes: bytes as f64 }
     }
@@ -98,6 +99,7 @@ fn flops(work: &Work) -> f64 {
         }
         Work::Copy(_) | Work::Exchange(_) => 0.0,
         Work::AllReduce(a) => combined(a).0 as f64,
+        Work::Join(j) => ((j.nodes().0 - j.nodes().1) * j.elements) as f64,
     }
 }
 

@@ -88,7 +88,8 @@ impl Moves {
         self.of[device].is_empty()
     }
 
-    /// The move of a device, of a value's parts to `to`, and the scratch it needs. Messages between a pair are listed in
+    /// The move of a device, of a value's parts to `to`, and the scratch it needs. Of a sum that is not finished all nodes of a
+    /// part move, to where there is nothing else of it. Messages between a pair are listed in
     /// the receiver's order of boxes.
     pub fn on(&self, value: &Value, to: &[Region], device: usize) -> (Exchange, usize) {
         let from = &value.regions;
@@ -96,8 +97,10 @@ impl Moves {
         let mut scratch = 0;
         let mut out = Exchange { kind: self.kind, element, local: vec![], sends: vec![], recvs: vec![] };
         let mut message = |peer: usize, piece: &Region, sending: bool| {
-            let bytes = piece.elements() * element;
+            let nodes = value.nodes[if sending { device } else { peer }];
+            let bytes = nodes * piece.elements() * element;
             let held = if sending { &from[device] } else { &to[device] };
+            debug_assert!(nodes == 1 || piece == held, "nodes of a sum move together");
             let copy = if sending { box_copy(piece, held, piece) } else { box_copy(piece, piece, held) };
             let at = if contiguous(piece, held) {
                 Wire::InPlace(element * if sending { copy.from } else { copy.to })

@@ -6,7 +6,7 @@ use super::body::Nest;
 use super::copies::copies;
 use super::exchange::{Moves, Together, all_reduce};
 use super::fuse::{Fused, Group, Kind};
-use super::step::{Backend, Buffer, DevicePlan, ExchangeKind, OpWork, Part, Work};
+use super::step::{Backend, Buffer, DevicePlan, ExchangeKind, Join, OpWork, Part, Work};
 use super::timeline::Timeline;
 use crate::body::{Loop, Reduction};
 use crate::layout::Mesh;
@@ -139,7 +139,7 @@ impl Planner<'_> {
                         self.sums.entry([number(&sum.owned), number(group)]).or_insert_with(together);
                     }
                 }
-                SpmdOp::Compute { .. } => {}
+                SpmdOp::Compute { .. } | SpmdOp::Join { .. } => {}
             }
         }
         for group in &self.fused.groups {
@@ -280,6 +280,10 @@ impl Planner<'_> {
         let by_op = match group.kind {
             Kind::Map => false,
             Kind::Epilogue => self.first(group).inputs.iter().any(|v| self.root(*v) == old),
+            // Element by element, of all nodes.
+            Kind::Instr if matches!(self.first(group).op, SpmdOp::Join { .. }) => {
+                return (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d));
+            }
             Kind::Reduce | Kind::Instr | Kind::Band(..) => true,
         };
         if by_op || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
@@ -327,7 +331,7 @@ impl Planner<'_> {
         match &self.first(group).op {
             SpmdOp::Move => self.moves(self.first(group)).is_idle(device),
             SpmdOp::AllReduce { .. } => !group.outputs.iter().chain(&group.inputs).any(there),
-            SpmdOp::Compute { .. } => !group.outputs.iter().any(there),
+            SpmdOp::Compute { .. } | SpmdOp::Join { .. } => !group.outputs.iter().any(there),
         }
     }
 
@@ -345,7 +349,7 @@ impl Planner<'_> {
                 let loaded = self.nests[&group.instrs[0]].loaded.iter().filter(|v| **v != instr.output);
                 instr.inputs.iter().chain(loaded).copied().collect()
             }
-            (Kind::Instr, SpmdOp::Compute { .. }) => instr.inputs.clone(),
+            (Kind::Instr, SpmdOp::Compute { .. } | SpmdOp::Join { .. }) => instr.inputs.clone(),
             (Kind::Instr, SpmdOp::Move | SpmdOp::AllReduce { .. }) | (Kind::Band(..), _) => group.inputs.clone(),
         }
     }
@@ -357,6 +361,7 @@ impl Planner<'_> {
             (Kind::Map, _) => "map",
             (Kind::Band(..), _) => "band",
             (_, SpmdOp::Compute { prim, .. }) => prim.op().name(),
+            (_, SpmdOp::Join { .. }) => "join",
             (_, SpmdOp::Move) => match self.moves(instr).kind {
                 ExchangeKind::Halo => "halo",
                 ExchangeKind::AllGather => "all-gather",
@@ -395,6 +400,13 @@ impl Planner<'_> {
                 let scratch = work.scratch_bytes();
                 return Some((Work::AllReduce(work), scratch));
             }
+            (_, SpmdOp::Join { f, order }) => Work::Join(Join {
+                f: *f,
+                dtype: out.ty.dtype,
+                elements: out.regions[device].elements(),
+                order: order[device].clone(),
+                places: out.nodes[device],
+            }),
             (_, SpmdOp::Compute { prim: Prim::Reduce(r), sum }) => {
                 Work::Reduce(Box::new(self.reduction(group, view, r, sum.as_deref())))
             }

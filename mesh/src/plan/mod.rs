@@ -36,11 +36,11 @@ use crate::placement::{Placement, Subject};
 use crate::program::{Function, Program};
 use crate::spmd;
 pub(crate) use exchange::{Together, all_reduce, kind};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 pub use step::{
-    ALIGN, AllReduce, At, Backend, Band, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Label, Message,
-    OpWork, Part, Segments, SliceStep, Slices, Step, Wire, Work,
+    ALIGN, AllReduce, At, Backend, Band, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Join, Label,
+    Message, OpWork, Part, Segments, SliceStep, Slices, Step, Wire, Work,
 };
 pub use timeline::{Alive, Timeline};
 
@@ -158,6 +158,7 @@ pub fn plan_program(
         timelines: BTreeMap::new(),
         workspace_bytes,
     };
+    let mut rings = BTreeSet::new();
     for (name, function) in &program.functions {
         in_f32(function)?;
         let mut spmd = spmd::lower(function, &placement)?;
@@ -165,6 +166,7 @@ pub fn plan_program(
             gathers::check(function, &spmd, &placement)?;
         }
         pipeline::order(&mut spmd, function, layout.schedule());
+        rings.append(&mut spmd.rings);
         let cx = function::Context {
             function,
             mesh,
@@ -179,6 +181,7 @@ pub fn plan_program(
         out.functions.insert(name.clone(), plans);
         out.timelines.insert(name.clone(), timelines);
     }
+    spmd::check_rings(layout, &placement, &rings)?;
     match options.memory {
         Some(budget) => out.check_memory(budget).map(|()| out),
         None => Ok(out),

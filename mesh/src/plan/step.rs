@@ -79,6 +79,8 @@ pub enum Work {
     Exchange(Exchange),
     /// Finishes sums (maxima, minima) whose parts several devices hold: an all-reduce along the summation tree.
     AllReduce(AllReduce),
+    /// Joins parts of a sum that the device made one after the other.
+    Join(Join),
 }
 
 impl Step {
@@ -96,7 +98,7 @@ impl Work {
                 e.sends.iter().map(|m| e.sends.iter().filter(|n| n.peer == m.peer).count()).max().unwrap_or(0)
             }
             Work::AllReduce(a) => a.nodes[a.me].max(1),
-            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => 0,
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => 0,
         }
     }
 }
@@ -360,6 +362,30 @@ impl AllReduce {
             Segments::All | Segments::Boxes(_) => 0,
         };
         (parts + results) * self.dtype.bytes()
+    }
+}
+
+/// Nodes of a summation tree that are joined as far as they make larger ones. Input `i` is `[nodes, elements]`; the result
+/// is `[places, elements]`, first what is left, and may lie in the place of an input that is as large.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Join {
+    /// How nodes are combined.
+    pub f: ReduceFn,
+    /// Element type (`f32`, `i32` or `bool`).
+    pub dtype: DType,
+    /// Elements of a node.
+    pub elements: usize,
+    /// The combination: a stack machine over (input, node). What lies on the stack in the end is the result.
+    pub order: Arc<[chunk::Finish]>,
+    /// Places for nodes in the result; those that are left over are zero.
+    pub places: usize,
+}
+
+impl Join {
+    /// Nodes that are read, and those that are left.
+    pub fn nodes(&self) -> (usize, usize) {
+        let taken = self.order.iter().filter(|f| matches!(f, chunk::Finish::Take { .. })).count();
+        (taken, taken - (self.order.len() - taken))
     }
 }
 

@@ -86,7 +86,7 @@ pub(super) fn messages(step: &Step) -> Vec<(usize, usize, usize, usize)> {
                 })
                 .collect()
         }
-        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => vec![],
+        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => vec![],
     }
 }
 
@@ -98,7 +98,7 @@ impl Step {
             Work::Exchange(_) | Work::AllReduce(_) => "collective",
             // A band is there for its products.
             Work::Band(_) => "product",
-            Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) => "default",
+            Work::Op(_) | Work::Map(_) | Work::Reduce(_) | Work::Copy(_) | Work::Join(_) => "default",
         }
     }
 

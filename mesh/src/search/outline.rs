@@ -363,7 +363,7 @@ fn inlined(fused: &Fused, instr: usize, seen: &mut Vec<usize>) -> usize {
             prim,
             Prim::Unary(_) | Prim::Binary(_) | Prim::Compare(_) | Prim::Select(_) | Prim::Reduce(_)
         )),
-        SpmdOp::Move | SpmdOp::AllReduce { .. } => 0,
+        SpmdOp::Move | SpmdOp::AllReduce { .. } | SpmdOp::Join { .. } => 0,
     };
     let inputs = instr.inputs.iter().filter(|v| !fused.stored.contains(&fused.root(**v)));
     own + inputs.filter_map(|v| fused.producer[v.index()]).map(|i| inlined(fused, i, seen)).sum::<usize>()

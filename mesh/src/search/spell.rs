@@ -39,7 +39,13 @@ pub fn named(mesh: &Mesh, outline: &Outline, ways: &[Way]) -> Result<Mesh, Error
 /// None, for ways that were found; what a program's names do not let one write.
 pub fn layout(mesh: &Mesh, outline: &Outline, segments: &Segments, ways: &[Way]) -> Result<Layout, Error> {
     let axes = |set: Axes| (0..mesh.axes().len()).filter(move |a| set >> a & 1 == 1).map(|a| mesh.axes()[a].0.clone());
-    let rule = |dim: &str, set: Axes| Rule { dim: dim.into(), axes: axes(set).collect(), optional: set != 0, at: None };
+    let rule = |dim: &str, set: Axes| Rule {
+        dim: dim.into(),
+        axes: axes(set).collect(),
+        optional: set != 0,
+        ring: false,
+        at: None,
+    };
     let list = || segments.list.iter().zip(ways);
     let mut layout = Layout::default();
     let mut general = vec![0; outline.dims.names.len()];
@@ -131,6 +137,7 @@ pub fn staged(
         dim: format!("{AT}{axis}").into(),
         axes: vec![axis.into()],
         optional: false,
+        ring: false,
         at: Some(stage),
     };
     layout.rules.push(at(depth - 1));

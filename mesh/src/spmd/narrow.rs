@@ -25,7 +25,7 @@ pub(super) fn narrow(mut program: SpmdProgram, function: &Function) -> SpmdProgr
             && candidates[output]
         {
             let less = match &program.instrs[i].op {
-                SpmdOp::Move => false,
+                SpmdOp::Move | SpmdOp::Join { .. } => false,
                 SpmdOp::Compute { .. } => true,
                 SpmdOp::AllReduce { .. } => {
                     sent(&program, i, &part) < sent(&program, i, &program.values[output].regions)
@@ -54,7 +54,7 @@ fn candidates(program: &SpmdProgram, function: &Function) -> Vec<bool> {
     for instr in &program.instrs {
         let output = instr.output.index();
         candidates[output] = match &instr.op {
-            SpmdOp::Move => false,
+            SpmdOp::Move | SpmdOp::Join { .. } => false,
             SpmdOp::Compute { prim, sum } => {
                 let role = function.node(program.values[output].node).role;
                 sum.is_none() && role == Role::Gradient && prim.op().elementwise()
@@ -97,7 +97,7 @@ fn reads(program: &SpmdProgram, function: &Function, i: usize, input: usize) -> 
             let both = held.regions.iter().zip(&*output.regions);
             both.map(|(held, comes)| if held.contains(comes) { comes } else { held }.clone()).collect()
         }
-        SpmdOp::AllReduce { .. } => held.regions.clone(),
+        SpmdOp::AllReduce { .. } | SpmdOp::Join { .. } => held.regions.clone(),
     }
 }
 

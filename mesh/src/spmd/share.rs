@@ -63,7 +63,7 @@ fn sends(program: &SpmdProgram, instr: &Instr) -> bool {
     let comes = &program.values[instr.output.index()].regions;
     let mut both = held.iter().zip(&**comes);
     match &instr.op {
-        SpmdOp::Compute { .. } => false,
+        SpmdOp::Compute { .. } | SpmdOp::Join { .. } => false,
         SpmdOp::Move => !both.all(|(held, comes)| held.contains(comes)),
         SpmdOp::AllReduce { .. } => true,
     }
@@ -81,6 +81,7 @@ fn repeated(program: &SpmdProgram) -> Vec<(ValueId, ValueId)> {
             SpmdOp::Compute { prim, .. } => prim.op().name(),
             SpmdOp::Move => "move",
             SpmdOp::AllReduce { .. } => "all-reduce",
+            SpmdOp::Join { .. } => "join",
         };
         let alike = known.entry((name, inputs)).or_default();
         match alike.iter().find(|j| same(program, &program.instrs[**j], instr)) {

@@ -6,6 +6,7 @@ use super::conv::ConvPlan;
 use super::copy::CopiesPlan;
 use super::gather::GatherPlan;
 use super::isa::Isa;
+use super::join::JoinPlan;
 use super::map::MapPlan;
 use super::max_pool::MaxPoolPlan;
 use super::reduce::ReducePlan;
@@ -49,6 +50,8 @@ pub enum Kernel {
     Exchange(ExchangePlan),
     /// A sum that several devices hold parts of.
     AllReduce(AllReducePlan),
+    /// A sum that the device has made in parts.
+    Join(JoinPlan),
 }
 
 /// Where a step's operands lie.
@@ -78,6 +81,7 @@ impl Kernel {
             Work::Band(b) => Kernel::Band(BandPlan::with_isa(b, isa)),
             Work::Exchange(e) => Kernel::Exchange(ExchangePlan::new(e)),
             Work::AllReduce(a) => Kernel::AllReduce(AllReducePlan::new(a)),
+            Work::Join(j) => Kernel::Join(JoinPlan::new(j)),
             Work::Op(op) => ConvPlan::with_isa(op, isa)
                 .map(|p| Kernel::Conv(Box::new(p)))
                 .or_else(|| WeightGradPlan::with_isa(op, isa).map(|p| Kernel::WeightGrad(Box::new(p))))
@@ -106,7 +110,7 @@ impl Kernel {
             Kernel::Contract(p) => p.scratch_bytes(),
             Kernel::ScatterAdd(p) => p.scratch_bytes(),
             Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Rows(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
-            Kernel::Copies(_) => 0,
+            Kernel::Copies(_) | Kernel::Join(_) => 0,
             // The planner works these out itself.
             Kernel::Exchange(_) | Kernel::AllReduce(_) => 0,
         }
@@ -157,6 +161,7 @@ impl Kernel {
                 Kernel::TopK(p) => p.run(pool, inputs[0].cast(), out.cast()),
                 Kernel::Copies(p) => p.run(pool, inputs, out, o.output_bytes),
                 Kernel::Band(p) => p.run(pool, o, cx),
+                Kernel::Join(p) => p.run(pool, inputs, out),
                 Kernel::Exchange(_) | Kernel::AllReduce(_) => unreachable!("it needs a transport"),
             }
         }

@@ -11,6 +11,7 @@ mod epilogue;
 pub mod gather;
 mod half;
 pub mod isa;
+pub mod join;
 pub mod kernel;
 mod lanes;
 pub mod map;
