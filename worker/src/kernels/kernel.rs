@@ -17,7 +17,7 @@ use super::weight_grad::WeightGradPlan;
 use crate::collective::{AllReducePlan, ExchangePlan};
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use crate::transport::{Transport, TransportError};
-use mesh::plan::{Backend, Work};
+use mesh::plan::{Backend, Begun, Work};
 
 /// A prepared piece of work.
 pub enum Kernel {
@@ -49,6 +49,12 @@ pub enum Kernel {
     Exchange(ExchangePlan),
     /// A sum that several devices hold parts of.
     AllReduce(AllReducePlan),
+    /// The combination of a sum that was begun.
+    Combine(AllReducePlan),
+    /// The end of what was begun.
+    FinishExchange(ExchangePlan),
+    /// The same of a sum.
+    FinishAllReduce(AllReducePlan),
 }
 
 /// Where a step's operands lie.
@@ -78,6 +84,9 @@ impl Kernel {
             Work::Band(b) => Kernel::Band(BandPlan::with_isa(b, isa)),
             Work::Exchange(e) => Kernel::Exchange(ExchangePlan::new(e)),
             Work::AllReduce(a) => Kernel::AllReduce(AllReducePlan::new(a)),
+            Work::Combine(a) => Kernel::Combine(AllReducePlan::new(a)),
+            Work::Finish(Begun::Exchange(e)) => Kernel::FinishExchange(ExchangePlan::new(e)),
+            Work::Finish(Begun::AllReduce(a)) => Kernel::FinishAllReduce(AllReducePlan::new(a)),
             Work::Op(op) => ConvPlan::with_isa(op, isa)
                 .map(|p| Kernel::Conv(Box::new(p)))
                 .or_else(|| WeightGradPlan::with_isa(op, isa).map(|p| Kernel::WeightGrad(Box::new(p))))
@@ -93,7 +102,11 @@ impl Kernel {
 
     /// Whether it waits for other devices.
     pub fn communicates(&self) -> bool {
-        matches!(self, Kernel::Exchange(_) | Kernel::AllReduce(_))
+        match self {
+            Kernel::Exchange(_) | Kernel::AllReduce(_) | Kernel::Combine(_) => true,
+            Kernel::FinishExchange(_) | Kernel::FinishAllReduce(_) => true,
+            _ => false,
+        }
     }
 
     /// Bytes of scratch that it needs with so many threads.
@@ -108,7 +121,8 @@ impl Kernel {
             Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Rows(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
             Kernel::Copies(_) => 0,
             // The planner works these out itself.
-            Kernel::Exchange(_) | Kernel::AllReduce(_) => 0,
+            Kernel::Exchange(_) | Kernel::AllReduce(_) | Kernel::Combine(_) => 0,
+            Kernel::FinishExchange(_) | Kernel::FinishAllReduce(_) => 0,
         }
     }
 
@@ -123,11 +137,16 @@ impl Kernel {
         o: &Operands,
         cx: StepContext,
     ) -> Result<(), TransportError> {
+        // The beginning of a sum writes none.
+        let out = o.outputs.first().copied().unwrap_or(std::ptr::null_mut());
         // SAFETY: by this function's contract.
         unsafe {
             match self {
                 Kernel::Exchange(p) => p.run(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
-                Kernel::AllReduce(p) => p.run(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
+                Kernel::AllReduce(p) => p.run(pool, transport, o.inputs[0], out, o.scratch),
+                Kernel::Combine(p) => p.combine(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
+                Kernel::FinishExchange(p) => p.finish(pool, transport, o.outputs[0]),
+                Kernel::FinishAllReduce(p) => p.finish(transport),
                 _ => {
                     self.compute(pool, o, cx);
                     Ok(())
@@ -157,7 +176,8 @@ impl Kernel {
                 Kernel::TopK(p) => p.run(pool, inputs[0].cast(), out.cast()),
                 Kernel::Copies(p) => p.run(pool, inputs, out, o.output_bytes),
                 Kernel::Band(p) => p.run(pool, o, cx),
-                Kernel::Exchange(_) | Kernel::AllReduce(_) => unreachable!("it needs a transport"),
+                Kernel::Exchange(_) | Kernel::AllReduce(_) | Kernel::Combine(_) => unreachable!("it needs a transport"),
+                Kernel::FinishExchange(_) | Kernel::FinishAllReduce(_) => unreachable!("it needs a transport"),
             }
         }
     }
