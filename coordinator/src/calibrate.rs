@@ -156,7 +156,9 @@ fn cases() -> Result<Vec<Case>, Error> {
 
 /// Measures a network: medians, so that a run that something else disturbs does not count.
 fn run(case: &Case) -> Result<Measured, Failure> {
-    let options = Options { mesh: case.mesh.parse()?, layout: case.layout.parse()?, ..Options::default() };
+    // What a collective takes is told by one step.
+    let options =
+        Options { mesh: case.mesh.parse()?, layout: case.layout.parse()?, waiting: true, ..Options::default() };
     let mut session = Session::embedded(case.program.clone(), &options)?;
     let f = session.function("train")?;
     let inputs: Vec<(Name, Type)> = session.plan().functions.get(&Name::from("train")).map_or(vec![], |plans| {

@@ -318,7 +318,7 @@ impl Coordinator {
         let layout = settings.layout.parse().map_err(invalid)?;
         let memory = (settings.memory > 0).then_some(settings.memory as usize);
         let plan = |mesh: &Mesh| {
-            let options = PlanOptions { memory, devices: None, apart: false };
+            let options = PlanOptions { memory, devices: None, apart: false, waiting: false };
             plan_program(&program, mesh, &layout, &options, &CpuBackend { threads: 1 }).map_err(invalid)
         };
         // What is wrong with the plan is said before anything is closed or waited for.

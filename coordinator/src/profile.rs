@@ -112,8 +112,9 @@ pub struct StepSpent {
     pub place: String,
 }
 
-/// Milliseconds of a run in exchanges and all-reduces.
-#[derive(Clone, Copy, Debug, Serialize)]
+/// Milliseconds of a run in exchanges and all-reduces: in their steps, which is what is exposed of them. What goes on while
+/// other steps are done is none of it.
+#[derive(Clone, Debug, Serialize)]
 pub struct Communication {
     /// In all.
     pub ms: f64,
@@ -121,8 +122,25 @@ pub struct Communication {
     pub moving_ms: f64,
     /// Waiting for others.
     pub waiting_ms: f64,
-    /// While nothing else was done: all of it, since steps follow each other.
+    /// While nothing else was done: all of it.
     pub exposed_ms: f64,
+    /// By collective, the one that took longest first.
+    pub kinds: Vec<CollectiveSpent>,
+}
+
+/// Milliseconds of a run in a kind of collective.
+#[derive(Clone, Debug, Serialize)]
+pub struct CollectiveSpent {
+    /// What it is.
+    pub op: String,
+    /// How many there are.
+    pub calls: f64,
+    /// Those that go on while other steps are done.
+    pub under_way: f64,
+    /// Moving and combining what has come.
+    pub moving_ms: f64,
+    /// Waiting for others.
+    pub waiting_ms: f64,
 }
 
 /// Milliseconds of a run on a device.
@@ -177,9 +195,19 @@ impl Sum {
     }
 }
 
+impl CollectiveSpent {
+    fn new(op: &str) -> CollectiveSpent {
+        CollectiveSpent { op: op.into(), calls: 0.0, under_way: 0.0, moving_ms: 0.0, waiting_ms: 0.0 }
+    }
+
+    fn ms(&self) -> f64 {
+        self.moving_ms + self.waiting_ms
+    }
+}
+
 fn communicates(step: &Step) -> bool {
     match step.work {
-        Work::Exchange(_) | Work::AllReduce(_) => true,
+        Work::Exchange(_) | Work::AllReduce(_) | Work::Combine(_) | Work::Finish(_) => true,
         Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => false,
     }
 }
@@ -252,6 +280,7 @@ impl FunctionProfile {
         let mut ops: BTreeMap<&str, Sum> = BTreeMap::new();
         // Steps of one node that do the same are one: a halo of each input.
         let mut steps: BTreeMap<(NodeId, &str), (Sum, &Step)> = BTreeMap::new();
+        let mut kinds: BTreeMap<&str, CollectiveSpent> = BTreeMap::new();
         let mut by_device = Vec::new();
         for ((plan, times), device) in plans.iter().zip(&times).zip(measured) {
             let count = plan.steps.len();
@@ -262,14 +291,23 @@ impl FunctionProfile {
             let (mut all, mut communicated, mut waited) = (0.0, 0.0, 0.0);
             for (step, (spent, waiting)) in plan.steps.iter().zip(times.spent_ns.iter().zip(&times.waited_ns)) {
                 let (ns, cost) = (*spent as f64 / times.runs as f64, step.cost());
-                let sum = Sum { calls: 1.0, ns, cost, least_ns: least_ns(step, cost, device) };
+                // A collective is called where it begins.
+                let later = step.work.under_way().is_some() && !step.work.begins();
+                let calls = if later { 0.0 } else { 1.0 };
+                let sum = Sum { calls, ns, cost, least_ns: least_ns(step, cost, device) };
                 ops.entry(step.class()).or_default().add(&sum);
                 let of_step = steps.entry((step.label.node, step.class()));
                 of_step.or_insert((Sum::default(), step)).0.add(&sum);
                 all += ns / 1e6;
                 if communicates(step) {
+                    let waiting_ms = (*waiting as f64 / times.runs as f64).min(ns) / 1e6;
                     communicated += ns / 1e6;
-                    waited += (*waiting as f64 / times.runs as f64).min(ns) / 1e6;
+                    waited += waiting_ms;
+                    let of = kinds.entry(step.class()).or_insert_with(|| CollectiveSpent::new(step.class()));
+                    of.calls += calls / devices;
+                    of.under_way += f64::from(u8::from(step.work.begins())) / devices;
+                    of.moving_ms += (ns / 1e6 - waiting_ms) / devices;
+                    of.waiting_ms += waiting_ms / devices;
                 }
             }
             by_device.push(DeviceSpent {
@@ -283,6 +321,8 @@ impl FunctionProfile {
         let mean = |f: fn(&DeviceSpent) -> f64| by_device.iter().map(f).sum::<f64>() / devices;
         let (moving_ms, waiting_ms) = (mean(|d| d.moving_ms), mean(|d| d.waiting_ms));
         let communicated = moving_ms + waiting_ms;
+        let mut kinds: Vec<CollectiveSpent> = kinds.into_values().collect();
+        kinds.sort_by(|a, b| b.ms().total_cmp(&a.ms()));
         let mut ops: Vec<Spent> = ops.iter().map(|(op, sum)| sum.spent(op, devices, ms)).collect();
         let step = |((_, op), (sum, step)): (&(NodeId, &str), &(Sum, &Step))| StepSpent {
             spent: sum.spent(op, devices, ms),
@@ -300,7 +340,7 @@ impl FunctionProfile {
             outside_ms: ms - mean(|d| d.ms),
             ops,
             steps,
-            communication: Communication { ms: communicated, moving_ms, waiting_ms, exposed_ms: communicated },
+            communication: Communication { ms: communicated, moving_ms, waiting_ms, exposed_ms: communicated, kinds },
             by_device,
         }))
     }
@@ -342,13 +382,18 @@ impl FunctionProfile {
         let c = &self.communication;
         let _ = writeln!(
             out,
-            "\ncommunication: {} ms a run ({} %), {} moving and {} waiting; exposed {}: nothing is overlapped with it",
+            "\ncommunication: {} ms a run ({} %), {} moving and {} waiting, exposed: no other step was done meanwhile",
             per_run(c.ms),
             percent(c.ms),
             per_run(c.moving_ms),
-            per_run(c.waiting_ms),
-            per_run(c.exposed_ms)
+            per_run(c.waiting_ms)
         );
+        let mut table = Table::default();
+        table.row([&"collective", &"calls", &"under way beside other steps", &"moving", &"waiting"]);
+        for k in &c.kinds {
+            table.row([&k.op, &k.calls, &k.under_way, &per_run(k.moving_ms), &per_run(k.waiting_ms)]);
+        }
+        table.write(out);
         if self.by_device.len() < 2 {
             return;
         }

@@ -50,6 +50,8 @@ pub struct Options {
     pub checkpoints: Option<Checkpoints>,
     /// Whether to go on with a smaller mesh when workers are lost and none take their place.
     pub shrink: bool,
+    /// Whether devices of this process wait for each other in every collective ([`PlanOptions::waiting`]): for measurements.
+    pub waiting: bool,
 }
 
 impl Options {
@@ -66,7 +68,7 @@ impl Options {
 
     /// The plan of a program under these options.
     pub fn plan(&self, program: &Program) -> Result<ProgramPlan, mesh::error::Error> {
-        let options = PlanOptions { memory: self.memory, devices: self.devices, apart: false };
+        let options = PlanOptions { memory: self.memory, devices: self.devices, apart: false, waiting: self.waiting };
         plan_program(program, &self.mesh, &self.layout, &options, &CpuBackend { threads: self.threads() })
     }
 }
@@ -141,6 +143,8 @@ impl Session {
     /// As for [`Session::embedded`]; a coordinator that is not there or has too few workers.
     pub fn connect(url: &str, program: Program, options: &Options) -> Result<Session, Failure> {
         let (stage, first) = first_stage(&program)?;
+        // A coordinator makes plans of its own.
+        let options = &Options { waiting: false, ..options.clone() };
         // What is wrong with the plan is said before anybody is called.
         let of_stage = options.of(&first, &program);
         let plan = of_stage.plan(&first)?;

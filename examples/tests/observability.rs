@@ -167,7 +167,7 @@ fn a_profile_says_where_the_time_of_a_step_went_on_devices_here_and_in_workers()
                 &train["steps"][0],
                 "bytes,calls,extent,flops,gb_per_second,gflops_per_second,ms,op,percent,place,roofline,scope",
             ),
-            (&train["communication"], "exposed_ms,moving_ms,ms,waiting_ms"),
+            (&train["communication"], "exposed_ms,kinds,moving_ms,ms,waiting_ms"),
             (&train["by_device"][1], "computing_ms,device,moving_ms,ms,waiting_ms"),
         ];
         for (part, expected) in expected {

@@ -28,7 +28,7 @@ fn plan(p: &Program, mesh: &Mesh, layout: &Layout, memory: Option<usize>) -> Res
 /// What planning refuses an example for, if it does.
 fn refused(e: &Example) -> Option<Error> {
     let planned = |p: Program| {
-        let options = PlanOptions { memory: e.memory, devices: e.devices, apart: false };
+        let options = PlanOptions { memory: e.memory, devices: e.devices, ..PlanOptions::default() };
         plan_program(&p, &e.mesh.parse()?, &e.layout.parse()?, &options, &Plain)
     };
     e.program().and_then(planned).err()

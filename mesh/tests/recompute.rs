@@ -168,7 +168,7 @@ fn no_choice_goes_below_the_bound_that_a_smaller_one_sets() {
         let plans: Vec<ProgramPlan> = (0..1 << names.len()).map(of).collect();
         for (a, few) in plans.iter().enumerate() {
             for (b, more) in plans.iter().enumerate().filter(|(b, _)| a & b == a && a != *b) {
-                let t = &few.timelines[&Name::from("train")][0];
+                let t = few.timelines[&Name::from("train")][0].waiting();
                 let gone = |step: usize| -> usize {
                     (0..names.len()).filter(|i| (b & !a) >> i & 1 == 1).map(|i| t.inside[i][step]).sum()
                 };

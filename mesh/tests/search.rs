@@ -30,7 +30,9 @@ impl Backend for Plain {
 }
 
 fn plan(program: &Program, mesh: &Mesh, layout: &Layout) -> Result<Vec<ProgramPlan>, Error> {
-    Ok(vec![plan_program(program, mesh, layout, &PlanOptions::default(), &Plain)?])
+    // Prices are of devices that wait in every collective.
+    let options = PlanOptions { waiting: true, ..PlanOptions::default() };
+    Ok(vec![plan_program(program, mesh, layout, &options, &Plain)?])
 }
 
 fn h100() -> Machine {

@@ -1,10 +1,33 @@
-//! Exchanges and all-reduces over a [`Transport`].
+//! Exchanges and all-reduces over a [`Transport`], at once or in the steps of one that goes on while others are done.
 
 use crate::kernels::copy::CopyPlan;
 use crate::kernels::join::combine;
 use crate::pool::Pool;
-use crate::transport::{Transport, TransportError};
-use mesh::plan::{AllReduce, Exchange, Message, Segments, Wire};
+use crate::transport::{Batch, Transport, TransportError};
+use mesh::plan::{AllReduce, Exchange, Message, Segments, Wire, Work};
+
+/// The batches of a collective: the first of those whose number it has, or of those that are finished at once; of an
+/// all-reduce by shared segments the parts, and then the results.
+fn batches(under_way: Option<usize>) -> [Batch; 2] {
+    let number = under_way.map_or(0, |n| n + 1);
+    [2 * number, 2 * number + 1]
+}
+
+/// The batches that a step posts to, and how many messages it borrows in each.
+pub(crate) fn borrows(work: &Work) -> Vec<(Batch, usize)> {
+    match work {
+        Work::Exchange(e) => {
+            let staged = e.recvs.iter().filter(|m| matches!(m.at, Wire::Staged { .. })).count();
+            vec![(batches(e.under_way)[0], staged)]
+        }
+        Work::AllReduce(a) => {
+            let nodes = (0..a.devices.len()).filter(|p| *p != a.me).map(|p| a.nodes[p]).sum();
+            let [parts, results] = batches(a.under_way);
+            vec![(parts, nodes), (results, 0)]
+        }
+        _ => vec![],
+    }
+}
 
 /// A message with its packing prepared.
 struct Mail {
@@ -32,6 +55,7 @@ impl Mail {
 
 /// Boxes that move between devices, prepared.
 pub struct ExchangePlan {
+    under_way: Option<usize>,
     local: Vec<CopyPlan>,
     sends: Vec<Mail>,
     recvs: Vec<Mail>,
@@ -41,16 +65,19 @@ impl ExchangePlan {
     /// Prepares an exchange.
     pub fn new(work: &Exchange) -> ExchangePlan {
         ExchangePlan {
+            under_way: work.under_way,
             local: work.local.iter().map(|c| CopyPlan::new(c, work.element)).collect(),
             sends: work.sends.iter().map(|m| Mail::new(m, work.element)).collect(),
             recvs: work.recvs.iter().map(|m| Mail::new(m, work.element)).collect(),
         }
     }
 
-    /// Runs it. What stays on the device is copied while messages are on their way.
+    /// Runs it, or begins it if it is to go on while other steps are done. What stays on the device is copied while messages
+    /// are on their way.
     ///
     /// # Safety
-    /// Input, output and scratch are buffers as large as the work says, which do not overlap.
+    /// Input, output and scratch are buffers as large as the work says, which do not overlap. Until the end of
+    /// [`ExchangePlan::finish`] nobody else writes to them.
     pub unsafe fn run(
         &self,
         pool: &Pool,
@@ -59,6 +86,7 @@ impl ExchangePlan {
         output: *mut u8,
         scratch: *mut u8,
     ) -> Result<(), TransportError> {
+        let [batch, _] = batches(self.under_way);
         // SAFETY: by this function's contract; what is posted stays as it is until `finish`.
         unsafe {
             for m in &self.sends {
@@ -69,26 +97,41 @@ impl ExchangePlan {
                         scratch.add(*offset)
                     }
                 };
-                transport.send(m.peer, from, m.bytes)?;
+                transport.send(batch, m.peer, from, m.bytes)?;
             }
             for m in &self.recvs {
                 match &m.at {
-                    Place::Tensor(offset) => transport.recv(m.peer, output.add(*offset), m.bytes)?,
-                    Place::Scratch(offset, _) => transport.borrow(m.peer, scratch.add(*offset), m.bytes)?,
+                    Place::Tensor(offset) => transport.recv(batch, m.peer, output.add(*offset), m.bytes)?,
+                    Place::Scratch(offset, _) => transport.borrow(batch, m.peer, scratch.add(*offset), m.bytes)?,
                 }
             }
             for copy in &self.local {
                 copy.run(pool, input, output);
             }
-            let staged = self.recvs.iter().filter_map(|m| match &m.at {
-                Place::Tensor(_) => None,
-                Place::Scratch(_, copy) => Some(copy),
-            });
-            for (copy, from) in staged.zip(transport.borrowed()?) {
-                copy.run(pool, *from, output);
-            }
+            if self.under_way.is_some() { Ok(()) } else { self.finish(pool, transport, output) }
         }
-        transport.finish()
+    }
+
+    /// Finishes what [`ExchangePlan::run`] has begun.
+    ///
+    /// # Safety
+    /// As for that.
+    pub unsafe fn finish(
+        &self,
+        pool: &Pool,
+        transport: &mut dyn Transport,
+        output: *mut u8,
+    ) -> Result<(), TransportError> {
+        let [batch, _] = batches(self.under_way);
+        let staged = self.recvs.iter().filter_map(|m| match &m.at {
+            Place::Tensor(_) => None,
+            Place::Scratch(_, copy) => Some(copy),
+        });
+        for (copy, from) in staged.zip(transport.borrowed(batch)?) {
+            // SAFETY: by this function's contract; what is borrowed stays as it is until `finish`.
+            unsafe { copy.run(pool, *from, output) };
+        }
+        transport.finish(batch)
     }
 }
 
@@ -143,10 +186,12 @@ impl AllReducePlan {
         }
     }
 
-    /// Runs it: `input` is `[nodes, elements]`, `output` is `[elements]`, or this device's segment of that.
+    /// Runs it, or begins it if it is to go on while other steps are done: `input` is `[nodes, elements]`, `output` is
+    /// `[elements]`, or this device's segment of that.
     ///
     /// # Safety
-    /// Input, output and scratch are buffers as large as the work says, which do not overlap.
+    /// Input, output and scratch are buffers as large as the work says, which do not overlap. Until the end of
+    /// [`AllReducePlan::combine`] nobody else writes to input and scratch.
     pub unsafe fn run(
         &self,
         pool: &Pool,
@@ -158,7 +203,7 @@ impl AllReducePlan {
         let w = &self.work;
         let size = w.dtype.bytes();
         let own = w.segment_elements(w.me);
-        let others = || (0..w.devices.len()).filter(|p| *p != w.me);
+        let [parts, _] = batches(w.under_way);
         // SAFETY: by this function's contract; what is posted stays as it is until `finish`.
         unsafe {
             for (p, segment) in self.segments.iter().enumerate() {
@@ -171,30 +216,68 @@ impl AllReducePlan {
                 }
                 let (first, apart) = self.nodes_for(p, input, scratch);
                 for node in (0..w.nodes[w.me]).filter(|_| p != w.me) {
-                    transport.send(w.devices[p], first.add(node * apart * size), elements * size)?;
+                    transport.send(parts, w.devices[p], first.add(node * apart * size), elements * size)?;
                 }
             }
-            for p in others() {
+            for p in self.others() {
                 for node in 0..w.nodes[p] {
                     let to = scratch.add((self.first[p] + node) * own * size);
-                    transport.borrow(w.devices[p], to, own * size)?;
+                    transport.borrow(parts, w.devices[p], to, own * size)?;
                 }
             }
+            if w.under_way.is_some() {
+                return Ok(());
+            }
+            self.combine(pool, transport, input, output, scratch)?;
+        }
+        self.finish(transport)
+    }
+
+    fn others(&self) -> impl Iterator<Item = usize> {
+        let me = self.work.me;
+        (0..self.work.devices.len()).filter(move |p| *p != me)
+    }
+
+    /// Waits for the parts, combines them, and sends the result on if others are to have it.
+    ///
+    /// # Safety
+    /// As for [`AllReducePlan::run`]; of shared segments nobody writes to the output until the end of
+    /// [`AllReducePlan::finish`].
+    pub unsafe fn combine(
+        &self,
+        pool: &Pool,
+        transport: &mut dyn Transport,
+        input: *const u8,
+        output: *mut u8,
+        scratch: *mut u8,
+    ) -> Result<(), TransportError> {
+        let w = &self.work;
+        let size = w.dtype.bytes();
+        let own = w.segment_elements(w.me);
+        let [received, results] = batches(w.under_way);
+        // SAFETY: by this function's contract; what is posted stays as it is until `finish`.
+        unsafe {
             let (mine, apart) = self.nodes_for(w.me, input, scratch);
-            let parts = Parts { plan: self, mine, apart, others: transport.borrowed()? };
+            let parts = Parts { plan: self, mine, apart, others: transport.borrowed(received)? };
             let start = if w.segments == Segments::Shared { w.segment_start(w.me).unwrap_or(0) } else { 0 };
             let result = output.add(start * size);
             let part = |owner: usize, node: usize| parts.node(owner, node);
             combine(pool, (w.dtype, w.f), &w.order, &part, (result, own, 1));
             if w.segments == Segments::Shared {
-                for p in others() {
-                    transport.send(w.devices[p], result, own * size)?;
+                for p in self.others() {
+                    transport.send(results, w.devices[p], result, own * size)?;
                     let (start, elements) = (w.segment_start(p).unwrap_or(0), w.segment_elements(p));
-                    transport.recv(w.devices[p], output.add(start * size), elements * size)?;
+                    transport.recv(results, w.devices[p], output.add(start * size), elements * size)?;
                 }
             }
         }
-        transport.finish()
+        transport.finish(received)
+    }
+
+    /// Waits for the others' segments of the result, if they are shared.
+    pub fn finish(&self, transport: &mut dyn Transport) -> Result<(), TransportError> {
+        let [_, results] = batches(self.work.under_way);
+        if self.work.segments == Segments::Shared { transport.finish(results) } else { Ok(()) }
     }
 }
 

@@ -29,6 +29,8 @@ struct Step {
     /// End of the last buffer that it touches.
     end: usize,
     label: Name,
+    /// Whether something is under way behind it.
+    leads_on: bool,
     /// What of it is looked through, and where it stands in the user's source.
     looked: Looked,
     place: Place,
@@ -177,6 +179,13 @@ impl Device {
             // SAFETY: the addresses are the plan's buffers, which overlap only as the plan allows.
             let done = unsafe { s.kernel.run(&self.pool, &mut *self.transport, &operands, cx) };
             if let Err(e) = done {
+                self.transport.abort(&format!("{}: {e}", s.label));
+                return Err(e.into());
+            }
+            // What is under way moves on, if it needs the device for that.
+            if s.leads_on
+                && let Err(e) = self.transport.progress()
+            {
                 self.transport.abort(&format!("{}: {e}", s.label));
                 return Err(e.into());
             }
@@ -379,7 +388,10 @@ unsafe fn held<'a, T>(part: &Part, memory: *mut u8) -> ArrayViewMutD<'a, T> {
 }
 
 fn prepare(arena: &Arena, plan: &DevicePlan, isa: Isa) -> Function {
+    let mut under_way = 0usize;
     let steps = plan.steps.iter().map(|s| {
+        under_way += usize::from(s.work.begins());
+        under_way -= usize::from(s.work.under_way().is_some() && s.work.ends());
         let buffers = s.inputs.iter().chain(&s.outputs).chain([&s.scratch]);
         Step {
             kernel: Kernel::with_isa(&s.work, isa),
@@ -388,6 +400,7 @@ fn prepare(arena: &Arena, plan: &DevicePlan, isa: Isa) -> Function {
             output_bytes: s.outputs.first().map_or(0, |b| b.bytes),
             scratch: arena.at(s.scratch),
             end: buffers.map(|b| b.offset + b.bytes).max().unwrap_or(0),
+            leads_on: under_way > 0,
             label: format!("{} {}", s.label.op, s.label.scope).trim_end().into(),
             looked: Looked::of(s),
             place: s.label.place,

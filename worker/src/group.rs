@@ -1,12 +1,14 @@
 //! The devices of one process, each with a thread that drives it.
 
 use crate::arena::Arena;
+use crate::collective::borrows;
 use crate::device::{Device, DeviceError, Seat};
 use crate::kernels::isa::Isa;
 use crate::kernels::roofline::Roofline;
 use crate::pool::Cores;
 use crate::recorder::Recorder;
 use crate::transport::InProcess;
+use crate::transport::in_process::SMALL;
 use crate::watch::NonFinite;
 use mesh::plan::ProgramPlan;
 use mesh::program::Program;
@@ -84,14 +86,18 @@ impl DeviceGroup {
     /// # Errors
     /// A device for which there is no memory.
     pub fn embedded(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<DeviceGroup, DeviceError> {
-        let steps = plan.functions.values().flatten().flat_map(|p| &p.steps);
-        let messages = steps.map(|s| s.work.most_messages()).max().unwrap_or(0);
+        let most = |counts: fn(usize) -> usize| {
+            plan.functions.values().flatten().map(|p| p.most_posted(counts)).max().unwrap_or(0)
+        };
+        let (messages, small) = (most(|_| 1), most(|bytes| if bytes <= SMALL { bytes } else { 0 }));
         let size = plan.mesh.size();
-        let seat = |(device, end): (usize, InProcess)| {
+        let seat = |(device, mut end): (usize, InProcess)| {
+            let steps = plan.functions.values().flat_map(|f| &f[device].steps);
+            steps.for_each(|s| borrows(&s.work).into_iter().for_each(|(batch, n)| end.reserve(batch, n)));
             let arena = Device::arena(plan, device, Arena::private)?;
             Ok(Seat { device, arena, end: Box::new(end), cores: Cores::of(device, size, threads), isa: Isa::detect() })
         };
-        let seats = InProcess::mesh(size, messages).into_iter().enumerate().map(seat);
+        let seats = InProcess::mesh(size, messages, small).into_iter().enumerate().map(seat);
         Ok(DeviceGroup::new(plan, seats.collect::<Result<_, DeviceError>>()?, threads, seed))
     }
 

@@ -199,7 +199,7 @@ impl WorkerService {
         let layout = settings.layout.parse().map_err(bad)?;
         let limits = [self.offer.memory, (settings.memory > 0).then_some(settings.memory as usize)];
         let budget = limits.into_iter().flatten().min();
-        let options = PlanOptions { memory: budget, devices: Some(head.peers.len()), apart: false };
+        let options = PlanOptions { memory: budget, devices: Some(head.peers.len()), apart: false, waiting: false };
         let backend = CpuBackend { threads: self.offer.threads };
         let plan = plan_program(&program, &mesh, &layout, &options, &backend).map_err(bad)?;
         if let (Some(before), Some(budget)) = (&before, budget) {
@@ -512,7 +512,7 @@ impl worker_server::Worker for WorkerService {
             let bad = |e: Error| Status::invalid_argument(e.to_string());
             let program = wire::decode(&program).map_err(bad)?;
             let layout = head.layout.parse().map_err(bad)?;
-            let options = PlanOptions { memory: l.budget, devices: None, apart: false };
+            let options = PlanOptions { memory: l.budget, devices: None, apart: false, waiting: false };
             let plan = plan_program(&program, &l.plan.mesh, &layout, &options, &CpuBackend { threads }).map_err(bad)?;
             let need = |d: &usize| control::Need {
                 device: *d as u32,

@@ -12,7 +12,7 @@ use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{self, At, Band, Buffer, Work};
+use mesh::plan::{self, At, Band, Begun, Buffer, Segments, Work};
 use std::collections::BTreeMap;
 
 /// What first was not finite.
@@ -127,10 +127,16 @@ fn computed(work: &Work) -> (Vec<DType>, Vec<Result>) {
             (operands, results)
         }
         Work::Band(band) => of_band(band),
+        // What was begun is looked through when it is there.
+        Work::AllReduce(a) if a.under_way.is_some() => (vec![], vec![]),
+        Work::Combine(a) if a.segments == Segments::Shared => (vec![], vec![]),
+        Work::Finish(Begun::AllReduce(a)) => (vec![], vec![(a.dtype, None)]),
         // A maximum or minimum is infinite only if a part is, maybe another device's.
-        Work::AllReduce(a) => (vec![a.dtype], vec![(a.dtype, (a.f == ReduceFn::Sum).then(|| vec![0]))]),
+        Work::AllReduce(a) | Work::Combine(a) => {
+            (vec![a.dtype], vec![(a.dtype, (a.f == ReduceFn::Sum).then(|| vec![0]))])
+        }
+        Work::Copy(_) | Work::Exchange(_) | Work::Finish(Begun::Exchange(_)) => (vec![], vec![]),
         Work::Join(j) => (vec![j.dtype; 2], vec![(j.dtype, (j.f == ReduceFn::Sum).then(|| vec![0, 1]))]),
-        Work::Copy(_) | Work::Exchange(_) => (vec![], vec![]),
     }
 }
 

@@ -111,7 +111,7 @@ fn dtypes(work: &Work) -> Vec<DType> {
             steps.flat_map(read).collect::<BTreeMap<_, _>>().into_values().collect()
         }
         Work::Copy(c) => vec![if c.element == 4 { DType::F32 } else { DType::Bool }; 16],
-        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => vec![],
+        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) | Work::Combine(_) | Work::Finish(_) => vec![],
     }
 }
 
@@ -123,7 +123,7 @@ fn name(work: &Work) -> &'static str {
         Work::Op(op) => op.op.op().name(),
         Work::Copy(_) => "copy",
         Work::Band(_) => "band",
-        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => "between devices",
+        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) | Work::Combine(_) | Work::Finish(_) => "between devices",
     }
 }
 
@@ -138,7 +138,7 @@ fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[us
     let to: Vec<*mut u8> = outputs.iter_mut().map(Guarded::at).collect();
     let output_bytes = results.first().copied().unwrap_or(0);
     let operands = Operands { inputs: &from, outputs: &to, output_bytes, scratch: scratch.at() };
-    let mut end = InProcess::mesh(1, 0).remove(0);
+    let mut end = InProcess::mesh(1, 0, 0).remove(0);
     // SAFETY: buffers are as large as the plan says, and the scratch as the kernel does.
     unsafe { kernel.run(pool, &mut end, &operands, STEP) }.unwrap();
     let what = || format!("{isa:?}, {} threads: {work:?}", pool.threads());

@@ -18,8 +18,9 @@ use worker::transport::bell::Doom;
 use worker::transport::connector::{
     self, Address, ConnectError, ConnectOptions, ListenOptions, Listener, Roster, TransportChoice, Version,
 };
+use worker::transport::in_process::SMALL;
 use worker::transport::switchboard::Switchboard;
-use worker::transport::{InProcess, Transport, TransportError};
+use worker::transport::{Batch, InProcess, Transport, TransportError};
 
 /// The transports that must behave the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,43 +51,59 @@ struct FromArena {
     end: Switchboard,
     arena: Arc<Arena>,
     used: usize,
+    /// Batches with messages that lie there.
+    under_way: Vec<Batch>,
 }
 
 impl FromArena {
     fn new(end: Switchboard, arena: Arc<Arena>) -> FromArena {
-        FromArena { end, arena, used: 0 }
+        FromArena { end, arena, used: 0, under_way: vec![] }
     }
 }
 
 impl Transport for FromArena {
-    unsafe fn send(&mut self, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError> {
+    unsafe fn send(&mut self, batch: Batch, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError> {
         let offset = self.used + bytes % 8;
         self.used = (offset + bytes).next_multiple_of(64);
+        self.under_way.push(batch);
         let at = self.arena.at(Buffer { offset, bytes });
         // SAFETY: by this function's contract; nothing else lies there before `finish`.
         unsafe {
             std::ptr::copy_nonoverlapping(from, at, bytes);
-            self.end.send(to, at, bytes)
+            self.end.send(batch, to, at, bytes)
         }
     }
 
-    unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError> {
+    unsafe fn recv(&mut self, batch: Batch, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError> {
         // SAFETY: by this function's contract.
-        unsafe { self.end.recv(from, to, bytes) }
+        unsafe { self.end.recv(batch, from, to, bytes) }
     }
 
-    unsafe fn borrow(&mut self, from: usize, scratch: *mut u8, bytes: usize) -> Result<(), TransportError> {
+    unsafe fn borrow(
+        &mut self,
+        batch: Batch,
+        from: usize,
+        scratch: *mut u8,
+        bytes: usize,
+    ) -> Result<(), TransportError> {
         // SAFETY: by this function's contract.
-        unsafe { self.end.borrow(from, scratch, bytes) }
+        unsafe { self.end.borrow(batch, from, scratch, bytes) }
     }
 
-    fn borrowed(&mut self) -> Result<&[*const u8], TransportError> {
-        self.end.borrowed()
+    fn borrowed(&mut self, batch: Batch) -> Result<&[*const u8], TransportError> {
+        self.end.borrowed(batch)
     }
 
-    fn finish(&mut self) -> Result<(), TransportError> {
-        self.used = 0;
-        self.end.finish()
+    fn finish(&mut self, batch: Batch) -> Result<(), TransportError> {
+        let done = self.end.finish(batch);
+        // By batch, so that what is still under way stays where it is.
+        self.under_way.retain(|b| *b != batch);
+        self.used = if self.under_way.is_empty() { 0 } else { self.used };
+        done
+    }
+
+    fn progress(&mut self) -> Result<(), TransportError> {
+        self.end.progress()
     }
 
     fn waited_ns(&self) -> u64 {
@@ -157,7 +174,7 @@ fn ends(kind: Kind, devices: usize) -> (Vec<Box<dyn Transport>>, Vec<Listener>) 
     let arenas = || (0..devices).map(|_| arena()).collect();
     match kind {
         Kind::InProcess => {
-            (InProcess::mesh(devices, 4).into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect(), vec![])
+            (InProcess::mesh(devices, 4, 64).into_iter().map(|e| Box::new(e) as Box<dyn Transport>).collect(), vec![])
         }
         Kind::Siblings => siblings(vec![]),
         Kind::LendingSiblings => siblings(arenas()),
@@ -200,13 +217,13 @@ fn all_to_all(
     // SAFETY: both lists outlive `finish`.
     unsafe {
         for (peer, out) in others.iter().zip(&out) {
-            end.send(*peer, out.as_ptr(), bytes)?;
+            end.send(0, *peer, out.as_ptr(), bytes)?;
         }
         for (peer, got) in others.iter().zip(&mut got).rev() {
-            end.recv(*peer, got.as_mut_ptr(), bytes)?;
+            end.recv(0, *peer, got.as_mut_ptr(), bytes)?;
         }
     }
-    end.finish()?;
+    end.finish(0)?;
     for (peer, got) in others.iter().zip(&got) {
         assert!(*got == pattern(*peer, me, round, bytes), "{me} was sent something else by {peer}");
     }
@@ -226,12 +243,12 @@ fn messages_of_a_pair_arrive_in_order_while_all_devices_exchange_at_once() {
                 unsafe {
                     for peer in (0..devices).filter(|p| *p != me) {
                         for half in 0..2 {
-                            end.send(peer, (&raw const out[peer][half]).cast(), 8).unwrap();
-                            end.recv(peer, (&raw mut got[peer][half]).cast(), 8).unwrap();
+                            end.send(0, peer, (&raw const out[peer][half]).cast(), 8).unwrap();
+                            end.recv(0, peer, (&raw mut got[peer][half]).cast(), 8).unwrap();
                         }
                     }
                 }
-                end.finish().unwrap();
+                end.finish(0).unwrap();
                 for peer in (0..devices).filter(|p| *p != me) {
                     assert_eq!(got[peer], [peer as u64 * 100 + me as u64, round], "{kind:?}");
                 }
@@ -266,11 +283,11 @@ fn small_and_large_messages_of_a_pair_stay_in_order() {
                 // SAFETY: both lists outlive `finish`.
                 unsafe {
                     for (out, got) in out.iter().zip(&mut got) {
-                        end.send(1 - me, out.as_ptr(), out.len()).unwrap();
-                        end.recv(1 - me, got.as_mut_ptr(), got.len()).unwrap();
+                        end.send(0, 1 - me, out.as_ptr(), out.len()).unwrap();
+                        end.recv(0, 1 - me, got.as_mut_ptr(), got.len()).unwrap();
                     }
                 }
-                end.finish().unwrap();
+                end.finish(0).unwrap();
                 assert!(got.iter().cloned().eq(of(1 - me)), "{kind:?}");
                 got.iter_mut().for_each(|g| g.fill(0));
             }
@@ -293,17 +310,17 @@ fn what_is_borrowed_lies_with_the_sender_or_in_the_scratch() {
                     for &peer in &others {
                         for bytes in sizes {
                             out.push(pattern(me, peer, round, bytes));
-                            end.send(peer, out.last().unwrap().as_ptr(), bytes).unwrap();
+                            end.send(0, peer, out.last().unwrap().as_ptr(), bytes).unwrap();
                         }
                     }
                     for &peer in &others {
                         for bytes in sizes {
                             scratch.push(vec![0; bytes]);
-                            end.borrow(peer, scratch.last_mut().unwrap().as_mut_ptr(), bytes).unwrap();
+                            end.borrow(0, peer, scratch.last_mut().unwrap().as_mut_ptr(), bytes).unwrap();
                         }
                     }
                 }
-                let lie = end.borrowed().unwrap().to_vec();
+                let lie = end.borrowed(0).unwrap().to_vec();
                 assert_eq!(lie.len(), scratch.len());
                 for (i, at) in lie.into_iter().enumerate() {
                     let (peer, bytes) = (others[i / sizes.len()], sizes[i % sizes.len()]);
@@ -311,10 +328,11 @@ fn what_is_borrowed_lies_with_the_sender_or_in_the_scratch() {
                     let got = unsafe { std::slice::from_raw_parts(at, bytes) };
                     assert!(got == pattern(peer, me, round, bytes), "{kind:?}: {bytes} bytes");
                     let lends = matches!(kind, Kind::Lending | Kind::LendingSiblings);
-                    let elsewhere = kind == Kind::InProcess || lends && bytes >= 64 << 10 && bytes % 4 == 0;
+                    let elsewhere =
+                        kind == Kind::InProcess && bytes > SMALL || lends && bytes >= 64 << 10 && bytes % 4 == 0;
                     assert_eq!(at != scratch[i].as_ptr(), elsewhere, "{kind:?}: {bytes} bytes");
                 }
-                end.finish().unwrap();
+                end.finish(0).unwrap();
             }
         });
     }
@@ -330,15 +348,15 @@ fn what_is_lent_is_not_done_before_it_is_given_back() {
             // SAFETY: the memory outlives `finish`.
             unsafe {
                 if me == 0 {
-                    end.send(1, memory.as_ptr(), memory.len()).unwrap();
+                    end.send(0, 1, memory.as_ptr(), memory.len()).unwrap();
                 } else {
-                    end.borrow(0, memory.as_mut_ptr(), memory.len()).unwrap();
-                    end.borrowed().unwrap();
+                    end.borrow(0, 0, memory.as_mut_ptr(), memory.len()).unwrap();
+                    end.borrowed(0).unwrap();
                     std::thread::sleep(Duration::from_millis(50));
                     given_back.store(true, Ordering::SeqCst);
                 }
             }
-            end.finish().unwrap();
+            end.finish(0).unwrap();
             assert!(given_back.load(Ordering::SeqCst), "{kind:?}");
         });
     }
@@ -353,16 +371,183 @@ fn an_abort_reaches_whoever_waits_for_a_loan_to_be_given_back() {
             // SAFETY: the memory outlives `finish` and `abort`.
             unsafe {
                 if me == 0 {
-                    end.send(1, memory.as_ptr(), memory.len()).unwrap();
+                    end.send(0, 1, memory.as_ptr(), memory.len()).unwrap();
                 } else {
-                    end.borrow(0, memory.as_mut_ptr(), memory.len()).unwrap();
-                    end.borrowed().unwrap();
+                    end.borrow(0, 0, memory.as_mut_ptr(), memory.len()).unwrap();
+                    end.borrowed(0).unwrap();
                     std::thread::sleep(Duration::from_millis(20));
                     return end.abort("out of paper");
                 }
             }
             let told = TransportError::Aborted { device: 1, reason: "out of paper".into() };
-            assert_eq!(end.finish(), Err(told), "{kind:?}");
+            assert_eq!(end.finish(0), Err(told), "{kind:?}");
+        });
+    }
+}
+
+/// Batches begin one after the other and end in another order; more is on the way than any buffer holds.
+#[test]
+fn several_batches_are_under_way_and_end_in_an_order_that_all_keep_to() {
+    let sizes = [[8, 200_000, 0], [64 << 10, 3, 5 << 20], [SMALL, SMALL + 1, 70_000], [(1 << 20) + 4, 12, 64 << 10]];
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 3);
+        on_all(ends, |me, end| {
+            let others: Vec<usize> = (0..3).filter(|p| *p != me).collect();
+            for round in 0..3 {
+                let of =
+                    |from: usize, to: usize, b: usize, i: usize| pattern(from, to, round * 16 + b * 3 + i, sizes[b][i]);
+                let (mut out, mut got) = (vec![], vec![vec![]; sizes.len()]);
+                for (b, sizes) in sizes.iter().enumerate() {
+                    for &peer in &others {
+                        for (i, bytes) in sizes.iter().enumerate() {
+                            out.push(of(me, peer, b, i));
+                            // SAFETY: all lists outlive `finish`.
+                            unsafe { end.send(b, peer, out.last().unwrap().as_ptr(), *bytes).unwrap() };
+                        }
+                    }
+                    for &peer in &others {
+                        for (i, bytes) in sizes.iter().enumerate() {
+                            let mut memory = vec![0u8; *bytes];
+                            // SAFETY: as above; what is pushed stays where its bytes lie.
+                            unsafe {
+                                match b % 2 {
+                                    0 => end.recv(b, peer, memory.as_mut_ptr(), *bytes).unwrap(),
+                                    _ => end.borrow(b, peer, memory.as_mut_ptr(), *bytes).unwrap(),
+                                }
+                            }
+                            got[b].push((peer, i, memory));
+                        }
+                    }
+                    end.progress().unwrap();
+                }
+                for b in [2, 1, 3, 0] {
+                    if b % 2 == 1 {
+                        for (at, (peer, i, memory)) in end.borrowed(b).unwrap().iter().zip(&got[b]) {
+                            // SAFETY: so many bytes lie there until `finish`.
+                            let found = unsafe { std::slice::from_raw_parts(*at, memory.len()) };
+                            assert!(
+                                found == of(*peer, me, b, *i),
+                                "{kind:?}: message {i} of batch {b} from {peer} to {me}"
+                            );
+                        }
+                        end.finish(b).unwrap();
+                    } else {
+                        end.finish(b).unwrap();
+                        for (peer, i, memory) in &got[b] {
+                            assert!(
+                                *memory == of(*peer, me, b, *i),
+                                "{kind:?}: message {i} of batch {b} from {peer} to {me}"
+                            );
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn a_loan_holds_up_its_own_batch_and_no_other() {
+    for kind in [Kind::InProcess, Kind::LendingSiblings, Kind::Lending] {
+        let (ends, _listeners) = ends(kind, 2);
+        let told = mpsc::channel();
+        let (tell, hear) = (std::sync::Mutex::new(Some(told.0)), std::sync::Mutex::new(told.1));
+        let given_back = AtomicBool::new(false);
+        on_all(ends, |me, end| {
+            let mut memory = vec![me as u8; 2 << 20];
+            for batch in [1, 2] {
+                // SAFETY: the memory outlives `finish`.
+                unsafe {
+                    let at = memory.as_mut_ptr().add((batch - 1) << 20);
+                    match me {
+                        0 => end.send(batch, 1, at, 1 << 20).unwrap(),
+                        _ => end.borrow(batch, 0, at, 1 << 20).unwrap(),
+                    }
+                }
+            }
+            if me == 0 {
+                // The later one is done first, while the earlier one is still looked at.
+                end.finish(2).unwrap();
+                drop(tell.lock().unwrap().take());
+                end.finish(1).unwrap();
+                assert!(given_back.load(Ordering::SeqCst), "{kind:?}");
+            } else {
+                end.borrowed(1).unwrap();
+                end.borrowed(2).unwrap();
+                end.finish(2).unwrap();
+                let gone = hear.lock().unwrap().recv_timeout(Duration::from_secs(20));
+                assert_eq!(gone, Err::<(), _>(mpsc::RecvTimeoutError::Disconnected), "{kind:?}");
+                given_back.store(true, Ordering::SeqCst);
+                end.finish(1).unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn what_is_small_is_sent_before_anyone_takes_it() {
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 2);
+        let sent = AtomicBool::new(false);
+        on_all(ends, |me, end| {
+            let mut got = [[me as u8; SMALL]; 300];
+            for (batch, at) in got.iter_mut().enumerate() {
+                // SAFETY: the memory outlives `finish`.
+                unsafe {
+                    match me {
+                        0 => end.send(batch, 1, at.as_ptr(), at.len()).unwrap(),
+                        _ => end.recv(batch, 0, at.as_mut_ptr(), at.len()).unwrap(),
+                    }
+                }
+            }
+            if me == 0 {
+                (0..300).for_each(|batch| end.finish(batch).unwrap());
+                sent.store(true, Ordering::SeqCst);
+            } else {
+                let begun = Instant::now();
+                while !sent.load(Ordering::SeqCst) && begun.elapsed() < Duration::from_secs(20) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                assert!(sent.load(Ordering::SeqCst), "{kind:?}");
+                (0..300).for_each(|batch| end.finish(batch).unwrap());
+                assert!(got.as_flattened().iter().all(|b| *b == 0), "{kind:?}");
+            }
+        });
+    }
+}
+
+#[test]
+fn an_abort_ends_all_batches_that_are_under_way() {
+    for kind in KINDS {
+        let (ends, _listeners) = ends(kind, 3);
+        let told = Err(TransportError::Aborted { device: 2, reason: "out of paper".into() });
+        on_all(ends, |me, end| {
+            let (large, mut got) = (vec![1u8; 6 << 20], vec![0u8; 6 << 20]);
+            for batch in 0..3 {
+                // SAFETY: the bytes outlive `finish` and `abort`.
+                unsafe {
+                    match me {
+                        0 => end.send(batch, 1, large.as_ptr(), large.len()).unwrap(),
+                        1 => end.borrow(batch, if batch == 0 { 0 } else { 2 }, got.as_mut_ptr(), got.len()).unwrap(),
+                        _ => {}
+                    }
+                }
+            }
+            match me {
+                2 => {
+                    std::thread::sleep(Duration::from_millis(50));
+                    end.abort("out of paper");
+                }
+                1 => {
+                    let _ = end.borrowed(0);
+                    assert_eq!(end.borrowed(1).map(|_| ()), told, "{kind:?}");
+                    assert_eq!(end.finish(2), told, "{kind:?}");
+                }
+                _ => {
+                    assert_eq!(end.finish(1), told, "{kind:?}");
+                    assert_eq!(end.finish(2), told, "{kind:?}");
+                }
+            }
         });
     }
 }
@@ -386,20 +571,20 @@ fn an_abort_wakes_whoever_waits_also_behind_full_buffers() {
             unsafe {
                 match me {
                     // Wait for messages that never come, while others have sent more than fits.
-                    0 => end.recv(1, &raw mut byte, 1).unwrap(),
-                    3 => end.recv(0, &raw mut byte, 1).unwrap(),
+                    0 => end.recv(0, 1, &raw mut byte, 1).unwrap(),
+                    3 => end.recv(0, 0, &raw mut byte, 1).unwrap(),
                     // Waits for one that takes nothing.
-                    1 => end.send(3, large.as_ptr(), large.len()).unwrap(),
+                    1 => end.send(0, 3, large.as_ptr(), large.len()).unwrap(),
                     _ => {
                         std::thread::sleep(Duration::from_millis(50));
-                        end.send(0, large.as_ptr(), large.len()).unwrap();
+                        end.send(0, 0, large.as_ptr(), large.len()).unwrap();
                         std::thread::sleep(Duration::from_millis(50));
                         return end.abort("out of paper");
                     }
                 }
             }
-            assert_eq!(end.finish(), told, "{kind:?}");
-            assert_eq!(end.finish(), told, "{kind:?}: it stays so");
+            assert_eq!(end.finish(0), told, "{kind:?}");
+            assert_eq!(end.finish(0), told, "{kind:?}: it stays so");
         });
     }
 }
@@ -412,13 +597,13 @@ fn devices_of_different_plans_find_out() {
         let (out, mut got) = ([1u8; 4], [0u8; 8]);
         // SAFETY: both arrays outlive `finish`.
         unsafe {
-            a.send(1, out.as_ptr(), 4).unwrap();
-            b.recv(0, got.as_mut_ptr(), 8).unwrap();
+            a.send(0, 1, out.as_ptr(), 4).unwrap();
+            b.recv(0, 0, got.as_mut_ptr(), 8).unwrap();
         }
         if kind != Kind::InProcess {
-            a.finish().unwrap();
+            a.finish(0).unwrap();
         }
-        let found = b.finish();
+        let found = b.finish(0);
         assert_eq!(found, Err(TransportError::Disagreement { me: 1, peer: 0, expected: 8, sent: 4 }), "{kind:?}");
     }
 }
@@ -434,8 +619,8 @@ fn a_doom_stops_the_devices_of_its_process_and_they_tell_the_others() {
             let mut end = listeners[d].connect(&roster, &options(choice), doom).unwrap().pop().unwrap();
             let mut byte = 0u8;
             // SAFETY: the byte outlives `finish`.
-            unsafe { end.recv(1 - d, &raw mut byte, 1).unwrap() };
-            let e = end.finish().unwrap_err();
+            unsafe { end.recv(0, 1 - d, &raw mut byte, 1).unwrap() };
+            let e = end.finish(0).unwrap_err();
             end.abort(&e.to_string());
             e
         };
@@ -613,10 +798,10 @@ fn processes_with_several_devices_each_mix_links() {
 
 #[test]
 fn collectives_give_the_same_bits_over_every_transport() {
-    for devices in [3, 4] {
+    for (devices, under_way) in [(3, false), (4, false), (3, true)] {
         let mut whole = vec![];
         for segments in [Segments::All, Segments::Shared] {
-            let reduced = KINDS.map(|kind| all_reduce(kind, devices, segments.clone()));
+            let reduced = KINDS.map(|kind| all_reduce(kind, devices, segments.clone(), under_way));
             assert!(reduced[0].iter().all(|r| *r == reduced[0][0]), "all devices have the same");
             assert!(reduced.iter().all(|r| *r == reduced[0]), "all transports give the same");
             whole = reduced[0][0].clone();
@@ -638,10 +823,13 @@ fn collectives_give_the_same_bits_over_every_transport() {
                 .map(|(r, c)| r.flat_map(|r| whole[r * COLUMNS..][c.clone()].to_vec()).collect())
                 .collect();
             for kind in KINDS {
-                assert!(all_reduce(kind, devices, boxes.clone()) == expected, "a reduce-scatter is a part of it");
+                assert!(
+                    all_reduce(kind, devices, boxes.clone(), under_way) == expected,
+                    "a reduce-scatter is a part of it"
+                );
             }
         }
-        let exchanged = KINDS.map(|kind| exchange(kind, devices));
+        let exchanged = KINDS.map(|kind| exchange(kind, devices, under_way));
         assert!(exchanged.iter().all(|r| *r == exchanged[0]));
     }
 }
@@ -650,7 +838,7 @@ const ROWS: usize = 7;
 const COLUMNS: usize = 10_003;
 
 /// Every device's result of an all-reduce of values of very different sizes, as bits.
-fn all_reduce(kind: Kind, devices: usize, segments: Segments) -> Vec<Vec<u32>> {
+fn all_reduce(kind: Kind, devices: usize, segments: Segments, under_way: bool) -> Vec<Vec<u32>> {
     let elements = ROWS * COLUMNS;
     let tree = Tree { dims: vec![TreeDim { size: 8, chunks: 8 }], first: None };
     let owned: Vec<_> = (0..devices).map(|d| vec![shard_chunks(8, devices, d)]).collect();
@@ -668,6 +856,7 @@ fn all_reduce(kind: Kind, devices: usize, segments: Segments) -> Vec<Vec<u32>> {
             me,
             order: order.clone().into(),
             segments: segments.clone(),
+            under_way: under_way.then_some(2),
         };
         let value = |i: usize| ((i * 2654435761 + me * 97) % 1009) as f32 * 10f32.powi((i % 13) as i32 - 6);
         let input: Vec<f32> = (0..nodes[me] * elements).map(value).collect();
@@ -679,7 +868,13 @@ fn all_reduce(kind: Kind, devices: usize, segments: Segments) -> Vec<Vec<u32>> {
         for _ in 0..3 {
             // SAFETY: the buffers are as large as the work says.
             unsafe {
-                plan.run(&pool, end, input.as_ptr().cast(), output.as_mut_ptr().cast(), scratch.as_mut_ptr()).unwrap();
+                let [input, scratch] = [input.as_ptr().cast_mut().cast(), scratch.as_mut_ptr()];
+                plan.run(&pool, end, input, output.as_mut_ptr().cast(), scratch).unwrap();
+                if under_way {
+                    end.progress().unwrap();
+                    plan.combine(&pool, end, input, output.as_mut_ptr().cast(), scratch).unwrap();
+                    plan.finish(end).unwrap();
+                }
             }
         }
         results.send((me, output.iter().map(|v| v.to_bits()).collect())).unwrap();
@@ -689,7 +884,7 @@ fn all_reduce(kind: Kind, devices: usize, segments: Segments) -> Vec<Vec<u32>> {
 }
 
 /// Every device's result of an all-to-all from rows to columns.
-fn exchange(kind: Kind, devices: usize) -> Vec<Vec<u32>> {
+fn exchange(kind: Kind, devices: usize, under_way: bool) -> Vec<Vec<u32>> {
     let (rows, columns) = (40, 300 * devices);
     let part = columns / devices;
     let (ends, _listeners) = ends(kind, devices);
@@ -715,6 +910,7 @@ fn exchange(kind: Kind, devices: usize) -> Vec<Vec<u32>> {
                 })
                 .collect(),
             recvs: others().map(|peer| Message { peer, bytes, at: Wire::InPlace(peer * bytes) }).collect(),
+            under_way: under_way.then_some(0),
         };
         let input: Vec<u32> = (0..rows * columns).map(|i| (i * 8 + me) as u32).collect();
         let mut output = vec![0u32; rows * columns];
@@ -722,8 +918,11 @@ fn exchange(kind: Kind, devices: usize) -> Vec<Vec<u32>> {
         let plan = ExchangePlan::new(&work);
         // SAFETY: the buffers are as large as the work says.
         unsafe {
-            plan.run(&Pool::new(1, None), end, input.as_ptr().cast(), output.as_mut_ptr().cast(), scratch.as_mut_ptr())
-                .unwrap();
+            let (pool, output) = (Pool::new(1, None), output.as_mut_ptr().cast());
+            plan.run(&pool, end, input.as_ptr().cast(), output, scratch.as_mut_ptr()).unwrap();
+            if under_way {
+                plan.finish(&pool, end, output).unwrap();
+            }
         }
         results.send((me, output)).unwrap();
     });

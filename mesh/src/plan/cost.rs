@@ -3,7 +3,7 @@
 //! Both are of one device and count nothing twice: an element that is used again is read once. A profile divides them by
 //! the time that the step took.
 
-use super::step::{AllReduce, BoxCopy, Exchange, OpWork, Part, Segments, Slices, Step, Work};
+use super::step::{AllReduce, Begun, BoxCopy, Buffer, Exchange, OpWork, Part, Segments, Slices, Step, Work};
 use crate::body::{Access, Instr, Loop};
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Type};
@@ -27,6 +27,8 @@ impl Step {
             Work::Copy(_) if !self.is_idle() => "copy",
             Work::Band(_) => "band",
             Work::Copy(_) | Work::Op(_) | Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => &self.label.op,
+            Work::Finish(Begun::Exchange(e)) => e.kind.name(),
+            Work::Combine(a) | Work::Finish(Begun::AllReduce(a)) => a.name(),
         }
     }
 
@@ -48,8 +50,9 @@ impl Step {
                 let names: Vec<&str> = steps.iter().map(|s| &*s.name).filter(|n| *n != "copy").collect();
                 format!("{} slices of {}", band.count(), names.join(", "))
             }
-            Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) => {
-                format!("{} bytes", self.outputs.iter().map(|b| b.bytes).sum::<usize>())
+            Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) | Work::Combine(_) | Work::Finish(_) | Work::Join(_) => {
+                let buffers = if self.outputs.is_empty() { &self.inputs } else { &self.outputs };
+                format!("{} bytes", buffers.iter().map(|b| b.bytes).sum::<usize>())
             }
         }
     }
@@ -65,27 +68,36 @@ impl Step {
 
     /// What it takes at the least.
     pub fn cost(&self) -> Cost {
-        let outputs: usize = self.outputs.iter().map(|b| b.bytes).sum();
-        let bytes = match &self.work {
-            Work::Map(nest) => loads(nest) + stores(nest),
-            Work::Reduce(r) => loads(&r.nest) + outputs,
-            Work::Op(op) => {
-                // The op's result, an epilogue's last operand, does not come from memory.
-                let epilogue = |nest: &Loop| loads(nest) - points(nest) * op.output.ty.dtype.bytes();
-                op_reads(op) + op.epilogue.as_ref().map_or(0, epilogue) + outputs
-            }
-            Work::Copy(c) => {
-                let copied: usize = c.boxes.iter().map(|(_, b)| elements(b) * c.element).sum();
-                copied + if c.fill.is_some() { outputs } else { copied }
-            }
-            // What is between its steps stays in the cache.
-            Work::Band(_) => self.inputs.iter().map(|b| b.bytes).sum::<usize>() + outputs,
-            Work::Exchange(e) => moved(e),
-            Work::AllReduce(a) => combined(a).1,
-            Work::Join(j) => (j.nodes().0 + j.places) * j.elements * j.dtype.bytes(),
-        };
-        Cost { flops: flops(&self.work), bytes: bytes as f64 }
+        let bytes = |list: &[Buffer]| list.iter().map(|b| b.bytes).sum();
+        cost(&self.work, bytes(&self.inputs), bytes(&self.outputs))
     }
+}
+
+/// What work on so many bytes takes at the least.
+pub(super) fn cost(work: &Work, inputs: usize, outputs: usize) -> Cost {
+    let bytes = match work {
+        Work::Map(nest) => loads(nest) + stores(nest),
+        Work::Reduce(r) => loads(&r.nest) + outputs,
+        Work::Op(op) => {
+            // The op's result, an epilogue's last operand, does not come from memory.
+            let epilogue = |nest: &Loop| loads(nest) - points(nest) * op.output.ty.dtype.bytes();
+            op_reads(op) + op.epilogue.as_ref().map_or(0, epilogue) + outputs
+        }
+        Work::Copy(c) => {
+            let copied: usize = c.boxes.iter().map(|(_, b)| elements(b) * c.element).sum();
+            copied + if c.fill.is_some() { outputs } else { copied }
+        }
+        // What is between its steps stays in the cache.
+        Work::Band(_) => inputs + outputs,
+        Work::Exchange(e) if e.under_way.is_some() => kept(e),
+        Work::Exchange(e) => kept(e) + received(e),
+        Work::Finish(Begun::Exchange(e)) => received(e),
+        Work::AllReduce(a) => packed(a) + if a.under_way.is_some() { 0 } else { combined(a).1 + shared(a) },
+        Work::Combine(a) => combined(a).1,
+        Work::Finish(Begun::AllReduce(a)) => shared(a),
+        Work::Join(j) => (j.nodes().0 + j.places) * j.elements * j.dtype.bytes(),
+    };
+    Cost { flops: flops(work), bytes: bytes as f64 }
 }
 
 fn flops(work: &Work) -> f64 {
@@ -97,8 +109,9 @@ fn flops(work: &Work) -> f64 {
             let slice = |s: &Slices| s.steps.iter().map(|s| flops(&s.work)).sum::<f64>();
             b.slices.iter().map(|s| s.at.len() as f64 * slice(s)).sum()
         }
-        Work::Copy(_) | Work::Exchange(_) => 0.0,
-        Work::AllReduce(a) => combined(a).0 as f64,
+        Work::Copy(_) | Work::Exchange(_) | Work::Finish(_) => 0.0,
+        Work::AllReduce(a) if a.under_way.is_some() => 0.0,
+        Work::AllReduce(a) | Work::Combine(a) => combined(a).0 as f64,
         Work::Join(j) => ((j.nodes().0 - j.nodes().1) * j.elements) as f64,
     }
 }
@@ -164,23 +177,33 @@ fn elements(b: &BoxCopy) -> usize {
     b.extents.iter().product()
 }
 
-/// What is kept is read and written, as is what comes from others; that what is sent is read is the receiver's.
-fn moved(e: &Exchange) -> usize {
-    let kept: usize = e.local.iter().map(|b| elements(b) * e.element).sum();
-    let received: usize = e.recvs.iter().map(|m| m.bytes).sum();
-    2 * (kept + received)
+/// What is kept is read and written.
+fn kept(e: &Exchange) -> usize {
+    2 * e.local.iter().map(|b| elements(b) * e.element).sum::<usize>()
 }
 
-/// It combines its segment of all parts, and copies the others' segments: their results, or nodes of boxes.
+/// As is what comes from others; that what is sent is read is the receiver's.
+fn received(e: &Exchange) -> usize {
+    2 * e.recvs.iter().map(|m| m.bytes).sum::<usize>()
+}
+
+/// Operations and bytes of combining its segment of all parts.
 fn combined(a: &AllReduce) -> (usize, usize) {
     let (parts, own) = (a.nodes.iter().sum::<usize>(), a.segment_elements(a.me));
-    let copied = match a.segments {
-        Segments::All => 0,
-        Segments::Shared => a.elements - own,
-        Segments::Boxes(_) => {
-            let packed = (0..a.devices.len()).filter(|p| a.segment_start(*p).is_none());
-            packed.map(|p| a.nodes[a.me] * a.segment_elements(p)).sum()
-        }
-    };
-    (parts.saturating_sub(1) * own, ((parts + 1) * own + 2 * copied) * a.dtype.bytes())
+    (parts.saturating_sub(1) * own, (parts + 1) * own * a.dtype.bytes())
+}
+
+/// Bytes of copying the others' results.
+fn shared(a: &AllReduce) -> usize {
+    match a.segments {
+        Segments::Shared => 2 * (a.elements - a.segment_elements(a.me)) * a.dtype.bytes(),
+        Segments::All | Segments::Boxes(_) => 0,
+    }
+}
+
+/// Bytes of putting nodes of boxes together.
+fn packed(a: &AllReduce) -> usize {
+    let packed = (0..a.devices.len()).filter(|p| a.segment_start(*p).is_none());
+    let nodes: usize = packed.map(|p| a.nodes[a.me] * a.segment_elements(p)).sum();
+    2 * nodes * a.dtype.bytes()
 }

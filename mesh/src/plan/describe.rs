@@ -140,6 +140,8 @@ fn traffic(work: &Work) -> Option<(usize, usize)> {
             let others = a.devices.len() - 1;
             Some((a.sent_bytes(), others * (a.nodes[a.me] + usize::from(a.segments == Segments::Shared))))
         }
+        // What was begun is counted there.
+        Work::Combine(_) | Work::Finish(_) => None,
         Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => None,
     }
 }

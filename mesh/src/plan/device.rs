@@ -1,20 +1,23 @@
-//! The plan of each device: the function's steps on what the device has, with their offsets.
+//! The plan of each device: the function's steps on what the device has, with their offsets. First there is one with every
+//! collective in one step; then `overlap` takes some of them apart, and where that takes no memory beyond it is the plan.
 
 use super::DevicePlan;
 use super::function::Planner;
 use super::fuse::Group;
 use super::memory::{self, Tenant};
-use super::step::{BoxCopy, Buffer, CopyWork, IDLE, Label, Step, Work};
+use super::overlap::{Moment, Phase, numbers};
+use super::step::{Begun, BoxCopy, Buffer, CopyWork, IDLE, Label, Segments, Step, Work};
 use super::timeline::{Blocks, Timeline};
 use crate::dim::Name;
 use crate::spmd::ValueId;
+use std::collections::HashMap;
 use std::num::NonZero;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
-/// A device's part of a step, and its scratch; None if there is nothing to do.
-type Worked = Option<(Work, usize)>;
+/// A device's part of a group, and its scratch; None if there is nothing to do.
+pub(super) type Worked = Option<(Work, usize)>;
 
 /// Which of a device's tenants is what: its own values lie first.
 #[derive(Clone, Copy)]
@@ -25,12 +28,24 @@ pub(super) struct Parts {
     pub scratch: usize,
 }
 
-/// What a step has in common on all devices.
+/// What the steps of a group have in common on all devices.
 struct Common {
     reads: Vec<ValueId>,
     label: Arc<Label>,
+    /// What its later steps are called.
+    later: [Arc<Label>; 2],
     /// Where there is nothing to do.
     idle: Arc<Label>,
+}
+
+/// Where everything lies on devices whose tenants are alike.
+pub(super) struct Place {
+    /// The first of them.
+    device: usize,
+    tenants: Vec<Tenant>,
+    buffers: Vec<Buffer>,
+    /// The end of what it takes.
+    pub end: usize,
 }
 
 /// The memory of devices whose tenants are alike.
@@ -46,39 +61,61 @@ pub(super) struct Class {
 
 impl Planner<'_> {
     /// The plans of some devices.
-    pub(super) fn devices_plans(&self, devices: Range<usize>) -> Vec<(DevicePlan, Timeline)> {
+    pub(super) fn devices_plans(&mut self, devices: Range<usize>) -> Vec<(DevicePlan, Timeline)> {
         let groups: Vec<Common> = self.groups().iter().map(|g| self.common(g)).collect();
-        let works = on_threads(devices.clone().collect(), |d: usize| {
-            self.groups().iter().map(|g| self.work(g, self.view(d))).collect::<Vec<Worked>>()
+        let works: Vec<Vec<Worked>> = on_threads((0..self.devices()).collect(), |d: usize| {
+            self.groups().iter().map(|g| self.work(g, self.view(d))).collect()
         });
-        // Devices with the same tenants have the same places.
+        let (of, places, waiting) = self.overlap(&works);
+        let blocks = self.blocks();
+        let mut classes = on_threads(places, |place| self.class(place, &blocks));
+        let of: Vec<usize> = devices.clone().map(|d| of[d]).collect();
+        let timeline =
+            |(d, of): (usize, &usize)| Timeline { waiting: waiting[d].clone(), ..self.told(d, &mut classes[*of]) };
+        let timelines: Vec<Timeline> = devices.clone().zip(&of).map(timeline).collect();
+        let works = works.into_iter().skip(devices.start);
+        let parts = devices.zip(of).zip(works.zip(timelines)).collect();
+        let numbers = numbers(&self.moments);
+        on_threads(parts, |((d, of), (works, timeline))| {
+            (self.device(d, works, &classes[of], &groups, &numbers), timeline)
+        })
+    }
+
+    fn common(&self, group: &Group) -> Common {
+        let label = |op: &str| Arc::new(self.label(group.outputs[0], op.into()));
+        let name = self.name(group);
+        let later = ["combine", "finish"].map(|what| label(&format!("{what} {name}")));
+        Common { reads: self.reads(group), label: label(name), later, idle: label(IDLE) }
+    }
+
+    /// Where everything lies on each device: by device its class, and of each class the first device. Devices with the same
+    /// tenants have the same places.
+    pub(super) fn places(&self, works: &[Vec<Worked>]) -> (Vec<usize>, Vec<Place>) {
         let base = self.cx.base;
         let (mut of, mut firsts): (Vec<usize>, Vec<(usize, Vec<Tenant>)>) = Default::default();
-        for (d, works) in devices.clone().zip(&works) {
+        for (d, works) in works.iter().enumerate() {
             let tenants = self.tenants(d, works);
             let alike = firsts.iter().position(|(first, t)| base[*first] == base[d] && *t == tenants);
             of.push(alike.unwrap_or(firsts.len()));
             firsts.extend(alike.is_none().then_some((d, tenants)));
         }
-        let blocks = self.blocks();
-        let mut classes = on_threads(firsts, |(d, tenants)| self.class(d, tenants, &blocks));
-        let timelines: Vec<Timeline> =
-            devices.clone().zip(&of).map(|(d, of)| self.told(d, &mut classes[*of])).collect();
-        let parts = devices.zip(of).zip(works.into_iter().zip(timelines)).collect();
-        on_threads(parts, |((d, of), (works, timeline))| (self.device(d, works, &classes[of], &groups), timeline))
+        let place = |(device, tenants): (usize, Vec<Tenant>)| {
+            let (buffers, end) = memory::place(&tenants, base[device]);
+            Place { device, tenants, buffers, end }
+        };
+        (of, on_threads(firsts, place))
     }
 
-    fn common(&self, group: &Group) -> Common {
-        let label = |op: &str| Arc::new(self.label(group.outputs[0], op.into()));
-        Common { reads: self.reads(group), label: label(self.name(group)), idle: label(IDLE) }
-    }
-
-    /// The class of a device with these tenants.
-    fn class(&self, device: usize, tenants: Vec<Tenant>, blocks: &Blocks) -> Class {
-        let base = self.cx.base[device];
-        let (buffers, end) = memory::place(&tenants, base);
-        let timeline = self.timeline(device, &tenants, base, blocks);
+    /// The class of devices with these places.
+    fn class(&self, place: Place, blocks: &Blocks) -> Class {
+        let timeline = self.timeline_of(&place, blocks);
+        let Place { tenants, buffers, end, .. } = place;
         Class { tenants, buffers, end, timeline, told: vec![] }
+    }
+
+    /// What the timelines of devices with these places have in common.
+    pub(super) fn timeline_of(&self, place: &Place, blocks: &Blocks) -> Timeline {
+        self.timeline(place.device, &place.tenants, self.cx.base[place.device], blocks)
     }
 
     /// Which of a device's tenants is what.
@@ -86,20 +123,43 @@ impl Planner<'_> {
         Parts { staged: self.lives.len(), scratch: self.lives.len() + self.copies.len() }
     }
 
-    /// The plan of a device of a class.
-    fn device(&self, device: usize, works: Vec<Worked>, class: &Class, groups: &[Common]) -> DevicePlan {
+    /// The plan of a device of a class, with the numbers of what is under way.
+    fn device(
+        &self,
+        device: usize,
+        mut works: Vec<Worked>,
+        class: &Class,
+        groups: &[Common],
+        numbers: &HashMap<usize, usize>,
+    ) -> DevicePlan {
         let (buffers, parts) = (&class.buffers, self.parts());
-        let mut steps: Vec<Step> = Vec::with_capacity(works.len() + self.kept.len() + 2 * self.copies.len());
-        for (g, (work, common)) in works.into_iter().zip(groups).enumerate() {
-            let (work, reads, label) = match work {
-                Some((work, _)) => (work, &*common.reads, &common.label),
-                None => (Work::Copy(CopyWork::default()), &[][..], &common.idle),
+        for (group, number) in numbers {
+            match &mut works[*group] {
+                Some((Work::Exchange(e), _)) => Arc::make_mut(e).under_way = Some(*number),
+                Some((Work::AllReduce(a), _)) => Arc::make_mut(a).under_way = Some(*number),
+                _ => {}
+            }
+        }
+        let mut steps: Vec<Step> = Vec::with_capacity(self.end() + self.kept.len() + 2 * self.copies.len());
+        for moment in &self.moments {
+            let (g, common) = (moment.group, &groups[moment.group]);
+            let work = match moment.phase {
+                Phase::Whole => works[g].take().map(|(work, _)| work),
+                _ => works[g].as_ref().and_then(|(work, _)| later(work, moment.phase)),
             };
+            let idle = work.is_none();
+            let (reads, label) = match moment.phase {
+                _ if idle => (&[][..], &common.idle),
+                Phase::Whole | Phase::Begin => (&*common.reads, &common.label),
+                Phase::Combine => (&*common.reads, &common.later[0]),
+                Phase::Finish => (self.looks_at(*moment), &common.later[1]),
+            };
+            let writes = if idle { self.opens(*moment) } else { self.touches(*moment) };
             steps.push(Step {
-                work,
+                work: work.unwrap_or_else(|| Work::Copy(CopyWork::default())),
                 inputs: reads.iter().map(|v| self.buffer(*v, device, buffers)).collect(),
-                outputs: self.groups()[g].outputs.iter().map(|v| self.buffer(*v, device, buffers)).collect(),
-                scratch: buffers[parts.scratch + g],
+                outputs: writes.iter().map(|v| self.buffer(*v, device, buffers)).collect(),
+                scratch: if self.has_scratch(*moment) { buffers[parts.scratch + g] } else { Buffer::default() },
                 label: label.clone(),
             });
         }
@@ -132,6 +192,11 @@ impl Planner<'_> {
         DevicePlan { steps, arena_bytes: class.end, inputs, outputs }
     }
 
+    /// The values whose memory is written at a moment.
+    fn touches(&self, moment: Moment) -> &[ValueId] {
+        if moment.phase == Phase::Finish { self.makes(moment) } else { self.opens(moment) }
+    }
+
     /// What needs a place on a device.
     fn tenants(&self, device: usize, works: &[Worked]) -> Vec<Tenant> {
         let end = self.end();
@@ -141,10 +206,15 @@ impl Planner<'_> {
             let bytes = self.cx.spmd.values[v.index()].bytes(device);
             Tenant { bytes, from: end, to: end }
         });
-        let scratch = works.iter().enumerate().map(|(g, w)| Tenant {
+        let mut from_to = vec![(usize::MAX, 0); works.len()];
+        for (m, moment) in self.moments.iter().enumerate().filter(|(_, m)| self.has_scratch(**m)) {
+            let (from, to) = from_to[moment.group];
+            from_to[moment.group] = (m.min(from), m.max(to));
+        }
+        let scratch = works.iter().zip(from_to).map(|(w, (from, to))| Tenant {
             bytes: w.as_ref().map_or(0, |(_, scratch)| *scratch),
-            from: g,
-            to: g,
+            from,
+            to,
         });
         lives.chain(copies).chain(scratch).collect()
     }
@@ -155,24 +225,38 @@ impl Planner<'_> {
         Label { op, scope: n.scope.clone(), place: n.place, node }
     }
 
-    /// Walks through the steps and holds that each finds in memory what it reads.
+    /// Walks through the steps and holds that each finds in memory what it reads, and that nobody writes where something is
+    /// on its way.
     fn verify(&self, device: usize, buffers: &[Buffer], first_scratch: usize) {
         let mut held: Vec<(Buffer, ValueId)> = Vec::new();
+        // What is being written, by whom.
+        let mut open: Vec<(Buffer, usize)> = Vec::new();
         let overlap = |a: Buffer, b: Buffer| a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
         let given = self.cx.spmd.inputs.iter().map(|(_, v)| v).chain(self.cx.spmd.reads.iter().map(|(_, v)| v));
         for v in given {
             held.push((self.buffer(*v, device, buffers), *v));
         }
-        for (g, group) in self.groups().iter().enumerate() {
-            for &v in &group.inputs {
-                let at = self.buffer(v, device, buffers);
+        for moment in &self.moments {
+            let group = &self.groups()[moment.group];
+            let at = |v: &ValueId| (self.buffer(*v, device, buffers), *v);
+            for (at, v) in self.looks_at(*moment).iter().map(at) {
                 let found = at.bytes == 0 || held.contains(&(at, v));
                 assert!(found, "{group:?} reads {v:?}, which is not at {at:?}: {held:?}");
             }
-            let written = group.outputs.iter().map(|&v| (self.buffer(v, device, buffers), Some(v)));
-            for (at, v) in written.chain([(buffers[first_scratch + g], None)]) {
+            let scratch = Some(buffers[first_scratch + moment.group]).filter(|_| self.has_scratch(*moment));
+            let written = self.touches(*moment).iter().map(|v| at(v).0).chain(scratch);
+            for at in written {
                 held.retain(|(b, _)| !overlap(*b, at));
-                held.extend(v.map(|v| (at, v)));
+                let free = open.iter().all(|(b, by)| *by == moment.group || !overlap(*b, at));
+                assert!(free, "{group:?} writes at {at:?}, where something is on its way: {open:?}");
+                open.push((at, moment.group));
+            }
+            if moment.phase == Phase::Combine {
+                open.retain(|(b, by)| *by != moment.group || Some(*b) != scratch);
+            }
+            if moment.phase == Phase::Whole || !self.makes(*moment).is_empty() {
+                held.extend(self.makes(*moment).iter().map(at));
+                open.retain(|(_, by)| *by != moment.group);
             }
         }
         for (_, v) in &self.cx.spmd.outputs {
@@ -180,6 +264,19 @@ impl Planner<'_> {
             let at = self.buffer(v, device, buffers);
             assert!(at.bytes == 0 || held.contains(&(at, v)), "the result {v:?} is not at {at:?}");
         }
+    }
+}
+
+/// A step of a collective that goes on while others are done; None if there is nothing to do in it.
+fn later(work: &Work, phase: Phase) -> Option<Work> {
+    match (work, phase) {
+        (_, Phase::Whole | Phase::Begin) => Some(work.clone()),
+        (Work::AllReduce(a), Phase::Combine) => Some(Work::Combine(a.clone())),
+        (Work::Exchange(e), Phase::Finish) => Some(Work::Finish(Begun::Exchange(e.clone()))),
+        (Work::AllReduce(a), Phase::Finish) => {
+            (a.segments == Segments::Shared).then(|| Work::Finish(Begun::AllReduce(a.clone())))
+        }
+        (_, Phase::Combine | Phase::Finish) => None,
     }
 }
 
@@ -273,6 +370,7 @@ mod tests {
                 base: &base,
                 backend: &Plain,
                 apart: false,
+                waiting: false,
             };
             let all = plan.functions[&"train".into()].iter().zip(&plan.timelines[&"train".into()]);
             for (d, beside) in all.enumerate() {

@@ -83,6 +83,11 @@ impl Moves {
         Moves { kind: kind(from, to), pieces, of }
     }
 
+    /// Whether anything is sent.
+    pub fn sends(&self) -> bool {
+        self.pieces.iter().enumerate().any(|(receiver, pieces)| pieces.iter().any(|(sender, _)| *sender != receiver))
+    }
+
     /// Whether a device has nothing to do with it.
     pub fn is_idle(&self, device: usize) -> bool {
         self.of[device].is_empty()
@@ -95,7 +100,8 @@ impl Moves {
         let from = &value.regions;
         let element = value.ty.dtype.bytes();
         let mut scratch = 0;
-        let mut out = Exchange { kind: self.kind, element, local: vec![], sends: vec![], recvs: vec![] };
+        let mut out =
+            Exchange { kind: self.kind, element, local: vec![], sends: vec![], recvs: vec![], under_way: None };
         let mut message = |peer: usize, piece: &Region, sending: bool| {
             let nodes = value.nodes[if sending { device } else { peer }];
             let bytes = nodes * piece.elements() * element;
@@ -172,5 +178,6 @@ pub(crate) fn all_reduce(
         me: together.devices.iter().position(|&d| d == device).unwrap_or(0),
         order: together.order.clone(),
         segments,
+        under_way: None,
     }
 }

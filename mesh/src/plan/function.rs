@@ -4,9 +4,10 @@
 use super::band::View;
 use super::body::Nest;
 use super::copies::copies;
-use super::exchange::{Moves, Together, all_reduce};
+use super::exchange::{Moves, SEGMENTED, Together, all_reduce};
 use super::fuse::{Fused, Group, Kind};
-use super::step::{Backend, Buffer, DevicePlan, ExchangeKind, Join, OpWork, Part, Work};
+use super::overlap::{Moment, Phase};
+use super::step::{Backend, Buffer, DevicePlan, Join, OpWork, Part, Work};
 use super::timeline::Timeline;
 use crate::body::{Loop, Reduction};
 use crate::layout::Mesh;
@@ -16,6 +17,7 @@ use crate::region::Region;
 use crate::spmd::{Instr, SpmdOp, SpmdProgram, ValueId};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Where a stored value lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,6 +56,8 @@ pub(super) struct Context<'a> {
     pub backend: &'a dyn Backend,
     /// Whether there are to be no bands.
     pub apart: bool,
+    /// Whether collectives are to be one step each.
+    pub waiting: bool,
 }
 
 /// Plans the function for some devices.
@@ -62,6 +66,7 @@ pub(super) fn plan(cx: &Context, devices: Range<usize>) -> Vec<(DevicePlan, Time
     let mut p = Planner {
         cx,
         fused: &fused,
+        moments: vec![],
         root: (0..cx.spmd.values.len() as u32).map(|v| fused.root(ValueId(v))).collect(),
         nests: HashMap::new(),
         moves: HashMap::new(),
@@ -73,8 +78,7 @@ pub(super) fn plan(cx: &Context, devices: Range<usize>) -> Vec<(DevicePlan, Time
         kept: vec![],
     };
     p.alike();
-    p.uses();
-    p.homes();
+    p.schedule((0..p.groups().len()).map(|group| Moment { group, phase: Phase::Whole }).collect());
     p.devices_plans(devices)
 }
 
@@ -82,6 +86,8 @@ pub(super) fn plan(cx: &Context, devices: Range<usize>) -> Vec<(DevicePlan, Time
 pub(super) struct Planner<'a> {
     pub cx: &'a Context<'a>,
     pub fused: &'a Fused<'a>,
+    /// What is done at each step: groups in order, or collectives in several steps.
+    pub moments: Vec<Moment>,
     /// By value: the stored value that it is.
     root: Vec<ValueId>,
     /// By the first instruction of loops: their nest.
@@ -92,7 +98,7 @@ pub(super) struct Planner<'a> {
     sums: HashMap<[usize; 2], Together>,
     homes: Vec<Option<Home>>,
     pub(super) lives: Vec<Life>,
-    /// Last group that reads a value.
+    /// Last moment that reads a value.
     last: Vec<Option<usize>>,
     /// Assignments that need a copy at the end: value and variable.
     pub(super) copies: Vec<(ValueId, VarId)>,
@@ -109,9 +115,9 @@ impl Planner<'_> {
     pub(super) fn groups(&self) -> &[Group] {
         &self.fused.groups
     }
-    /// The step after the last group, where copies to variables and fetches happen.
+    /// The step after the last moment, where copies to variables and fetches happen.
     pub(super) fn end(&self) -> usize {
-        self.groups().len()
+        self.moments.len()
     }
     pub(super) fn devices(&self) -> usize {
         self.cx.variables.len()
@@ -173,19 +179,104 @@ impl Planner<'_> {
         }
     }
 
+    /// Takes on an order: what lives where, and from when to when.
+    pub(super) fn schedule(&mut self, moments: Vec<Moment>) {
+        self.moments = moments;
+        self.homes.fill(None);
+        self.last.fill(None);
+        (self.lives, self.copies, self.kept) = Default::default();
+        self.uses();
+        self.homes();
+    }
+
     fn uses(&mut self) {
-        for (g, group) in self.fused.groups.iter().enumerate() {
-            for &v in &group.inputs {
-                self.last[v.index()] = Some(g);
+        let mut last = std::mem::take(&mut self.last);
+        for (m, moment) in self.moments.iter().enumerate() {
+            for v in self.looks_at(*moment) {
+                last[v.index()] = Some(m);
             }
-            for &v in &group.outputs {
-                self.last[v.index()].get_or_insert(g);
+            for v in self.makes(*moment) {
+                last[v.index()].get_or_insert(m);
             }
         }
+        self.last = last;
         let end = self.end();
         for (_, v) in &self.cx.spmd.outputs {
             let v = self.root(*v);
             self.last[v.index()] = Some(end);
+        }
+    }
+
+    /// Whether a group is a move, whose result is being written from the beginning to the end.
+    fn is_move(&self, group: usize) -> bool {
+        matches!(self.first(&self.groups()[group]).op, SpmdOp::Move)
+    }
+
+    /// The values that are read at a moment, or have to stay as they are for others to read.
+    pub(super) fn looks_at(&self, Moment { group, phase }: Moment) -> &[ValueId] {
+        match phase {
+            Phase::Finish if !self.is_move(group) => &[],
+            Phase::Whole | Phase::Begin | Phase::Combine | Phase::Finish => &self.groups()[group].inputs,
+        }
+    }
+
+    /// The values whose memory is written from a moment on.
+    pub(super) fn opens(&self, Moment { group, phase }: Moment) -> &[ValueId] {
+        match phase {
+            Phase::Begin if !self.is_move(group) => &[],
+            Phase::Whole | Phase::Begin | Phase::Combine => &self.groups()[group].outputs,
+            Phase::Finish => &[],
+        }
+    }
+
+    /// The values that are there from a moment on.
+    pub(super) fn makes(&self, Moment { group, phase }: Moment) -> &[ValueId] {
+        match phase {
+            Phase::Combine if self.shares(group) => &[],
+            Phase::Whole | Phase::Combine | Phase::Finish => &self.groups()[group].outputs,
+            Phase::Begin => &[],
+        }
+    }
+
+    /// Whether a moment has a group's scratch.
+    pub(super) fn has_scratch(&self, Moment { group, phase }: Moment) -> bool {
+        phase != Phase::Finish || self.is_move(group)
+    }
+
+    /// The steps of a group that is a collective and can go on while others are done; None for all else.
+    pub(super) fn phases(&self, group: usize) -> Option<&'static [Phase]> {
+        let of = &self.groups()[group];
+        match (&of.kind, &self.first(of).op) {
+            (Kind::Instr, SpmdOp::Move) if self.moves(self.first(of)).sends() => Some(&[Phase::Begin, Phase::Finish]),
+            (Kind::Instr, SpmdOp::AllReduce { .. }) if self.shares(group) => {
+                Some(&[Phase::Begin, Phase::Combine, Phase::Finish])
+            }
+            (Kind::Instr, SpmdOp::AllReduce { .. }) => Some(&[Phase::Begin, Phase::Combine]),
+            _ => None,
+        }
+    }
+
+    /// Whether devices send each other what they have combined of a sum.
+    fn shares(&self, group: usize) -> bool {
+        let instr = self.first(&self.groups()[group]);
+        let [held, done] = [instr.inputs[0], instr.output].map(|v| &self.cx.spmd.values[v.index()].regions);
+        let shared = |(held, done): (&Region, &Region)| held == done && held.elements() >= SEGMENTED;
+        matches!(instr.op, SpmdOp::AllReduce { .. }) && held.iter().zip(&**done).any(shared)
+    }
+
+    /// The buffer of the function's own that a value lies in.
+    pub(super) fn life(&self, v: ValueId) -> Option<usize> {
+        match self.homes[self.root(v).index()] {
+            Some(Home::Own(life)) => Some(life),
+            Some(Home::Variable(_)) | None => None,
+        }
+    }
+
+    /// The variable that a value lies in.
+    pub(super) fn variable(&self, v: ValueId) -> Option<VarId> {
+        match self.homes[self.root(v).index()] {
+            Some(Home::Variable(var)) => Some(var),
+            Some(Home::Own(_)) | None => None,
         }
     }
 
@@ -201,9 +292,9 @@ impl Planner<'_> {
             self.own(*v, 0);
         }
         let mut made: HashMap<ValueId, usize> = HashMap::new();
-        for (g, group) in self.fused.groups.iter().enumerate() {
-            group.outputs.iter().for_each(|v| {
-                made.insert(*v, g);
+        for (m, moment) in self.moments.iter().enumerate() {
+            self.opens(*moment).iter().for_each(|v| {
+                made.insert(*v, m);
             });
         }
         // Results that go to a variable are computed in its buffer, where nobody reads the old value any more.
@@ -216,11 +307,11 @@ impl Planner<'_> {
         }
         for (var, v) in assigns {
             let old = reads.get(&var).copied();
-            let direct = made.get(&v).is_some_and(|&g| {
+            let direct = made.get(&v).is_some_and(|&m| {
                 self.homes[v.index()].is_none()
                     && old.is_none_or(|old| match self.last[old.index()] {
-                        Some(l) if l == g => self.reads_in_place(g, old, v),
-                        Some(l) => l < g,
+                        Some(l) if l == m => self.reads_in_place(self.moments[m].group, old, v),
+                        Some(l) => l < m,
                         None => true,
                     })
             });
@@ -239,25 +330,27 @@ impl Planner<'_> {
                 self.lives.push(Life { bytes, from: end, to: end, value: *v, before: vec![] });
             }
         }
-        for g in 0..self.end() {
-            let group = &self.fused.groups[g];
-            for &v in &group.outputs {
+        for (m, moment) in self.moments.clone().into_iter().enumerate() {
+            let group = &self.fused.groups[moment.group];
+            for v in self.opens(moment).to_vec() {
                 if self.homes[v.index()].is_some() {
                     continue;
                 }
                 let reused = group.inputs.iter().find_map(|i| match self.homes[i.index()] {
-                    Some(Home::Own(life)) if self.lives[life].to == g && self.reads_in_place(g, *i, v) => Some(life),
+                    Some(Home::Own(life)) if self.lives[life].to == m && self.reads_in_place(moment.group, *i, v) => {
+                        Some(life)
+                    }
                     _ => None,
                 });
                 match reused {
                     Some(life) => {
                         let reused = &mut self.lives[life];
                         reused.to = self.last[v.index()].expect("it is made");
-                        reused.before.push((g, reused.value));
+                        reused.before.push((m, reused.value));
                         reused.value = v;
                         self.homes[v.index()] = Some(Home::Own(life));
                     }
-                    None => self.own(v, g),
+                    None => self.own(v, m),
                 }
             }
         }
@@ -326,7 +419,7 @@ impl Planner<'_> {
     }
 
     /// Whether a device has nothing to do with a group: it is another stage's.
-    fn is_idle(&self, group: &Group, device: usize) -> bool {
+    pub(super) fn is_idle(&self, group: &Group, device: usize) -> bool {
         let there = |v: &ValueId| !self.cx.spmd.values[v.index()].regions[device].is_empty();
         match &self.first(group).op {
             SpmdOp::Move => self.moves(self.first(group)).is_idle(device),
@@ -362,14 +455,7 @@ impl Planner<'_> {
             (Kind::Band(..), _) => "band",
             (_, SpmdOp::Compute { prim, .. }) => prim.op().name(),
             (_, SpmdOp::Join { .. }) => "join",
-            (_, SpmdOp::Move) => match self.moves(instr).kind {
-                ExchangeKind::Halo => "halo",
-                ExchangeKind::AllGather => "all-gather",
-                ExchangeKind::AllToAll => "all-to-all",
-                ExchangeKind::Permute => "permute",
-                ExchangeKind::Slice => "slice",
-                ExchangeKind::Send => "send",
-            },
+            (_, SpmdOp::Move) => self.moves(instr).kind.name(),
             (_, SpmdOp::AllReduce { .. }) => {
                 let [held, done] = [instr.inputs[0], instr.output].map(|v| &self.cx.spmd.values[v.index()].regions);
                 if held == done { "all-reduce" } else { "reduce-scatter" }
@@ -391,14 +477,14 @@ impl Planner<'_> {
             (_, SpmdOp::Move) => {
                 let moves = self.moves(instr);
                 let (work, scratch) = moves.on(&spmd.values[instr.inputs[0].index()], &out.regions, device);
-                return Some((Work::Exchange(work), scratch));
+                return Some((Work::Exchange(Arc::new(work)), scratch));
             }
             (_, SpmdOp::AllReduce { f, sum, groups }) => {
                 let held = &spmd.values[instr.inputs[0].index()].regions;
                 let together = &self.sums[&[number(&sum.owned), number(&groups[device])]];
                 let work = all_reduce(*f, out.ty.dtype, together, held, &out.regions, device);
                 let scratch = work.scratch_bytes();
-                return Some((Work::AllReduce(work), scratch));
+                return Some((Work::AllReduce(Arc::new(work)), scratch));
             }
             (_, SpmdOp::Join { f, order }) => Work::Join(Join {
                 f: *f,

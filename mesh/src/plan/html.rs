@@ -250,6 +250,10 @@ fn time(out: &mut String, report: &Report, t: &Time) {
     if t.share > 1.0 {
         out.push_str("<p>Devices of the mesh share those of the machine.</p>\n");
     }
+    if t.hidden > 0.0 {
+        let _ =
+            writeln!(out, "<p>Beside computation devices move for {} more, the mean of all.</p>", seconds(t.hidden));
+    }
     const PARTS: [&str; 3] = ["computing", "moving", "waiting"];
     let row = |d: usize| {
         let parts = (0..3).map(|i| (t.devices[d][i], i, format!("{} {}", PARTS[i], seconds(t.devices[d][i]))));

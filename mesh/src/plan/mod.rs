@@ -2,7 +2,7 @@
 //!
 //! [`fuse`] decides what is stored and what is computed inside the loops that use it; `band` finds steps that are done slice
 //! by slice, without storing what is between them; `body` makes the loops,
-//! `copies` and `exchange` the moves within and between devices; [`memory`] gives every buffer its place; `function`
+//! `copies` and `exchange` the moves within and between devices; `overlap` lets these go on while other steps are done; [`memory`] gives every buffer its place; `function`
 //! puts them together into [`step`]s, `device` each device's, and `timeline` says what is in memory at each; [`cost`] says what each takes, and [`time`] how long a machine needs; [`describe`] is a plan
 //! as text, [`report`] as data, [`html`] as a page, and [`diff`] what two differ in; [`recompute`] chooses what a backward pass makes
 //! again. The peak that a plan predicts is what execution uses, byte for byte, because execution has no other memory than
@@ -20,6 +20,7 @@ mod function;
 pub mod fuse;
 pub mod html;
 pub mod memory;
+mod overlap;
 pub mod recompute;
 pub mod report;
 pub mod step;
@@ -39,7 +40,7 @@ pub(crate) use exchange::{Together, all_reduce, kind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 pub use step::{
-    ALIGN, AllReduce, At, Backend, Band, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Join, Label,
+    ALIGN, AllReduce, At, Backend, Band, Begun, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Join, Label,
     Message, OpWork, Part, Segments, SliceStep, Slices, Step, Wire, Work,
 };
 pub use timeline::{Alive, Timeline};
@@ -53,6 +54,9 @@ pub struct PlanOptions {
     pub devices: Option<usize>,
     /// Whether all steps stand alone and there are no bands, which changes no bit: for tests.
     pub apart: bool,
+    /// Whether every collective is one step, in which its devices wait for each other, as few steps need to. That changes
+    /// no bit, and no peak: for tests.
+    pub waiting: bool,
 }
 
 /// The plans of all functions of a program over one set of variables.
@@ -176,6 +180,7 @@ pub fn plan_program(
             base: &base,
             backend,
             apart: options.apart,
+            waiting: options.waiting,
         };
         let (plans, timelines) = function::plan(&cx, 0..mesh.size()).into_iter().unzip();
         out.functions.insert(name.clone(), plans);

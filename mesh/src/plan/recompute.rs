@@ -181,7 +181,7 @@ impl<'a> Search<'a> {
                 let blocks = program.functions.get(name).map_or(&[][..], |f| &f.blocks);
                 let candidate = |b: &Block| self.candidates.iter().position(|c| c.contains(&b.name));
                 let of: Vec<Option<usize>> = blocks.iter().map(candidate).collect();
-                for timeline in devices {
+                for timeline in devices.iter().map(|t| t.waiting()) {
                     for (step, now) in timeline.alive.iter().enumerate() {
                         let mut inside = vec![0; self.candidates.len()];
                         for (bytes, at) in timeline.inside.iter().zip(&of) {

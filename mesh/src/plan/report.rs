@@ -214,6 +214,9 @@ pub struct Time {
     pub classes: BTreeMap<Name, f64>,
     /// By device: seconds of computing, moving and waiting.
     pub devices: Vec<[f64; 3]>,
+    /// Seconds that the links take while devices compute, which is none of these, the mean of all devices.
+    #[serde(default)]
+    pub hidden: f64,
     /// By axes: bytes that all devices send, and seconds of the links, the mean of all devices.
     pub axes: BTreeMap<Name, (f64, f64)>,
 }
@@ -258,6 +261,7 @@ impl From<&Estimate> for Time {
             slowest: e.slowest(),
             classes: e.classes.clone(),
             devices: e.devices.iter().map(|d| [d.computing, d.moving, d.waiting]).collect(),
+            hidden: e.mean().hidden,
             axes: e.axes.iter().map(|(n, a)| (n.clone(), (a.bytes, a.seconds))).collect(),
         }
     }
@@ -325,7 +329,7 @@ fn feed(devices: &[DevicePlan], why: impl Fn(&Name) -> Vec<String>) -> Option<Fe
 }
 
 fn sent(step: &Step) -> usize {
-    messages(step).iter().map(|(_, sent, ..)| sent).sum()
+    messages(&step.work).iter().map(|(_, sent, ..)| sent).sum()
 }
 
 fn level(tensor: Tensor, devices: &[DevicePlan]) -> Level {
@@ -382,7 +386,7 @@ fn groups(
 
 fn step_line(plan: &ProgramPlan, device: usize, step: &Step, seconds: Option<f64>) -> StepLine {
     let mut by_axis: BTreeMap<Name, usize> = BTreeMap::new();
-    for (peer, sent, ..) in messages(step).into_iter().filter(|(_, sent, ..)| *sent > 0) {
+    for (peer, sent, ..) in messages(&step.work).into_iter().filter(|(_, sent, ..)| *sent > 0) {
         *by_axis.entry(axes_between(&plan.mesh, device, peer)).or_default() += sent;
     }
     let cost = step.cost();
@@ -405,13 +409,33 @@ fn lives(f: &Function, plan: &DevicePlan) -> Vec<Life> {
     let mut done: Vec<Life> = Vec::new();
     let feed = |(name, _, buffer): &(Name, Part, Buffer)| (*buffer, life(format!("feed {name}"), *buffer, 0));
     let mut open: Vec<(Buffer, Life)> = plan.inputs.iter().map(feed).collect();
+    // Of what is under way: the last step.
+    let mut last: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+    let mut number: BTreeMap<usize, usize> = BTreeMap::new();
     for (s, step) in plan.steps.iter().enumerate() {
+        let Some(n) = step.work.under_way() else { continue };
+        let count = number.entry(n).or_default();
+        *count += usize::from(step.work.begins());
+        last.insert((n, *count), s);
+    }
+    let mut begun: BTreeMap<usize, usize> = BTreeMap::new();
+    for (s, step) in plan.steps.iter().enumerate() {
+        let mut until = s;
+        if let Some(n) = step.work.under_way() {
+            let count = begun.entry(n).or_default();
+            *count += usize::from(step.work.begins());
+            until = last[&(n, *count)];
+        }
         for (buffer, life) in &mut open {
             if step.inputs.iter().any(|b| overlap(*b, *buffer)) {
                 life.to = s;
             }
         }
-        let written = [step.outputs.as_slice(), &[step.scratch]].concat();
+        // What was begun to be written goes on being so.
+        let outputs = if matches!(step.work, Work::Finish(_)) { &[][..] } else { &step.outputs };
+        let scratch =
+            if step.work.begins() || step.work.under_way().is_none() { step.scratch } else { Buffer::default() };
+        let written = [outputs, &[scratch]].concat();
         let over = |b: &Buffer| written.iter().any(|w| overlap(*w, *b));
         // What is overwritten as it is read is no longer there beside its successor.
         let ended = |(_, life): (Buffer, Life)| Life { to: life.to.min(s.saturating_sub(1)).max(life.from), ..life };
@@ -419,9 +443,9 @@ fn lives(f: &Function, plan: &DevicePlan) -> Vec<Life> {
         let node = f.node(step.label.node);
         let scope = if node.scope.is_empty() { String::new() } else { format!("{}: ", node.scope) };
         let name = |what: &str| format!("{scope}{what}{}", node.op.op().name());
-        open.extend(step.outputs.iter().map(|b| (*b, life(name(""), *b, s))));
-        if step.scratch.bytes > 0 {
-            done.push(life(name("scratch of "), step.scratch, s));
+        open.extend(outputs.iter().map(|b| (*b, life(name(""), *b, s))));
+        if scratch.bytes > 0 {
+            done.push(Life { to: until, ..life(name("scratch of "), scratch, s) });
         }
     }
     // What is fetched is there to the end.
@@ -442,7 +466,7 @@ fn life(name: String, buffer: Buffer, at: usize) -> Life {
 fn communication(plan: &ProgramPlan, devices: &[DevicePlan]) -> Vec<Traffic> {
     let mut by: BTreeMap<(Name, Name), (usize, usize)> = BTreeMap::new();
     for (d, step) in devices.iter().enumerate().flat_map(|(d, p)| p.steps.iter().map(move |s| (d, s))) {
-        for (peer, sent, _, n) in messages(step).into_iter().filter(|(_, sent, ..)| *sent > 0) {
+        for (peer, sent, _, n) in messages(&step.work).into_iter().filter(|(_, sent, ..)| *sent > 0) {
             let to = by.entry((axes_between(&plan.mesh, d, peer), step.class().into())).or_default();
             (to.0, to.1) = (to.0 + n, to.1 + sent);
         }

@@ -8,6 +8,7 @@ use crate::graph::NodeId;
 use crate::ops::Prim;
 use crate::ops::reduce::ReduceFn;
 use crate::region::Region;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A stretch of the arena. Offsets are multiples of [`ALIGN`].
@@ -75,12 +76,25 @@ pub enum Work {
     Copy(CopyWork),
     /// Steps that are done slice by slice.
     Band(Band),
-    /// Moves boxes between devices.
-    Exchange(Exchange),
-    /// Finishes sums (maxima, minima) whose parts several devices hold: an all-reduce along the summation tree.
-    AllReduce(AllReduce),
+    /// Moves boxes between devices, or begins to.
+    Exchange(Arc<Exchange>),
+    /// Finishes sums (maxima, minima) whose parts several devices hold, or begins to: an all-reduce along the summation tree.
+    AllReduce(Arc<AllReduce>),
+    /// Waits for the parts of sums that were begun, combines them, and sends the results on if others are to have them.
+    Combine(Arc<AllReduce>),
+    /// Waits for what was begun.
+    Finish(Begun),
     /// Joins parts of a sum that the device made one after the other.
     Join(Join),
+}
+
+/// A collective that goes on while other steps are done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Begun {
+    /// Boxes on their way.
+    Exchange(Arc<Exchange>),
+    /// Results of sums on their way.
+    AllReduce(Arc<AllReduce>),
 }
 
 impl Step {
@@ -91,15 +105,66 @@ impl Step {
 }
 
 impl Work {
-    /// The most messages that it posts to one other device at a time.
-    pub fn most_messages(&self) -> usize {
+    /// What it posts to one other device, the one that gets most, where a message of so many bytes counts so much.
+    fn posts(&self, counts: &impl Fn(usize) -> usize) -> usize {
         match self {
             Work::Exchange(e) => {
-                e.sends.iter().map(|m| e.sends.iter().filter(|n| n.peer == m.peer).count()).max().unwrap_or(0)
+                let mut to: HashMap<usize, usize> = HashMap::new();
+                e.sends.iter().for_each(|m| *to.entry(m.peer).or_default() += counts(m.bytes));
+                to.into_values().max().unwrap_or(0)
             }
-            Work::AllReduce(a) => a.nodes[a.me].max(1),
-            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => 0,
+            Work::AllReduce(a) | Work::Combine(a) => {
+                let bytes = |p: usize| counts(a.segment_elements(p) * a.dtype.bytes());
+                let parts = (0..a.devices.len()).map(|p| a.nodes[a.me].max(1) * bytes(p)).max().unwrap_or(0);
+                let begins = matches!(self, Work::AllReduce(_));
+                // The results follow where the parts are combined.
+                usize::from(begins) * parts + usize::from(!self.begins()) * bytes(a.me)
+            }
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) | Work::Finish(_) => 0,
         }
+    }
+
+    /// The number of the collective under way that it is a step of; None for all else.
+    pub fn under_way(&self) -> Option<usize> {
+        match self {
+            Work::Exchange(e) | Work::Finish(Begun::Exchange(e)) => e.under_way,
+            Work::AllReduce(a) | Work::Combine(a) | Work::Finish(Begun::AllReduce(a)) => a.under_way,
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => None,
+        }
+    }
+
+    /// Whether it begins a collective that a later step finishes.
+    pub fn begins(&self) -> bool {
+        matches!(self, Work::Exchange(_) | Work::AllReduce(_)) && self.under_way().is_some()
+    }
+
+    /// Whether it is the last step of a collective, or all of it.
+    pub fn ends(&self) -> bool {
+        match self {
+            Work::Exchange(_) | Work::AllReduce(_) => self.under_way().is_none(),
+            Work::Combine(a) => a.segments != Segments::Shared,
+            Work::Finish(_) => true,
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => false,
+        }
+    }
+}
+
+impl DevicePlan {
+    /// The most that it has on its way to one other device at a time, where a message of so many bytes counts so much.
+    pub fn most_posted(&self, counts: impl Fn(usize) -> usize) -> usize {
+        let (mut most, mut now) = (0, 0);
+        let mut open: HashMap<usize, usize> = HashMap::new();
+        for work in self.steps.iter().map(|s| &s.work) {
+            let posted = work.posts(&counts);
+            most = most.max(now + posted);
+            let Some(number) = work.under_way() else { continue };
+            *open.entry(number).or_default() += posted;
+            now += posted;
+            if work.ends() {
+                now -= open.remove(&number).unwrap_or(0);
+            }
+        }
+        most
     }
 }
 
@@ -235,6 +300,8 @@ pub struct Exchange {
     pub sends: Vec<Message>,
     /// Messages from others, by peer.
     pub recvs: Vec<Message>,
+    /// If it goes on while other steps are done: which of those under way at a time it is.
+    pub under_way: Option<usize>,
 }
 
 /// The pattern of an exchange, for people.
@@ -252,6 +319,20 @@ pub enum ExchangeKind {
     Slice,
     /// Devices get what they had nothing of: from another stage of a pipeline.
     Send,
+}
+
+impl ExchangeKind {
+    /// `halo`, `all-gather`.
+    pub fn name(self) -> &'static str {
+        match self {
+            ExchangeKind::Halo => "halo",
+            ExchangeKind::AllGather => "all-gather",
+            ExchangeKind::AllToAll => "all-to-all",
+            ExchangeKind::Permute => "permute",
+            ExchangeKind::Slice => "slice",
+            ExchangeKind::Send => "send",
+        }
+    }
 }
 
 /// A message: a box of the sender's input that becomes a box of the receiver's output.
@@ -313,9 +394,19 @@ pub struct AllReduce {
     pub order: Arc<[chunk::Finish]>,
     /// Who finishes what.
     pub segments: Segments,
+    /// If it goes on while other steps are done: which of those under way at a time it is.
+    pub under_way: Option<usize>,
 }
 
 impl AllReduce {
+    /// `all-reduce`, or `reduce-scatter`.
+    pub fn name(&self) -> &'static str {
+        match self.segments {
+            Segments::All | Segments::Shared => "all-reduce",
+            Segments::Boxes(_) => "reduce-scatter",
+        }
+    }
+
     /// Elements that participant `p` finishes.
     pub fn segment_elements(&self, p: usize) -> usize {
         match &self.segments {

@@ -22,6 +22,15 @@ pub struct Timeline {
     pub inside: Arc<[Vec<usize>]>,
     /// Bytes at each step that are kept in place of being sent again, where there is room.
     pub kept: Arc<[usize]>,
+    /// The same with every collective in one step, if some are taken apart.
+    pub waiting: Option<Arc<Timeline>>,
+}
+
+impl Timeline {
+    /// That with every collective in one step: what is under way for longer is so only where there is room.
+    pub fn waiting(&self) -> &Timeline {
+        self.waiting.as_deref().unwrap_or(self)
+    }
 }
 
 /// Something that is alive at a step.

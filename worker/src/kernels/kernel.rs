@@ -18,7 +18,7 @@ use super::weight_grad::WeightGradPlan;
 use crate::collective::{AllReducePlan, ExchangePlan};
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use crate::transport::{Transport, TransportError};
-use mesh::plan::{Backend, Work};
+use mesh::plan::{Backend, Begun, Work};
 
 /// A prepared piece of work.
 pub enum Kernel {
@@ -52,6 +52,12 @@ pub enum Kernel {
     AllReduce(AllReducePlan),
     /// A sum that the device has made in parts.
     Join(JoinPlan),
+    /// The combination of a sum that was begun.
+    Combine(AllReducePlan),
+    /// The end of what was begun.
+    FinishExchange(ExchangePlan),
+    /// The same of a sum.
+    FinishAllReduce(AllReducePlan),
 }
 
 /// Where a step's operands lie.
@@ -82,6 +88,9 @@ impl Kernel {
             Work::Exchange(e) => Kernel::Exchange(ExchangePlan::new(e)),
             Work::AllReduce(a) => Kernel::AllReduce(AllReducePlan::new(a)),
             Work::Join(j) => Kernel::Join(JoinPlan::new(j)),
+            Work::Combine(a) => Kernel::Combine(AllReducePlan::new(a)),
+            Work::Finish(Begun::Exchange(e)) => Kernel::FinishExchange(ExchangePlan::new(e)),
+            Work::Finish(Begun::AllReduce(a)) => Kernel::FinishAllReduce(AllReducePlan::new(a)),
             Work::Op(op) => ConvPlan::with_isa(op, isa)
                 .map(|p| Kernel::Conv(Box::new(p)))
                 .or_else(|| WeightGradPlan::with_isa(op, isa).map(|p| Kernel::WeightGrad(Box::new(p))))
@@ -97,7 +106,11 @@ impl Kernel {
 
     /// Whether it waits for other devices.
     pub fn communicates(&self) -> bool {
-        matches!(self, Kernel::Exchange(_) | Kernel::AllReduce(_))
+        match self {
+            Kernel::Exchange(_) | Kernel::AllReduce(_) | Kernel::Combine(_) => true,
+            Kernel::FinishExchange(_) | Kernel::FinishAllReduce(_) => true,
+            _ => false,
+        }
     }
 
     /// Bytes of scratch that it needs with so many threads.
@@ -112,7 +125,8 @@ impl Kernel {
             Kernel::Map(_) | Kernel::MaxPool(_) | Kernel::Rows(_) | Kernel::Gather(_) | Kernel::TopK(_) => 0,
             Kernel::Copies(_) | Kernel::Join(_) => 0,
             // The planner works these out itself.
-            Kernel::Exchange(_) | Kernel::AllReduce(_) => 0,
+            Kernel::Exchange(_) | Kernel::AllReduce(_) | Kernel::Combine(_) => 0,
+            Kernel::FinishExchange(_) | Kernel::FinishAllReduce(_) => 0,
         }
     }
 
@@ -127,11 +141,16 @@ impl Kernel {
         o: &Operands,
         cx: StepContext,
     ) -> Result<(), TransportError> {
+        // The beginning of a sum writes none.
+        let out = o.outputs.first().copied().unwrap_or(std::ptr::null_mut());
         // SAFETY: by this function's contract.
         unsafe {
             match self {
                 Kernel::Exchange(p) => p.run(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
-                Kernel::AllReduce(p) => p.run(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
+                Kernel::AllReduce(p) => p.run(pool, transport, o.inputs[0], out, o.scratch),
+                Kernel::Combine(p) => p.combine(pool, transport, o.inputs[0], o.outputs[0], o.scratch),
+                Kernel::FinishExchange(p) => p.finish(pool, transport, o.outputs[0]),
+                Kernel::FinishAllReduce(p) => p.finish(transport),
                 _ => {
                     self.compute(pool, o, cx);
                     Ok(())
@@ -162,7 +181,8 @@ impl Kernel {
                 Kernel::Copies(p) => p.run(pool, inputs, out, o.output_bytes),
                 Kernel::Band(p) => p.run(pool, o, cx),
                 Kernel::Join(p) => p.run(pool, inputs, out),
-                Kernel::Exchange(_) | Kernel::AllReduce(_) => unreachable!("it needs a transport"),
+                Kernel::Exchange(_) | Kernel::AllReduce(_) | Kernel::Combine(_) => unreachable!("it needs a transport"),
+                Kernel::FinishExchange(_) | Kernel::FinishAllReduce(_) => unreachable!("it needs a transport"),
             }
         }
     }

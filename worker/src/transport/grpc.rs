@@ -20,7 +20,6 @@ use proto::data::frame::Kind;
 use proto::data::{Abort, End, Frame, Hello};
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -57,8 +56,8 @@ struct Pipe {
     bell: Arc<Bell>,
     out: Mutex<Out>,
     into: Mutex<Into>,
-    /// Bytes of the device's memory that the encoder may still look at.
-    lent: AtomicUsize,
+    /// Messages that lie in the device's memory, of which the encoder may still look at so many bytes.
+    lent: Mutex<Lent>,
     /// The device has let go of the link.
     closing: Notify,
 }
@@ -98,11 +97,26 @@ enum Ending {
     Corrupt(String),
 }
 
+/// Messages of which bytes are lent to the encoder, in order.
+struct Lent {
+    /// The number of the first one.
+    first: u64,
+    /// By message: bytes that it may still look at.
+    bytes: VecDeque<usize>,
+}
+
+impl Lent {
+    /// The number of the next message.
+    fn next(&self) -> u64 {
+        self.first + self.bytes.len() as u64
+    }
+}
+
 /// Bytes that go out.
 enum Part {
     Own(Bytes),
-    /// Bytes of the device's memory, counted in [`Pipe::lent`].
-    Lent(*const u8, usize),
+    /// Bytes of the device's memory, counted in [`Pipe::lent`] for the message of that number.
+    Lent(*const u8, usize, u64),
 }
 
 // SAFETY: lent bytes stay readable until they are given back, whichever thread reads them.
@@ -113,9 +127,9 @@ impl Part {
     fn split(&mut self, room: usize, pipe: &Arc<Pipe>) -> Bytes {
         match self {
             Part::Own(bytes) => bytes.split_to(room.min(bytes.len())),
-            Part::Lent(at, bytes) => {
+            Part::Lent(at, bytes, message) => {
                 let n = room.min(*bytes);
-                let loan = Loan { at: *at, bytes: n, pipe: pipe.clone() };
+                let loan = Loan { at: *at, bytes: n, message: *message, pipe: pipe.clone() };
                 // SAFETY: not beyond the end of the lent bytes.
                 *at = unsafe { at.add(n) };
                 *bytes -= n;
@@ -127,7 +141,7 @@ impl Part {
     fn is_empty(&self) -> bool {
         match self {
             Part::Own(bytes) => bytes.is_empty(),
-            Part::Lent(_, bytes) => *bytes == 0,
+            Part::Lent(_, bytes, _) => *bytes == 0,
         }
     }
 }
@@ -136,6 +150,7 @@ impl Part {
 struct Loan {
     at: *const u8,
     bytes: usize,
+    message: u64,
     pipe: Arc<Pipe>,
 }
 
@@ -151,7 +166,7 @@ impl AsRef<[u8]> for Loan {
 
 impl Drop for Loan {
     fn drop(&mut self) {
-        self.pipe.give_back(self.bytes);
+        self.pipe.give_back(self.message, self.bytes);
     }
 }
 
@@ -180,13 +195,22 @@ impl Pipe {
             bell,
             out: Mutex::new(out),
             into: Mutex::new(Into { queue: VecDeque::with_capacity(64), held: 0, end: None, arrived: false }),
-            lent: AtomicUsize::new(0),
+            lent: Mutex::new(Lent { first: 0, bytes: VecDeque::with_capacity(64) }),
             closing: Notify::new(),
         })
     }
 
-    fn give_back(&self, bytes: usize) {
-        if self.lent.fetch_sub(bytes, Ordering::AcqRel) == bytes {
+    fn give_back(&self, message: u64, bytes: usize) {
+        let mut lent = lock(&self.lent);
+        let at = (message - lent.first) as usize;
+        lent.bytes[at] -= bytes;
+        let settled = lent.bytes[at] == 0;
+        while lent.bytes.front() == Some(&0) {
+            lent.bytes.pop_front();
+            lent.first += 1;
+        }
+        drop(lent);
+        if settled {
             self.bell.ring();
         }
     }
@@ -323,6 +347,8 @@ pub struct GrpcLink {
     small: BytesMut,
     /// Bytes taken for which no credit has been given yet.
     taken: u64,
+    /// The message that is being written, if it is lent to the encoder.
+    written: Option<u64>,
 }
 
 impl GrpcLink {
@@ -333,12 +359,17 @@ impl GrpcLink {
         }
     }
 
+    /// Whether nothing of the device's memory is looked at any more.
+    fn free(&self) -> bool {
+        lock(&self.pipe.lent).bytes.is_empty()
+    }
+
     /// Forgets what has not gone out yet.
     fn clear(&mut self) {
         let queue = std::mem::take(&mut lock(&self.pipe.out).queue);
         for part in queue {
-            if let Part::Lent(_, bytes) = part {
-                self.pipe.give_back(bytes);
+            if let Part::Lent(_, bytes, message) = part {
+                self.pipe.give_back(message, bytes);
             }
         }
     }
@@ -358,8 +389,13 @@ impl Link for GrpcLink {
             self.small.extend_from_slice(unsafe { std::slice::from_raw_parts(from, bytes) });
         } else {
             self.push_small();
-            self.pipe.lent.fetch_add(bytes, Ordering::AcqRel);
-            self.pipe.change(|out| out.queue.push_back(Part::Lent(from, bytes)));
+            let message = {
+                let mut lent = lock(&self.pipe.lent);
+                lent.bytes.push_back(bytes);
+                lent.next() - 1
+            };
+            self.written = Some(message);
+            self.pipe.change(|out| out.queue.push_back(Part::Lent(from, bytes, message)));
         }
         Ok(bytes)
     }
@@ -398,19 +434,24 @@ impl Link for GrpcLink {
         }
     }
 
-    fn settled(&self) -> bool {
-        self.pipe.lent.load(Ordering::Acquire) == 0
+    fn end(&mut self) -> Option<u64> {
+        self.written.take()
+    }
+
+    fn settled(&self, message: u64) -> bool {
+        let lent = lock(&self.pipe.lent);
+        message < lent.first || lent.bytes[(message - lent.first) as usize] == 0
     }
 
     fn release(&mut self) {
-        if self.settled() {
+        if self.free() {
             return;
         }
         self.clear();
         // What is left is being encoded this moment.
-        while !self.settled() {
+        while !self.free() {
             let seen = self.pipe.bell.rings();
-            if !self.settled() {
+            if !self.free() {
                 self.pipe.bell.wait(seen, Duration::ZERO, Duration::from_millis(1));
             }
         }
@@ -463,7 +504,7 @@ pub(super) struct Ends {
 
 impl Ends {
     fn link(self, pipe: Arc<Pipe>) -> GrpcLink {
-        GrpcLink { me: self.me, peer: self.peer, pipe, closed: false, small: BytesMut::new(), taken: 0 }
+        GrpcLink { me: self.me, peer: self.peer, pipe, closed: false, small: BytesMut::new(), taken: 0, written: None }
     }
 
     /// Takes a caller in: its link, and what it is answered with.

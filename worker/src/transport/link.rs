@@ -16,8 +16,8 @@ pub trait Link: Send {
     /// Takes as many of the bytes as there is room for now, and says how many.
     ///
     /// # Safety
-    /// The bytes are readable, and stay so and unchanged until [`Link::settled`] says true or [`Link::release`] has
-    /// returned.
+    /// The bytes are readable, and stay so and unchanged until [`Link::settled`] says true of the message or
+    /// [`Link::release`] has returned.
     unsafe fn write(&mut self, from: *const u8, bytes: usize) -> Result<usize, TransportError>;
 
     /// Gives as many of the next bytes as are there now, `bytes` at most, and says how many.
@@ -41,14 +41,19 @@ pub trait Link: Send {
         None
     }
 
-    /// Tells the peer that a message that it has lent is not looked at any more.
-    fn give_back(&mut self) {}
+    /// Tells the peer that a message that it has lent is not looked at any more: the loan of that number, counted from 0 in
+    /// the order in which they came.
+    fn give_back(&mut self, _loan: u64) {}
 
     /// Makes sure that the peer learns of what was written, read and given back.
     fn flush(&mut self);
 
-    /// Whether nothing that was written or lent is still being looked at.
-    fn settled(&self) -> bool;
+    /// A message ends here, whose last byte (or if it is lent, its envelope's) was written: a number to ask
+    /// [`Link::settled`] by, or None if nobody looks at its bytes any more.
+    fn end(&mut self) -> Option<u64>;
+
+    /// Whether the bytes of the message of that number are not looked at any more.
+    fn settled(&self, message: u64) -> bool;
 
     /// Stops looking at anything that was written, sent or not. (A peer may still look at what was lent to it, for memory
     /// that is lent outlives the link.)

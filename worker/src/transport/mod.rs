@@ -1,8 +1,9 @@
 //! How bytes move between devices.
 //!
-//! A [`Transport`] is one device's end. Sends and receives are posted and then finished together, so that an
-//! implementation may move them in any order and overlap them; between a pair of devices messages arrive in the order
-//! in which they were posted, and both sides know every message's length from the plan.
+//! A [`Transport`] is one device's end. Sends and receives are posted in batches, each of which is finished as a whole, so
+//! that an implementation may move them in any order and overlap them. Several batches may be under way, and what the device
+//! does between posting and finishing overlaps with the moving. Between a pair of devices messages arrive in the order
+//! in which they were posted, of whatever batches they are, and both sides know every message's length from the plan.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -131,34 +132,48 @@ pub enum TransportError {
     },
 }
 
+/// What is posted and finished together: a number that the caller chooses. Transports keep lists by it, so it is small. Both
+/// ends of a message may choose different ones.
+pub type Batch = usize;
+
 /// One device's end of the data plane.
 pub trait Transport: Send {
     /// Posts the sending of `bytes` bytes to device `to`.
     ///
     /// # Safety
-    /// The bytes stay readable and unchanged until [`Transport::finish`] returns; the transport says what holds after
-    /// an error.
-    unsafe fn send(&mut self, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError>;
+    /// The bytes stay readable and unchanged until [`Transport::finish`] of the batch returns; the transport says what holds
+    /// after an error.
+    unsafe fn send(&mut self, batch: Batch, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError>;
 
     /// Posts the receiving of `bytes` bytes from device `from`.
     ///
     /// # Safety
-    /// The bytes stay writable, and nobody else touches them, until [`Transport::finish`] returns.
-    unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError>;
+    /// The bytes stay writable, and nobody else touches them, until [`Transport::finish`] of the batch returns.
+    unsafe fn recv(&mut self, batch: Batch, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError>;
 
-    /// Posts the receiving of `bytes` bytes from device `from` that are only looked at until [`Transport::finish`]: they
-    /// may stay where the sender has them. `scratch` takes them where they cannot.
+    /// Posts the receiving of `bytes` bytes from device `from` that are only looked at until [`Transport::finish`] of the
+    /// batch: they may stay where the sender has them. `scratch` takes them where they cannot.
     ///
     /// # Safety
     /// As for [`Transport::recv`].
-    unsafe fn borrow(&mut self, from: usize, scratch: *mut u8, bytes: usize) -> Result<(), TransportError>;
+    unsafe fn borrow(
+        &mut self,
+        batch: Batch,
+        from: usize,
+        scratch: *mut u8,
+        bytes: usize,
+    ) -> Result<(), TransportError>;
 
-    /// Waits until all that was posted with [`Transport::borrow`] is there, and says where each lies, in the order of
-    /// posting. It stays there, readable and unchanged, until [`Transport::finish`] is called.
-    fn borrowed(&mut self) -> Result<&[*const u8], TransportError>;
+    /// Waits until all that was posted in a batch with [`Transport::borrow`] is there, and says where each lies, in the order
+    /// of posting. It stays there, readable and unchanged, until [`Transport::finish`] of the batch is called.
+    fn borrowed(&mut self, batch: Batch) -> Result<&[*const u8], TransportError>;
 
-    /// Gives back what was borrowed, and waits until all that was posted is done.
-    fn finish(&mut self) -> Result<(), TransportError>;
+    /// Gives back what was borrowed in a batch, and waits until all that was posted in it is done. Other batches stay under
+    /// way; all devices that have messages in several finish these in the same order.
+    fn finish(&mut self, batch: Batch) -> Result<(), TransportError>;
+
+    /// Moves what can be moved now, of any batch, and waits for nothing.
+    fn progress(&mut self) -> Result<(), TransportError>;
 
     /// Nanoseconds so far in which there was nothing to move: others were late, took their time to read what they were
     /// sent, or had bytes on their way.

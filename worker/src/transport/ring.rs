@@ -32,9 +32,12 @@ const LEND_ALIGN: usize = 4;
 const CONTROL: usize = 4096;
 /// Bytes that the producer has put in.
 const HEAD: usize = 0;
-/// Bytes that the consumer has taken out, and loans that it has given back.
+/// Bytes that the consumer has taken out.
 const TAIL: usize = 128;
-const GIVEN_BACK: usize = 136;
+/// Loans that the consumer has given back: by a loan's number, modulo [`LOANS`], the number and one.
+const GIVEN_BACK: usize = 1536;
+/// Loans at a time: what comes on top of them is carried.
+const LOANS: u64 = 256;
 /// 1 while the producer waits for room; on a line of the producer's.
 const WAITS: usize = 8;
 /// 1 once the producer has given up; then the device that gave up first, and the reason's length and bytes.
@@ -191,9 +194,18 @@ impl Lane {
         Ok(n)
     }
 
-    /// Loans that the consumer has given back.
-    fn given_back(&self) -> &AtomicU64 {
-        self.memory.word64(self.control + GIVEN_BACK)
+    /// Where the consumer says that it has given a loan back.
+    fn given_back(&self, loan: u64) -> &AtomicU64 {
+        self.memory.word64(self.control + GIVEN_BACK + 8 * (loan % LOANS) as usize)
+    }
+
+    /// What it has said there last, of a loan or an earlier one: it says only what it was lent.
+    fn is_given_back(&self, loan: u64) -> Result<bool, String> {
+        let said = self.given_back(loan).load(Ordering::Acquire);
+        if said > loan + 1 {
+            return Err(format!("loan {} was given back, of {}", said - 1, loan + 1));
+        }
+        Ok(said == loan + 1)
     }
 
     /// Leaves the producer's last word.
@@ -239,9 +251,10 @@ pub struct RingLink {
     /// What this device lends from and what the peer lends from.
     mine: Option<Arc<LentMemory>>,
     theirs: Option<Arc<LentMemory>>,
-    /// Loans to the peer, and by the peer given back.
+    /// Loans to the peer.
     lent: u64,
-    returned: u64,
+    /// Whether the message that is being written is the last of them.
+    lends: bool,
 }
 
 impl RingLink {
@@ -256,7 +269,7 @@ impl RingLink {
         socket: Option<UnixStream>,
     ) -> RingLink {
         let (out, into) = (memory.lane(!dialler), memory.lane(dialler));
-        RingLink { me, peer, out, into, bell, unrung: 0, socket, mine: None, theirs: None, lent: 0, returned: 0 }
+        RingLink { me, peer, out, into, bell, unrung: 0, socket, mine: None, theirs: None, lent: 0, lends: false }
     }
 
     /// Lends from this device's memory, which the peer maps, and borrows from the peer's.
@@ -308,11 +321,14 @@ impl Link for RingLink {
     unsafe fn lend(&mut self, from: *const u8, bytes: usize) -> Result<Option<u64>, TransportError> {
         let offset = self.mine.as_ref().filter(|_| bytes >= LEND).and_then(|m| m.offset_of(from, bytes));
         let Some(offset) = offset.filter(|o| o % LEND_ALIGN == 0) else { return Ok(None) };
-        let given_back = self.out.given_back().load(Ordering::Acquire);
-        if given_back > self.lent {
-            return Err(self.corrupt(format!("{given_back} loans were given back, of {}", self.lent)));
+        // The place of the one that is so many loans back must be free.
+        if let Some(before) = self.lent.checked_sub(LOANS)
+            && !self.out.is_given_back(before).map_err(|what| self.corrupt(what))?
+        {
+            return Ok(None);
         }
         self.lent += 1;
+        self.lends = true;
         Ok(Some(offset as u64))
     }
 
@@ -321,15 +337,18 @@ impl Link for RingLink {
         self.theirs.as_ref()?.at(offset, bytes)
     }
 
-    fn give_back(&mut self) {
-        self.returned += 1;
-        self.into.given_back().store(self.returned, Ordering::Release);
+    fn give_back(&mut self, loan: u64) {
+        self.into.given_back(loan).store(loan + 1, Ordering::Release);
         self.unrung += 1;
     }
 
-    fn settled(&self) -> bool {
-        // A peer that gives back more than it was lent reads what it should not; the next loan finds out.
-        self.out.given_back().load(Ordering::Acquire) >= self.lent
+    fn end(&mut self) -> Option<u64> {
+        std::mem::take(&mut self.lends).then(|| self.lent - 1)
+    }
+
+    fn settled(&self, message: u64) -> bool {
+        // A peer that gives back what it was not lent yet reads what it should not; a later loan finds out.
+        self.out.given_back(message).load(Ordering::Acquire) > message
     }
 
     fn release(&mut self) {}
@@ -435,8 +454,8 @@ mod tests {
             // SAFETY: the arrays outlive the calls.
             let result = unsafe {
                 prop_assert_eq!(peer.write(bytes.as_ptr(), bytes.len()).unwrap(), bytes.len());
-                end.recv(1, got.as_mut_ptr(), 100).unwrap();
-                end.finish()
+                end.recv(0, 1, got.as_mut_ptr(), 100).unwrap();
+                end.finish(0)
             };
             let expected = match sent {
                 Envelope { epoch: 7, sequence: 0, length: 100, .. } => Ok(()),
@@ -450,7 +469,7 @@ mod tests {
             };
             prop_assert_eq!(&result, &expected);
             if result.is_err() {
-                prop_assert_eq!(end.finish(), expected, "an error stays");
+                prop_assert_eq!(end.finish(0), expected, "an error stays");
             }
         }
     }
@@ -474,11 +493,11 @@ mod tests {
             let result = unsafe {
                 peer.write(envelope.as_ptr(), envelope.len()).unwrap();
                 if borrow {
-                    end.borrow(1, got.as_mut_ptr(), bytes).unwrap();
-                    end.borrowed().map(|b| b[0])
+                    end.borrow(0, 1, got.as_mut_ptr(), bytes).unwrap();
+                    end.borrowed(0).map(|b| b[0])
                 } else {
-                    end.recv(1, got.as_mut_ptr(), bytes).unwrap();
-                    end.finish().map(|()| lent.at(place as usize, bytes).unwrap_or(got.as_ptr()))
+                    end.recv(0, 1, got.as_mut_ptr(), bytes).unwrap();
+                    end.finish(0).map(|()| lent.at(place as usize, bytes).unwrap_or(got.as_ptr()))
                 }
             };
             let shared = usize::try_from(place).ok().filter(|p| p % 4 == 0).and_then(|p| lent.at(p, bytes));
@@ -509,14 +528,35 @@ mod tests {
             assert_eq!(mine.lend(start.add(128), LEND).unwrap(), Some(128));
         }
         assert_eq!(theirs.borrow(64, LEND), Some(start.wrapping_add(64).cast_const()));
-        theirs.give_back();
-        assert!(!mine.settled());
-        theirs.give_back();
-        assert!(mine.settled());
-        theirs.give_back();
-        // SAFETY: as above.
-        let found = unsafe { mine.lend(start, LEND) }.unwrap_err();
-        assert!(found.to_string().contains("3 loans were given back, of 2"), "{found}");
+        assert_eq!(mine.end(), Some(1), "the message that was lent last");
+        assert_eq!(mine.end(), None, "what is carried is nobody's once it is written");
+        theirs.give_back(1);
+        assert!(mine.settled(1) && !mine.settled(0), "in any order");
+        theirs.give_back(0);
+        assert!(mine.settled(0));
+    }
+
+    #[test]
+    fn what_is_lent_on_top_of_all_loans_is_carried() {
+        let (memory, _) = RingMemory::create(CAPACITY).unwrap();
+        let lent = Arc::new(LentMemory::create("test", 1 << 20).unwrap().0);
+        let bell = || Arc::new(Bell::create().unwrap().0);
+        let mut mine = RingLink::new(0, 1, &memory, false, bell(), None).lending(Some(lent.clone()), None);
+        let mut theirs = RingLink::new(1, 0, &memory, true, bell(), None).lending(None, Some(lent.clone()));
+        // SAFETY: the bytes outlive the links.
+        let mut lend = || unsafe { mine.lend(lent.start(), LEND) };
+        (0..LOANS).for_each(|_| assert_eq!(lend().unwrap(), Some(0)));
+        theirs.give_back(1);
+        assert_eq!(lend().unwrap(), None, "the first one is still out");
+        theirs.give_back(0);
+        assert_eq!(lend().unwrap(), Some(0));
+        assert_eq!(lend().unwrap(), Some(0));
+        theirs.give_back(7 + LOANS);
+        (0..5).for_each(|_| assert_eq!(lend().unwrap(), None));
+        (2..7).for_each(|loan| theirs.give_back(loan));
+        (2..7).for_each(|_| assert_eq!(lend().unwrap(), Some(0)));
+        let found = lend().unwrap_err();
+        assert!(found.to_string().contains("loan 263 was given back, of 8"), "{found}");
     }
 
     #[test]

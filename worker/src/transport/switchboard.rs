@@ -1,14 +1,14 @@
 //! One device's end of the data plane between processes: a link to every peer.
 //!
 //! Every message is preceded by an [`Envelope`], and the receiver knows what must stand in it. [`Transport::finish`]
-//! goes round the links and moves on each what can be moved now, so that no order of messages between peers can block
-//! another; when nothing moves on any of them, it sleeps on the device's bell. A link may lend a message instead of
+//! goes round the links and moves on each what can be moved now, of any batch, so that no order of messages between peers can
+//! block another; when nothing moves on any of them, it sleeps on the device's bell. A link may lend a message instead of
 //! carrying it: then only its envelope is on the way, the receiver reads the bytes where they lie, and the message is
 //! done when the receiver has given it back.
 
 use super::bell::{Bell, Doom};
 use super::link::{Envelope, Link, PIECE};
-use super::{Transport, TransportError};
+use super::{Batch, Transport, TransportError};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
@@ -35,8 +35,7 @@ pub struct Switchboard {
     spin: Duration,
     /// By device; None for this one.
     ports: Vec<Option<Port>>,
-    /// Where what is borrowed lies, once it is there.
-    borrowed: Places,
+    batches: Vec<Open>,
     /// Why nothing can be moved any more.
     broken: Option<TransportError>,
     waited_ns: u64,
@@ -62,10 +61,10 @@ struct Port {
     link: Box<dyn Link>,
     out: Lane<*const u8>,
     into: Lane<Destination>,
-    /// Posted messages that are to be borrowed and not there yet.
-    awaited: usize,
-    /// Borrowed messages to be given back.
-    held: usize,
+    /// Messages that are out and still looked at: their numbers on the link, and their batches.
+    unsettled: Vec<(u64, Batch)>,
+    /// Loans that have come.
+    loans: u64,
 }
 
 /// Where a message goes.
@@ -76,23 +75,24 @@ struct Destination {
     borrow: Option<usize>,
 }
 
-/// How long to go on moving.
-#[derive(Clone, Copy)]
-enum Until {
-    /// Whatever is borrowed is there.
-    Borrowed,
-    /// All that was posted is done.
-    Done,
+/// A batch under way.
+#[derive(Default)]
+struct Open {
+    /// Messages of it that are not done, and of these what is to be borrowed and not there yet.
+    missing: usize,
+    awaited: usize,
+    /// Where what is borrowed lies, once it is there.
+    borrowed: Vec<*const u8>,
+    /// What is to be given back: peers and their loans.
+    held: Vec<(usize, u64)>,
 }
-
-struct Places(Vec<*const u8>);
 // SAFETY: as for `Lane`.
-unsafe impl Send for Places {}
+unsafe impl Send for Open {}
 
 /// Messages in one direction.
 struct Lane<P> {
-    /// Where each message's bytes lie, and how many they are.
-    posted: VecDeque<(P, usize)>,
+    /// Where each message's bytes lie, how many they are, and their batch.
+    posted: VecDeque<(P, usize, Batch)>,
     /// Messages that have passed.
     sequence: u64,
     /// The envelope of the first posted message, as far as it has passed.
@@ -122,17 +122,15 @@ impl<P> Lane<P> {
 }
 
 impl Port {
-    fn done(&self, until: Until) -> bool {
-        match until {
-            Until::Borrowed => self.awaited == 0,
-            Until::Done => self.out.posted.is_empty() && self.into.posted.is_empty() && self.link.settled(),
-        }
+    /// Whether nothing is left to be moved or waited for.
+    fn idle(&self) -> bool {
+        self.out.posted.is_empty() && self.into.posted.is_empty() && self.unsettled.is_empty()
     }
 
     /// Writes what there is room for, up to a turn's bytes; whether anything moved.
-    fn write(&mut self) -> Result<bool, TransportError> {
+    fn write(&mut self, batches: &mut [Open]) -> Result<bool, TransportError> {
         let (lane, mut moved) = (&mut self.out, 0);
-        while let Some(&(from, bytes)) = lane.posted.front() {
+        while let Some(&(from, bytes, batch)) = lane.posted.front() {
             if lane.passed == 0 && lane.lent.is_none() {
                 // SAFETY: the bytes stay readable by the contract of `Transport::send`.
                 let lent = unsafe { self.link.lend(from, bytes)? };
@@ -153,6 +151,10 @@ impl Port {
             let carried = if lane.lent.is_some() { 0 } else { bytes };
             if lane.passed == Envelope::BYTES + carried {
                 lane.next();
+                match self.link.end() {
+                    Some(message) => self.unsettled.push((message, batch)),
+                    None => batches[batch].missing -= 1,
+                }
             }
             if n == 0 || moved >= TURN {
                 break;
@@ -161,10 +163,10 @@ impl Port {
         Ok(moved > 0)
     }
 
-    /// Reads what is there, up to a turn's bytes; whether anything moved. Says in `borrowed` where things lie.
-    fn read(&mut self, borrowed: &mut [*const u8]) -> Result<bool, TransportError> {
+    /// Reads what is there, up to a turn's bytes; whether anything moved.
+    fn read(&mut self, batches: &mut [Open]) -> Result<bool, TransportError> {
         let (lane, mut moved) = (&mut self.into, 0);
-        while let Some(&(Destination { to, borrow }, bytes)) = lane.posted.front() {
+        while let Some(&(Destination { to, borrow }, bytes, batch)) = lane.posted.front() {
             // SAFETY: never more than is left of the envelope, or of the message's own memory, which stays writable by
             // the contract of `Transport::recv`.
             let n = unsafe {
@@ -195,15 +197,18 @@ impl Port {
             }
             lane.passed += n;
             if lane.passed == Envelope::BYTES + bytes {
+                let batch = &mut batches[batch];
                 match (borrow, lane.lent) {
                     (Some(i), lent) => {
-                        borrowed[i] = lent.unwrap_or(to);
-                        self.awaited -= 1;
-                        self.held += usize::from(lent.is_some());
+                        batch.borrowed[i] = lent.unwrap_or(to);
+                        batch.awaited -= 1;
+                        batch.held.extend(lent.map(|_| (self.peer, self.loans)));
                     }
-                    (None, Some(_)) => self.link.give_back(),
+                    (None, Some(_)) => self.link.give_back(self.loans),
                     (None, None) => {}
                 }
+                self.loans += u64::from(lane.lent.is_some());
+                batch.missing -= 1;
                 lane.next();
             }
             if n == 0 || moved >= TURN {
@@ -213,22 +218,20 @@ impl Port {
         Ok(moved > 0)
     }
 
-    /// Moves what can be moved now; whether that was anything.
-    fn progress(&mut self, borrowed: &mut [*const u8]) -> Result<bool, TransportError> {
-        let written = self.write()?;
-        let read = self.read(borrowed)?;
+    /// Moves what can be moved now, and looks what is settled; whether that was anything.
+    fn progress(&mut self, batches: &mut [Open]) -> Result<bool, TransportError> {
+        let written = self.write(batches)?;
+        let read = self.read(batches)?;
         if written || read {
             self.link.flush();
         }
-        Ok(written || read)
-    }
-
-    /// Gives back what is borrowed.
-    fn give_back(&mut self) {
-        if self.held > 0 {
-            (0..std::mem::take(&mut self.held)).for_each(|_| self.link.give_back());
-            self.link.flush();
-        }
+        let before = self.unsettled.len();
+        self.unsettled.retain(|(message, batch)| {
+            let settled = self.link.settled(*message);
+            batches[*batch].missing -= usize::from(settled);
+            !settled
+        });
+        Ok(written || read || self.unsettled.len() < before)
     }
 }
 
@@ -261,11 +264,10 @@ impl Switchboard {
         doom.attach(&bell);
         let port = |(peer, link): (usize, Option<Box<dyn Link>>)| {
             let (out, into) = (Lane::new(), Lane::new());
-            link.map(|link| Port { me, peer, epoch, link, out, into, awaited: 0, held: 0 })
+            link.map(|link| Port { me, peer, epoch, link, out, into, unsettled: Vec::with_capacity(QUEUE), loans: 0 })
         };
         let ports: Vec<_> = links.into_iter().enumerate().map(port).collect();
-        let borrowed = Places(Vec::with_capacity(QUEUE * ports.len()));
-        Switchboard { me, bell, doom, spin, ports, borrowed, broken: None, waited_ns: 0 }
+        Switchboard { me, bell, doom, spin, ports, batches: vec![], broken: None, waited_ns: 0 }
     }
 
     /// The device.
@@ -273,9 +275,19 @@ impl Switchboard {
         self.me
     }
 
-    fn port(&mut self, peer: usize) -> Result<&mut Port, TransportError> {
+    /// The port to a peer, and a batch, which is new if need be, that has one message more.
+    fn post(&mut self, peer: usize, batch: Batch) -> Result<(&mut Port, &mut [Open]), TransportError> {
+        self.batch(batch).missing += 1;
         let me = self.me;
-        self.ports.get_mut(peer).and_then(Option::as_mut).ok_or(TransportError::Unconnected { me, peer })
+        let port = self.ports.get_mut(peer).and_then(Option::as_mut).ok_or(TransportError::Unconnected { me, peer })?;
+        Ok((port, &mut self.batches))
+    }
+
+    fn batch(&mut self, batch: Batch) -> &mut Open {
+        if self.batches.len() <= batch {
+            self.batches.resize_with(batch + 1, Open::default);
+        }
+        &mut self.batches[batch]
     }
 
     /// Whether nobody has given up and nobody said to stop.
@@ -296,13 +308,13 @@ impl Switchboard {
 
     /// Forgets everything that was posted: after this, no link looks at anybody's memory.
     fn clear(&mut self) {
-        self.borrowed.0.clear();
+        // Not given back: the lender is to hear that we have failed, not that all is well.
+        self.batches.clear();
         for port in self.ports.iter_mut().flatten() {
-            // Not given back: the lender is to hear that we have failed, not that all is well.
-            (port.awaited, port.held) = (0, 0);
             port.link.release();
             port.out.posted.clear();
             port.into.posted.clear();
+            port.unsettled.clear();
         }
     }
 
@@ -315,18 +327,15 @@ impl Switchboard {
         result
     }
 
-    fn move_all(&mut self, until: Until) -> Result<(), TransportError> {
+    /// Goes round the links until `done`, and waits where nothing moves.
+    fn move_all(&mut self, done: impl Fn(&[Open]) -> bool) -> Result<(), TransportError> {
         self.healthy()?;
         let mut watched: Option<Instant> = None;
         loop {
             let seen = self.bell.rings();
-            let (mut moved, mut done) = (false, true);
             // Also what we do not wait for: a peer may, and what we wait for may depend on it.
-            for port in self.ports.iter_mut().flatten().filter(|p| !p.done(Until::Done)) {
-                moved |= port.progress(&mut self.borrowed.0)?;
-                done &= port.done(until);
-            }
-            if done {
+            let moved = self.go_round()?;
+            if done(&self.batches) {
                 return Ok(());
             }
             if moved {
@@ -335,7 +344,7 @@ impl Switchboard {
             self.healthy()?;
             let now = Instant::now();
             if watched.is_some_and(|t| now - t >= WATCH) {
-                self.watch(until)?;
+                self.watch()?;
                 watched = None;
             }
             watched.get_or_insert(now);
@@ -344,13 +353,22 @@ impl Switchboard {
         }
     }
 
-    /// Looks whether those that we wait for are still there.
-    fn watch(&mut self, until: Until) -> Result<(), TransportError> {
+    /// Moves on each link what can be moved now; whether that was anything.
+    fn go_round(&mut self) -> Result<bool, TransportError> {
+        let mut moved = false;
+        for port in self.ports.iter_mut().flatten().filter(|p| !p.idle()) {
+            moved |= port.progress(&mut self.batches)?;
+        }
+        Ok(moved)
+    }
+
+    /// Looks whether those that we have to do with are still there.
+    fn watch(&mut self) -> Result<(), TransportError> {
         let me = self.me;
-        for port in self.ports.iter_mut().flatten().filter(|p| !p.done(until)) {
+        for port in self.ports.iter_mut().flatten().filter(|p| !p.idle()) {
             // What it had sent before it went still counts.
             if let Some(detail) = port.link.lost()
-                && !port.progress(&mut self.borrowed.0)?
+                && !port.progress(&mut self.batches)?
             {
                 let lost = TransportError::Lost { me, peer: port.peer, detail };
                 // And so does why it went: it may have left word since we last looked.
@@ -363,48 +381,73 @@ impl Switchboard {
 }
 
 impl Transport for Switchboard {
-    unsafe fn send(&mut self, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError> {
-        let sent = self.broken.clone().map_or(Ok(()), Err).and_then(|()| self.port(to)).and_then(|port| {
-            port.out.posted.push_back((from, bytes));
-            // On its way at once, so that it travels while the device prepares the next.
-            if port.write()? {
-                port.link.flush();
-            }
-            Ok(())
-        });
+    unsafe fn send(&mut self, batch: Batch, to: usize, from: *const u8, bytes: usize) -> Result<(), TransportError> {
+        let sent =
+            self.broken.clone().map_or(Ok(()), Err).and_then(|()| self.post(to, batch)).and_then(|(port, batches)| {
+                port.out.posted.push_back((from, bytes, batch));
+                // On its way at once, so that it travels while the device prepares the next.
+                if port.write(batches)? {
+                    port.link.flush();
+                }
+                Ok(())
+            });
         self.kept(sent)
     }
 
-    unsafe fn recv(&mut self, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError> {
+    unsafe fn recv(&mut self, batch: Batch, from: usize, to: *mut u8, bytes: usize) -> Result<(), TransportError> {
         let to = Destination { to, borrow: None };
-        let posted = self.port(from).map(|port| port.into.posted.push_back((to, bytes)));
+        let posted = self.post(from, batch).map(|(port, _)| port.into.posted.push_back((to, bytes, batch)));
         self.kept(posted)
     }
 
-    unsafe fn borrow(&mut self, from: usize, scratch: *mut u8, bytes: usize) -> Result<(), TransportError> {
-        let to = Destination { to: scratch, borrow: Some(self.borrowed.0.len()) };
-        let posted = self.port(from).map(|port| {
-            port.into.posted.push_back((to, bytes));
-            port.awaited += 1;
+    unsafe fn borrow(
+        &mut self,
+        batch: Batch,
+        from: usize,
+        scratch: *mut u8,
+        bytes: usize,
+    ) -> Result<(), TransportError> {
+        let posted = self.post(from, batch).map(|(port, batches)| {
+            let open = &mut batches[batch];
+            let to = Destination { to: scratch, borrow: Some(open.borrowed.len()) };
+            open.borrowed.push(std::ptr::null());
+            open.awaited += 1;
+            port.into.posted.push_back((to, bytes, batch));
         });
-        self.borrowed.0.push(std::ptr::null());
         self.kept(posted)
     }
 
-    fn borrowed(&mut self) -> Result<&[*const u8], TransportError> {
-        let moved = self.move_all(Until::Borrowed);
+    fn borrowed(&mut self, batch: Batch) -> Result<&[*const u8], TransportError> {
+        self.batch(batch);
+        let moved = self.move_all(|batches| batches[batch].awaited == 0);
         self.kept(moved)?;
-        Ok(&self.borrowed.0)
+        Ok(&self.batches[batch].borrowed)
     }
 
-    fn finish(&mut self) -> Result<(), TransportError> {
+    fn finish(&mut self, batch: Batch) -> Result<(), TransportError> {
         let mut moved = Ok(());
-        if self.ports.iter().flatten().any(|p| p.awaited > 0) {
-            moved = self.move_all(Until::Borrowed);
+        if self.batch(batch).awaited > 0 {
+            moved = self.move_all(|batches| batches[batch].awaited == 0);
         }
-        self.borrowed.0.clear();
-        self.ports.iter_mut().flatten().for_each(Port::give_back);
-        let moved = moved.and_then(|()| self.move_all(Until::Done));
+        let moved = moved.and_then(|()| {
+            let open = &mut self.batches[batch];
+            open.borrowed.clear();
+            for (peer, loan) in open.held.drain(..) {
+                if let Some(port) = self.ports[peer].as_mut() {
+                    port.link.give_back(loan);
+                    port.link.flush();
+                }
+            }
+            self.move_all(|batches| batches[batch].missing == 0)
+        });
+        self.kept(moved)
+    }
+
+    fn progress(&mut self) -> Result<(), TransportError> {
+        if self.ports.iter().flatten().all(Port::idle) {
+            return Ok(());
+        }
+        let moved = self.healthy().and_then(|()| self.go_round().map(|_| ()));
         self.kept(moved)
     }
 
