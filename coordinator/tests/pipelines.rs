@@ -68,6 +68,9 @@ fn stages_train_as_one_device_does() {
             ("pipe=2", TWO.to_string()),
             ("pipe=2", format!("{TWO}, schedule:gpipe")),
             ("pipe=2", INTERLEAVED.into()),
+            ("pipe=2", format!("{INTERLEAVED}, schedule:zero-bubble")),
+            ("pipe=4", format!("{FOUR}, schedule:zero-bubble")),
+            ("data=2,pipe=2", format!("batch:data, {TWO}, slots{{ *:data }}, schedule:zero-bubble")),
             ("pipe=2", "layer.2/**{ @pipe:1 }".into()),
             ("pipe=4", FOUR.into()),
             ("data=2,pipe=2", format!("batch:data, {TWO}, slots{{ *:data }}, gradients{{ *:data }}")),
@@ -92,7 +95,7 @@ fn count(plan: &ProgramPlan, device: usize, op: &str) -> usize {
 fn a_stage_hands_each_micro_batch_on_once_and_back_once() {
     let parts = 4;
     let p = layers(parts, &Optimizer::adam(0.01));
-    for schedule in ["gpipe", "1f1b"] {
+    for schedule in ["gpipe", "1f1b", "zero-bubble"] {
         let two = planned(&p, "pipe=2", &format!("{TWO}, schedule:{schedule}"));
         // Besides activations and their gradients: the table goes to the last stage and comes back as its gradients, and the
         // learning rate goes to the first one.
@@ -126,7 +129,8 @@ fn the_peak_of_each_stage_is_the_planned_one() {
     let p = layers(4, &Optimizer::adam(0.01));
     let feeds = feeds();
     let feeds = feeds.each_ref().map(|(n, a)| (*n, a));
-    for (mesh, layout) in [("pipe=2", TWO), ("pipe=4", FOUR), ("pipe=2", INTERLEAVED)] {
+    let waiting = format!("{FOUR}, schedule:zero-bubble");
+    for (mesh, layout) in [("pipe=2", TWO), ("pipe=4", FOUR), ("pipe=4", &waiting), ("pipe=2", INTERLEAVED)] {
         let mut s = Session::embedded(p.clone(), &options(mesh, layout)).unwrap();
         s.run("step", 0, &feeds).unwrap();
         let peaks = s.peaks().unwrap();
@@ -185,6 +189,7 @@ fn a_stage_that_cannot_be_is_refused_before_anything_runs() {
         ("@pipe:1, ff:pipe", ["error[L0005]", "the stage `@pipe` and dimension `ff`", "`ff:none`"]),
         ("@pipe:one", ["error[L0001]", "`@pipe:one`", "such as `@pipe:0`"]),
         ("@pipe:0?", ["error[L0001]", "`@pipe:0?`", "such as `@pipe:0`"]),
+        ("schedule:zero", ["error[L0001]", "`zero`", "gpipe, 1f1b or zero-bubble"]),
     ] {
         let error = error(layout);
         assert!(parts.iter().all(|p| error.contains(p)), "{layout}: {error}");

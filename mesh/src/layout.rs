@@ -4,7 +4,7 @@
 //! layout  = { (rule | block) [","|";"|newline] }
 //! rule    = dimension ":" axes                      batch:data    d_ff:x+y    heads:model?    x:none    *:data
 //!         | "@" axis ":" (number | "none")          @pipe:0
-//!         | "schedule:" ("gpipe" | "1f1b"), in no block
+//!         | "schedule:" ("gpipe" | "1f1b" | "zero-bubble"), in no block
 //!         | "gathers:" ("allow" | "refuse"), in no block
 //! axes    = "none" | split ["?"] | "ring(" split ")"                                          memory_seq:ring(sp)
 //! split   = axis { "+" axis }
@@ -698,6 +698,7 @@ mod tests {
         let schedule = prop::option::of(prop_oneof![
             Just("schedule : gpipe"),
             Just("schedule:1f1b"),
+            Just("schedule:zero-bubble"),
             Just("gathers: allow"),
             Just("gathers:refuse;schedule:1f1b")
         ]);

@@ -27,11 +27,14 @@ pub enum Schedule {
     /// as fast as GPipe, and a stage keeps the activations of as many micro-batches as there are stages from it on.
     #[default]
     OneForwardOneBackward,
+    /// As the last, with gradients of weights apart, for when there is nothing else to do (ZB-H1 of Qi et al. 2023): a stage
+    /// hands gradients on sooner, and waits for others less. All stages keep as much as the first one.
+    ZeroBubble,
 }
 
 impl Schedule {
     /// All of them.
-    pub const ALL: [Schedule; 2] = [Schedule::GPipe, Schedule::OneForwardOneBackward];
+    pub const ALL: [Schedule; 3] = [Schedule::GPipe, Schedule::OneForwardOneBackward, Schedule::ZeroBubble];
 }
 
 impl fmt::Display for Schedule {
@@ -39,6 +42,7 @@ impl fmt::Display for Schedule {
         f.write_str(match self {
             Schedule::GPipe => "gpipe",
             Schedule::OneForwardOneBackward => "1f1b",
+            Schedule::ZeroBubble => "zero-bubble",
         })
     }
 }
@@ -47,9 +51,8 @@ impl FromStr for Schedule {
     type Err = Error;
     fn from_str(text: &str) -> Result<Schedule, Error> {
         let found = Schedule::ALL.into_iter().find(|s| s.to_string() == text.trim());
-        let expected =
-            || Cause::Syntax { text: text.into(), expected: "the order of a pipeline, gpipe or 1f1b".into() };
-        found.ok_or_else(|| expected().into())
+        let expected = "the order of a pipeline, gpipe, 1f1b or zero-bubble";
+        found.ok_or_else(|| Cause::Syntax { text: text.into(), expected: expected.into() }.into())
     }
 }
 
@@ -57,7 +60,10 @@ impl FromStr for Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Phase {
     Forward,
+    /// The backward pass; in a zero-bubble schedule what gradients that are handed on are made of.
     Backward,
+    /// What of it no other stage waits for, in a zero-bubble schedule.
+    Weights,
     Update,
 }
 
@@ -83,10 +89,10 @@ struct Task {
 }
 
 /// Puts the instructions of a program with stages in an order in which the stages work side by side. A program without
-/// stages stays as it is.
-pub fn order(spmd: &mut SpmdProgram, function: &Function, schedule: Schedule) {
-    let Some(tasks) = tasks(spmd, function) else { return };
-    let order = simulate(&tasks, schedule);
+/// stages stays as it is. `waiting`: what hands a value on holds both stages up until both are there for it.
+pub fn order(spmd: &mut SpmdProgram, function: &Function, schedule: Schedule, waiting: bool) {
+    let Some(tasks) = tasks(spmd, function, schedule) else { return };
+    let order = simulate(&tasks, schedule, waiting);
     // Tasks that wait for each other are none: then the order of the program is a good one.
     if order.len() < tasks.len() {
         return;
@@ -97,7 +103,7 @@ pub fn order(spmd: &mut SpmdProgram, function: &Function, schedule: Schedule) {
 }
 
 /// The tasks of a program; None if it has no stages.
-fn tasks(spmd: &SpmdProgram, function: &Function) -> Option<Vec<Task>> {
+fn tasks(spmd: &SpmdProgram, function: &Function, schedule: Schedule) -> Option<Vec<Task>> {
     let mut stages: Vec<Vec<bool>> = vec![];
     let stage_of: Vec<Option<usize>> = spmd.instrs.iter().map(|i| stage(spmd, i.output, &mut stages)).collect();
     if stages.is_empty() {
@@ -114,18 +120,28 @@ fn tasks(spmd: &SpmdProgram, function: &Function) -> Option<Vec<Task>> {
     let parts = parts(function);
     let micro = micro_batches(spmd, &parts, &inputs);
     let role = |i: usize| function.node(spmd.values[spmd.instrs[i].output.index()].node).role;
+    let hands_on = |i: usize| {
+        let moves = matches!(spmd.instrs[i].op, SpmdOp::Move);
+        moves && inputs(i).any(|p| stage_of[p] != stage_of[i])
+    };
+    // Whether another stage waits for what is made of a value.
+    let mut awaited = vec![schedule != Schedule::ZeroBubble; spmd.instrs.len()];
+    for i in (0..spmd.instrs.len()).rev().filter(|i| matches!(role(*i), Role::Backward | Role::Gradient)) {
+        awaited[i] |= hands_on(i);
+        inputs(i).for_each(|p| awaited[p] |= awaited[i]);
+    }
     let phase = |i: usize| match role(i) {
         Role::Forward => Phase::Forward,
         Role::Update | Role::Variable => Phase::Update,
-        Role::Backward | Role::Gradient => Phase::Backward,
+        Role::Backward | Role::Gradient if awaited[i] => Phase::Backward,
+        Role::Backward | Role::Gradient => Phase::Weights,
     };
     let mut turns: Vec<(Phase, usize)> = (0..spmd.instrs.len()).map(|i| (phase(i), hop[i])).collect();
     put_off(spmd, &parts, &stage_of, &mut turns);
     let mut tasks: Vec<Task> = vec![];
     let (mut at, mut of): (HashMap<Key, usize>, Vec<usize>) = (HashMap::new(), vec![]);
     for i in 0..spmd.instrs.len() {
-        let moves = matches!(spmd.instrs[i].op, SpmdOp::Move);
-        let hands_on = (moves && inputs(i).any(|p| stage_of[p] != stage_of[i])).then_some(i);
+        let hands_on = hands_on(i).then_some(i);
         let (phase, hop) = turns[i];
         let key = Key { hop, stage: stage_of[i], micro: micro[i], phase, hands_on };
         let t = *at.entry(key).or_insert_with(|| {
@@ -241,15 +257,18 @@ fn together(tasks: &[Task], t: usize) -> impl Iterator<Item = usize> {
 }
 
 /// The order in which tasks begin; less than all of them where some wait for each other.
-fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
+fn simulate(tasks: &[Task], schedule: Schedule, waiting: bool) -> Vec<usize> {
     let stages = tasks.iter().filter_map(|t| t.key.stage).max().map_or(0, |s| s + 1);
     let forward = || tasks.iter().filter(|t| t.key.phase == Phase::Forward);
     let farthest = forward().map(|t| t.key.hop).max().unwrap_or(0);
-    // By stage and micro-batch: the hops at which there is still something to do backward.
-    let mut backward: HashMap<(usize, usize), Vec<usize>> = HashMap::new();
+    // By stage and micro-batch: the hops at which there is still something to do backward. By stage: whether others wait for
+    // some of it.
+    let mut backward: HashMap<(usize, usize), Vec<(usize, Phase)>> = HashMap::new();
+    let mut is_awaited = vec![false; stages];
     for Key { hop, stage, micro, phase, hands_on } in tasks.iter().map(|t| t.key) {
-        if let (Some(stage), Phase::Backward, None) = (stage, phase, hands_on) {
-            backward.entry((stage, micro)).or_default().push(hop);
+        if let (Some(stage), Phase::Backward | Phase::Weights, None) = (stage, phase, hands_on) {
+            backward.entry((stage, micro)).or_default().push((hop, phase));
+            is_awaited[stage] |= phase == Phase::Backward;
         }
     }
     // By stage and hop: the micro-batches that have been begun forward. As many hops as there are to the farthest one may a
@@ -262,10 +281,14 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
     let mut ready: Vec<usize> = (0..tasks.len()).filter(|t| missing[*t] == 0).collect();
     let mut next: Vec<Vec<usize>> = vec![vec![]; tasks.len()];
     tasks.iter().enumerate().for_each(|(t, task)| task.after.iter().for_each(|p| next[*p].push(t)));
+    // Who is there for a task: nobody for what is on its way while all do other work.
+    let there = |t: usize| {
+        let held_up = waiting || tasks[t].key.hands_on.is_none();
+        together(tasks, t).filter(move |_| held_up)
+    };
     while order.len() < tasks.len() {
         let begin = |t: usize| {
-            let clocks =
-                together(tasks, t).map(|s| clocks[s]).chain(tasks[t].key.stage.is_none().then_some(latest(&clocks)));
+            let clocks = there(t).map(|s| clocks[s]).chain(tasks[t].key.stage.is_none().then_some(latest(&clocks)));
             clocks.chain(tasks[t].after.iter().filter_map(|p| done[*p])).fold(0.0, f64::max)
         };
         let candidates = &ready;
@@ -273,10 +296,15 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
         let own = |t: &usize| tasks[*t].key.stage.is_some() || tasks[*t].key.hop == 0;
         let may = |t: &usize| match tasks[*t].key {
             Key { stage: Some(s), phase: Phase::Forward, hands_on: None, hop, .. } if schedule != Schedule::GPipe => {
-                let in_flight = |m: &&usize| {
-                    backward.get(&(s, **m)).is_some_and(|left| left.iter().any(|back| *back <= 2 * farthest - hop))
+                let left = |m: &usize, with_weights: bool| {
+                    let waits = |(back, phase): &(usize, Phase)| {
+                        *back <= 2 * farthest - hop && (with_weights || *phase == Phase::Backward)
+                    };
+                    backward.get(&(s, *m)).is_some_and(|left| left.iter().any(waits))
                 };
-                begun.get(&(s, hop)).map_or(0, |all| all.iter().filter(in_flight).count()) <= farthest - hop
+                let begun = begun.get(&(s, hop)).map_or(&[][..], Vec::as_slice);
+                let count = |with_weights| begun.iter().filter(|m| left(m, with_weights)).count();
+                count(!is_awaited[s]) <= farthest - hop && count(true) <= farthest
             }
             _ => true,
         };
@@ -284,9 +312,11 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
             let Key { hop, stage, micro, phase, hands_on } = tasks[t].key;
             // Backward before forward, but for GPipe.
             let turn = match (phase, schedule) {
-                (Phase::Forward, Schedule::GPipe) | (Phase::Backward, Schedule::OneForwardOneBackward) => 0,
-                (Phase::Backward, Schedule::GPipe) | (Phase::Forward, Schedule::OneForwardOneBackward) => 1,
-                (Phase::Update, _) => 2,
+                (Phase::Forward, Schedule::GPipe) => 0,
+                (Phase::Backward, _) => 1,
+                (Phase::Forward, Schedule::OneForwardOneBackward | Schedule::ZeroBubble) => 2,
+                (Phase::Weights, _) => 3,
+                (Phase::Update, _) => 4,
             };
             (stage.is_some(), hands_on.is_none(), turn, micro, std::cmp::Reverse(hop), t)
         };
@@ -298,17 +328,16 @@ fn simulate(tasks: &[Task], schedule: Schedule) -> Vec<usize> {
         let Some(t) = of(&|t| own(t) && may(t)).or_else(|| of(&own)).or_else(|| of(&|_| true)) else { return order };
         let start = begin(t);
         let end = start + tasks[t].cost;
-        together(tasks, t).for_each(|s| clocks[s] = start);
-        match tasks[t].key.stage {
-            Some(s) => clocks[s] = end,
-            None => clocks.fill(end),
+        there(t).for_each(|s| clocks[s] = end);
+        if tasks[t].key.stage.is_none() {
+            clocks.fill(end);
         }
         match tasks[t].key {
             Key { stage: Some(s), phase: Phase::Forward, hands_on: None, hop, micro } => {
                 begun.entry((s, hop)).or_default().push(micro);
             }
-            Key { stage: Some(s), phase: Phase::Backward, hands_on: None, micro, hop } => {
-                backward.entry((s, micro)).and_modify(|left| left.retain(|back| *back != hop));
+            Key { stage: Some(s), phase: phase @ (Phase::Backward | Phase::Weights), hands_on: None, micro, hop } => {
+                backward.entry((s, micro)).and_modify(|left| left.retain(|back| *back != (hop, phase)));
             }
             _ => {}
         }

@@ -91,7 +91,7 @@ fn cases() -> Vec<(&'static str, Program, Vec<(&'static str, &'static str)>)> {
                 ("pipe=2", "@pipe:1, encoder/layer.0/**{ @pipe:0 }"),
             ],
         ),
-        ("unet", unet(64, 8, &[]), vec![("x=2,y=2", "x:x, y:y"), ("x=3", "x:x")]),
+        ("unet", unet(64, 8, 4, &[]), vec![("x=2,y=2", "x:x, y:y"), ("x=3", "x:x")]),
     ]
 }
 

@@ -123,7 +123,9 @@ fn name(work: &Work) -> &'static str {
         Work::Op(op) => op.op.op().name(),
         Work::Copy(_) => "copy",
         Work::Band(_) => "band",
-        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) | Work::Combine(_) | Work::Finish(_) => "between devices",
+        Work::Exchange(_) | Work::AllReduce(_) | Work::Join(_) | Work::Combine(_) | Work::Finish(_) => {
+            "between devices"
+        }
     }
 }
 

@@ -50,7 +50,12 @@ impl Step {
                 let names: Vec<&str> = steps.iter().map(|s| &*s.name).filter(|n| *n != "copy").collect();
                 format!("{} slices of {}", band.count(), names.join(", "))
             }
-            Work::Copy(_) | Work::Exchange(_) | Work::AllReduce(_) | Work::Combine(_) | Work::Finish(_) | Work::Join(_) => {
+            Work::Copy(_)
+            | Work::Exchange(_)
+            | Work::AllReduce(_)
+            | Work::Combine(_)
+            | Work::Finish(_)
+            | Work::Join(_) => {
                 let buffers = if self.outputs.is_empty() { &self.inputs } else { &self.outputs };
                 format!("{} bytes", buffers.iter().map(|b| b.bytes).sum::<usize>())
             }

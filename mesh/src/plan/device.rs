@@ -358,7 +358,7 @@ mod tests {
             let plan = plan_program(&program, &mesh, &layout, &PlanOptions::default(), &Plain).unwrap();
             let placement = Placement::new(&mesh, &layout, &program);
             let mut spmd = spmd::lower(function, &placement).unwrap();
-            pipeline::order(&mut spmd, function, layout.schedule());
+            pipeline::order(&mut spmd, function, layout.schedule(), false);
             let base = |held: &Vec<(_, Buffer)>| held.iter().map(|(_, b)| b.bytes.next_multiple_of(ALIGN)).sum();
             let base: Vec<usize> = plan.variables.iter().map(base).collect();
             let cx = function::Context {

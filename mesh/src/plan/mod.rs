@@ -40,8 +40,8 @@ pub(crate) use exchange::{Together, all_reduce, kind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 pub use step::{
-    ALIGN, AllReduce, At, Backend, Band, Begun, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Join, Label,
-    Message, OpWork, Part, Segments, SliceStep, Slices, Step, Wire, Work,
+    ALIGN, AllReduce, At, Backend, Band, Begun, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Join,
+    Label, Message, OpWork, Part, Segments, SliceStep, Slices, Step, Wire, Work,
 };
 pub use timeline::{Alive, Timeline};
 
@@ -169,7 +169,7 @@ pub fn plan_program(
         if layout.gathers() == Gathers::Refuse {
             gathers::check(function, &spmd, &placement)?;
         }
-        pipeline::order(&mut spmd, function, layout.schedule());
+        pipeline::order(&mut spmd, function, layout.schedule(), options.waiting);
         rings.append(&mut spmd.rings);
         let cx = function::Context {
             function,

@@ -16,7 +16,7 @@ use super::cost::{Cost, cost};
 use super::device::{Place, Worked};
 use super::function::Planner;
 use super::fuse::Kind;
-use super::step::Work;
+use super::step::{ExchangeKind, Work};
 use super::time::messages;
 use super::timeline::Timeline;
 use crate::spmd::ValueId;
@@ -153,7 +153,7 @@ struct Collective {
     begin: usize,
     combine: Option<usize>,
     finish: Option<usize>,
-    /// What its messages take, and whether they are short.
+    /// What its messages take, and whether it stays under way as long as it can: they are short, or go to another stage.
     cost: f64,
     short: bool,
 }
@@ -242,6 +242,9 @@ impl List {
                     Phase::Whole => cost.map(|(own, ..)| own),
                     _ => cost.map(|_| 0.0),
                 };
+                // A stage that hands something on does not wait until the next one takes it.
+                let hands_on = first(*d)
+                    .is_some_and(|(work, _)| matches!(work, Work::Exchange(e) if e.kind == ExchangeKind::Send));
                 if let (Some((_, link, bytes)), true) = (cost, moment.phase == Phase::Begin) {
                     let fresh = |of: &Collective| of.begin != m;
                     if fixed.collectives.last().is_none_or(fresh) {
@@ -249,7 +252,7 @@ impl List {
                         fixed.collectives.push(new);
                     }
                     let of = fixed.collectives.last_mut().expect("there is one");
-                    (of.cost, of.short) = (of.cost.max(link), of.short && bytes <= SHORT);
+                    (of.cost, of.short) = (of.cost.max(link), of.short && (bytes <= SHORT || hands_on));
                 }
             }
             if let Some(of) = fixed.collectives.last_mut()

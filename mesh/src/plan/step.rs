@@ -120,7 +120,13 @@ impl Work {
                 // The results follow where the parts are combined.
                 usize::from(begins) * parts + usize::from(!self.begins()) * bytes(a.me)
             }
-            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) | Work::Finish(_) => 0,
+            Work::Map(_)
+            | Work::Reduce(_)
+            | Work::Op(_)
+            | Work::Copy(_)
+            | Work::Band(_)
+            | Work::Join(_)
+            | Work::Finish(_) => 0,
         }
     }
 
@@ -129,7 +135,7 @@ impl Work {
         match self {
             Work::Exchange(e) | Work::Finish(Begun::Exchange(e)) => e.under_way,
             Work::AllReduce(a) | Work::Combine(a) | Work::Finish(Begun::AllReduce(a)) => a.under_way,
-            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => None,
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => None,
         }
     }
 
@@ -144,7 +150,7 @@ impl Work {
             Work::Exchange(_) | Work::AllReduce(_) => self.under_way().is_none(),
             Work::Combine(a) => a.segments != Segments::Shared,
             Work::Finish(_) => true,
-            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) => false,
+            Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) => false,
         }
     }
 }

@@ -78,7 +78,13 @@ pub(super) fn messages(work: &Work) -> Vec<(usize, usize, usize, usize)> {
         }
         Work::AllReduce(a) => of_sum(a, true, a.under_way.is_none()),
         Work::Combine(a) => of_sum(a, false, true),
-        Work::Map(_) | Work::Reduce(_) | Work::Op(_) | Work::Copy(_) | Work::Band(_) | Work::Join(_) | Work::Finish(_) => vec![],
+        Work::Map(_)
+        | Work::Reduce(_)
+        | Work::Op(_)
+        | Work::Copy(_)
+        | Work::Band(_)
+        | Work::Join(_)
+        | Work::Finish(_) => vec![],
     }
 }
 
