@@ -360,6 +360,7 @@ fn groups(
         let line = |(i, s): (usize, &Step)| step_line(plan, d, s, seconds(i));
         let alive = |a: &super::Alive| Alive { name: a.name.clone(), bytes: a.bytes, place: a.place.to_string() };
         let least = plan.peak_bytes(d) / PART;
+        let variables = plan.variables[d].iter().map(|(_, b)| b.offset + b.bytes).max().unwrap_or(0);
         let mut group = Group {
             devices: vec![],
             peak_bytes: plan.peak_bytes(d),
@@ -368,7 +369,7 @@ fn groups(
             alive: timeline.alive.to_vec(),
             fullest: timeline.fullest,
             at_fullest: timeline.largest.iter().filter(|a| !a.variable && a.bytes >= least).map(alive).collect(),
-            values: lives(f, of).into_iter().filter(|l| l.bytes >= least.max(1)).collect(),
+            values: lives(f, of, variables).into_iter().filter(|l| l.bytes >= least.max(1)).collect(),
             steps: of.steps.iter().enumerate().map(line).collect(),
         };
         // All but their numbers is compared.
@@ -403,8 +404,9 @@ fn step_line(plan: &ProgramPlan, device: usize, step: &Step, seconds: Option<f64
     }
 }
 
-/// How long feeds and what steps make lie in memory: until the last step that reads them, or another one writes there.
-fn lives(f: &Function, plan: &DevicePlan) -> Vec<Life> {
+/// How long feeds and what steps make lie in memory, behind the variables: until the last step that reads them, or another
+/// one writes there.
+fn lives(f: &Function, plan: &DevicePlan, variables: usize) -> Vec<Life> {
     let overlap = |a: Buffer, b: Buffer| a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
     let mut done: Vec<Life> = Vec::new();
     let feed = |(name, _, buffer): &(Name, Part, Buffer)| (*buffer, life(format!("feed {name}"), *buffer, 0));
@@ -443,7 +445,7 @@ fn lives(f: &Function, plan: &DevicePlan) -> Vec<Life> {
         let node = f.node(step.label.node);
         let scope = if node.scope.is_empty() { String::new() } else { format!("{}: ", node.scope) };
         let name = |what: &str| format!("{scope}{what}{}", node.op.op().name());
-        open.extend(outputs.iter().map(|b| (*b, life(name(""), *b, s))));
+        open.extend(outputs.iter().filter(|b| b.offset >= variables).map(|b| (*b, life(name(""), *b, s))));
         if scratch.bytes > 0 {
             done.push(Life { to: until, ..life(name("scratch of "), scratch, s) });
         }

@@ -10,28 +10,38 @@ use crate::graph::Role;
 use crate::program::Function;
 use std::collections::HashSet;
 
+/// Where an instruction comes: at the place that one has, before it, or behind it.
+type Place = (usize, Side);
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Side {
+    Before,
+    There,
+    Behind,
+}
+
 /// The program in that order.
 pub(super) fn as_gradients_come(mut program: SpmdProgram, function: &Function) -> SpmdProgram {
-    let mut keys = keys(&program, function);
-    wait_for_updates(&mut keys, &program, function);
-    // First the one that is there, and inputs before users.
-    let mut order: Vec<usize> = (0..keys.len()).collect();
-    order.sort_by_key(|i| (keys[*i], keys[*i] != *i, *i));
+    let mut places = places(&program, function);
+    wait_for_updates(&mut places, &program, function);
+    // Of those that come to one place, inputs before users.
+    let mut order: Vec<usize> = (0..places.len()).collect();
+    order.sort_by_key(|i| (places[*i], *i));
     let mut instrs: Vec<Option<Instr>> = program.instrs.into_iter().map(Some).collect();
     program.instrs = order.into_iter().filter_map(|i| instrs[i].take()).collect();
     program
 }
 
-/// By instruction: the one that it comes right behind, or itself.
-fn keys(program: &SpmdProgram, function: &Function) -> Vec<usize> {
+/// By instruction: the last of what it takes, if it is to come right behind that; else its own place.
+fn places(program: &SpmdProgram, function: &Function) -> Vec<Place> {
     let sums: HashSet<ValueId> = program.sums.iter().copied().collect();
     let read = last_read(program, function);
-    let mut place: Vec<Option<usize>> = vec![None; program.values.len()];
+    let mut made: Vec<Option<usize>> = vec![None; program.values.len()];
     let mut waits = vec![false; program.values.len()];
-    let mut keys = Vec::with_capacity(program.instrs.len());
+    let mut places = Vec::with_capacity(program.instrs.len());
     for (i, instr) in program.instrs.iter().enumerate() {
         let updates = role(program, function, instr) == Role::Update;
-        let behind = |v: &ValueId| place[v.index()].or(updates.then_some(read[v.index()]));
+        let behind = |v: &ValueId| made[v.index()].or(updates.then_some(read[v.index()]));
         let last = instr.inputs.iter().filter_map(behind).max();
         let sends = !matches!(instr.op, SpmdOp::Compute { .. });
         let output = instr.output.index();
@@ -39,17 +49,18 @@ fn keys(program: &SpmdProgram, function: &Function) -> Vec<usize> {
         let at_once = sums.contains(&instr.output) || updates && !waits[output];
         // What is made of nothing is the first.
         let at = if at_once { last.unwrap_or(0) } else { i };
-        place[output] = Some(at);
-        keys.push(at);
+        made[output] = Some(at);
+        places.push((at, if at == i { Side::There } else { Side::Behind }));
     }
-    keys
+    places
 }
 
 /// Has gradients that are larger than what they are made of wait for the updates that they are for, and what is made of
 /// them on the way as well.
-fn wait_for_updates(keys: &mut [usize], program: &SpmdProgram, function: &Function) {
-    // By value: the first of its readers, if all of them are updates.
-    let mut first: Vec<Option<usize>> = vec![Some(usize::MAX); program.values.len()];
+fn wait_for_updates(places: &mut [Place], program: &SpmdProgram, function: &Function) {
+    // By value: where it is there in time for the first of its readers, if all of them are updates.
+    let none = (usize::MAX, Side::There);
+    let mut first: Vec<Option<Place>> = vec![Some(none); program.values.len()];
     program.outputs.iter().for_each(|(_, v)| first[v.index()] = None);
     for (i, instr) in program.instrs.iter().enumerate().rev() {
         let bytes = |v: &ValueId| program.values[v.index()].bytes(0);
@@ -59,12 +70,13 @@ fn wait_for_updates(keys: &mut [usize], program: &SpmdProgram, function: &Functi
             Role::Forward | Role::Backward | Role::Variable => false,
         };
         let computes = matches!(instr.op, SpmdOp::Compute { .. });
-        if let Some(at) = first[instr.output.index()].filter(|at| waits && computes && *at < usize::MAX) {
-            keys[i] = keys[i].max(at);
+        if let Some(at) = first[instr.output.index()].filter(|at| waits && computes && *at < none) {
+            places[i] = places[i].max(at);
         }
         let updates = role(program, function, instr) == Role::Update;
+        let own = if places[i] == (i, Side::There) { (i, Side::Before) } else { places[i] };
         for v in &instr.inputs {
-            first[v.index()] = first[v.index()].filter(|_| updates).map(|at| at.min(keys[i]));
+            first[v.index()] = first[v.index()].filter(|_| updates).map(|at| at.min(own));
         }
     }
 }
