@@ -27,9 +27,18 @@ pub(super) fn as_gradients_come(mut program: SpmdProgram, function: &Function) -
     // Of those that come to one place, inputs before users.
     let mut order: Vec<usize> = (0..places.len()).collect();
     order.sort_by_key(|i| (places[*i], *i));
+    debug_assert!(in_order(&program, &order), "inputs come before users");
     let mut instrs: Vec<Option<Instr>> = program.instrs.into_iter().map(Some).collect();
     program.instrs = order.into_iter().filter_map(|i| instrs[i].take()).collect();
     program
+}
+
+/// Whether instructions in an order have their inputs before them.
+fn in_order(program: &SpmdProgram, order: &[usize]) -> bool {
+    let mut at = vec![0; program.values.len()];
+    order.iter().enumerate().for_each(|(n, i)| at[program.instrs[*i].output.index()] = n);
+    let mut all = order.iter().enumerate();
+    all.all(|(n, i)| program.instrs[*i].inputs.iter().all(|v| at[v.index()] <= n))
 }
 
 /// By instruction: the last of what it takes, if it is to come right behind that; else its own place.
@@ -47,8 +56,8 @@ fn places(program: &SpmdProgram, function: &Function) -> Vec<Place> {
         let output = instr.output.index();
         waits[output] = sends || updates && instr.inputs.iter().any(|v| waits[v.index()]);
         let at_once = sums.contains(&instr.output) || updates && !waits[output];
-        // What is made of nothing is the first.
-        let at = if at_once { last.unwrap_or(0) } else { i };
+        // What is made of nothing is the first; nothing comes later than it was.
+        let at = if at_once { last.unwrap_or(0).min(i) } else { i };
         made[output] = Some(at);
         places.push((at, if at == i { Side::There } else { Side::Behind }));
     }
