@@ -74,6 +74,11 @@ impl Value {
     pub fn bytes(&self, device: usize) -> usize {
         self.nodes[device] * self.regions[device].elements() * self.ty.dtype.bytes()
     }
+
+    /// Bytes that the device with the most holds.
+    fn most_bytes(&self) -> usize {
+        (0..self.regions.len()).map(|d| self.bytes(d)).max().unwrap_or(0)
+    }
 }
 
 /// A sum: its tree and the chunks that each device sums up.
@@ -173,8 +178,10 @@ fn lower_with(alike: &mut Alike, function: &Function, placement: &Placement) -> 
     };
     let all = (0..function.nodes.len() as u32).map(NodeId);
     l.out.sums = all.filter(adds).map(|id| values[id.index()].value).collect();
-    let shared = share::share(updates::as_gradients_come(once::once(l.out), function));
-    ring::ring(narrow::narrow(shared, function), function, placement)
+    // What may be kept is judged with all updates at the end, where they are if gradients are clipped.
+    let shared = share::share(updates::add_up_at_once(once::once(l.out)));
+    let ordered = updates::as_gradients_come(shared, function);
+    ring::ring(narrow::narrow(ordered, function), function, placement)
 }
 
 impl SpmdProgram {

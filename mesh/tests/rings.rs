@@ -1,36 +1,21 @@
 //! Blocks that go round: no device holds all of them, and what would have to is refused.
 
+mod common;
+
+use common::{Plain, stepping};
 use mesh::dim::{DType, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::layout::{Layout, Mesh};
 use mesh::nn::{self, Attention, Mode};
 use mesh::optim::Optimizer;
 use mesh::placement::Placement;
-use mesh::plan::{Backend, PlanOptions, Work, plan_program};
-use mesh::program::{Program, ProgramBuilder};
+use mesh::plan::{PlanOptions, plan_program};
+use mesh::program::Program;
 use mesh::spmd::{self, SpmdOp, SpmdProgram};
-
-/// A backend without scratch or workspace.
-struct Plain;
-
-impl Backend for Plain {
-    fn scratch_bytes(&self, _: &Work) -> usize {
-        0
-    }
-    fn workspace_bytes(&self) -> usize {
-        0
-    }
-}
-
-fn program(build: impl Fn(&Graph)) -> Program {
-    let mut p = ProgramBuilder::new();
-    p.function("step", |g| build(g)).unwrap();
-    p.finish().unwrap()
-}
 
 /// A step of attention, with its mask.
 fn attention(seq: usize) -> Program {
-    program(|g| {
+    stepping(|g| {
         let (batch, seq) = (dim("batch", 2), dim("seq", seq));
         let x = g.input("x", DType::F32, &[batch.clone(), seq.clone(), dim("model", 32)]);
         let mask = nn::attention_mask(&g.input("lengths", DType::I32, &[batch]), &seq);
@@ -103,7 +88,7 @@ fn a_longer_sequence_on_as_many_more_devices_takes_hardly_more_memory() {
 
 /// What is taken of weights `[a, memory]`, of which a product takes all of `memory`.
 fn weights(take: impl Fn(&Graph, Tensor)) -> Program {
-    program(|g| {
+    stepping(|g| {
         let side = |name: &str, positions: &str| {
             g.input(name, DType::F32, &[dim("batch", 4), dim(positions, 64), dim("d", 8)]).tanh()
         };
@@ -129,7 +114,7 @@ fn what_needs_all_blocks_at_once_is_refused() {
         ),
         ("no product gathers what is split along `memory`", {
             let shape = [dim("memory", 64)];
-            program(move |g| g.output("y", &g.input("x", DType::F32, &shape).exp()))
+            stepping(move |g| g.output("y", &g.input("x", DType::F32, &shape).exp()))
         }),
     ];
     for (why, p) in cases {

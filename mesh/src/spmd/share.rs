@@ -126,8 +126,7 @@ impl Memory {
     fn of(program: &SpmdProgram) -> Memory {
         let results = program.outputs.iter().map(|(_, v)| *v).chain(program.assigns.iter().map(|(_, v)| *v));
         let stored: HashSet<ValueId> = Fused::new(program, 1).groups.into_iter().flat_map(|g| g.outputs).collect();
-        let most = |v: &Value| (0..v.regions.len()).map(|d| v.bytes(d)).max().unwrap_or(0);
-        let mut bytes: Vec<usize> = program.values.iter().map(most).collect();
+        let mut bytes: Vec<usize> = program.values.iter().map(Value::most_bytes).collect();
         // What a variable is set to lies in the variable's place.
         program.assigns.iter().for_each(|(_, v)| bytes[v.index()] = 0);
         Memory {

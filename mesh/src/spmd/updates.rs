@@ -20,21 +20,52 @@ enum Side {
     Behind,
 }
 
-/// The program in that order.
-pub(super) fn as_gradients_come(mut program: SpmdProgram, function: &Function) -> SpmdProgram {
+/// The program with each sum of gradients right behind the last of what it adds.
+pub(super) fn add_up_at_once(program: SpmdProgram) -> SpmdProgram {
+    let sums: HashSet<ValueId> = program.sums.iter().copied().collect();
+    let mut made: Vec<Option<usize>> = vec![None; program.values.len()];
+    let mut places = Vec::with_capacity(program.instrs.len());
+    for (i, instr) in program.instrs.iter().enumerate() {
+        let last = instr.inputs.iter().filter_map(|v| made[v.index()]).max();
+        let at = last.filter(|_| sums.contains(&instr.output)).unwrap_or(i);
+        made[instr.output.index()] = Some(at);
+        places.push(place(at, i));
+    }
+    in_places(program, &places)
+}
+
+/// The program with each update where its gradient comes.
+pub(super) fn as_gradients_come(program: SpmdProgram, function: &Function) -> SpmdProgram {
     let mut places = places(&program, function);
     wait_for_updates(&mut places, &program, function);
-    // Of those that come to one place, inputs before users.
+    in_places(program, &places)
+}
+
+/// The place of an instruction that comes behind the one at `at`, or stays.
+fn place(at: usize, own: usize) -> Place {
+    (at, if at == own { Side::There } else { Side::Behind })
+}
+
+/// The program with its instructions in their places; of those that come to one place, inputs before users.
+fn in_places(mut program: SpmdProgram, places: &[Place]) -> SpmdProgram {
     let mut order: Vec<usize> = (0..places.len()).collect();
     order.sort_by_key(|i| (places[*i], *i));
+    debug_assert!(in_order(&program, &order), "inputs come before users");
     let mut instrs: Vec<Option<Instr>> = program.instrs.into_iter().map(Some).collect();
     program.instrs = order.into_iter().filter_map(|i| instrs[i].take()).collect();
     program
 }
 
+/// Whether instructions in an order have their inputs before them.
+fn in_order(program: &SpmdProgram, order: &[usize]) -> bool {
+    let mut at = vec![0; program.values.len()];
+    order.iter().enumerate().for_each(|(n, i)| at[program.instrs[*i].output.index()] = n);
+    let mut all = order.iter().enumerate();
+    all.all(|(n, i)| program.instrs[*i].inputs.iter().all(|v| at[v.index()] <= n))
+}
+
 /// By instruction: the last of what it takes, if it is to come right behind that; else its own place.
 fn places(program: &SpmdProgram, function: &Function) -> Vec<Place> {
-    let sums: HashSet<ValueId> = program.sums.iter().copied().collect();
     let read = last_read(program, function);
     let mut made: Vec<Option<usize>> = vec![None; program.values.len()];
     let mut waits = vec![false; program.values.len()];
@@ -46,11 +77,10 @@ fn places(program: &SpmdProgram, function: &Function) -> Vec<Place> {
         let sends = !matches!(instr.op, SpmdOp::Compute { .. });
         let output = instr.output.index();
         waits[output] = sends || updates && instr.inputs.iter().any(|v| waits[v.index()]);
-        let at_once = sums.contains(&instr.output) || updates && !waits[output];
-        // What is made of nothing is the first.
-        let at = if at_once { last.unwrap_or(0) } else { i };
+        // What is made of nothing is the first; nothing comes later than it was.
+        let at = if updates && !waits[output] { last.unwrap_or(0).min(i) } else { i };
         made[output] = Some(at);
-        places.push((at, if at == i { Side::There } else { Side::Behind }));
+        places.push(place(at, i));
     }
     places
 }
@@ -63,7 +93,7 @@ fn wait_for_updates(places: &mut [Place], program: &SpmdProgram, function: &Func
     let mut first: Vec<Option<Place>> = vec![Some(none); program.values.len()];
     program.outputs.iter().for_each(|(_, v)| first[v.index()] = None);
     for (i, instr) in program.instrs.iter().enumerate().rev() {
-        let bytes = |v: &ValueId| program.values[v.index()].bytes(0);
+        let bytes = |v: &ValueId| program.values[v.index()].most_bytes();
         let waits = match role(program, function, instr) {
             Role::Update => program.values[instr.output.index()].ty.elements() > 1,
             Role::Gradient => bytes(&instr.output) > instr.inputs.iter().map(bytes).sum(),

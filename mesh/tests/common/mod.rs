@@ -4,9 +4,29 @@
 use mesh::dim::{DType, Dim, Name};
 use mesh::graph::{Graph, Tensor};
 use mesh::op::Reference;
+use mesh::plan::{Backend, Work};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::reference::{self, Values};
 use mesh::rng::Stream;
+
+/// A backend without scratch or workspace.
+pub struct Plain;
+
+impl Backend for Plain {
+    fn scratch_bytes(&self, _: &Work) -> usize {
+        0
+    }
+    fn workspace_bytes(&self) -> usize {
+        0
+    }
+}
+
+/// A program of one function, `step`.
+pub fn stepping(build: impl Fn(&Graph)) -> Program {
+    let mut p = ProgramBuilder::new();
+    p.function("step", |g| build(g)).unwrap();
+    p.finish().unwrap()
+}
 
 /// A value that is different at every element and never twice the same in one tensor.
 pub fn ramp(dims: &[Dim], key: u32) -> Reference {
