@@ -176,12 +176,12 @@ fn one(end: &mut Switchboard, send: bool, memory: &mut [u8]) {
     // SAFETY: the memory outlives `finish`.
     let posted = unsafe {
         if send {
-            end.send(peer, memory.as_ptr(), memory.len())
+            end.send(0, peer, memory.as_ptr(), memory.len())
         } else {
-            end.recv(peer, memory.as_mut_ptr(), memory.len())
+            end.recv(0, peer, memory.as_mut_ptr(), memory.len())
         }
     };
-    posted.and_then(|()| end.finish()).unwrap_or_else(|e| panic!("{e}"));
+    posted.and_then(|()| end.finish(0)).unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// Waits for the other of two devices.
@@ -261,6 +261,7 @@ fn all_reduce(args: &Args, choice: TransportChoice, end: &mut Switchboard, memor
         me,
         order: tree.finish(&owned).into(),
         segments: Segments::Shared,
+        under_way: None,
     };
     let (input, rest) = memory.split_at_mut(elements * 4);
     let (output, scratch) = rest.split_at_mut(elements * 4);

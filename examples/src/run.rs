@@ -331,6 +331,7 @@ impl<C: Settings> Task<C> {
             shrink: self.shrink,
             tls: self.tls.clone(),
             mesh,
+            waiting: false,
         })
     }
 
