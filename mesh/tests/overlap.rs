@@ -9,7 +9,7 @@ use mesh::machine::Machine;
 use mesh::nn::{self, Dense};
 use mesh::optim::Optimizer;
 use mesh::plan::time::{Estimate, estimate};
-use mesh::plan::{Backend, Begun, DevicePlan, PlanOptions, ProgramPlan, Work, plan_program};
+use mesh::plan::{Backend, Begun, DevicePlan, PlanOptions, ProgramPlan, Step, Work, plan_program};
 use mesh::program::{Init, Program, ProgramBuilder};
 use models::{Bert, LARGE, bert, unet};
 use std::collections::{BTreeMap, BTreeSet};
@@ -180,8 +180,15 @@ fn weights_are_gathered_while_the_layer_before_is_computed() {
         .into_iter()
         .filter(|(s, _)| *device.steps[*s].label.op == *"all-gather" && device.steps[*s].outputs[0].bytes > 1 << 16)
         .collect();
-    let ahead =
-        |(from, to): &&(usize, usize)| device.steps[*from + 1..*to].iter().any(|s| matches!(s.family(), "product"));
+    // Of a product, or a pass over as many bytes.
+    let computes = |s: &Step, bytes: usize| match s.family() {
+        "product" => true,
+        family => family != "collective" && s.outputs.iter().map(|b| b.bytes).sum::<usize>() > bytes,
+    };
+    let ahead = |(from, to): &&(usize, usize)| {
+        let bytes = device.steps[*from].outputs[0].bytes;
+        device.steps[*from + 1..*to].iter().any(|s| computes(s, bytes))
+    };
     assert!(gathers.iter().filter(ahead).count() >= 5, "{gathers:?}");
 }
 

@@ -163,16 +163,19 @@ fn a_function_that_is_not_there_has_no_time() {
     assert!(estimate(&plan, "g", &simple()).is_none());
 }
 
+/// Of layers whose products take longer than all else.
+const WIDTH: usize = 1024;
+
 /// Four stages that go through a batch in parts, without anything that they share.
 fn stages(parts: usize) -> Program {
     let mut p = ProgramBuilder::new();
     p.function("f", |g| {
-        let x = g.scoped("layer.0", || g.input("x", DType::F32, &[dim("batch", 512), dim("in", 64)]));
+        let x = g.scoped("layer.0", || g.input("x", DType::F32, &[dim("batch", 512), dim("in", WIDTH)]));
         let of = |part: usize| {
             let x = g.scoped("layer.0", || x.micro_batch("batch", part, parts));
             let layer = |x: Tensor, i: usize| {
                 let (from, to) = (if i == 0 { "in".into() } else { format!("h{i}") }, format!("h{}", i + 1));
-                let y = nn::dense(&x, &format!("layer.{i}"), &[&from], &[dim(to.as_str(), 64)], &Dense::default());
+                let y = nn::dense(&x, &format!("layer.{i}"), &[&from], &[dim(to.as_str(), WIDTH)], &Dense::default());
                 g.scoped(format!("layer.{i}"), || y.tanh())
             };
             let y = (0..4).fold(x, layer);
@@ -215,7 +218,7 @@ fn one_forward_one_backward_keeps_fewer_activations_than_gpipe() {
     let peak =
         |schedule: &str| timed(&p, "pipe=4", &format!("{STAGES}, schedule:{schedule}"), &simple()).0.peak_bytes(2);
     // Those of 2 micro-batches against those of 8; each is the layer's input, and its result for the gradient of tanh.
-    let activation = 512 / 8 * 64 * 4;
+    let activation = 512 / 8 * WIDTH * 4;
     assert!(peak("1f1b") + 5 * activation <= peak("gpipe"), "{} {}", peak("1f1b"), peak("gpipe"));
     // Each stage waits with gradients of weights for as many micro-batches as there are stages at the most.
     assert!(peak("zero-bubble") + 3 * activation <= peak("gpipe"), "{} {}", peak("zero-bubble"), peak("gpipe"));

@@ -89,7 +89,8 @@ impl DeviceGroup {
         let most = |counts: fn(usize) -> usize| {
             plan.functions.values().flatten().map(|p| p.most_posted(counts)).max().unwrap_or(0)
         };
-        let (messages, small) = (most(|_| 1), most(|bytes| if bytes <= SMALL { bytes } else { 0 }));
+        // Who is ahead has begun as much again as others have not taken yet.
+        let (messages, small) = (2 * most(|_| 1), 2 * most(|bytes| if bytes <= SMALL { bytes } else { 0 }));
         let size = plan.mesh.size();
         let seat = |(device, mut end): (usize, InProcess)| {
             let steps = plan.functions.values().flat_map(|f| &f[device].steps);

@@ -522,7 +522,8 @@ fn an_abort_ends_all_batches_that_are_under_way() {
         let (ends, _listeners) = ends(kind, 3);
         let told = Err(TransportError::Aborted { device: 2, reason: "out of paper".into() });
         on_all(ends, |me, end| {
-            let (large, mut got) = (vec![1u8; 6 << 20], vec![0u8; 6 << 20]);
+            // More than any link takes while nobody reads it.
+            let (large, mut got) = (vec![1u8; 12 << 20], vec![0u8; 12 << 20]);
             for batch in 0..3 {
                 // SAFETY: the bytes outlive `finish` and `abort`.
                 unsafe {

@@ -89,8 +89,8 @@ impl Planner<'_> {
     }
 
     /// Where everything lies on each device: by device its class, and of each class the first device. Devices with the same
-    /// tenants have the same places.
-    pub(super) fn places(&self, works: &[Vec<Worked>]) -> (Vec<usize>, Vec<Place>) {
+    /// tenants have the same places, which end within a limit for each device if they can.
+    pub(super) fn places(&self, works: &[Vec<Worked>], limits: Option<&[usize]>) -> (Vec<usize>, Vec<Place>) {
         let base = self.cx.base;
         let (mut of, mut firsts): (Vec<usize>, Vec<(usize, Vec<Tenant>)>) = Default::default();
         for (d, works) in works.iter().enumerate() {
@@ -100,7 +100,8 @@ impl Planner<'_> {
             firsts.extend(alike.is_none().then_some((d, tenants)));
         }
         let place = |(device, tenants): (usize, Vec<Tenant>)| {
-            let (buffers, end) = memory::place(&tenants, base[device]);
+            let limit = limits.map_or(usize::MAX, |l| l[device]);
+            let (buffers, end) = memory::place_within(&tenants, base[device], limit);
             Place { device, tenants, buffers, end }
         };
         (of, on_threads(firsts, place))

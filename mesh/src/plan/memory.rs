@@ -17,17 +17,41 @@ pub struct Tenant {
 /// Places tenants above `base`, so that no two that are alive together overlap; tries the largest first, the
 /// earliest first and the longest first, and takes the best. Returns their buffers and the end of the arena.
 pub fn place(tenants: &[Tenant], base: usize) -> (Vec<Buffer>, usize) {
+    place_within(tenants, base, usize::MAX)
+}
+
+/// How often what is beyond the limit is placed before all else.
+const ROUNDS: usize = 16;
+
+/// The same, trying again where the arena ends beyond a limit.
+pub(super) fn place_within(tenants: &[Tenant], base: usize, limit: usize) -> (Vec<Buffer>, usize) {
     let mut by_size: Vec<usize> = (0..tenants.len()).collect();
     by_size.sort_by_key(|&i| (Reverse(tenants[i].bytes), tenants[i].from, i));
     let mut by_time: Vec<usize> = (0..tenants.len()).collect();
     by_time.sort_by_key(|&i| (tenants[i].from, Reverse(tenants[i].to), i));
     let mut by_life: Vec<usize> = (0..tenants.len()).collect();
     by_life.sort_by_key(|&i| (Reverse(tenants[i].to - tenants[i].from), Reverse(tenants[i].bytes), i));
-    let (size, time) = (place_in_order(tenants, base, &by_size), place_in_order(tenants, base, &by_time));
-    [time, place_in_order(tenants, base, &by_life)]
-        .into_iter()
-        .fold(size, |best, p| if p.1 < best.1 { p } else { best })
+    let placed = [by_size, by_time, by_life].map(|order| (place_in_order(tenants, base, &order), order));
+    let first_best = |best: Placement, p: Placement| if p.0.1 < best.0.1 { p } else { best };
+    let Some(mut best) = placed.into_iter().reduce(first_best) else { return (vec![], base) };
+    let (mut last, mut order) = (best.0.0.clone(), best.1.clone());
+    for _ in 0..ROUNDS {
+        if best.0.1 <= limit {
+            break;
+        }
+        let beyond = |i: usize| last[i].bytes > 0 && last[i].offset + last[i].bytes.next_multiple_of(ALIGN) > limit;
+        order.sort_by_key(|i| !beyond(*i));
+        let again = place_in_order(tenants, base, &order);
+        last.clone_from(&again.0);
+        if again.1 < best.0.1 {
+            best.0 = again;
+        }
+    }
+    best.0
 }
+
+/// Places with their end, and the order in which they were looked for.
+type Placement = ((Vec<Buffer>, usize), Vec<usize>);
 
 fn place_in_order(tenants: &[Tenant], base: usize, order: &[usize]) -> (Vec<Buffer>, usize) {
     // What is empty lies at the start.
@@ -179,15 +203,19 @@ mod tests {
             let tenants: Vec<Tenant> = list.iter().map(|&(bytes, a, b)| Tenant {
                 bytes, from: a.min(b), to: a.max(b),
             }).collect();
-            let (buffers, end) = place(&tenants, 128);
-            for (i, (t, b)) in tenants.iter().zip(&buffers).enumerate() {
-                prop_assert!(b.offset >= 128 && b.offset % ALIGN == 0 && b.offset + b.bytes <= end);
-                for (u, c) in tenants.iter().zip(&buffers).skip(i + 1) {
-                    let together = t.from <= u.to && u.from <= t.to && t.bytes > 0 && u.bytes > 0;
-                    prop_assert!(!together || b.offset + b.bytes <= c.offset || c.offset + c.bytes <= b.offset);
+            let least = timeline(&tenants, 128, 20).into_iter().max().unwrap_or(0);
+            let first = place(&tenants, 128).1;
+            for limit in [usize::MAX, least] {
+                let (buffers, end) = place_within(&tenants, 128, limit);
+                for (i, (t, b)) in tenants.iter().zip(&buffers).enumerate() {
+                    prop_assert!(b.offset >= 128 && b.offset % ALIGN == 0 && b.offset + b.bytes <= end);
+                    for (u, c) in tenants.iter().zip(&buffers).skip(i + 1) {
+                        let together = t.from <= u.to && u.from <= t.to && t.bytes > 0 && u.bytes > 0;
+                        prop_assert!(!together || b.offset + b.bytes <= c.offset || c.offset + c.bytes <= b.offset);
+                    }
                 }
+                prop_assert!(end >= least && end <= first);
             }
-            prop_assert!(end >= timeline(&tenants, 128, 20).into_iter().max().unwrap_or(0));
         }
     }
 }
