@@ -2,7 +2,7 @@
 //! form, and what [`crate::plan::time`] says of it.
 
 use super::outline::{Form, Kind, Outline, Source, Work};
-use super::split::{Axes, Pipeline, Sees, Shape, Site, Split, Way};
+use super::split::{AXES, Axes, Pipeline, Sees, Shape, Site, Split, Way};
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Name};
 use crate::layout::Mesh;
@@ -104,10 +104,11 @@ pub struct Prices<'a> {
     outline: &'a Outline<'a>,
     nodes: Vec<HashMap<Way, Rc<Priced>, Quick>>,
     works: Vec<HashMap<Way, f64, Quick>>,
-    moves: HashMap<(usize, Split, usize), f64, Quick>,
+    /// By kind of node, how that lies (of 16 dimensions at the most), and what is needed.
+    moves: HashMap<(usize, u128, usize), f64, Quick>,
     /// What is needed, by its number.
-    wanted: Vec<Wanted>,
-    numbers: HashMap<Wanted, usize, Quick>,
+    wanted: Vec<Rc<Wanted>>,
+    numbers: HashMap<Rc<Wanted>, usize, Quick>,
     peers: RefCell<HashMap<Axes, [usize; 2], Quick>>,
     /// By tree and chunks: how many nodes of it are inside.
     trees: RefCell<HashMap<(Tree, ChunkBox), usize, Quick>>,
@@ -171,6 +172,7 @@ impl<'a> Prices<'a> {
         let of = |wanted: Wanted| match self.numbers.get(&wanted) {
             Some(number) => *number,
             None => {
+                let wanted = Rc::new(wanted);
                 self.wanted.push(wanted.clone());
                 self.numbers.insert(wanted, self.wanted.len() - 1);
                 self.wanted.len() - 1
@@ -198,7 +200,8 @@ impl<'a> Prices<'a> {
 
     /// Seconds until the device has `wanted` of what a node of that kind gives, which lies so.
     pub fn moved(&mut self, kind: usize, held: &Held, wanted: usize) -> f64 {
-        let key = (kind, held.split.clone(), wanted);
+        let lies = held.split.iter().fold(0, |all, axes| all << AXES | u128::from(*axes));
+        let key = (kind, lies, wanted);
         if let Some(seconds) = self.moves.get(&key) {
             return *seconds;
         }
