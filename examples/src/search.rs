@@ -82,7 +82,7 @@ impl<C: Settings> Task<C> {
         let builds = [c.chunks, more].map(within);
         let [few, many] = builds.each_ref().map(|build| {
             let devices = devices.clone();
-            Search { machine, devices, memory, may_recompute, function, threads, build, plan: &planned }
+            Search { machine, devices, memory, may_recompute, function, threads, waiting: false, build, plan: &planned }
         });
         let (mut chunks, mut search, mut found) = (c.chunks, &few, few.find());
         if more > c.chunks && !self.chunks_given {

@@ -460,22 +460,29 @@ impl Lowering<'_> {
         let reduced = node.op.op().reduced(&self.function.input_types(node));
         let stage = || spec.stage.iter().map(|(axis, _)| *axis);
         let used: Vec<usize> = spec.dims.iter().flatten().copied().chain(stage()).collect();
-        let gathered = self.along(&reduced, spec.clone(), self.split(id, &reduced, used, values), &node.ty);
-        let split = self.split(id, &reduced, stage().collect(), values);
-        let mut ways = vec![];
-        if split != gathered.reduced {
-            // Of a dimension's axes those in front of one that splits the sum stay: their shards are around the result's.
-            let free = |a: &&usize| !split.iter().flatten().any(|s| s == *a);
-            let around = spec.dims.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
-            ways.push(self.along(&reduced, Spec { dims: around, stage: spec.stage.clone() }, split, &node.ty));
-        }
-        ways.push(gathered);
+        let ways_of = |first: usize| {
+            let gathered = self.split(id, first, &reduced, used.clone(), values);
+            let split = self.split(id, first, &reduced, stage().collect(), values);
+            let mut ways = vec![];
+            if split != gathered {
+                // Of a dimension's axes those in front of one that splits the sum stay: their shards are around the result's.
+                let free = |a: &&usize| !split.iter().flatten().any(|s| s == *a);
+                let around = spec.dims.iter().map(|axes| axes.iter().take_while(free).copied().collect()).collect();
+                ways.push(self.along(&reduced, Spec { dims: around, stage: spec.stage.clone() }, split, &node.ty));
+            }
+            ways.push(self.along(&reduced, spec.clone(), gathered, &node.ty));
+            ways
+        };
+        let mut ways = ways_of(0);
         if !reduced.is_empty() {
             let work = |way: &Way| way.at.iter().map(Region::elements).max();
             let least = ways.iter().map(work).min();
             let there = (0..node.inputs.len()).map(|input| self.where_lies(id, input, spec, &reduced, values));
-            let there: Vec<Way> = there.filter(|way| Some(work(way)) <= least).collect();
-            ways.extend(there);
+            // Inputs may be split over other axes than the first one is.
+            let free = |first: &usize| self.split(id, *first, &reduced, stage().collect(), values);
+            let others = (1..node.inputs.len()).filter(|i| free(i) != free(&0)).flat_map(ways_of);
+            let more: Vec<Way> = there.chain(others).filter(|way| Some(work(way)) <= least).collect();
+            ways.extend(more);
         }
         // Of equals the first.
         let traffic = |way: &Way| self.traffic(id, way, regions, values);
@@ -509,7 +516,7 @@ impl Lowering<'_> {
                 }
             }
         }
-        let split = self.split(id, reduced, used, values);
+        let split = self.split(id, 0, reduced, used, values);
         self.along(reduced, Spec { dims, stage: spec.stage.clone() }, split, &node.ty)
     }
 
@@ -519,13 +526,15 @@ impl Lowering<'_> {
         held.stored.as_ref().filter(|_| !passes(self.function.node(id))).unwrap_or(&held.spec)
     }
 
-    /// The axes of each reduced dimension: those by which the inputs which have it are split, as far as they are free.
-    fn split(&self, id: NodeId, reduced: &[Dim], mut used: Vec<usize>, values: &[Held]) -> Axes {
+    /// The axes of each reduced dimension: those by which the inputs which have it are split, as far as they are free; of
+    /// inputs that are split otherwise, those of the next one from the `first` on.
+    fn split(&self, id: NodeId, first: usize, reduced: &[Dim], mut used: Vec<usize>, values: &[Held]) -> Axes {
         let node = self.function.node(id);
         let types = self.function.input_types(node);
         let axes_of = |input: NodeId, at: usize| self.used(id, input, values).dims[at].clone();
         let mut of = |d: &Dim| {
             let inputs = node.inputs.iter().zip(&types);
+            let inputs = inputs.clone().skip(first).chain(inputs.take(first));
             let all = inputs.filter_map(|(i, t)| Some(axes_of(*i, t.dims.iter().position(|e| e == d)?)));
             let free = all.map(|axes| axes.into_iter().filter(|a| !used.contains(a)).collect::<Vec<_>>());
             let axes = free.into_iter().find(|axes| !axes.is_empty()).unwrap_or_default();

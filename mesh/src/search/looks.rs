@@ -52,8 +52,8 @@ fn items<'a>(
     sums.into_iter().chain(steps).chain(uses.iter().map(|(uses, n)| (Item::Uses(uses), *n as f64)))
 }
 
-/// Seconds that one is known to take by what sees of ways, and from which stage of ZeRO on.
-pub type Known = HashMap<(Sees, u8), Rc<Vec<f64>>>;
+/// Seconds that are known: by what sees of ways, and from which stage of ZeRO on, those of all unlike ways.
+pub type Known = HashMap<(Sees, u8), Vec<Option<f64>>>;
 
 /// A kind of node in ways to split a segment.
 struct Nodes {
@@ -115,8 +115,9 @@ impl Seen {
         }
     }
 
-    /// Seconds of each way to split a segment with that content, with all that is known.
-    pub fn all(&mut self, prices: &mut Prices, content: &Content, stage: u8, known: &mut Known) -> Vec<f64> {
+    /// Seconds of each way to split a segment with that content, with all that is known; infinite where they are more than
+    /// `most`, which ends the adding up.
+    pub fn all(&mut self, prices: &mut Prices, content: &Content, stage: u8, known: &mut Known, most: f64) -> Vec<f64> {
         let mut seeing: Vec<(Sees, Vec<Counted>)> = vec![];
         let mut at: HashMap<Sees, usize> = HashMap::new();
         for (item, n) in items((&content.nodes, &content.steps, &content.uses)) {
@@ -133,18 +134,22 @@ impl Seen {
             });
             seeing[at].1.push((item, n));
         }
+        // What sees the fewest ways apart is soonest added up, and tells which are too slow for the rest to matter.
+        seeing.sort_by_key(|(sees, _)| self.looks(*sees).unlike.len());
         let mut seconds = vec![0.0; self.ways.len()];
         for (sees, items) in seeing {
-            let key = (sees, sees.stage(stage));
             let looks = self.looks(sees);
-            let of = known.entry(key).or_insert_with(|| {
-                let each = |way: &usize| items.iter().map(|(item, n)| self.seconds(prices, *item, *way) * n).sum();
-                let unlike: Vec<f64> = looks.unlike.iter().map(each).collect();
-                Rc::new(looks.of.iter().map(|i| unlike[*i]).collect())
-            });
-            seconds.iter_mut().zip(&**of).for_each(|(all, own)| *all += own);
+            let of = known.entry((sees, sees.stage(stage))).or_insert_with(|| vec![None; looks.unlike.len()]);
+            for (all, look) in seconds.iter_mut().zip(&looks.of).filter(|(all, _)| **all <= most) {
+                let own = of[*look].unwrap_or_else(|| {
+                    let way = looks.unlike[*look];
+                    items.iter().map(|(item, n)| self.seconds(prices, *item, way) * n).sum()
+                });
+                of[*look] = Some(own);
+                *all += own;
+            }
         }
-        seconds
+        seconds.into_iter().map(|all| if all <= most { all } else { f64::INFINITY }).collect()
     }
 
     /// Seconds that it takes to make again what the segment's block makes again.

@@ -2,9 +2,11 @@
 //! form, and what [`crate::plan::time`] says of it.
 
 use super::outline::{Form, Kind, Outline, Source, Work};
-use super::split::{Axes, Sees, Shape, Site, Split, Way};
+use super::split::{AXES, Axes, Pipeline, Sees, Shape, Site, Split, Way};
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Name};
+use crate::layout::Mesh;
+use crate::machine::Machine;
 use crate::ops::Prim;
 use crate::plan::cost::Cost;
 use crate::plan::exchange::SEGMENTED;
@@ -97,13 +99,16 @@ pub struct Priced {
 pub struct Prices<'a> {
     /// The mesh.
     pub site: Site<'a>,
+    /// Whether devices wait in every collective.
+    waiting: bool,
     outline: &'a Outline<'a>,
     nodes: Vec<HashMap<Way, Rc<Priced>, Quick>>,
     works: Vec<HashMap<Way, f64, Quick>>,
-    moves: HashMap<(usize, Split, usize), f64, Quick>,
+    /// By kind of node, how that lies (of 16 dimensions at the most), and what is needed.
+    moves: HashMap<(usize, u128, usize), f64, Quick>,
     /// What is needed, by its number.
-    wanted: Vec<Wanted>,
-    numbers: HashMap<Wanted, usize, Quick>,
+    wanted: Vec<Rc<Wanted>>,
+    numbers: HashMap<Rc<Wanted>, usize, Quick>,
     peers: RefCell<HashMap<Axes, [usize; 2], Quick>>,
     /// By tree and chunks: how many nodes of it are inside.
     trees: RefCell<HashMap<(Tree, ChunkBox), usize, Quick>>,
@@ -116,12 +121,14 @@ struct Sum {
 }
 
 impl<'a> Prices<'a> {
-    /// Prices on that mesh.
-    pub fn new(outline: &'a Outline<'a>, site: Site<'a>) -> Prices<'a> {
+    /// Prices on that mesh, of devices that wait in every collective or not: then nothing waits for the latency of what
+    /// gradients, updates and variables send, since many of those are under way at once.
+    pub fn new(outline: &'a Outline<'a>, site: Site<'a>, waiting: bool) -> Prices<'a> {
         let nodes = vec![HashMap::default(); outline.kinds.len()];
         let works = vec![HashMap::default(); outline.works.len()];
         Prices {
             site,
+            waiting,
             outline,
             nodes,
             works,
@@ -165,6 +172,7 @@ impl<'a> Prices<'a> {
         let of = |wanted: Wanted| match self.numbers.get(&wanted) {
             Some(number) => *number,
             None => {
+                let wanted = Rc::new(wanted);
                 self.wanted.push(wanted.clone());
                 self.numbers.insert(wanted, self.wanted.len() - 1);
                 self.wanted.len() - 1
@@ -192,7 +200,8 @@ impl<'a> Prices<'a> {
 
     /// Seconds until the device has `wanted` of what a node of that kind gives, which lies so.
     pub fn moved(&mut self, kind: usize, held: &Held, wanted: usize) -> f64 {
-        let key = (kind, held.split.clone(), wanted);
+        let lies = held.split.iter().fold(0, |all, axes| all << AXES | u128::from(*axes));
+        let key = (kind, lies, wanted);
         if let Some(seconds) = self.moves.get(&key) {
             return *seconds;
         }
@@ -202,7 +211,8 @@ impl<'a> Prices<'a> {
     }
 
     fn move_of(&self, kind: usize, held: &Held, wanted: &Wanted) -> f64 {
-        let shape = &self.outline.kinds[kind].own.shape;
+        let kind = &self.outline.kinds[kind];
+        let (shape, beside) = (&kind.own.shape, self.beside(kind));
         let (crosses, wanted) = (wanted.crosses(&held.split), &wanted.region);
         let bytes = 2.0 * (wanted.elements() * shape.element) as f64;
         if crosses {
@@ -211,14 +221,14 @@ impl<'a> Prices<'a> {
             let peers = self.peers(held.split.iter().fold(0, |all, axes| all | axes)).map(|n| n as f64);
             let received = peers.map(|n| 0.5 * bytes * n / (peers[0] + peers[1]));
             let messages = received.map(|b| usize::from(b > 0.0));
-            return self.collective("all-to-all", Cost { flops: 0.0, bytes }, messages, received);
+            return self.collective("all-to-all", Cost { flops: 0.0, bytes }, messages, received, beside);
         }
         if held.region.contains(wanted) {
             return 0.0;
         }
         let received = self.site.received(shape, &held.split, wanted);
         let messages = received.map(|b| usize::from(b > 0.0));
-        self.collective(exchange(held, wanted), Cost { flops: 0.0, bytes }, messages, received)
+        self.collective(exchange(held, wanted), Cost { flops: 0.0, bytes }, messages, received, beside)
     }
 
     /// How many others differ from the device along those axes only: on its host, and on others.
@@ -226,8 +236,14 @@ impl<'a> Prices<'a> {
         *self.peers.borrow_mut().entry(axes).or_insert_with(|| self.site.peers(axes))
     }
 
-    /// Seconds of a step that communicates.
-    fn collective(&self, class: &str, cost: Cost, messages: [usize; 2], bytes: [f64; 2]) -> f64 {
+    /// Whether what is sent of a node's result is on its way beside other steps.
+    fn beside(&self, k: &Kind) -> bool {
+        !self.waiting && (!k.passes || k.own.stored.is_some())
+    }
+
+    /// Seconds of a step that communicates; `beside` others, without the latency of its messages.
+    fn collective(&self, class: &str, cost: Cost, messages: [usize; 2], bytes: [f64; 2], beside: bool) -> f64 {
+        let messages = if beside { [0; 2] } else { messages };
         let links = self.site.links(messages, bytes) * self.site.pipeline.seconds();
         self.seconds(class, "collective", cost, DType::F32) + links
     }
@@ -319,7 +335,7 @@ impl<'a> Prices<'a> {
         let reads = (0..inputs.len()).map(reads).collect();
         let sum = match axes {
             0 => 0.0,
-            _ => self.finish(axes, nodes, &computed, &done, k.own.shape.element),
+            _ => self.finish(axes, nodes, &computed, &done, k),
         };
         let needs = self.numbered(needs);
         Priced { held, needs, moved, sum, at, computed, nodes, leaves, reads }
@@ -392,7 +408,8 @@ impl<'a> Prices<'a> {
     }
 
     /// Seconds of the all-reduce, or reduce-scatter, of nodes of `computed` to `done`.
-    fn finish(&self, axes: Axes, nodes: usize, computed: &Region, done: &Region, element: usize) -> f64 {
+    fn finish(&self, axes: Axes, nodes: usize, computed: &Region, done: &Region, k: &Kind) -> f64 {
+        let element = k.own.shape.element;
         let group = self.site.shards(axes);
         let elements = computed.elements();
         let scattered = computed != done;
@@ -415,7 +432,7 @@ impl<'a> Prices<'a> {
         let peers = self.peers(axes);
         let messages = peers.map(|n| if n > 0 { nodes + usize::from(shared) } else { 0 });
         let class = if scattered { "reduce-scatter" } else { "all-reduce" };
-        self.collective(class, cost, messages, peers.map(|n| (n * each) as f64))
+        self.collective(class, cost, messages, peers.map(|n| (n * each) as f64), self.beside(k))
     }
 
     fn work(&mut self, w: &Work, way: Way) -> f64 {
@@ -499,6 +516,15 @@ impl<'a> Prices<'a> {
         flops *= inner.next_multiple_of(machine.columns) as f64 / inner as f64;
         self.seconds(op.name(), "product", Cost { flops, bytes: read + bytes }, dtype)
     }
+}
+
+/// By kind of step: seconds that it takes on one device, beside its launch.
+pub fn alone(outline: &Outline, machine: &Machine) -> Vec<f64> {
+    let (mesh, mut machine) = (Mesh::single(), machine.clone());
+    machine.rates.values_mut().for_each(|rate| rate.launch = 0.0);
+    let site = Site::new(&mesh, Pipeline { depth: 1, micro: 1 }, &machine, outline.most_chunks());
+    let mut prices = Prices::new(outline, site, true);
+    (0..outline.works.len()).map(|work| prices.step(work, Way::default())).collect()
 }
 
 impl Priced {

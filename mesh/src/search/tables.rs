@@ -7,7 +7,6 @@ use super::price::Prices;
 use super::segments::{Choices, Content, Segments, Uses};
 use super::solve::{Label, Pair, Problem, insert};
 use super::split::{AXES, Axes, Sees, Site, Splits, Way, Zero};
-use super::stages;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -21,8 +20,8 @@ pub struct Tables {
 
 /// Ways to split a segment up to which parts of sets of dimensions are tried as well.
 const WAYS: usize = 300;
-/// Uniform ways that are worked out for an upper bound.
-const UNIFORM: usize = 12;
+/// By which factor the fastest step of a mesh may be slower than that of others to be looked for all the same.
+pub const NEAR: f64 = 1.0002;
 
 /// Segments that are alike.
 struct Class<'a> {
@@ -32,6 +31,8 @@ struct Class<'a> {
     ways: Vec<Way>,
     /// Whether their blocks may be made again.
     again: bool,
+    /// Seconds that one takes at the least.
+    least: f64,
     /// Seconds that are known by stages of ZeRO.
     known: Known,
 }
@@ -40,23 +41,26 @@ struct Class<'a> {
 pub struct Classes<'a> {
     list: Vec<Class<'a>>,
     /// By segment: which it is.
-    of: Vec<usize>,
+    pub of: Vec<usize>,
     /// Kinds of pairs of segments.
-    kinds: Vec<([usize; 2], &'a Vec<Uses>)>,
+    pub kinds: Vec<([usize; 2], &'a Vec<Uses>)>,
     /// Pairs of segments: which, and their kind.
-    pairs: Vec<([usize; 2], usize)>,
+    pub pairs: Vec<([usize; 2], usize)>,
 }
 
 impl<'a> Classes<'a> {
-    /// The segments on that mesh, where blocks may be made `again` or not.
-    pub fn new(segments: &'a Segments, site: &Site, again: bool) -> Classes<'a> {
+    /// The segments on that mesh, where blocks may be made `again` or not; `alone` is what each kind of step takes on one
+    /// device beside its launch, of which every device has its part to do.
+    pub fn new(segments: &'a Segments, site: &Site, again: bool, alone: &[f64]) -> Classes<'a> {
         let mut known: HashMap<usize, usize> = HashMap::new();
         let (mut list, mut of): (Vec<Class>, Vec<usize>) = Default::default();
         for s in &segments.list {
             let class = *known.entry(s.alike).or_insert_with(|| {
                 let ways = ways(site, &s.content, &s.choices);
                 let again = again && s.block.is_some();
-                list.push(Class { content: &s.content, count: 0, ways, again, known: Known::new() });
+                let work: f64 = s.content.steps.iter().map(|(work, n)| alone[*work] * *n as f64).sum();
+                let least = work * site.pipeline.seconds() / site.mesh.size() as f64;
+                list.push(Class { content: &s.content, count: 0, ways, again, least, known: Known::new() });
                 list.len() - 1
             });
             list[class].count += 1;
@@ -80,16 +84,41 @@ impl<'a> Classes<'a> {
         let ways = self.of.iter().map(|c| &self.list[*c]).map(|c| c.ways.len() * if c.again { 2 } else { 1 });
         ways.map(|n| n as f64).product()
     }
+
+    /// The segments at a stage of ZeRO, and the seconds that a step takes at the least; None if those are more than `fastest`.
+    pub fn staged(&mut self, prices: &mut Prices, stage: u8, fastest: f64) -> Option<(Vec<Staged<'a>>, f64)> {
+        let mut staged: Vec<Staged> = vec![];
+        let mut floor: f64 = self.list.iter().map(|c| c.least * c.count as f64).sum();
+        for class in &mut self.list {
+            let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
+            let (content, count, again) = (class.content, class.count, class.again);
+            let mut seen = Seen::new(class.ways.iter().map(with).collect());
+            // All other segments take what they take at the least.
+            let most = fastest * NEAR - (floor - class.least) * (1.0 - 1e-9);
+            let seconds = seen.all(prices, content, stage, &mut class.known, most);
+            let labels = vec![None; seconds.len()];
+            let least = class.least;
+            let class = Staged { content, count, again, seen, seconds, labels };
+            floor += (class.fastest() - least) * class.count as f64;
+            staged.push(class);
+            if floor > fastest * NEAR {
+                return None;
+            }
+        }
+        Some((staged, floor))
+    }
 }
 
 /// A class at a stage of ZeRO.
-struct Staged<'a> {
+pub struct Staged<'a> {
     content: &'a Content,
-    count: usize,
+    /// How many there are.
+    pub count: usize,
     again: bool,
-    seen: Seen,
+    /// The ways to split it.
+    pub seen: Seen,
     /// By way, its seconds.
-    seconds: Vec<f64>,
+    pub seconds: Vec<f64>,
     labels: Vec<Option<Vec<Label>>>,
 }
 
@@ -99,7 +128,7 @@ impl Staged<'_> {
     }
 
     /// What a way to split it takes, with its block made again or not.
-    fn labels(&mut self, prices: &mut Prices, way: usize) -> Vec<Label> {
+    pub fn labels(&mut self, prices: &mut Prices, way: usize) -> Vec<Label> {
         if let Some(known) = &self.labels[way] {
             return known.clone();
         }
@@ -121,42 +150,18 @@ impl Staged<'_> {
     }
 
     /// The way that is like another segment's, as far as this one has its dimensions.
-    fn like(&self, splits: Splits) -> Option<usize> {
+    pub fn like(&self, splits: Splits) -> Option<usize> {
         let dims = self.content.chunks.keys().fold(Splits::default(), |s, d| s.with(*d, Axes::MAX));
         self.seen.ways.binary_search_by_key(&splits.only(dims), |w| w.splits).ok()
     }
 }
 
 impl Tables {
-    /// The tables of a function at those prices and that stage of ZeRO with which a step within a budget of memory takes less
-    /// than `fastest` seconds, which is lowered to what one takes where all segments are split alike; None if there are none.
-    /// Options that are too slow for that, whatever the others are, are left out.
-    pub fn new(
-        classes: &mut Classes,
-        prices: &mut Prices,
-        stage: u8,
-        budget: f64,
-        fastest: &mut f64,
-    ) -> Option<Tables> {
-        let mut staged: Vec<Staged> = vec![];
-        let mut floor = 0.0;
-        for class in &mut classes.list {
-            let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
-            let (content, count, again) = (class.content, class.count, class.again);
-            let mut seen = Seen::new(class.ways.iter().map(with).collect());
-            let seconds = seen.all(prices, content, stage, &mut class.known);
-            let labels = vec![None; seconds.len()];
-            let class = Staged { content, count, again, seen, seconds, labels };
-            floor += class.fastest() * class.count as f64;
-            staged.push(class);
-            if floor > *fastest * (1.0 + 1e-9) {
-                return None;
-            }
-        }
-        *fastest = fastest.min(uniform(classes, prices, &mut staged, budget));
+    /// The tables of segments with which a step takes `most` seconds, where it takes `floor` with the fastest option of each.
+    pub fn new(classes: &Classes, prices: &mut Prices, staged: &mut [Staged], floor: f64, most: f64) -> Tables {
         let mut options = vec![];
-        for class in &mut staged {
-            let slack = *fastest * (1.0 + 1e-9) - floor + class.fastest();
+        for class in staged {
+            let slack = most * (1.0 + 1e-9) - floor + class.fastest();
             let live: Vec<usize> = (0..class.seconds.len()).filter(|w| class.seconds[*w] <= slack).collect();
             let labels: Vec<Vec<Label>> = live.iter().map(|w| class.labels(prices, *w)).collect();
             let ways: Vec<Way> = live.iter().map(|w| class.seen.ways[*w]).collect();
@@ -171,41 +176,8 @@ impl Tables {
         let pairs = classes.pairs.iter().filter_map(pair).collect();
         let segments = classes.of.iter().map(|c| options[*c].1.clone()).collect();
         let options = classes.of.iter().map(|c| options[*c].0.clone()).collect();
-        Some(Tables { problem: Problem { segments, pairs }, options })
+        Tables { problem: Problem { segments, pairs }, options }
     }
-}
-
-/// The fewest seconds within a budget where all segments are split alike, of the ways that promise most.
-fn uniform(classes: &Classes, prices: &mut Prices, staged: &mut [Staged], budget: f64) -> f64 {
-    let mut all: Vec<Splits> = staged.iter().flat_map(|c| c.seen.ways.iter().map(|w| w.splits)).collect();
-    all.sort_unstable();
-    all.dedup();
-    let alone = |splits: &Splits, staged: &[Staged]| -> Option<f64> {
-        staged.iter().map(|c| Some(c.seconds[c.like(*splits)?] * c.count as f64)).sum()
-    };
-    let mut promising: Vec<(f64, Splits)> = all.iter().filter_map(|s| Some((alone(s, staged)?, *s))).collect();
-    promising.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut best = f64::INFINITY;
-    for (least, splits) in promising.into_iter().take(UNIFORM) {
-        if least >= best {
-            break;
-        }
-        let mut ways = vec![];
-        for class in &mut *staged {
-            let Some(at) = class.like(splits) else { break };
-            ways.push((class.seen.ways[at], Arc::new(vec![class.labels(prices, at)])));
-        }
-        let between = classes
-            .kinds
-            .iter()
-            .map(|([from, to], uses)| Arc::new(between(prices, uses, &[ways[*from].0], &[ways[*to].0])));
-        let kinds: Vec<Arc<Vec<f64>>> = between.collect();
-        let pair = |(of, kind): &([usize; 2], usize)| Pair { of: *of, seconds: kinds[*kind].clone() };
-        let pairs = classes.pairs.iter().map(pair).collect();
-        let problem = Problem { segments: classes.of.iter().map(|c| ways[*c].1.clone()).collect(), pairs };
-        best = stages::solve(&problem, prices.site.pipeline, budget, best).map_or(best, |(s, _)| best.min(s.seconds));
-    }
-    best
 }
 
 /// The ways to split a segment: each axis splits one of the sets of dimensions, or nothing.
@@ -249,7 +221,7 @@ fn zero(site: &Site, content: &Content, splits: Splits) -> Axes {
 }
 
 /// Seconds of what the second segment takes from the first one, by the options of both.
-fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> Vec<f64> {
+pub fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> Vec<f64> {
     let mut table = vec![0.0; from.len() * to.len()];
     for (kind, by) in uses {
         // Options that differ elsewhere have the same held and needed parts here.

@@ -1,0 +1,229 @@
+//! A search that runs: it looks for the fastest layout of every mesh, and has plans decide between the best.
+
+use super::answers::{Answer, Answers, Form, Looking};
+use super::outline::Outline;
+use super::segments::Segments;
+use super::solve::Solution;
+use super::split::Way;
+use super::{Devices, Found, PIPE, PLANNED, Search, Takes, spell};
+use crate::dim::Name;
+use crate::error::{Cause, Error};
+use crate::layout::{Layout, Mesh};
+use crate::program::Program;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// By how much a candidate may be slower than the fastest one, by the prices, to be planned beside it.
+const RUNNERS_UP: f64 = 1.05;
+/// How exact prices are: of two candidates on a mesh that are so near each other the one with less memory is taken.
+const EXACT: f64 = 1.01;
+/// What is less memory.
+const LESS: f64 = 0.95;
+/// By which factor a mesh has to be faster than one with fewer axes, or another order of them, to be preferred.
+const BETTER: f64 = 0.9999;
+/// How often the limit of memory is set anew, by what plans need.
+const ROUNDS: usize = 4;
+
+/// A solution on a mesh: of a stage, if there are several.
+struct Candidate {
+    form: Form,
+    ways: Vec<Way>,
+    /// By segment: its stage.
+    stages: Vec<usize>,
+    again: Vec<Name>,
+    /// Whether it gathers tensors whole: what that takes is in its price.
+    gathers: bool,
+    solution: Solution,
+}
+
+/// A search that runs.
+pub(super) struct Running<'a> {
+    pub(super) search: &'a Search<'a>,
+    /// The program in which nothing is made again.
+    pub(super) program: &'a Program,
+    pub(super) outline: &'a Outline<'a>,
+    pub(super) segments: &'a Segments,
+    pub(super) forms: Vec<Form>,
+    /// By kind of step: seconds that it takes on one device, beside its launch.
+    pub(super) alone: Vec<f64>,
+    /// What was found, by form.
+    pub(super) answers: Vec<(usize, Answers)>,
+    pub(super) layouts: f64,
+    pub(super) plans: usize,
+    pub(super) begun: Instant,
+    pub(super) planning: Duration,
+}
+
+impl Running<'_> {
+    /// The fastest mesh, layout and choice of blocks that are made again.
+    pub(super) fn run(&mut self) -> Result<Found, Error> {
+        let budget = self.search.memory as f64;
+        let mut limit = budget;
+        // What needs least of all that was planned.
+        let mut least = None;
+        for _ in 0..ROUNDS {
+            self.look(limit);
+            let mut candidates = self.candidates(limit)?;
+            let Some(first) = candidates.first() else {
+                // Prices of memory are estimates from above.
+                limit *= 1.25;
+                continue;
+            };
+            let bound = candidates.iter().map(|c| c.solution.bound).fold(f64::INFINITY, f64::min);
+            if first.form.devices() > PLANNED {
+                let first = candidates.swap_remove(0);
+                return self.found(Candidate { gathers: true, ..first }, None, bound);
+            }
+            let (mut best, mut over): (Option<(usize, Takes)>, f64) = (None, 1.0);
+            for (i, c) in candidates.iter_mut().enumerate() {
+                let begun = Instant::now();
+                let takes = self.planned(c)?;
+                self.planning += begun.elapsed();
+                least = least.into_iter().chain([takes.bytes]).min();
+                if takes.bytes > self.search.memory {
+                    over = over.max(takes.bytes as f64 / c.solution.memory.max(1.0));
+                } else if best.is_none_or(|(_, t)| takes.seconds < t.seconds) {
+                    best = Some((i, takes));
+                }
+            }
+            if let Some((i, takes)) = best {
+                return self.found(candidates.swap_remove(i), Some(takes), bound);
+            }
+            limit = budget / over.max(1.02);
+        }
+        let free = self.answers.iter().map(|(_, a)| a.least_memory).fold(f64::INFINITY, f64::min);
+        let needed = least.unwrap_or(free as usize).max(self.search.memory + 1);
+        let over = Cause::OverMemory { device: 0, needed, budget: self.search.memory, largest: vec![] };
+        Err(Error::from(over).note("this is the least of the layouts that were searched"))
+    }
+
+    fn looking(&self) -> Looking<'_> {
+        let Search { machine, may_recompute, waiting, .. } = *self.search;
+        Looking { outline: self.outline, segments: self.segments, machine, may_recompute, waiting, alone: &self.alone }
+    }
+
+    /// Looks for the fastest layout of each form within a limit of memory. Forms are shared out to as many threads as there
+    /// are cores; what is found does not depend on which is first, since all that is left out is slower than what is known
+    /// in the end.
+    fn look(&mut self, limit: f64) {
+        let (looking, forms) = (self.looking(), &self.forms);
+        let (next, fastest) = (AtomicUsize::new(0), Mutex::new(f64::INFINITY));
+        let known = || fastest.lock().unwrap_or_else(PoisonError::into_inner);
+        // Few axes are soon looked at, and even ones are often the best: so others need not be looked at long.
+        let mut order: Vec<usize> = (0..forms.len()).collect();
+        let sizes = |i: usize| forms[i].mesh.axes().iter().map(|(_, n)| *n);
+        order.sort_by_key(|i| (sizes(*i).len(), sizes(*i).max(), *i));
+        let of = |i: usize| {
+            let take = |best: &mut f64| {
+                let mut least = known();
+                *least = least.min(*best);
+                *best = *least;
+            };
+            looking.of(&forms[i], limit, &take)
+        };
+        let run = || {
+            let mine = || order.get(next.fetch_add(1, Ordering::Relaxed)).copied();
+            std::iter::from_fn(mine).map(|i| (i, of(i))).collect::<Vec<_>>()
+        };
+        let threads = thread::available_parallelism().map_or(1, NonZero::get).min(order.len()).max(1);
+        let mut all: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+            let done = running.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            done.flatten().collect()
+        });
+        all.sort_by_key(|(i, _)| *i);
+        self.layouts = all.iter().map(|(_, (_, n))| n).sum();
+        self.answers = all.into_iter().flat_map(|(i, (found, _))| found.into_iter().map(move |a| (i, a))).collect();
+    }
+
+    /// What is to be planned: the fastest, and on its mesh the fastest of other stages of ZeRO and those with all segments
+    /// split alike, which prices are more exact for; the fastest first. Where prices tell none of two apart it is the one
+    /// with less memory.
+    fn candidates(&self, limit: f64) -> Result<Vec<Candidate>, Error> {
+        let all = || self.answers.iter().filter_map(|(form, a)| Some((*form, a.fastest.as_ref()?)));
+        let seconds = all().map(|(_, a)| a.solution.seconds).fold(f64::INFINITY, f64::min);
+        let Some((form, first)) = all().find(|(_, a)| a.solution.seconds * BETTER <= seconds) else {
+            return Ok(vec![]);
+        };
+        let mut near = vec![first.clone()];
+        if self.forms[form].devices() <= PLANNED {
+            let slowest = RUNNERS_UP * first.solution.seconds;
+            let (beside, _) = self.looking().of(&self.forms[form], limit, &|best| *best = slowest);
+            let others = beside.into_iter().flat_map(|a| [a.fastest, a.uniform]).flatten();
+            near.extend(others.filter(|a| a.solution.seconds <= slowest));
+        }
+        near.sort_by(|a, b| a.solution.seconds.total_cmp(&b.solution.seconds));
+        let mut kept: Vec<Answer> = vec![];
+        for answer in near {
+            let tells = |other: &Answer| {
+                let is_less = answer.solution.memory < LESS * other.solution.memory;
+                answer.solution.seconds > EXACT * other.solution.seconds || is_less
+            };
+            if kept.iter().all(tells) {
+                kept.push(answer);
+            }
+        }
+        kept.into_iter().map(|answer| self.candidate(&self.forms[form], answer)).collect()
+    }
+
+    fn candidate(&self, form: &Form, Answer { solution, stages, ways }: Answer) -> Result<Candidate, Error> {
+        let remade = self.segments.list.iter().zip(&solution.chosen).filter(|(_, (_, again))| *again);
+        let again = remade.filter_map(|(segment, _)| segment.block.clone()).collect();
+        let mesh = match self.search.devices {
+            Devices::Count(_) => spell::named(&form.mesh, self.outline, &ways)?,
+            Devices::Mesh(_) => form.mesh.clone(),
+        };
+        Ok(Candidate { form: Form { mesh, ..form.clone() }, ways, stages, again, gathers: false, solution })
+    }
+
+    /// The whole mesh of a candidate.
+    fn mesh(&self, c: &Candidate) -> Mesh {
+        match &self.search.devices {
+            Devices::Mesh(mesh) => mesh.clone(),
+            Devices::Count(_) if c.form.pipeline.depth == 1 => c.form.mesh.clone(),
+            Devices::Count(_) => c.form.mesh.along(PIPE, c.form.pipeline.depth),
+        }
+    }
+
+    fn layout(&self, c: &Candidate) -> Result<Layout, Error> {
+        let layout = spell::layout(&c.form.mesh, self.outline, self.segments, &c.ways)?;
+        let layout = match c.form.pipeline.depth {
+            1 => layout,
+            depth => spell::staged(layout, PIPE, depth, self.segments, &c.stages)?,
+        };
+        let layout = spell::firm(layout, &self.mesh(c), self.outline.program);
+        Ok(if c.gathers { layout.allowing_gathers() } else { layout })
+    }
+
+    /// What a candidate takes by its plan. It may gather what it has to: it was found by what that takes.
+    fn planned(&mut self, c: &mut Candidate) -> Result<Takes, Error> {
+        self.plans += 1;
+        let built = if c.again.is_empty() { None } else { Some((self.search.build)(&c.again)?) };
+        let program = built.as_ref().unwrap_or(self.program);
+        let takes = self.search.planned(program, &self.mesh(c), &self.layout(c)?);
+        if !matches!(&takes, Err(e) if matches!(e.cause, Cause::SilentGather { .. })) {
+            return takes;
+        }
+        c.gathers = true;
+        self.search.planned(program, &self.mesh(c), &self.layout(c)?)
+    }
+
+    fn found(&self, c: Candidate, planned: Option<Takes>, bound: f64) -> Result<Found, Error> {
+        Ok(Found {
+            layout: self.layout(&c)?,
+            mesh: self.mesh(&c),
+            recompute: c.again,
+            priced: Takes { seconds: c.solution.seconds + self.search.machine.step, bytes: c.solution.memory as usize },
+            planned,
+            bound: bound + self.search.machine.step,
+            meshes: self.forms.len(),
+            layouts: self.layouts,
+            plans: self.plans,
+            searching: self.begun.elapsed().saturating_sub(self.planning),
+            planning: self.planning,
+        })
+    }
+}
