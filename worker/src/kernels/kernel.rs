@@ -106,11 +106,14 @@ impl Kernel {
 
     /// Whether it waits for other devices.
     pub fn communicates(&self) -> bool {
-        match self {
-            Kernel::Exchange(_) | Kernel::AllReduce(_) | Kernel::Combine(_) => true,
-            Kernel::FinishExchange(_) | Kernel::FinishAllReduce(_) => true,
-            _ => false,
-        }
+        matches!(
+            self,
+            Kernel::Exchange(_)
+                | Kernel::AllReduce(_)
+                | Kernel::Combine(_)
+                | Kernel::FinishExchange(_)
+                | Kernel::FinishAllReduce(_)
+        )
     }
 
     /// Bytes of scratch that it needs with so many threads.
