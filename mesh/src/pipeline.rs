@@ -92,7 +92,8 @@ struct Task {
 /// stages stays as it is. `waiting`: what hands a value on holds both stages up until both are there for it.
 pub fn order(spmd: &mut SpmdProgram, function: &Function, schedule: Schedule, waiting: bool) {
     let Some(tasks) = tasks(spmd, function, schedule) else { return };
-    let order = simulate(&tasks, schedule, waiting);
+    // Where gradients of weights are apart there is something else to do while a value is on its way.
+    let order = simulate(&tasks, schedule, waiting || schedule != Schedule::ZeroBubble);
     // Tasks that wait for each other are none: then the order of the program is a good one.
     if order.len() < tasks.len() {
         return;

@@ -1,8 +1,11 @@
 //! Collectives that go on while other steps are done: which begin early and finish late, and what that takes.
 
+#[path = "common/machine.rs"]
+mod machine;
 #[path = "common/models.rs"]
 mod models;
 
+use machine::simple;
 use mesh::dim::{DType, Name, dim};
 use mesh::graph::Graph;
 use mesh::machine::Machine;
@@ -215,28 +218,8 @@ fn an_estimate_counts_what_is_hidden_once() {
 /// A product beside a gather, of rates that are easy to reckon with: a second a FLOP, 10 a byte after a latency of 1.
 #[test]
 fn a_transfer_and_a_product_take_as_long_as_the_longer_of_them() {
-    let text = "
-        name = 'simple'
-        devices = 2
-        memory = 1000000
-        [rates.default]
-        launch = 0.0
-        flops = 1e30
-        flops_bf16 = 1e30
-        bytes = 1e30
-        [rates.product]
-        launch = 0.0
-        flops = 1.0
-        flops_bf16 = 1.0
-        bytes = 1e30
-        [within]
-        latency = 1.0
-        bytes = 0.1
-        [between]
-        latency = 1.0
-        bytes = 0.1
-    ";
-    let machine = Machine::from_toml(text).unwrap();
+    let mut machine = simple();
+    machine.rates.values_mut().for_each(|r| r.launch = 0.0);
     for out in [2, 200] {
         let p = program(|g| {
             let x = g.input("x", DType::F32, &[dim("row", 16), dim("in", 8)]);

@@ -217,17 +217,6 @@ fn wide_layers_are_shared_out_by_tensors_data_and_stages() {
     assert_remembered(&found);
 }
 
-/// All 44 layers.
-#[test]
-#[ignore = "takes minutes"]
-fn twenty_billion_parameters_fit_into_64_devices() {
-    let machine = h100();
-    let all = Bert { layers: 44, width: 6144, heads: 48, batch: 512, seq: 512, micro: 8, ..LARGE };
-    let build = |r: &[Name]| Ok(bert(all, r));
-    let found = to_run(search(&machine, Devices::Count(64), machine.memory, &build)).find().unwrap();
-    assert!(found.planned.unwrap().bytes <= machine.memory && found.mesh.axis("pipe").is_some(), "{}", found.mesh);
-}
-
 /// Scores of each row by every other one. Rows are needed whole, and to gather them is cheaper than to make them everywhere.
 #[test]
 fn what_a_layout_that_is_found_gathers_it_allows() {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 const ENOUGH: f64 = 4.0;
 /// How far steps are moved to be beside a collective.
 const FAR: usize = 64;
+
 /// Steps in an order, and what is in memory at each.
 #[derive(Clone)]
 pub(super) struct List {
