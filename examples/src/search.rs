@@ -11,6 +11,7 @@ use mesh::layout::{Layout, Mesh};
 use mesh::plan::describe::seconds;
 use mesh::program::Program;
 use mesh::search::{Devices, Found, PLANNED, Search, Takes};
+use std::time::Duration;
 
 /// What a mesh or a layout is called that is to be searched for.
 pub const AUTO: &str = "auto";
@@ -84,16 +85,18 @@ impl<C: Settings> Task<C> {
             let devices = devices.clone();
             Search { machine, devices, memory, may_recompute, function, threads, waiting: false, build, plan: &planned }
         });
-        let (mut chunks, mut search, mut found) = (c.chunks, &few, few.find());
+        let mut all = vec![(c.chunks, &few, few.find())];
         if more > c.chunks && !self.chunks_given {
-            let other = many.find();
-            let slower = |f: &Found| other.as_ref().is_ok_and(|o| seconds_of(o) < seconds_of(f));
-            if other.is_ok() && found.as_ref().map_or(true, slower) {
-                (chunks, search, found) = (more, &many, other);
-            }
+            all.push((more, &many, many.find()));
         }
+        let took = |of: fn(&Found) -> Duration| all.iter().flat_map(|(_, _, found)| found).map(of).sum::<Duration>();
+        let took = [took(|f| f.searching), took(|f| f.planning)].map(|d| seconds(d.as_secs_f64()));
+        let time = |found: &Result<Found, Error>| found.as_ref().map_or(f64::INFINITY, seconds_of);
+        all.sort_by(|(_, _, a), (_, _, b)| time(a).total_cmp(&time(b)));
+        let (chunks, search, found) = all.swap_remove(0);
         let found = found?;
         let mut text = text(&found, (chunks != c.chunks).then_some(chunks), &machine.name);
+        text += &format!("         searched in {}, planned in {}\n", took[0], took[1]);
         let beside = if count > PLANNED { None } else { search.takes(fixed, &usual, &rules).ok() };
         if let Some(Takes { seconds: s, bytes: b }) = beside {
             text += &format!("         the usual layout, {rules} on {usual}, takes {} and {}\n", seconds(s), bytes(b));
