@@ -1,12 +1,13 @@
 //! Calibration: a description of this machine ([`Machine`]), measured.
 //!
 //! Small networks are trained on it, a convolutional and a transformer one, in `f32` and in `bf16`, on one device with all
-//! cores and on several that share them. Each step of their plans is a sample: its operations and bytes are known, its time
-//! is measured. For each kind of work the straight line through its samples, with no coefficient below zero, is its rate;
-//! samples weigh as much as they take, so that what a run spends its time on is right.
+//! cores and on several that share them; all in turn, some rounds, so that what disturbs the machine for a while does not hit
+//! one of them alone. Each step of their plans is a sample: its operations and bytes are known, its time is measured. For each
+//! kind of work the straight line through its samples, with no coefficient below zero, is its rate; samples weigh as much as
+//! they take, so that what a run spends its time on is right.
 
 use crate::error::Failure;
-use crate::session::{Options, Session};
+use crate::session::{FunctionId, Options, Session};
 use mesh::array::Array;
 use mesh::dim::{DType, Name, Type, dim};
 use mesh::error::Error;
@@ -28,8 +29,10 @@ const COLUMNS: usize = 16;
 const DEPTH: usize = 8;
 /// A link in memory: what arrives is copied by the receiver, which the rates of collectives count.
 const IN_MEMORY: f64 = 1e12;
-/// Runs of each network that count; one before them does not.
-const RUNS: u32 = 7;
+/// How often all networks are measured.
+const ROUNDS: u32 = 3;
+/// Runs of each network that count, in a round; the first of all does not.
+const RUNS: u32 = 3;
 
 /// A network to be measured: its program, mesh and layout.
 struct Case {
@@ -154,8 +157,20 @@ fn cases() -> Result<Vec<Case>, Error> {
     Ok(cases)
 }
 
-/// Measures a network: medians, so that a run that something else disturbs does not count.
-fn run(case: &Case) -> Result<Measured, Failure> {
+/// A network that is being measured.
+struct Running {
+    session: Session,
+    function: FunctionId,
+    /// Runs so far, the first one too.
+    runs: u32,
+    /// Seconds of each run.
+    seconds: Vec<f64>,
+    /// By run, device and step: seconds that were spent in it so far.
+    spent: Vec<Vec<Vec<f64>>>,
+}
+
+/// A network, ready to be measured.
+fn ready(case: &Case) -> Result<Running, Failure> {
     // What a collective takes is told by one step.
     let options =
         Options { mesh: case.mesh.parse()?, layout: case.layout.parse()?, waiting: true, ..Options::default() };
@@ -174,26 +189,39 @@ fn run(case: &Case) -> Result<Measured, Failure> {
         session.feed(f, &name, &array)?;
     }
     session.step(f, 0)?;
-    // By run: its seconds, and by device and step the nanoseconds so far. The first run is not recorded.
-    let (mut runs, mut so_far) = (vec![], vec![]);
-    for run in 1..=RUNS {
-        let begun = Instant::now();
-        session.step(f, run)?;
-        runs.push(begun.elapsed().as_secs_f64());
-        so_far.push(session.times());
+    Ok(Running { session, function: f, runs: 1, seconds: vec![], spent: vec![] })
+}
+
+impl Running {
+    /// Some runs more.
+    fn round(&mut self) -> Result<(), Failure> {
+        for _ in 0..RUNS {
+            let begun = Instant::now();
+            self.session.step(self.function, self.runs)?;
+            self.seconds.push(begun.elapsed().as_secs_f64());
+            self.runs += 1;
+            // The first run is not recorded.
+            let all = self.session.times().into_iter().map(|of| {
+                let of = of.into_iter().find(|t| t.function == "train");
+                of.map_or(vec![], |t| t.spent_ns.iter().map(|ns| *ns as f64 / 1e9).collect())
+            });
+            self.spent.push(all.collect());
+        }
+        Ok(())
     }
-    let plans = session.plan().functions.get(&Name::from("train")).map_or(&[][..], Vec::as_slice);
-    let spent = |run: usize, device: usize, step: usize| {
-        let times = so_far[run][device].iter().find(|t| t.function == "train");
-        times.and_then(|t| t.spent_ns.get(step)).map_or(0.0, |ns| *ns as f64 / 1e9)
-    };
-    let steps = |device: usize, step: usize| {
-        let of_run = (0..so_far.len())
-            .map(|run| spent(run, device, step) - if run > 0 { spent(run - 1, device, step) } else { 0.0 });
-        median(of_run.collect())
-    };
-    let by_step = plans.iter().enumerate().map(|(d, plan)| (0..plan.steps.len()).map(|s| steps(d, s)).collect());
-    Ok(Measured { seconds: median(runs), steps: by_step.collect(), plan: session.plan().clone() })
+
+    /// Medians, so that a run that something else disturbs does not count.
+    fn measured(self) -> Measured {
+        let plan = self.session.plan().clone();
+        let plans = plan.functions.get(&Name::from("train")).map_or(&[][..], Vec::as_slice);
+        let of = |d: usize, s: usize| {
+            let so_far = self.spent.iter().map(|run| run[d].get(s).copied().unwrap_or(0.0));
+            let before = [0.0].into_iter().chain(so_far.clone());
+            median(so_far.zip(before).map(|(now, before)| now - before).collect())
+        };
+        let steps = plans.iter().enumerate().map(|(d, p)| (0..p.steps.len()).map(|s| of(d, s)).collect()).collect();
+        Measured { seconds: median(self.seconds), steps, plan }
+    }
 }
 
 /// What was measured of a network.
@@ -285,12 +313,18 @@ fn fit(samples: &[&Sample]) -> (Rate, f64) {
 /// # Errors
 /// Memory or threads that the system does not give.
 pub fn calibrate(name: &str, memory: usize, mut tell: impl FnMut(&str)) -> Result<Calibration, Failure> {
-    let mut measured = vec![];
+    let mut running = vec![];
     for case in cases()? {
-        let found = run(&case)?;
-        tell(&format!("{:<44} {:8.2} ms", case.name, found.seconds * 1e3));
-        measured.push((case.name, found));
+        running.push((ready(&case)?, case.name));
     }
+    for round in 1..=ROUNDS {
+        for (running, name) in &mut running {
+            running.round()?;
+            let last = running.seconds.last().copied().unwrap_or(0.0);
+            tell(&format!("round {round} of {ROUNDS}: {name:<44} {:8.2} ms", last * 1e3));
+        }
+    }
+    let measured: Vec<_> = running.into_iter().map(|(running, name)| (name, running.measured())).collect();
     let mut all = vec![];
     measured.iter().for_each(|(_, m)| m.samples(&mut all));
     let mut classes: BTreeMap<String, Vec<&Sample>> = BTreeMap::new();

@@ -12,7 +12,7 @@ use mesh::machine::Machine;
 use mesh::nn::{self, Dense};
 use mesh::optim::Optimizer;
 use mesh::plan::time::{Estimate, estimate};
-use mesh::plan::{Backend, Begun, DevicePlan, PlanOptions, ProgramPlan, Step, Work, plan_program};
+use mesh::plan::{Backend, Begun, DevicePlan, ExchangeKind, PlanOptions, ProgramPlan, Share, Step, Work, plan_program};
 use mesh::program::{Init, Program, ProgramBuilder};
 use models::{Bert, LARGE, bert, unet};
 use std::collections::{BTreeMap, BTreeSet};
@@ -251,6 +251,43 @@ fn what_is_under_way_has_a_number_of_its_own() {
                 assert!(numbers.last().is_none_or(|last| *last < pieces.len()), "{numbers:?}");
                 assert!(numbers.len() <= most.max().unwrap_or(0), "{numbers:?}");
             }
+        }
+    }
+}
+
+#[test]
+fn the_interior_of_a_convolution_is_computed_while_its_halo_is_on_its_way() {
+    let p = unet(64, 8, 2, &[]);
+    // Rows are not cut.
+    let along_rows = planned(&p, "z=3", "z:z", false);
+    let interior = |step: &Step| matches!(&step.work, Work::Op(op) if op.share != Share::Whole);
+    assert!(!along_rows.functions.values().flatten().flat_map(|d| &d.steps).any(interior));
+    for (mesh, layout, thinner) in [("x=3", "x:x", [1, 2, 1]), ("y=3", "y:y", [1, 2, 1])] {
+        let plan = planned(&p, mesh, layout, false);
+        for (device, thinner) in plan.functions[&Name::from("train")].iter().zip(thinner) {
+            let mut found = 0;
+            for (s, step) in device.steps.iter().enumerate() {
+                let Work::Op(op) = &step.work else { continue };
+                let Share::Interior(interior) = &op.share else { continue };
+                let halos = under_way(device).into_iter().filter(|(begin, _)| {
+                    matches!(&device.steps[*begin].work, Work::Exchange(e) if e.kind == ExchangeKind::Halo)
+                });
+                let rim = device.steps[s + 1..].iter().position(|later| match &later.work {
+                    Work::Op(other) => other.share == Share::Rim(interior.clone()) && later.outputs == step.outputs,
+                    _ => false,
+                });
+                let rim = s + 1 + rim.expect("its rim comes behind it");
+                // Its halo begins before it, and ends behind it and before the rim.
+                let beside = |(begin, end): (usize, usize)| {
+                    begin < s && s < end && end < rim && device.steps[begin].outputs[0] == step.inputs[0]
+                };
+                assert_eq!(halos.filter(|span| beside(*span)).count(), 1, "step {s} on {mesh}");
+                let ranges = op.output.region.0.iter().zip(&interior.0);
+                let less: usize = ranges.map(|((_, all), (_, inside))| all.len() - inside.len()).sum();
+                assert!((1..=thinner).contains(&less), "{less} of {thinner} on {mesh}");
+                found += 1;
+            }
+            assert!(found >= 6, "{found} on {mesh}");
         }
     }
 }

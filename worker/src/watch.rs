@@ -12,7 +12,7 @@ use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{self, At, Band, Begun, Buffer, Segments, Work};
+use mesh::plan::{self, At, Band, Begun, Buffer, Segments, Share, Work};
 use std::collections::BTreeMap;
 
 /// What first was not finite.
@@ -108,6 +108,8 @@ fn computed(work: &Work) -> (Vec<DType>, Vec<Result>) {
     match work {
         Work::Map(nest) => of_loop(nest),
         Work::Reduce(r) => of_loop(&r.nest),
+        // The rim's step looks through all of it.
+        Work::Op(op) if matches!(op.share, Share::Interior(_)) => (vec![], vec![]),
         Work::Op(op) => {
             // A window that lies in the padding has the maximum of nothing.
             let by = (!matches!(op.op, Prim::MaxPool(_))).then(|| (0..op.inputs.len()).collect());

@@ -15,7 +15,7 @@ use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
-use mesh::plan::{At, OpWork, Part, PlanOptions, SliceStep, Work, plan_program};
+use mesh::plan::{At, OpWork, Part, PlanOptions, Share, SliceStep, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::rng::Stream;
 use std::collections::{BTreeMap, BTreeSet};
@@ -133,16 +133,18 @@ const STEP: StepContext = StepContext::new(5, 3);
 
 /// Runs a piece of work on one instruction set; gives the bits of its results.
 fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[usize]) -> Vec<Vec<u8>> {
-    let kernel = Kernel::with_isa(work, isa);
+    let kernels: Vec<Kernel> = in_steps(work).iter().map(|work| Kernel::with_isa(work, isa)).collect();
     let mut outputs: Vec<Guarded> = results.iter().map(|bytes| Guarded::new(*bytes)).collect();
-    let mut scratch = Guarded::new(kernel.scratch_bytes(pool.threads()));
+    let mut scratch = Guarded::new(kernels[0].scratch_bytes(pool.threads()));
     let from: Vec<*const u8> = inputs.iter_mut().map(|b| b.at().cast_const()).collect();
     let to: Vec<*mut u8> = outputs.iter_mut().map(Guarded::at).collect();
     let output_bytes = results.first().copied().unwrap_or(0);
     let operands = Operands { inputs: &from, outputs: &to, output_bytes, scratch: scratch.at() };
     let mut end = InProcess::mesh(1, 0, 0).remove(0);
-    // SAFETY: buffers are as large as the plan says, and the scratch as the kernel does.
-    unsafe { kernel.run(pool, &mut end, &operands, STEP) }.unwrap();
+    for kernel in kernels {
+        // SAFETY: buffers are as large as the plan says, and the scratch as the kernel does.
+        unsafe { kernel.run(pool, &mut end, &operands, STEP) }.unwrap();
+    }
     let what = || format!("{isa:?}, {} threads: {work:?}", pool.threads());
     assert!(outputs.iter().all(Guarded::guarded), "wrote beside its result; {}", what());
     assert!(scratch.guarded(), "wrote beside its scratch; {}", what());
@@ -150,11 +152,23 @@ fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[us
     outputs.iter().map(|b| b.data().to_vec()).collect()
 }
 
+/// A rim comes behind its interior.
+fn in_steps(work: &Work) -> Vec<Work> {
+    let interior = match work {
+        Work::Op(op) => match &op.share {
+            Share::Rim(r) => Some(OpWork { share: Share::Interior(r.clone()), ..OpWork::clone(op) }),
+            Share::Whole | Share::Interior(_) => None,
+        },
+        _ => None,
+    };
+    interior.map(|op| Work::Op(Box::new(op))).into_iter().chain([work.clone()]).collect()
+}
+
 /// What an op with an epilogue gives if the op stores its result and a map reads it.
 fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize]) -> Option<Vec<Vec<u8>>> {
     let nest = op.epilogue.clone()?;
     let mut others = inputs.split_off(op.inputs.len());
-    let alone = Work::Op(Box::new(OpWork { epilogue: None, ..op.clone() }));
+    let alone = Work::Op(Box::new(OpWork { epilogue: None, share: Share::Whole, ..op.clone() }));
     let bytes = op.output.region.elements() * op.output.ty.dtype.bytes();
     let product = run(&alone, Isa::detect(), pool, inputs, &[bytes]).remove(0);
     let mut given = Guarded::new(bytes);
@@ -175,7 +189,8 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
     for device in plan.functions.values().flatten() {
         for (s, step) in device.steps.iter().enumerate() {
             let types = dtypes(&step.work);
-            if types.is_empty() && !matches!(step.work, Work::Map(_)) {
+            let is_interior = matches!(&step.work, Work::Op(op) if matches!(op.share, Share::Interior(_)));
+            if is_interior || types.is_empty() && !matches!(step.work, Work::Map(_)) {
                 continue;
             }
             seen.insert(name(&step.work));
@@ -193,7 +208,11 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
             let arithmetic = |isa: Isa| usize::from(tiled && isa == Isa::Amx);
             let mut first = [None, None];
             if let Work::Op(op) = &step.work {
-                first[arithmetic(Isa::detect())] = apart(op, &pools[0], &mut inputs, &results);
+                let whole = Work::Op(Box::new(OpWork { share: Share::Whole, ..OpWork::clone(op) }));
+                let bits = apart(op, &pools[0], &mut inputs, &results);
+                let whole = || run(&whole, Isa::detect(), &pools[0], &mut inputs, &results);
+                first[arithmetic(Isa::detect())] = Some(bits.unwrap_or_else(whole));
+                seen.extend(matches!(op.share, Share::Rim(_)).then_some("rim"));
             }
             for isa in Isa::available() {
                 for pool in &pools {
@@ -251,7 +270,7 @@ fn the_work_of_a_network_is_the_same_bits_on_every_instruction_set_and_thread() 
 fn network_holds(dtype: DType) {
     let mut seen = BTreeSet::new();
     hold(&network(dtype), "1", "", &mut seen);
-    for (mesh, layout) in [("m=2,n=2", "x:m,y:n"), ("m=3,n=2", "z:m,batch:n")] {
+    for (mesh, layout) in [("m=2,n=2", "x:m,y:n"), ("m=3,n=2", "z:m,batch:n"), ("m=2", "y:m")] {
         hold(&network(dtype), mesh, layout, &mut seen);
     }
     let all = [
@@ -264,6 +283,7 @@ fn network_holds(dtype: DType) {
         "max_pool",
         "max_pool_grad",
         "reduce",
+        "rim",
     ];
     for kernel in all {
         assert!(seen.contains(kernel), "{kernel}: not in {seen:?}");

@@ -102,7 +102,8 @@ pub(super) fn cost(work: &Work, inputs: usize, outputs: usize) -> Cost {
         Work::Finish(Begun::AllReduce(a)) => shared(a),
         Work::Join(j) => (j.nodes().0 + j.places) * j.elements * j.dtype.bytes(),
     };
-    Cost { flops: flops(work), bytes: bytes as f64 }
+    let share = if let Work::Op(op) = work { op.computed() } else { 1.0 };
+    Cost { flops: share * flops(work), bytes: share * bytes as f64 }
 }
 
 fn flops(work: &Work) -> f64 {

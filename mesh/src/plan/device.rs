@@ -144,14 +144,17 @@ impl Planner<'_> {
         let mut steps: Vec<Step> = Vec::with_capacity(self.end() + self.kept.len() + 2 * self.copies.len());
         for moment in &self.moments {
             let (g, common) = (moment.group, &groups[moment.group]);
-            let work = match moment.phase {
-                Phase::Whole => works[g].take().map(|(work, _)| work),
-                _ => works[g].as_ref().and_then(|(work, _)| later(work, moment.phase)),
+            let work = match (moment.phase, &mut works[g]) {
+                (Phase::Whole, work) => work.take().map(|(work, _)| work),
+                (phase @ (Phase::Interior | Phase::Rim), Some((Work::Op(op), _))) => {
+                    self.shared(&self.groups()[g], device, op, phase)
+                }
+                (phase, work) => work.as_ref().and_then(|(work, _)| later(work, phase)),
             };
             let idle = work.is_none();
             let (reads, label) = match moment.phase {
                 _ if idle => (&[][..], &common.idle),
-                Phase::Whole | Phase::Begin => (&*common.reads, &common.label),
+                Phase::Whole | Phase::Begin | Phase::Interior | Phase::Rim => (&*common.reads, &common.label),
                 Phase::Combine => (&*common.reads, &common.later[0]),
                 Phase::Finish => (self.looks_at(*moment), &common.later[1]),
             };
@@ -195,7 +198,10 @@ impl Planner<'_> {
 
     /// The values whose memory is written at a moment.
     fn touches(&self, moment: Moment) -> &[ValueId] {
-        if moment.phase == Phase::Finish { self.makes(moment) } else { self.opens(moment) }
+        match moment.phase {
+            Phase::Finish | Phase::Rim => self.makes(moment),
+            Phase::Whole | Phase::Begin | Phase::Combine | Phase::Interior => self.opens(moment),
+        }
     }
 
     /// What needs a place on a device.
@@ -247,7 +253,9 @@ impl Planner<'_> {
             let scratch = Some(buffers[first_scratch + moment.group]).filter(|_| self.has_scratch(*moment));
             let written = self.touches(*moment).iter().map(|v| at(v).0).chain(scratch);
             for at in written {
-                held.retain(|(b, _)| !overlap(*b, at));
+                // What a convolution reads where it writes it still has to read for its rim.
+                let stays = |v: &ValueId| moment.phase == Phase::Interior && group.inputs.contains(v);
+                held.retain(|(b, v)| !overlap(*b, at) || stays(v));
                 let free = open.iter().all(|(b, by)| *by == moment.group || !overlap(*b, at));
                 assert!(free, "{group:?} writes at {at:?}, where something is on its way: {open:?}");
                 open.push((at, moment.group));
@@ -277,7 +285,7 @@ fn later(work: &Work, phase: Phase) -> Option<Work> {
         (Work::AllReduce(a), Phase::Finish) => {
             (a.segments == Segments::Shared).then(|| Work::Finish(Begun::AllReduce(a.clone())))
         }
-        (_, Phase::Combine | Phase::Finish) => None,
+        (_, Phase::Combine | Phase::Finish | Phase::Interior | Phase::Rim) => None,
     }
 }
 

@@ -7,7 +7,7 @@ use super::copies::copies;
 use super::exchange::{Moves, SEGMENTED, Together, all_reduce};
 use super::fuse::{Fused, Group, Kind};
 use super::overlap::{Moment, Phase};
-use super::step::{Backend, Buffer, DevicePlan, Join, OpWork, Part, Work};
+use super::step::{Backend, Buffer, DevicePlan, Join, OpWork, Part, Share, Work};
 use super::timeline::Timeline;
 use crate::body::{Loop, Reduction};
 use crate::layout::Mesh;
@@ -216,7 +216,9 @@ impl Planner<'_> {
     pub(super) fn looks_at(&self, Moment { group, phase }: Moment) -> &[ValueId] {
         match phase {
             Phase::Finish if !self.is_move(group) => &[],
-            Phase::Whole | Phase::Begin | Phase::Combine | Phase::Finish => &self.groups()[group].inputs,
+            // The rim's step looks at the same.
+            Phase::Interior => &[],
+            Phase::Whole | Phase::Begin | Phase::Combine | Phase::Finish | Phase::Rim => &self.groups()[group].inputs,
         }
     }
 
@@ -224,8 +226,8 @@ impl Planner<'_> {
     pub(super) fn opens(&self, Moment { group, phase }: Moment) -> &[ValueId] {
         match phase {
             Phase::Begin if !self.is_move(group) => &[],
-            Phase::Whole | Phase::Begin | Phase::Combine => &self.groups()[group].outputs,
-            Phase::Finish => &[],
+            Phase::Whole | Phase::Begin | Phase::Combine | Phase::Interior => &self.groups()[group].outputs,
+            Phase::Finish | Phase::Rim => &[],
         }
     }
 
@@ -233,8 +235,8 @@ impl Planner<'_> {
     pub(super) fn makes(&self, Moment { group, phase }: Moment) -> &[ValueId] {
         match phase {
             Phase::Combine if self.shares(group) => &[],
-            Phase::Whole | Phase::Combine | Phase::Finish => &self.groups()[group].outputs,
-            Phase::Begin => &[],
+            Phase::Whole | Phase::Combine | Phase::Finish | Phase::Rim => &self.groups()[group].outputs,
+            Phase::Begin | Phase::Interior => &[],
         }
     }
 
@@ -243,7 +245,8 @@ impl Planner<'_> {
         phase != Phase::Finish || self.is_move(group)
     }
 
-    /// The steps of a group that is a collective and can go on while others are done; None for all else.
+    /// The steps of a group that is a collective and can go on while others are done, or a convolution of what that gives; None
+    /// for all else.
     pub(super) fn phases(&self, group: usize) -> Option<&'static [Phase]> {
         let of = &self.groups()[group];
         match (&of.kind, &self.first(of).op) {
@@ -252,7 +255,7 @@ impl Planner<'_> {
                 Some(&[Phase::Begin, Phase::Combine, Phase::Finish])
             }
             (Kind::Instr, SpmdOp::AllReduce { .. }) => Some(&[Phase::Begin, Phase::Combine]),
-            _ => None,
+            _ => self.has_interior(of).then_some(&[Phase::Interior, Phase::Rim]),
         }
     }
 
@@ -310,7 +313,7 @@ impl Planner<'_> {
             let direct = made.get(&v).is_some_and(|&m| {
                 self.homes[v.index()].is_none()
                     && old.is_none_or(|old| match self.last[old.index()] {
-                        Some(l) if l == m => self.reads_in_place(self.moments[m].group, old, v),
+                        Some(l) if self.is_of(l, m) => self.reads_in_place(self.moments[m].group, old, v),
                         Some(l) => l < m,
                         None => true,
                     })
@@ -337,8 +340,8 @@ impl Planner<'_> {
                     continue;
                 }
                 let reused = group.inputs.iter().find_map(|i| match self.homes[i.index()] {
-                    Some(Home::Own(life)) if self.lives[life].to == m && self.reads_in_place(moment.group, *i, v) => {
-                        Some(life)
+                    Some(Home::Own(life)) if self.is_of(self.lives[life].to, m) => {
+                        self.reads_in_place(moment.group, *i, v).then_some(life)
                     }
                     _ => None,
                 });
@@ -354,6 +357,12 @@ impl Planner<'_> {
                 }
             }
         }
+    }
+
+    /// Whether a moment is that one, or one of the same group.
+    fn is_of(&self, other: usize, moment: usize) -> bool {
+        let group = |m: usize| self.moments.get(m).map(|moment| moment.group);
+        group(other).is_some() && group(other) == group(moment)
     }
 
     fn own(&mut self, v: ValueId, from: usize) {
@@ -428,7 +437,7 @@ impl Planner<'_> {
         }
     }
 
-    fn moves(&self, instr: &Instr) -> &Moves {
+    pub(super) fn moves(&self, instr: &Instr) -> &Moves {
         let [from, to] = [instr.inputs[0], instr.output].map(|v| number(&self.cx.spmd.values[v.index()].regions));
         &self.moves[&[from, to]]
     }
@@ -504,7 +513,14 @@ impl Planner<'_> {
                     None => {
                         let sum = sum.as_ref().map(|s| (s.tree.clone(), s.owned[device].clone()));
                         let epilogue = (group.kind == Kind::Epilogue).then(|| self.map(group, view));
-                        Work::Op(Box::new(OpWork { op: prim.clone(), inputs, output, sum, epilogue }))
+                        Work::Op(Box::new(OpWork {
+                            op: prim.clone(),
+                            inputs,
+                            output,
+                            sum,
+                            epilogue,
+                            share: Share::Whole,
+                        }))
                     }
                 }
             }

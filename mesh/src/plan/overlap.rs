@@ -4,6 +4,9 @@
 //! while its messages are on their way. The list stays one for all devices: what one of them waits for, others have begun
 //! earlier in it, so nobody can wait for one who waits for him, and messages between a pair keep one order.
 //!
+//! A convolution that reads a halo is taken apart too: what needs nothing of the halo, its interior, is computed while that is
+//! on its way, and then the rim.
+//!
 //! All collectives are taken apart first, and then moments are moved: the end of each down to its first reader, the combination
 //! of a sum half of that way; a beginning up, with what is cheap and only made for it, where there is not enough in between (so
 //! weights are gathered while the layer before is computed); and independent products in between. A move is made only if no
@@ -14,6 +17,7 @@
 
 mod graph;
 mod list;
+mod rim;
 
 use super::device::{Place, Worked};
 use super::function::Planner;
@@ -33,6 +37,10 @@ pub(super) enum Phase {
     Combine,
     /// Waits for the rest.
     Finish,
+    /// Of a convolution, computes what needs nothing of a halo that is on its way.
+    Interior,
+    /// Computes the rest of it.
+    Rim,
 }
 
 /// A step of a group.
@@ -54,7 +62,8 @@ pub(super) fn numbers(moments: &[Moment]) -> HashMap<usize, usize> {
         last.insert(moment.group, m);
     });
     let (mut out, mut free, mut next) = (HashMap::new(), BTreeSet::new(), 0);
-    for (m, moment) in moments.iter().enumerate().filter(|(_, m)| m.phase != Phase::Whole) {
+    let apart = |m: &Moment| matches!(m.phase, Phase::Begin | Phase::Combine | Phase::Finish);
+    for (m, moment) in moments.iter().enumerate().filter(|(_, m)| apart(m)) {
         let number = *out.entry(moment.group).or_insert_with(|| {
             free.pop_first().unwrap_or_else(|| {
                 next += 1;

@@ -189,6 +189,32 @@ pub struct OpWork {
     /// A loop that takes the result where it is made, block by block, so that only the loop's results are stored. Its last
     /// operand is the op's result, whose elements are its points, in order; the step reads the others after the op's inputs.
     pub epilogue: Option<Loop>,
+    /// Which elements of its result it computes.
+    pub share: Share,
+}
+
+impl OpWork {
+    /// Which part of its result's elements it computes: 1 for all of them.
+    pub fn computed(&self) -> f64 {
+        let inside = |r: &Region| r.elements() as f64 / self.output.region.elements().max(1) as f64;
+        match &self.share {
+            Share::Whole => 1.0,
+            Share::Interior(region) => inside(region),
+            Share::Rim(region) => 1.0 - inside(region),
+        }
+    }
+}
+
+/// Which elements of an op's result a step computes. Each element has the same bits, whoever computes it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Share {
+    /// All of them.
+    #[default]
+    Whole,
+    /// Those of a box, and maybe less than all: they need nothing of what is on its way from other devices.
+    Interior(Region),
+    /// Those that a step before, with the same box, has left.
+    Rim(Region),
 }
 
 /// Steps that a thread does one after the other on a slice of what they compute, in memory of its own. Slices are

@@ -130,7 +130,7 @@ impl Step {
             let leaves = op.sum.as_ref().map_or(1, |(_, owned)| owned.iter().map(|r| r.len()).product());
             // Factors of `bf16` are twice as fast, the beginning and the end are not.
             let depth = if self.dtype() == DType::Bf16 { 2 * depth } else { depth };
-            cost.flops += 2.0 * (op.output.region.elements() * leaves * depth) as f64;
+            cost.flops += 2.0 * op.computed() * (op.output.region.elements() * leaves * depth) as f64;
             let inner = op.output.region.0.last().map_or(1, |(_, r)| r.len()).max(1);
             cost.flops *= inner.next_multiple_of(columns) as f64 / inner as f64;
         }

@@ -23,7 +23,8 @@ use mesh::dim::{DType, Name};
 use mesh::ops::Prim;
 use mesh::ops::conv::Conv;
 use mesh::ops::window::Window;
-use mesh::plan::{OpWork, Part};
+use mesh::plan::{OpWork, Part, Share};
+use mesh::region::Region;
 use std::ops::Range;
 
 /// Floats, or pairs, that a task stages, with its results, to have more rows of outputs share what they read of x: a part of
@@ -99,6 +100,10 @@ pub struct ConvPlan {
     inner: (Range<usize>, usize, usize),
     /// Outputs along the three dimensions.
     outputs: [usize; 3],
+    /// Boxes of outputs along the first two dimensions that are computed.
+    boxes: Vec<[Range<usize>; 2]>,
+    /// Whether a step before, which has the rest of the boxes, has packed the weights.
+    packed: bool,
     /// Channels contracted in a group, and their offset in x.
     contracted: usize,
     x_channel: usize,
@@ -194,6 +199,8 @@ impl ConvPlan {
             phases: last.phases(),
             inner: (last.held.clone(), last.stride, last.whole),
             outputs,
+            boxes: vec![],
+            packed: matches!(work.share, Share::Rim(_)),
             contracted,
             x_channel: x_first,
             pairs,
@@ -214,6 +221,19 @@ impl ConvPlan {
             stage_rows: 0,
         };
         plan.choose_block();
+        let inside = |region: &Region| -> [Range<usize>; 2] {
+            std::array::from_fn(|i| {
+                let Some(d) = (i + k).checked_sub(3) else { return 0..1 };
+                let first = spatial[d].outputs.start;
+                region.get(&conv.windows[d].dim).map_or(0..0, |r| r.start - first..r.end - first)
+            })
+        };
+        let all = [0..outputs[0], 0..outputs[1]];
+        plan.boxes = match &work.share {
+            Share::Whole => vec![all],
+            Share::Interior(region) => vec![inside(region)],
+            Share::Rim(region) => around(all, inside(region)),
+        };
         Some(plan)
     }
 
@@ -282,30 +302,38 @@ impl ConvPlan {
         let (inputs, operands) = o.inputs.split_at(2);
         let (x, w) = (inputs[0], inputs[1]);
         let p = Pointers { x, w, operands, results: o.outputs, scratch: o.scratch.cast(), cx };
-        let panels = self.panels() * self.groups;
+        let panels = if self.packed { 0 } else { self.panels() * self.groups };
         pool.run(panels, &|t, _| {
             let p = p;
             // SAFETY: every panel is a part of the scratch of its own.
             unsafe { self.pack(t, p) }
         });
-        let row_blocks = self.outputs[1].div_ceil(self.block.0);
-        let blocks = self.longest().div_ceil(self.block.1);
-        let runs = self.outputs[0].div_ceil(self.run);
-        let tasks = self.batches.len() * runs * row_blocks * blocks * self.groups;
-        pool.run(tasks, &|t, workspace| {
+        let parts = self.longest().div_ceil(self.block.1);
+        let counts = |b: &[Range<usize>; 2]| [b[0].len().div_ceil(self.run), b[1].len().div_ceil(self.block.0)];
+        let tasks =
+            |b: &[Range<usize>; 2]| self.batches.len() * counts(b).iter().product::<usize>() * parts * self.groups;
+        let block = |within: &Range<usize>, n: usize, size: usize| {
+            let first = within.start + n * size;
+            first..(first + size).min(within.end)
+        };
+        pool.run(self.boxes.iter().map(tasks).sum(), &|mut t, workspace| {
             let p = p;
-            let (group, t) = (t % self.groups, t / self.groups);
-            let (part, t) = (t % blocks * self.block.1, t / blocks);
-            let (rows, t) = (t % row_blocks * self.block.0, t / row_blocks);
-            let first = t % runs * self.run;
-            let mut at = Outputs {
-                batch: t / runs,
-                o1: first,
-                rows: rows..(rows + self.block.0).min(self.outputs[1]),
-                range: part..(part + self.block.1).min(self.longest()),
-                staged: 0,
+            let mut boxes = self.boxes.iter();
+            let within = loop {
+                let Some(within) = boxes.next() else { return };
+                let n = tasks(within);
+                if t < n {
+                    break within;
+                }
+                t -= n;
             };
-            for o1 in first..(first + self.run).min(self.outputs[0]) {
+            let [runs, row_blocks] = counts(within);
+            let (group, t) = (t % self.groups, t / self.groups);
+            let (range, t) = (block(&(0..self.longest()), t % parts, self.block.1), t / parts);
+            let (rows, t) = (block(&within[1], t % row_blocks, self.block.0), t / row_blocks);
+            let firsts = block(&within[0], t % runs, self.run);
+            let mut at = Outputs { batch: t / runs, o1: firsts.start, rows, range, staged: 0 };
+            for o1 in firsts {
                 at.o1 = o1;
                 // SAFETY: tasks write disjoint outputs.
                 unsafe { self.task(&at, group, p, workspace.floats()) };
@@ -530,6 +558,20 @@ unsafe fn copy<T: Copy>(from: *const T, stride: usize, to: *mut T, channels: usi
         }
         (0..n).for_each(|i| std::ptr::copy_nonoverlapping(from.add(i * stride), to.add(i * channels), channels));
     }
+}
+
+/// What lies outside of a box inside of another one, in boxes.
+fn around(mut all: [Range<usize>; 2], inside: [Range<usize>; 2]) -> Vec<[Range<usize>; 2]> {
+    let mut boxes = vec![];
+    for (i, inside) in inside.into_iter().enumerate() {
+        for side in [all[i].start..inside.start, inside.end..all[i].end] {
+            let mut slab = all.clone();
+            slab[i] = side;
+            boxes.extend((!slab[i].is_empty()).then_some(slab));
+        }
+        all[i] = inside;
+    }
+    boxes
 }
 
 /// Neighbouring elements of each range, in pairs (`unit` 2) or one by one (1): the units of each one, and all of them,

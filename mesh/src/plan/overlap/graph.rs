@@ -135,12 +135,21 @@ impl Graph {
                 pairs.extend(made.get(v).map(|maker| (*maker, m)));
                 readers.entry(*v).or_default().push(m);
             }
+            if moment.phase == Phase::Interior {
+                // Of a halo it reads what the device has itself, which is there from the beginning on.
+                let group = &p.groups()[moment.group];
+                let halo = p.halo(group).map(|i| p.root(i.output));
+                let there = |v: &ValueId| if Some(*v) == halo { opened.get(v) } else { made.get(v) };
+                pairs.extend(group.inputs.iter().filter_map(there).map(|maker| (*maker, m)));
+            }
             made.extend(p.makes(moment).iter().map(|v| (*v, m)));
             opened.extend(p.opens(moment).iter().map(|v| (*v, m)));
         }
         // What lies in one place: who reads what lay there before is done when another value comes.
+        let group = |m: usize| self.moments[m].map(|moment| moment.group);
         let mut replaced = |old: ValueId, m: usize| {
-            pairs.extend(readers.get(&old).into_iter().flatten().filter(|r| **r != m).map(|r| (*r, m)));
+            let others = readers.get(&old).into_iter().flatten().filter(|r| group(**r) != group(m));
+            pairs.extend(others.map(|r| (*r, m)));
         };
         for life in &p.lives {
             let values: Vec<ValueId> = life.before.iter().map(|(_, v)| *v).chain([life.value]).collect();
@@ -197,8 +206,17 @@ impl Graph {
                 let Some((work, _)) = &works[*d][moment.group] else { continue };
                 let bytes = |list: &[ValueId]| list.iter().map(|v| p.cx.spmd.values[v.index()].bytes(*d)).sum();
                 let (own, messages, sent) = costs(work, bytes(&group.inputs), bytes(&group.outputs));
-                self.costs[c][m] = Some(if moment.phase == Phase::Whole { own } else { 0.0 });
-                product |= matches!(work, Work::Op(op) if op.op.is_product());
+                self.costs[c][m] = match (moment.phase, work) {
+                    (Phase::Whole, _) => Some(own),
+                    (Phase::Interior | Phase::Rim, Work::Op(op)) => {
+                        let share = p.shared(group, *d, op, moment.phase);
+                        share.map(|work| costs(&work, bytes(&group.inputs), bytes(&group.outputs)).0)
+                    }
+                    _ => Some(0.0),
+                };
+                // The interior stays beside its halo.
+                let movable = moment.phase != Phase::Interior;
+                product |= movable && matches!(work, Work::Op(op) if op.op.is_product());
                 // A stage that hands something on does not wait until the next one takes it.
                 let hands_on = matches!(work, Work::Exchange(e) if e.kind == ExchangeKind::Send);
                 (link, short) = (link.max(messages), short && (sent <= SHORT || hands_on));
@@ -211,7 +229,7 @@ impl Graph {
                 }
                 (Phase::Combine, Some(of)) => of.combine = Some(m),
                 (Phase::Finish, Some(of)) => of.finish = Some(m),
-                (Phase::Whole | Phase::Combine | Phase::Finish, _) => {}
+                _ => {}
             }
         }
     }

@@ -253,7 +253,7 @@ impl List {
             let Moment { group, phase } = moments[place];
             let count = steps[&group];
             let piece = &moments[place..moments.len().min(place + count)];
-            if phase == Phase::Begin && piece.iter().all(|m| m.group == group) {
+            if matches!(phase, Phase::Begin | Phase::Interior) && piece.iter().all(|m| m.group == group) {
                 out.push(Moment { group, phase: Phase::Whole });
                 place += count;
             } else {
