@@ -161,8 +161,6 @@ fn cases() -> Result<Vec<Case>, Error> {
 struct Running {
     session: Session,
     function: FunctionId,
-    /// Runs so far, the first one too.
-    runs: u32,
     /// Seconds of each run.
     seconds: Vec<f64>,
     /// By run, device and step: seconds that were spent in it so far.
@@ -189,17 +187,18 @@ fn ready(case: &Case) -> Result<Running, Failure> {
         session.feed(f, &name, &array)?;
     }
     session.step(f, 0)?;
-    Ok(Running { session, function: f, runs: 1, seconds: vec![], spent: vec![] })
+    Ok(Running { session, function: f, seconds: vec![], spent: vec![] })
 }
 
 impl Running {
     /// Some runs more.
     fn round(&mut self) -> Result<(), Failure> {
         for _ in 0..RUNS {
+            // The first run was not measured.
+            let step = self.seconds.len() as u32 + 1;
             let begun = Instant::now();
-            self.session.step(self.function, self.runs)?;
+            self.session.step(self.function, step)?;
             self.seconds.push(begun.elapsed().as_secs_f64());
-            self.runs += 1;
             // The first run is not recorded.
             let all = self.session.times().into_iter().map(|of| {
                 let of = of.into_iter().find(|t| t.function == "train");

@@ -147,7 +147,7 @@ impl Planner<'_> {
             let work = match (moment.phase, &mut works[g]) {
                 (Phase::Whole, work) => work.take().map(|(work, _)| work),
                 (phase @ (Phase::Interior | Phase::Rim), Some((Work::Op(op), _))) => {
-                    self.shared(&self.groups()[g], device, op, phase)
+                    self.in_two(&self.groups()[g], device, op, phase)
                 }
                 (phase, work) => work.as_ref().and_then(|(work, _)| later(work, phase)),
             };

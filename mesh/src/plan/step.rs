@@ -211,7 +211,7 @@ pub enum Share {
     /// All of them.
     #[default]
     Whole,
-    /// Those of a box, and maybe less than all: they need nothing of what is on its way from other devices.
+    /// Those of a box that is less than all: they need nothing of what is on its way from other devices.
     Interior(Region),
     /// Those that a step before, with the same box, has left.
     Rim(Region),

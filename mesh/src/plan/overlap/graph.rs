@@ -209,7 +209,7 @@ impl Graph {
                 self.costs[c][m] = match (moment.phase, work) {
                     (Phase::Whole, _) => Some(own),
                     (Phase::Interior | Phase::Rim, Work::Op(op)) => {
-                        let share = p.shared(group, *d, op, moment.phase);
+                        let share = p.in_two(group, *d, op, moment.phase);
                         share.map(|work| costs(&work, bytes(&group.inputs), bytes(&group.outputs)).0)
                     }
                     _ => Some(0.0),
@@ -229,7 +229,7 @@ impl Graph {
                 }
                 (Phase::Combine, Some(of)) => of.combine = Some(m),
                 (Phase::Finish, Some(of)) => of.finish = Some(m),
-                _ => {}
+                (Phase::Whole | Phase::Combine | Phase::Finish | Phase::Interior | Phase::Rim, _) => {}
             }
         }
     }

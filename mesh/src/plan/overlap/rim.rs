@@ -76,11 +76,13 @@ impl Planner<'_> {
     }
 
     /// What of a group's work a device does at a moment of such a convolution; None if there is nothing to do.
-    pub(in crate::plan) fn shared(&self, group: &Group, device: usize, work: &OpWork, phase: Phase) -> Option<Work> {
+    pub(in crate::plan) fn in_two(&self, group: &Group, device: usize, work: &OpWork, phase: Phase) -> Option<Work> {
         let inside = self.interior(group, device)?;
         let (none, all) = (inside.is_empty(), inside == work.output.region);
         let share = match phase {
             Phase::Interior if none => return None,
+            // A rim of nothing is no step, and looks through nothing.
+            Phase::Interior if all => Share::Whole,
             Phase::Interior => Share::Interior(inside),
             _ if all => return None,
             _ if none => Share::Whole,
