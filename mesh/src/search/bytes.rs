@@ -32,7 +32,7 @@ impl Bytes {
 pub fn bytes(prices: &mut Prices, seen: &mut Seen, content: &Content, way: usize) -> [Bytes; 2] {
     let mut variables = 0.0;
     for (shape, n) in &content.variables {
-        let region = prices.site.region(shape, &prices.site.split(shape, seen.ways[way]));
+        let region = prices.site.region(shape, prices.site.split(shape, seen.ways[way]));
         variables += (region.elements() * shape.element * n) as f64;
     }
     let in_parts = prices.site.pipeline.micro > 1;
@@ -61,8 +61,9 @@ pub fn bytes(prices: &mut Prices, seen: &mut Seen, content: &Content, way: usize
             let mut copied = false;
             if let Some((kind, input)) = by {
                 let reader = seen.node(prices, *kind, way);
-                if reader.moved[*input] {
-                    let need = reader.needs[*input];
+                let taken = &reader.inputs[*input];
+                if taken.moved {
+                    let need = taken.needs;
                     match copies.iter_mut().find(|(r, ..)| *r == need) {
                         Some((_, _, to)) => {
                             *to = (*to).max((*step, *phase));

@@ -102,8 +102,9 @@ impl Seen {
                 let mut moved: Vec<usize> = vec![];
                 for (kind, input) in by {
                     let node = self.node(prices, *kind, way);
-                    if node.moved[*input] && !moved.contains(&node.needs[*input]) {
-                        moved.push(node.needs[*input]);
+                    let taken = &node.inputs[*input];
+                    if taken.moved && !moved.contains(&taken.needs) {
+                        moved.push(taken.needs);
                     }
                 }
                 if moved.is_empty() {

@@ -23,6 +23,23 @@ pub struct Source {
     pub stored: Option<Shape>,
     /// Whether it is cast where it lies.
     pub cast: bool,
+    /// What of a way to split it it depends on.
+    pub sees: Sees,
+    /// Its number: sources alike have the same.
+    pub number: usize,
+}
+
+/// The numbers of sources.
+#[derive(Default)]
+struct Sources(HashMap<(Shape, Option<Shape>, bool), usize>);
+
+impl Sources {
+    fn source(&mut self, shape: Shape, stored: Option<Shape>, cast: bool) -> Source {
+        let sees = stored.iter().fold(shape.sees(), |sees, s| sees.or(s.sees()));
+        let next = self.0.len();
+        let number = *self.0.entry((shape.clone(), stored.clone(), cast)).or_insert(next);
+        Source { shape, stored, cast, sees, number }
+    }
 }
 
 /// A kind of node: those of one kind take the same time on any layout.
@@ -187,7 +204,7 @@ impl<'a> Outline<'a> {
         all.map(|e| e.chunks).max().unwrap_or(1)
     }
 
-    fn source(&self, id: NodeId) -> Source {
+    fn source(&self, id: NodeId, known: &mut Sources) -> Source {
         let node = self.function.node(id);
         let types = self.function.input_types(node);
         let whole: Vec<Name> = match node.layout {
@@ -206,12 +223,14 @@ impl<'a> Outline<'a> {
             }
             _ => None,
         };
-        Source { shape, stored, cast: matches!(node.op, Prim::Cast(_)) }
+        known.source(shape, stored, matches!(node.op, Prim::Cast(_)))
     }
 
     fn nodes(&mut self) {
         let mut known: HashMap<Key, usize> = HashMap::new();
-        let sources: Vec<Source> = (0..self.function.nodes.len()).map(|i| self.source(NodeId(i as u32))).collect();
+        let mut numbers = Sources::default();
+        let source = |i| self.source(NodeId(i as u32), &mut numbers);
+        let sources: Vec<Source> = (0..self.function.nodes.len()).map(source).collect();
         for (i, node) in self.function.nodes.iter().enumerate() {
             let op = node.op.op();
             let mut own = sources[i].clone();
@@ -219,7 +238,7 @@ impl<'a> Outline<'a> {
             let name = match &node.op {
                 Prim::Assign(a) => {
                     let section = self.program.variables[a.var.index()].role.section();
-                    own.shape = self.dims.shape(&node.ty, section, &[]);
+                    own = numbers.source(self.dims.shape(&node.ty, section, &[]), own.stored, own.cast);
                     op.name().to_string()
                 }
                 Prim::Read(_) | Prim::Input(_) | Prim::Random(_) | Prim::Constant(_) => op.name().to_string(),
@@ -232,8 +251,6 @@ impl<'a> Outline<'a> {
             let next = self.kinds.len();
             let kind = *known.entry(key).or_insert_with_key(|key| {
                 let types = self.function.input_types(node);
-                let all = key.inputs.iter().chain([&key.own]);
-                let shapes = all.flat_map(|s| [Some(&s.shape), s.stored.as_ref()]).flatten();
                 self.kinds.push(Kind {
                     op: node.op.clone(),
                     passes,
@@ -242,7 +259,7 @@ impl<'a> Outline<'a> {
                     reduced: op.reduced(&types),
                     types: types.into_iter().cloned().collect(),
                     ty: node.ty.clone(),
-                    sees: shapes.fold(Sees::default(), |s, shape| s.or(shape.sees())),
+                    sees: key.inputs.iter().fold(key.own.sees, |sees, s| sees.or(s.sees)),
                 });
                 next
             });

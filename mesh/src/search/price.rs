@@ -2,8 +2,8 @@
 //! form, and what [`crate::plan::time`] says of it.
 
 use super::outline::{Form, Kind, Outline, Source, Work};
-use super::split::{AXES, Axes, Pipeline, Sees, Shape, Site, Split, Way};
-use crate::chunk::{ChunkBox, Tree};
+use super::split::{Axes, Pipeline, Sees, Shape, Site, Splits, Way};
+use crate::chunk::Tree;
 use crate::dim::{DType, Name};
 use crate::layout::Mesh;
 use crate::machine::Machine;
@@ -13,7 +13,8 @@ use crate::plan::exchange::SEGMENTED;
 use crate::region::Region;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::ops::Range;
 use std::rc::Rc;
 
 /// Hashes of small numbers, of which a search makes many millions.
@@ -51,38 +52,55 @@ type Quick = BuildHasherDefault<Mixed>;
 /// How a value lies.
 pub struct Held {
     /// How it is split where rules for its uses hold.
-    used: Split,
+    used: Splits,
     /// How it lies.
-    pub split: Split,
+    pub split: Splits,
     /// What of it the device has.
     pub region: Rc<Region>,
 }
 
 /// What a node needs of an input.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq)]
 struct Wanted {
     /// What of it the device needs.
     region: Region,
     /// Over which axes the dimensions of that are split, as far as the node has them too.
-    split: Split,
+    split: Splits,
+}
+
+impl Hash for Wanted {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Names hardly tell any apart.
+        self.region.0.iter().for_each(|(_, range)| range.hash(state));
+        self.split.hash(state);
+    }
 }
 
 impl Wanted {
     /// Whether devices along some axis need other parts along another dimension than they hold.
-    fn crosses(&self, held: &Split) -> bool {
-        let others = |d: usize| self.split.iter().enumerate().filter(|(e, _)| *e != d).fold(0, |all, (_, a)| all | a);
-        held.iter().enumerate().any(|(d, axes)| axes & others(d) != 0)
+    fn crosses(&self, held: Splits) -> bool {
+        let dims = 0..self.region.0.len();
+        let others = |d: usize| dims.clone().filter(|e| *e != d).fold(0, |all, e| all | self.split.of(e));
+        held.0 != 0 && self.split.0 != 0 && dims.clone().any(|d| held.of(d) & others(d) != 0)
     }
+}
+
+/// What a node takes.
+pub struct Taken {
+    /// What it needs, by number.
+    pub needs: usize,
+    /// Whether that has to be moved, if it lies as this segment's rules say.
+    pub moved: bool,
+    /// Bytes that are in memory for it.
+    reads: f64,
 }
 
 /// A node on a mesh.
 pub struct Priced {
     /// Its result.
-    pub held: Held,
-    /// What it needs of each input, by number.
-    pub needs: Vec<usize>,
-    /// Which of them have to be moved, if they lie as this segment's rules say.
-    pub moved: Vec<bool>,
+    pub held: Rc<Held>,
+    /// What it takes.
+    pub inputs: Vec<Taken>,
     /// Seconds that finishing its sum takes.
     pub sum: f64,
     /// What it iterates over, and of its result computes.
@@ -91,8 +109,6 @@ pub struct Priced {
     /// Nodes of the summation tree that the device computes, of how many chunks.
     nodes: usize,
     leaves: usize,
-    /// Of each input, bytes that are in memory for it.
-    reads: Vec<f64>,
 }
 
 /// Prices on a mesh.
@@ -102,22 +118,24 @@ pub struct Prices<'a> {
     /// Whether devices wait in every collective.
     waiting: bool,
     outline: &'a Outline<'a>,
+    /// By source.
+    held: HashMap<(usize, Way), Rc<Held>, Quick>,
     nodes: Vec<HashMap<Way, Rc<Priced>, Quick>>,
     works: Vec<HashMap<Way, f64, Quick>>,
-    /// By kind of node, how that lies (of 16 dimensions at the most), and what is needed.
-    moves: HashMap<(usize, u128, usize), f64, Quick>,
+    /// By kind of node, how that lies, and what is needed.
+    moves: HashMap<(usize, Splits, usize), f64, Quick>,
     /// What is needed, by its number.
     wanted: Vec<Rc<Wanted>>,
     numbers: HashMap<Rc<Wanted>, usize, Quick>,
     peers: RefCell<HashMap<Axes, [usize; 2], Quick>>,
-    /// By tree and chunks: how many nodes of it are inside.
-    trees: RefCell<HashMap<(Tree, ChunkBox), usize, Quick>>,
+    /// By tree and how its dimensions are split: how many nodes of it are the device's.
+    trees: RefCell<HashMap<(Tree, Splits), usize, Quick>>,
 }
 
 /// The split of a summed-over dimension, and of which axes it may be.
 struct Sum {
-    reduced: Split,
-    around: Split,
+    reduced: Splits,
+    around: Splits,
 }
 
 impl<'a> Prices<'a> {
@@ -130,6 +148,7 @@ impl<'a> Prices<'a> {
             site,
             waiting,
             outline,
+            held: HashMap::default(),
             nodes,
             works,
             moves: HashMap::default(),
@@ -167,18 +186,15 @@ impl<'a> Prices<'a> {
         self.wanted[wanted].region.elements()
     }
 
-    /// The numbers of what is needed.
-    fn numbered(&mut self, wanted: Vec<Wanted>) -> Vec<usize> {
-        let of = |wanted: Wanted| match self.numbers.get(&wanted) {
-            Some(number) => *number,
-            None => {
-                let wanted = Rc::new(wanted);
-                self.wanted.push(wanted.clone());
-                self.numbers.insert(wanted, self.wanted.len() - 1);
-                self.wanted.len() - 1
-            }
-        };
-        wanted.into_iter().map(of).collect()
+    /// The number of what is needed.
+    fn number(&mut self, wanted: Wanted) -> usize {
+        if let Some(number) = self.numbers.get(&wanted) {
+            return *number;
+        }
+        let wanted = Rc::new(wanted);
+        self.wanted.push(wanted.clone());
+        self.numbers.insert(wanted, self.wanted.len() - 1);
+        self.wanted.len() - 1
     }
 
     /// Bytes of an element of what a node of that kind gives.
@@ -200,8 +216,7 @@ impl<'a> Prices<'a> {
 
     /// Seconds until the device has `wanted` of what a node of that kind gives, which lies so.
     pub fn moved(&mut self, kind: usize, held: &Held, wanted: usize) -> f64 {
-        let lies = held.split.iter().fold(0, |all, axes| all << AXES | u128::from(*axes));
-        let key = (kind, lies, wanted);
+        let key = (kind, held.split, wanted);
         if let Some(seconds) = self.moves.get(&key) {
             return *seconds;
         }
@@ -213,12 +228,12 @@ impl<'a> Prices<'a> {
     fn move_of(&self, kind: usize, held: &Held, wanted: &Wanted) -> f64 {
         let kind = &self.outline.kinds[kind];
         let (shape, beside) = (&kind.own.shape, self.beside(kind));
-        let (crosses, wanted) = (wanted.crosses(&held.split), &wanted.region);
+        let (crosses, wanted) = (wanted.crosses(held.split), &wanted.region);
         let bytes = 2.0 * (wanted.elements() * shape.element) as f64;
         if crosses {
             // The device that stands for all may have what it needs, being as far along one axis as along another. Of others,
             // all comes from those that hold other parts.
-            let peers = self.peers(held.split.iter().fold(0, |all, axes| all | axes)).map(|n| n as f64);
+            let peers = self.peers(held.split.axes()).map(|n| n as f64);
             let received = peers.map(|n| 0.5 * bytes * n / (peers[0] + peers[1]));
             let messages = received.map(|b| usize::from(b > 0.0));
             return self.collective("all-to-all", Cost { flops: 0.0, bytes }, messages, received, beside);
@@ -226,7 +241,7 @@ impl<'a> Prices<'a> {
         if held.region.contains(wanted) {
             return 0.0;
         }
-        let received = self.site.received(shape, &held.split, wanted);
+        let received = self.site.received(shape, held.split, wanted);
         let messages = received.map(|b| usize::from(b > 0.0));
         self.collective(exchange(held, wanted), Cost { flops: 0.0, bytes }, messages, received, beside)
     }
@@ -254,13 +269,23 @@ impl<'a> Prices<'a> {
     }
 
     /// How something lies.
-    pub fn held(&self, source: &Source, way: Way) -> Held {
+    fn held(&mut self, source: &Source, way: Way) -> Rc<Held> {
+        let way = source.sees.of(way);
+        if let Some(held) = self.held.get(&(source.number, way)) {
+            return held.clone();
+        }
+        let held = Rc::new(self.lies(source, way));
+        self.held.insert((source.number, way), held.clone());
+        held
+    }
+
+    fn lies(&self, source: &Source, way: Way) -> Held {
         let used = self.site.split(&source.shape, way);
-        let mut region = Rc::new(self.site.region(&source.shape, &used));
-        let mut split = used.clone();
+        let mut region = Rc::new(self.site.region(&source.shape, used));
+        let mut split = used;
         if let Some(stored) = &source.stored {
             let lies = self.site.split(stored, way);
-            let there = Rc::new(self.site.region(stored, &lies));
+            let there = Rc::new(self.site.region(stored, lies));
             // A cast is made where its variable lies, if that is less.
             if !source.cast || region.contains(&there) {
                 (split, region) = (lies, there);
@@ -271,107 +296,113 @@ impl<'a> Prices<'a> {
 
     fn priced(&mut self, k: &Kind, way: Way) -> Priced {
         let held = self.held(&k.own, way);
-        let inputs: Vec<Held> = k.inputs.iter().map(|s| self.held(s, way)).collect();
+        let inputs: Vec<Rc<Held>> = k.inputs.iter().map(|s| self.held(s, way)).collect();
         let bytes = |i: usize, r: &Region| (r.elements() * k.inputs[i].shape.element) as f64;
-        let there = |held: Held, needs: Vec<usize>| Priced {
-            needs,
-            moved: vec![false; inputs.len()],
+        let there = |held: Rc<Held>, inputs: Vec<Taken>| Priced {
+            inputs,
             sum: 0.0,
             at: held.region.clone(),
             computed: held.region.clone(),
             nodes: 1,
             leaves: 1,
-            reads: inputs.iter().enumerate().map(|(i, h)| bytes(i, &h.region)).collect(),
             held,
         };
-        match &k.op {
+        let is_made_there = match &k.op {
             Prim::Input(_) | Prim::Read(_) => return there(held, vec![]),
-            Prim::Assign(_) => {
-                let wanted = Wanted { region: Region::clone(&held.region), split: held.split.clone() };
-                let moved = vec![inputs[0].region != held.region || wanted.crosses(&inputs[0].split)];
-                return Priced { moved, ..there(held, self.numbered(vec![wanted])) };
-            }
-            Prim::Cast(_) if held.split != held.used && inputs[0].region == held.region => {
-                let wanted = Wanted { region: Region::clone(&held.region), split: held.split.clone() };
-                return there(held, self.numbered(vec![wanted]));
-            }
-            _ => {}
+            Prim::Assign(_) => true,
+            Prim::Cast(_) => held.split != held.used && inputs[0].region == held.region,
+            _ => false,
+        };
+        if is_made_there {
+            let wanted = Wanted { region: Region::clone(&held.region), split: held.split };
+            let moved = inputs[0].region != held.region || wanted.crosses(inputs[0].split);
+            let reads = bytes(0, &inputs[0].region);
+            return there(held, vec![Taken { needs: self.number(wanted), moved, reads }]);
         }
         let sum = self.sum(k, &held, &inputs);
         let done = match k.own.stored {
             None => held.region.clone(),
-            Some(_) => Rc::new(self.site.region(&k.own.shape, &held.used)),
+            Some(_) => Rc::new(self.site.region(&k.own.shape, held.used)),
         };
         let computed =
-            if sum.around == held.used { done.clone() } else { Rc::new(self.site.region(&k.own.shape, &sum.around)) };
-        let (mut at, mut leaves, mut chunks) = (computed.clone(), 1, vec![]);
-        for (d, axes) in k.reduced.iter().zip(&sum.reduced) {
-            let count = self.outline.program.chunking.count(&d.name, d.size);
-            at = Region::clone(&at).with(&d.name, self.site.owned(d.size, count, *axes)).into();
-            chunks.push(self.site.owned_chunks(count, *axes));
-            leaves *= chunks[chunks.len() - 1].len();
-        }
-        let axes = sum.reduced.iter().fold(0, |all, a| all | a);
-        let nodes = match axes {
-            0 => 1,
-            _ => self.tree_nodes(k, chunks),
-        };
+            if sum.around == held.used { done.clone() } else { Rc::new(self.site.region(&k.own.shape, sum.around)) };
+        let leaves = self.parts(k, sum.reduced).map(|(_, chunks)| chunks.len()).product();
+        let at = if k.reduced.is_empty() { computed.clone() } else { Rc::new(self.points(k, &sum, &computed)) };
+        let axes = sum.reduced.axes();
+        let nodes = if axes == 0 { 1 } else { self.tree_nodes(k, sum.reduced) };
         let types: Vec<_> = k.types.iter().collect();
         let axes_of = |name: &Name| {
-            let own = k.own.shape.extents.iter().zip(&sum.around).find(|(e, _)| e.dim.name == *name);
-            let reduced = || k.reduced.iter().zip(&sum.reduced).find(|(d, _)| d.name == *name).map(|(_, axes)| *axes);
-            own.map(|(_, axes)| *axes).or_else(reduced).unwrap_or(0)
+            let own = k.own.shape.extents.iter().position(|e| e.dim.name == *name).map(|i| sum.around.of(i));
+            let reduced = || k.reduced.iter().position(|d| d.name == *name).map(|i| sum.reduced.of(i));
+            own.or_else(reduced).unwrap_or(0)
         };
-        let wanted = |i: usize| {
+        let mut take = |(i, held): (usize, &Rc<Held>)| {
             let region = k.op.op().needs(i, &types, &k.ty, &at);
-            let extents = k.inputs[i].shape.extents.iter().zip(&region.0);
-            let split = extents.map(|(e, (name, r))| if r.len() < e.dim.size { axes_of(name) } else { 0 }).collect();
-            Wanted { region, split }
+            let mut split = Splits::default();
+            if sum.around.0 | sum.reduced.0 != 0 {
+                for (d, (e, (name, r))) in k.inputs[i].shape.extents.iter().zip(&region.0).enumerate() {
+                    if r.len() < e.dim.size {
+                        split = split.with(d, axes_of(name));
+                    }
+                }
+            }
+            let wanted = Wanted { region, split };
+            let moved = !held.region.contains(&wanted.region) || wanted.crosses(held.split);
+            let reads = bytes(i, if moved { &wanted.region } else { &held.region });
+            Taken { needs: self.number(wanted), moved, reads }
         };
-        let needs: Vec<Wanted> = (0..inputs.len()).map(wanted).collect();
-        let moves = |(h, n): (&Held, &Wanted)| !h.region.contains(&n.region) || n.crosses(&h.split);
-        let moved: Vec<bool> = inputs.iter().zip(&needs).map(moves).collect();
-        let reads = |i: usize| bytes(i, if moved[i] { &needs[i].region } else { &inputs[i].region });
-        let reads = (0..inputs.len()).map(reads).collect();
+        let inputs = inputs.iter().enumerate().map(&mut take).collect();
         let sum = match axes {
             0 => 0.0,
             _ => self.finish(axes, nodes, &computed, &done, k),
         };
-        let needs = self.numbered(needs);
-        Priced { held, needs, moved, sum, at, computed, nodes, leaves, reads }
+        Priced { held, inputs, sum, at, computed, nodes, leaves }
     }
 
-    /// How many nodes of its summation tree are inside of those chunks.
-    fn tree_nodes(&self, k: &Kind, chunks: ChunkBox) -> usize {
-        let key = (self.outline.program.chunking.tree(&k.reduced), chunks);
-        *self.trees.borrow_mut().entry(key).or_insert_with_key(|(tree, chunks)| tree.nodes(chunks).len())
+    /// What the device sums over, dimension by dimension: its elements and its chunks.
+    fn parts(&self, k: &Kind, reduced: Splits) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        k.reduced.iter().enumerate().map(move |(i, d)| {
+            let (count, axes) = (self.outline.program.chunking.count(&d.name, d.size), reduced.of(i));
+            (self.site.owned(d.size, count, axes), self.site.owned_chunks(count, axes))
+        })
+    }
+
+    /// What a node that computes that of its result iterates over.
+    fn points(&self, k: &Kind, sum: &Sum, computed: &Region) -> Region {
+        let parts = k.reduced.iter().zip(self.parts(k, sum.reduced));
+        parts.fold(computed.clone(), |at, (d, (elements, _))| at.with(&d.name, elements))
+    }
+
+    /// How many nodes of its summation tree the device has, where that is split so.
+    fn tree_nodes(&self, k: &Kind, reduced: Splits) -> usize {
+        let key = (self.outline.program.chunking.tree(&k.reduced), reduced);
+        let chunks = || self.parts(k, reduced).map(|(_, chunks)| chunks).collect::<Vec<_>>();
+        *self.trees.borrow_mut().entry(key).or_insert_with_key(|(tree, _)| tree.nodes(&chunks()).len())
     }
 
     /// How a node's sum is split: as its inputs are, or with inputs gathered if that moves fewer bytes.
-    fn sum(&self, k: &Kind, held: &Held, inputs: &[Held]) -> Sum {
-        let used = held.used.iter().fold(0, |all, a| all | a);
-        let gathered = Sum { reduced: self.free(k, used, inputs), around: held.used.clone() };
+    fn sum(&self, k: &Kind, held: &Held, inputs: &[Rc<Held>]) -> Sum {
+        let gathered = Sum { reduced: self.free(k, held.used.axes(), inputs), around: held.used };
         let reduced = self.free(k, 0, inputs);
         if reduced == gathered.reduced {
             return gathered;
         }
-        let summed: Axes = reduced.iter().fold(0, |all, a| all | a);
+        let summed = reduced.axes();
         // Of a dimension's axes those in front of one that splits the sum stay.
-        let around = held.used.iter().map(|set| {
-            let front = self.site.axes(*set).take_while(|a| summed >> a & 1 == 0);
-            front.fold(0, |all, a| all | 1 << a)
-        });
-        let scattered = Sum { reduced, around: around.collect() };
+        let front = |set: Axes| self.site.axes(set).take_while(|a| summed >> a & 1 == 0).fold(0, |all, a| all | 1 << a);
+        let dims = 0..k.own.shape.extents.len();
+        let around = dims.fold(Splits::default(), |around, d| around.with(d, front(held.used.of(d))));
+        let scattered = Sum { reduced, around };
         let traffic = |sum: &Sum| self.traffic(k, sum, held, inputs);
         if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
     }
 
     /// The axes of each reduced dimension, as far as they are not used.
-    fn free(&self, k: &Kind, mut used: Axes, inputs: &[Held]) -> Split {
+    fn free(&self, k: &Kind, mut used: Axes, inputs: &[Rc<Held>]) -> Splits {
         let mut of = |d: &crate::dim::Dim| {
             let all = k.inputs.iter().zip(inputs).filter_map(|(source, held)| {
-                let split = if k.passes { &held.used } else { &held.split };
-                Some(split[source.shape.extents.iter().position(|e| e.dim == *d)?] & !used)
+                let split = if k.passes { held.used } else { held.split };
+                Some(split.of(source.shape.extents.iter().position(|e| e.dim == *d)?) & !used)
             });
             let axes = all.into_iter().find(|a| *a != 0).unwrap_or(0);
             let enough = self.outline.program.chunking.count(&d.name, d.size) >= self.site.shards(axes);
@@ -379,27 +410,22 @@ impl<'a> Prices<'a> {
             used |= axes;
             axes
         };
-        k.reduced.iter().map(&mut of).collect()
+        k.reduced.iter().enumerate().fold(Splits::default(), |free, (i, d)| free.with(i, of(d)))
     }
 
     /// Bytes that the device receives of inputs and of parts of the sum.
-    fn traffic(&self, k: &Kind, sum: &Sum, held: &Held, inputs: &[Held]) -> usize {
-        let computed = self.site.region(&k.own.shape, &sum.around);
-        let done = self.site.region(&k.own.shape, &held.used);
-        let (mut at, mut chunks) = (computed.clone(), vec![]);
-        for (d, axes) in k.reduced.iter().zip(&sum.reduced) {
-            let count = self.outline.program.chunking.count(&d.name, d.size);
-            at = at.with(&d.name, self.site.owned(d.size, count, *axes));
-            chunks.push(self.site.owned_chunks(count, *axes));
-        }
+    fn traffic(&self, k: &Kind, sum: &Sum, held: &Held, inputs: &[Rc<Held>]) -> usize {
+        let computed = self.site.region(&k.own.shape, sum.around);
+        let done = self.site.region(&k.own.shape, held.used);
+        let at = self.points(k, sum, &computed);
         let types: Vec<_> = k.types.iter().collect();
         let mut bytes = 0;
         for (i, h) in inputs.iter().enumerate() {
             let needed = k.op.op().needs(i, &types, &k.ty, &at);
             bytes += (needed.elements() - needed.intersect(&h.region).elements()) * k.inputs[i].shape.element;
         }
-        let group = self.site.shards(sum.reduced.iter().fold(0, |all, a| all | a));
-        let others = if group > 1 { self.tree_nodes(k, chunks) * (group - 1) } else { 0 };
+        let group = self.site.shards(sum.reduced.axes());
+        let others = if group > 1 { self.tree_nodes(k, sum.reduced) * (group - 1) } else { 0 };
         let elements = match computed == done {
             true => (others + group - 1) * done.elements() / group,
             false => others * done.elements(),
@@ -501,8 +527,8 @@ impl<'a> Prices<'a> {
             return self.seconds("copy", "default", cost, DType::F32);
         }
         let read: f64 = match &k.op {
-            Prim::Gather(_) => own(k, p) + p.reads[1..].iter().sum::<f64>(),
-            _ => p.reads.iter().sum(),
+            Prim::Gather(_) => own(k, p) + p.inputs[1..].iter().map(|i| i.reads).sum::<f64>(),
+            _ => p.inputs.iter().map(|i| i.reads).sum(),
         };
         let mut flops = own_flops(k, p) + flops;
         if !k.op.is_product() {
@@ -569,7 +595,7 @@ fn half_factors(k: &Kind) -> Option<DType> {
 fn local(at: &Region, shape: &Shape, site: &Site, way: Way) -> usize {
     let mut own = None;
     let mut extent = |i: usize| {
-        let own = own.get_or_insert_with(|| site.region(shape, &site.split(shape, way)));
+        let own = own.get_or_insert_with(|| site.region(shape, site.split(shape, way)));
         own.0[i].1.len()
     };
     let names = shape.extents.iter().enumerate();
@@ -581,8 +607,9 @@ fn exchange(held: &Held, wanted: &Region) -> &'static str {
     if !wanted.contains(&held.region) {
         return "all-to-all";
     }
-    let mut dims = held.region.0.iter().zip(&wanted.0).zip(&held.split);
+    let mut dims = held.region.0.iter().zip(&wanted.0).enumerate();
     // A gather ends with all of a dimension.
-    let whole = dims.any(|(((_, h), (_, w)), axes)| *axes != 0 && h != w && w.start == 0 && w.len() >= 2 * h.len());
+    let is_whole = |h: &Range<usize>, w: &Range<usize>| h != w && w.start == 0 && w.len() >= 2 * h.len();
+    let whole = dims.any(|(i, ((_, h), (_, w)))| held.split.of(i) != 0 && is_whole(h, w));
     if whole { "all-gather" } else { "halo" }
 }

@@ -9,7 +9,7 @@ use crate::program::Chunking;
 use crate::region::Region;
 use std::ops::Range;
 
-/// Dimensions that may be split, at the most.
+/// Dimensions that may be split, at the most; of a tensor as well, the first ones.
 pub const DIMS: usize = 16;
 /// Axes of a mesh, at the most.
 pub const AXES: usize = 8;
@@ -17,14 +17,18 @@ pub const AXES: usize = 8;
 /// Some axes of a mesh, a bit each.
 pub type Axes = u8;
 
-/// Which axes split which of the dimensions that may be split: eight bits each.
+/// Which axes split which dimensions, eight bits each: of those that may be split, or of a tensor's own, in its order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Splits(pub u128);
 
 impl Splits {
     /// The axes of a dimension.
     pub fn of(self, dim: usize) -> Axes {
-        (self.0 >> (AXES * dim)) as Axes
+        if dim < DIMS { (self.0 >> (AXES * dim)) as Axes } else { 0 }
+    }
+    /// The axes of all dimensions.
+    pub fn axes(self) -> Axes {
+        self.0.to_le_bytes().iter().fold(0, |all, axes| all | axes)
     }
     /// With axes of a dimension in addition.
     pub fn with(self, dim: usize, axes: Axes) -> Splits {
@@ -122,9 +126,6 @@ pub struct Shape {
     /// Whose rules are for it.
     pub section: Section,
 }
-
-/// By dimension of a tensor: the axes that split it.
-pub type Split = Vec<Axes>;
 
 /// The dimensions of a program that may be split.
 pub struct Dims<'a> {
@@ -224,23 +225,24 @@ impl<'a> Site<'a> {
     }
 
     /// How a tensor is split.
-    pub fn split(&self, shape: &Shape, way: Way) -> Split {
-        let mut used: Axes = 0;
-        let fits = |e: &Extent, axes: Axes, used: Axes| !e.whole && axes & used == 0 && self.shards(axes) <= e.chunks;
-        let mut split: Split = vec![0; shape.extents.len()];
-        for (s, e) in split.iter_mut().zip(&shape.extents) {
+    pub fn split(&self, shape: &Shape, way: Way) -> Splits {
+        let mut split = Splits::default();
+        let fits = |e: &Extent, axes: Axes, split: Splits| {
+            !e.whole && axes & split.axes() == 0 && self.shards(axes) <= e.chunks
+        };
+        for (i, e) in shape.extents.iter().take(DIMS).enumerate() {
             let axes = e.at.map_or(0, |at| way.splits.of(at));
-            if axes != 0 && fits(e, axes, used) {
-                *s = axes;
-                used |= axes;
+            if axes != 0 && fits(e, axes, split) {
+                split = split.with(i, axes);
             }
         }
         let star = way.zero.of(shape.section);
         if star != 0 {
-            let free = (0..split.len()).filter(|i| split[*i] == 0 && fits(&shape.extents[*i], star, used));
-            let key = |i: &usize| (shape.extents[*i].dim.size, std::cmp::Reverse(&shape.extents[*i].dim.name));
-            if let Some(i) = free.max_by(|a, b| key(a).cmp(&key(b))) {
-                split[i] = star;
+            let extents = shape.extents.iter().take(DIMS).enumerate();
+            let free = extents.filter(|(i, e)| split.of(*i) == 0 && fits(e, star, split));
+            let largest = free.max_by_key(|(_, e)| (e.dim.size, std::cmp::Reverse(&e.dim.name)));
+            if let Some((i, _)) = largest {
+                split = split.with(i, star);
             }
         }
         split
@@ -258,9 +260,9 @@ impl<'a> Site<'a> {
     }
 
     /// What the device owns of a tensor.
-    pub fn region(&self, shape: &Shape, split: &Split) -> Region {
-        let own = |(e, axes): (&Extent, &Axes)| (e.dim.name.clone(), self.owned(e.dim.size, e.chunks, *axes));
-        Region(shape.extents.iter().zip(split).map(own).collect())
+    pub fn region(&self, shape: &Shape, split: Splits) -> Region {
+        let own = |(i, e): (usize, &Extent)| (e.dim.name.clone(), self.owned(e.dim.size, e.chunks, split.of(i)));
+        Region(shape.extents.iter().enumerate().map(own).collect())
     }
 
     /// How many others differ from the device along those axes only: on its host, and on others.
@@ -293,15 +295,15 @@ impl<'a> Site<'a> {
     }
 
     /// By link, the bytes that the device receives for it to hold `wanted` of a tensor that is split so.
-    pub fn received(&self, shape: &Shape, split: &Split, wanted: &Region) -> [f64; 2] {
+    pub fn received(&self, shape: &Shape, split: Splits, wanted: &Region) -> [f64; 2] {
         // By dimension: whose shards overlap what is wanted, and in how much.
         let overlaps: Vec<Vec<(usize, usize)>> = shape
             .extents
             .iter()
-            .zip(split)
+            .enumerate()
             .zip(&wanted.0)
-            .map(|((e, axes), (_, w))| {
-                let shards = self.shards(*axes);
+            .map(|((i, e), (_, w))| {
+                let shards = self.shards(split.of(i));
                 let of = |s: usize| {
                     let chunks = shard_chunks(e.chunks, shards, s);
                     let own = chunks.start * e.dim.size / e.chunks..chunks.end * e.dim.size / e.chunks;
@@ -318,10 +320,10 @@ impl<'a> Site<'a> {
         loop {
             let mut at = self.at.clone();
             let mut elements = 1;
-            for ((o, t), axes) in overlaps.iter().zip(&turn).zip(split) {
+            for (i, (o, t)) in overlaps.iter().zip(&turn).enumerate() {
                 let (mut shard, n) = o[*t];
                 elements *= n;
-                for a in self.axes(*axes).collect::<Vec<_>>().into_iter().rev() {
+                for a in self.axes(split.of(i)).collect::<Vec<_>>().into_iter().rev() {
                     let size = self.mesh.axes()[a].1;
                     at[a] = shard % size;
                     shard /= size;

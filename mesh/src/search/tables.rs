@@ -207,8 +207,8 @@ fn ways(site: &Site, content: &Content, choices: &Choices) -> Vec<Way> {
 /// the largest variable has chunks for, the innermost of equals.
 fn zero(site: &Site, content: &Content, splits: Splits) -> Axes {
     let taken =
-        content.variables.iter().flat_map(|(shape, _)| site.split(shape, Way { splits, zero: Zero::default() }));
-    let taken = taken.fold(0, |all, a| all | a);
+        content.variables.iter().map(|(shape, _)| site.split(shape, Way { splits, zero: Zero::default() }));
+    let taken = taken.fold(0, |all, split| all | split.axes());
     let elements = |shape: &super::split::Shape| shape.extents.iter().map(|e| e.dim.size).product::<usize>();
     let Some((largest, _)) = content.variables.iter().max_by_key(|(shape, _)| elements(shape)) else {
         return 0;
@@ -232,7 +232,7 @@ pub fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> 
             let way = &to[*i];
             let mut all: Vec<usize> = vec![];
             for (consumer, input) in by {
-                let need = prices.node(*consumer, *way).needs[*input];
+                let need = prices.node(*consumer, *way).inputs[*input].needs;
                 if !all.contains(&need) {
                     all.push(need);
                 }
