@@ -11,7 +11,6 @@ use mesh::layout::{Layout, Mesh};
 use mesh::plan::describe::seconds;
 use mesh::program::Program;
 use mesh::search::{Devices, Found, PLANNED, Search, Takes};
-use std::time::Duration;
 
 /// What a mesh or a layout is called that is to be searched for.
 pub const AUTO: &str = "auto";
@@ -72,32 +71,28 @@ impl<C: Settings> Task<C> {
         };
         let rules: Layout = layout_of(&usual, C::SPLITS).parse()?;
         let (config, threads, build, fixed) = (&self.config, single.threads(), &build, fixed.as_slice());
-        let within = |chunks: usize| {
-            move |blocks: &[Name]| {
-                let blocks = if may_recompute { blocks } else { fixed };
-                build(config, blocks).map(|program| program.in_chunks(chunks))
-            }
-        };
+        let build = &|blocks: &[Name]| build(config, if may_recompute { blocks } else { fixed });
         // More devices than a dimension has chunks may want more of them.
         let more = count.next_power_of_two().min(MOST_CHUNKS);
-        let builds = [c.chunks, more].map(within);
-        let [few, many] = builds.each_ref().map(|build| {
-            let devices = devices.clone();
-            Search { machine, devices, memory, may_recompute, function, threads, waiting: false, build, plan: &planned }
-        });
-        let mut all = vec![(c.chunks, &few, few.find())];
-        if more > c.chunks && !self.chunks_given {
-            all.push((more, &many, many.find()));
-        }
-        let took = |of: fn(&Found) -> Duration| all.iter().flat_map(|(_, _, found)| found).map(of).sum::<Duration>();
-        let took = [took(|f| f.searching), took(|f| f.planning)].map(|d| seconds(d.as_secs_f64()));
-        let time = |found: &Result<Found, Error>| found.as_ref().map_or(f64::INFINITY, seconds_of);
-        all.sort_by(|(_, _, a), (_, _, b)| time(a).total_cmp(&time(b)));
-        let (chunks, search, found) = all.swap_remove(0);
-        let found = found?;
+        let more = (more > c.chunks && !self.chunks_given).then_some(more);
+        let search = Search {
+            machine,
+            devices,
+            memory,
+            chunks: [c.chunks].into_iter().chain(more).collect(),
+            may_recompute,
+            function,
+            threads,
+            waiting: false,
+            build,
+            plan: &planned,
+        };
+        let found = search.find()?;
+        let chunks = found.chunks;
         let mut text = text(&found, (chunks != c.chunks).then_some(chunks), &machine.name);
+        let took = [found.searching, found.planning].map(|d| seconds(d.as_secs_f64()));
         text += &format!("         searched in {}, planned in {}\n", took[0], took[1]);
-        let beside = if count > PLANNED { None } else { search.takes(fixed, &usual, &rules).ok() };
+        let beside = if count > PLANNED { None } else { search.takes(chunks, fixed, &usual, &rules).ok() };
         if let Some(Takes { seconds: s, bytes: b }) = beside {
             text += &format!("         the usual layout, {rules} on {usual}, takes {} and {}\n", seconds(s), bytes(b));
         }
@@ -110,11 +105,6 @@ impl<C: Settings> Task<C> {
         }
         Ok(text)
     }
-}
-
-/// Seconds of a step, by its plan if there is one.
-fn seconds_of(found: &Found) -> f64 {
-    found.planned.unwrap_or(found.priced).seconds
 }
 
 fn text(found: &Found, chunks: Option<usize>, machine: &str) -> String {

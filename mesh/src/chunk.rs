@@ -75,37 +75,55 @@ impl Tree {
 
     /// The two halves of a node, or None for a leaf.
     pub fn halves(&self, node: &Node) -> Option<(Node, Node)> {
+        let (at, [left, right], turn) = self.cut(node)?;
+        let half = |range| {
+            let mut half = Node { turn, ..node.clone() };
+            half.chunks[at] = range;
+            half
+        };
+        Some((half(left), half(right)))
+    }
+
+    /// Where a node is halved: along which dimension, into which ranges of it, and whose turn is next.
+    fn cut(&self, node: &Node) -> Option<(usize, [Range<usize>; 2], usize)> {
         let n = self.dims.len();
         let turns = (0..n).map(|i| (node.turn + i) % n);
         let at = self.first.into_iter().chain(turns).find(|&d| node.chunks[d].len() > 1)?;
         let r = &node.chunks[at];
-        let left = (r.len().next_power_of_two() / 2).max(1);
-        let (mut a, mut b) = (node.clone(), node.clone());
-        a.chunks[at] = r.start..r.start + left;
-        b.chunks[at] = r.start + left..r.end;
-        (a.turn, b.turn) = ((at + 1) % n, (at + 1) % n);
-        Some((a, b))
+        let middle = r.start + (r.len().next_power_of_two() / 2).max(1);
+        Some((at, [r.start..middle, middle..r.end], (at + 1) % n))
     }
 
     /// The largest complete subtrees inside `owned`, in the tree's order. Empty if `owned` is empty.
     pub fn nodes(&self, owned: &[Range<usize>]) -> Vec<Node> {
         let mut found = Vec::new();
-        self.collect(self.root(), owned, &mut found);
+        self.inside(&mut self.root(), owned, &mut |node| found.push(node.clone()));
         found
     }
 
-    fn collect(&self, node: Node, owned: &[Range<usize>], found: &mut Vec<Node>) {
+    /// How many those are.
+    pub fn count(&self, owned: &[Range<usize>]) -> usize {
+        let mut found = 0;
+        self.inside(&mut self.root(), owned, &mut |_| found += 1);
+        found
+    }
+
+    fn inside(&self, node: &mut Node, owned: &[Range<usize>], found: &mut impl FnMut(&Node)) {
         let overlaps = node.chunks.iter().zip(owned).all(|(c, o)| c.start < o.end && o.start < c.end);
         if !overlaps {
             return;
         }
         if node.chunks.iter().zip(owned).all(|(c, o)| o.start <= c.start && c.end <= o.end) {
-            found.push(node);
-            return;
+            return found(node);
         }
-        if let Some((a, b)) = self.halves(&node) {
-            self.collect(a, owned, found);
-            self.collect(b, owned, found);
+        if let Some((at, halves, next)) = self.cut(node) {
+            let (whole, turn) = (node.chunks[at].clone(), node.turn);
+            node.turn = next;
+            for half in halves {
+                node.chunks[at] = half;
+                self.inside(node, owned, found);
+            }
+            (node.chunks[at], node.turn) = (whole, turn);
         }
     }
 

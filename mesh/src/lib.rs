@@ -16,6 +16,7 @@ pub mod dim;
 pub mod error;
 pub mod gathers;
 pub mod graph;
+mod hash;
 pub mod layout;
 pub mod lint;
 pub mod machine;

@@ -54,6 +54,7 @@ fn search<'a>(
         machine,
         devices,
         memory,
+        chunks: vec![],
         may_recompute: true,
         function: "train",
         threads: 1,
@@ -123,8 +124,9 @@ fn the_deep_levels_of_a_unet_are_split_otherwise_than_the_shallow_ones() {
         assert_remembered(&found);
         // It is faster than space everywhere.
         let search = to_run(search);
-        let everywhere = search.takes(&[], &space.parse().unwrap(), &"x:x,y:y,z:z".parse().unwrap()).unwrap();
-        let found = search.takes(&found.recompute, &found.mesh, &found.layout).unwrap();
+        let everywhere =
+            search.takes(found.chunks, &[], &space.parse().unwrap(), &"x:x,y:y,z:z".parse().unwrap()).unwrap();
+        let found = search.takes(found.chunks, &found.recompute, &found.mesh, &found.layout).unwrap();
         assert!(found.seconds < everywhere.seconds, "{found:?}, {everywhere:?}");
     }
 }
@@ -150,18 +152,20 @@ fn few_layers(layers: usize) -> Bert {
 #[test]
 fn layers_share_examples_out_to_as_many_devices_as_they_have_chunks() {
     let machine = h100();
-    let program = |chunks: usize, r: &[Name]| bert(few_layers(2), r).in_chunks(chunks);
-    let of = |chunks: usize| {
-        let build = |r: &[Name]| Ok(program(chunks, r));
-        to_run(search(&machine, Devices::Count(64), machine.memory, &build)).find().unwrap()
+    let build = |r: &[Name]| Ok(bert(few_layers(2), r));
+    let search = |chunks: &[usize]| {
+        let search = to_run(search(&machine, Devices::Count(64), machine.memory, &build));
+        Search { chunks: chunks.to_vec(), ..search }
     };
-    let (few, many) = (of(8), of(64));
+    // Where both are tried, it is the one that is faster.
+    let (few, many) = (search(&[8]).find().unwrap(), search(&[8, 64]).find().unwrap());
+    assert_eq!((few.chunks, many.chunks), (8, 64));
     assert!(many.planned.unwrap().seconds < few.planned.unwrap().seconds, "{many:?} {few:?}");
     assert_remembered(&many);
-    let wide = extents(&many, &program(64, &[]), "encoder/layer.0", ["batch", "seq", "d_ff"]);
+    let program = build(&[]).unwrap().in_chunks(64);
+    let wide = extents(&many, &program, "encoder/layer.0", ["batch", "seq", "d_ff"]);
     assert_eq!(wide, [LARGE.batch / 64, LARGE.seq, 4 * LARGE.width]);
     // Each device has its part of what the optimizer keeps of a layer, as far as dimensions have so many chunks.
-    let program = program(64, &[]);
     let placement = Placement::new(&many.mesh, &many.layout, &program);
     let slots = program.variables.iter().filter(|v| v.name.contains("/layer.") && v.name.ends_with("kernel/adam.m"));
     for v in slots.filter(|v| v.ty.has("d_ff")) {
@@ -169,11 +173,10 @@ fn layers_share_examples_out_to_as_many_devices_as_they_have_chunks() {
         assert!(regions.iter().all(|r| 64 * r.elements() == v.ty.elements()), "{} by {}", v.name, many.layout);
     }
     // That is faster than all of it, and than what splits all layers in the same way.
-    let build = |_: &[Name]| Ok(program.clone());
-    let search = to_run(search(&machine, Devices::Count(64), machine.memory, &build));
+    let search = search(&[]);
     for zero in ["", ",slots{*:data},gradients{*:data},variables{*:data}"] {
         let layout = format!("batch:data{zero}").parse().unwrap();
-        let usual = search.takes(&[], &"data=64".parse().unwrap(), &layout).unwrap();
+        let usual = search.takes(64, &[], &"data=64".parse().unwrap(), &layout).unwrap();
         assert!(many.planned.unwrap().seconds <= usual.seconds, "{many:?}, {usual:?} by {layout}");
     }
 }
@@ -305,7 +308,7 @@ fn no_layout_is_faster_than_what_is_found_by_more_than_2_percent() {
                     only("b", rules(b), &["batch", "hidden", "out"]),
                 ];
                 let text = format!("{}{of_a}{of_b}{}", rules(b), sections[..stage].concat());
-                best = search.takes(&[], &mesh, &text.parse().unwrap()).unwrap().seconds.min(best);
+                best = search.takes(found.chunks, &[], &mesh, &text.parse().unwrap()).unwrap().seconds.min(best);
             }
         }
         let planned = found.planned.unwrap().seconds;

@@ -136,6 +136,12 @@ fn run(work: &Work, isa: Isa, pool: &Pool, inputs: &mut [Guarded], results: &[us
     let kernels: Vec<Kernel> = in_steps(work).iter().map(|work| Kernel::with_isa(work, isa)).collect();
     let mut outputs: Vec<Guarded> = results.iter().map(|bytes| Guarded::new(*bytes)).collect();
     let mut scratch = Guarded::new(kernels[0].scratch_bytes(pool.threads()));
+    if isa == Isa::detect() {
+        // The planner asks without preparing them.
+        let backend = CpuBackend { threads: pool.threads() };
+        let planned = in_steps(work).iter().map(|work| backend.scratch_bytes(work)).collect::<Vec<_>>();
+        assert_eq!(planned, kernels.iter().map(|k| k.scratch_bytes(pool.threads())).collect::<Vec<_>>());
+    }
     let from: Vec<*const u8> = inputs.iter_mut().map(|b| b.at().cast_const()).collect();
     let to: Vec<*mut u8> = outputs.iter_mut().map(Guarded::at).collect();
     let output_bytes = results.first().copied().unwrap_or(0);

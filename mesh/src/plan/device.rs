@@ -290,7 +290,7 @@ fn later(work: &Work, phase: Phase) -> Option<Work> {
 }
 
 /// `make` of each item, in their order, on as many threads as there are cores.
-fn on_threads<T: Send, U: Send>(items: Vec<T>, make: impl Fn(T) -> U + Sync) -> Vec<U> {
+pub(crate) fn on_threads<T: Send, U: Send>(items: Vec<T>, make: impl Fn(T) -> U + Sync) -> Vec<U> {
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(items.len()).max(1);
     let each = items.len().div_ceil(threads).max(1);
     let mut items = items.into_iter();

@@ -13,7 +13,7 @@ mod body;
 mod copies;
 pub mod cost;
 pub mod describe;
-mod device;
+pub(crate) mod device;
 pub mod diff;
 pub(crate) mod exchange;
 mod function;

@@ -4,6 +4,7 @@
 use super::price::{Priced, Prices};
 use super::segments::{Content, Uses};
 use super::split::{Sees, Way};
+use crate::hash::Quick;
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -18,7 +19,7 @@ pub struct Looks {
 impl Looks {
     /// Ways as `sees` does.
     pub fn new(sees: Sees, ways: &[Way]) -> Looks {
-        let (mut known, mut unlike): (HashMap<Way, usize>, Vec<usize>) = Default::default();
+        let (mut known, mut unlike): (HashMap<Way, usize, Quick>, Vec<usize>) = Default::default();
         let mut look = |(i, way): (usize, &Way)| {
             *known.entry(sees.of(*way)).or_insert_with(|| {
                 unlike.push(i);
@@ -53,7 +54,7 @@ fn items<'a>(
 }
 
 /// Seconds that are known: by what sees of ways, and from which stage of ZeRO on, those of all unlike ways.
-pub type Known = HashMap<(Sees, u8), Vec<Option<f64>>>;
+pub type Known = HashMap<(Sees, u8), Vec<Option<f64>>, Quick>;
 
 /// A kind of node in ways to split a segment.
 struct Nodes {
@@ -65,7 +66,7 @@ struct Nodes {
 pub struct Seen {
     /// The ways.
     pub ways: Vec<Way>,
-    looks: HashMap<Sees, Rc<Looks>>,
+    looks: HashMap<Sees, Rc<Looks>, Quick>,
     /// By kind of node.
     nodes: Vec<Option<Nodes>>,
 }
@@ -73,7 +74,7 @@ pub struct Seen {
 impl Seen {
     /// Nothing is worked out yet.
     pub fn new(ways: Vec<Way>) -> Seen {
-        Seen { ways, looks: HashMap::new(), nodes: vec![] }
+        Seen { ways, looks: HashMap::default(), nodes: vec![] }
     }
 
     fn looks(&mut self, sees: Sees) -> Rc<Looks> {
@@ -120,7 +121,7 @@ impl Seen {
     /// `most`, which ends the adding up.
     pub fn all(&mut self, prices: &mut Prices, content: &Content, stage: u8, known: &mut Known, most: f64) -> Vec<f64> {
         let mut seeing: Vec<(Sees, Vec<Counted>)> = vec![];
-        let mut at: HashMap<Sees, usize> = HashMap::new();
+        let mut at: HashMap<Sees, usize, Quick> = HashMap::default();
         for (item, n) in items((&content.nodes, &content.steps, &content.uses)) {
             let sees = match item {
                 Item::Sum(kind) => prices.node_sees(kind),

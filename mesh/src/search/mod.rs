@@ -27,11 +27,12 @@ use crate::error::{Cause, Error};
 use crate::layout::{Layout, Mesh};
 use crate::machine::Machine;
 use crate::pipeline;
+use crate::plan::device::on_threads;
 use crate::plan::{ProgramPlan, time};
 use crate::program::Program;
 use answers::Form;
 use outline::Outline;
-use running::Running;
+use running::{Cut, Running};
 use segments::Segments;
 use split::Pipeline;
 use std::time::{Duration, Instant};
@@ -58,6 +59,8 @@ pub struct Search<'a> {
     pub devices: Devices,
     /// Bytes that each device may use.
     pub memory: usize,
+    /// How many chunks a dimension has at the most: all of these are tried; none of them, what the program says.
+    pub chunks: Vec<usize>,
     /// Whether blocks may be made again.
     pub may_recompute: bool,
     /// The function whose time counts.
@@ -88,6 +91,8 @@ pub struct Found {
     pub mesh: Mesh,
     /// The layout.
     pub layout: Layout,
+    /// How many chunks a dimension has at the most.
+    pub chunks: usize,
     /// The blocks that the backward pass makes again.
     pub recompute: Vec<Name>,
     /// By the prices of the search.
@@ -116,16 +121,21 @@ impl Search<'_> {
     pub fn find(&self) -> Result<Found, Error> {
         let begun = Instant::now();
         let program = (self.build)(&[])?;
-        let outline = Outline::new(&program, program.function(self.function)?, self.threads)?;
-        let segments = Segments::new(&outline);
-        let forms = self.forms(&outline, &segments)?;
+        let programs: Vec<Program> = match &self.chunks[..] {
+            [] => vec![program],
+            chunks => chunks.iter().map(|n| program.clone().in_chunks(*n)).collect(),
+        };
+        let Search { function, threads, machine, .. } = *self;
+        let cuts = on_threads(programs.iter().collect(), |program| Cut::new(program, function, threads, machine));
+        let cuts: Vec<Cut> = cuts.into_iter().collect::<Result<_, Error>>()?;
+        let mut forms = vec![];
+        for (i, cut) in cuts.iter().enumerate() {
+            forms.extend(self.forms(&cut.outline, &cut.segments)?.into_iter().map(|form| (i, form)));
+        }
         let mut search = Running {
             search: self,
-            program: &program,
-            outline: &outline,
-            segments: &segments,
+            cuts: &cuts,
             forms,
-            alone: price::alone(&outline, self.machine),
             answers: vec![],
             layouts: 0.0,
             plans: 0,
@@ -161,12 +171,12 @@ impl Search<'_> {
         }
     }
 
-    /// What a layout takes by its plan.
+    /// What a layout takes by its plan, where dimensions have so many chunks.
     ///
     /// # Errors
     /// A layout that cannot be.
-    pub fn takes(&self, recompute: &[Name], mesh: &Mesh, layout: &Layout) -> Result<Takes, Error> {
-        self.planned(&(self.build)(recompute)?, mesh, layout)
+    pub fn takes(&self, chunks: usize, recompute: &[Name], mesh: &Mesh, layout: &Layout) -> Result<Takes, Error> {
+        self.planned(&(self.build)(recompute)?.in_chunks(chunks), mesh, layout)
     }
 
     /// What a program takes by its plan.

@@ -5,6 +5,7 @@ use super::split::{DIMS, Dims, Sees, Shape};
 use crate::dim::{Dim, Name, Type};
 use crate::error::{Cause, Error};
 use crate::graph::{Node, NodeId, Role};
+use crate::hash::Quick;
 use crate::layout::{Layout, Mesh};
 use crate::ops::Prim;
 use crate::pipeline;
@@ -31,7 +32,7 @@ pub struct Source {
 
 /// The numbers of sources.
 #[derive(Default)]
-struct Sources(HashMap<(Shape, Option<Shape>, bool), usize>);
+struct Sources(HashMap<(Shape, Option<Shape>, bool), usize, Quick>);
 
 impl Sources {
     fn source(&mut self, shape: Shape, stored: Option<Shape>, cast: bool) -> Source {
@@ -227,7 +228,7 @@ impl<'a> Outline<'a> {
     }
 
     fn nodes(&mut self) {
-        let mut known: HashMap<Key, usize> = HashMap::new();
+        let mut known: HashMap<Key, usize, Quick> = HashMap::default();
         let mut numbers = Sources::default();
         let source = |i| self.source(NodeId(i as u32), &mut numbers);
         let sources: Vec<Source> = (0..self.function.nodes.len()).map(source).collect();
@@ -273,7 +274,7 @@ impl<'a> Outline<'a> {
         let spmd = lower(self.function, &Placement::new(&mesh, &layout, self.program))?;
         let fused = Fused::new(&spmd, threads);
         let node_of = |v: ValueId| spmd.values[v.index()].node.index();
-        let mut known: HashMap<Work, usize> = HashMap::new();
+        let mut known: HashMap<Work, usize, Quick> = HashMap::default();
         let mut made: HashMap<ValueId, usize> = HashMap::new();
         let mut readers: HashMap<ValueId, Vec<(usize, Option<(usize, usize)>)>> = HashMap::new();
         for (g, group) in fused.groups.iter().enumerate() {
@@ -322,7 +323,7 @@ impl<'a> Outline<'a> {
     }
 
     /// The kind of a step.
-    fn work(&mut self, fused: &Fused, group: &fuse::Group, known: &mut HashMap<Work, usize>) -> usize {
+    fn work(&mut self, fused: &Fused, group: &fuse::Group, known: &mut HashMap<Work, usize, Quick>) -> usize {
         let instrs = &fused.spmd.instrs;
         let kind_of = |o: &Outline, v: ValueId| o.kind_of[fused.spmd.values[v.index()].node.index()];
         let shape_of = |v: &ValueId| self.kinds[kind_of(self, *v)].own.shape.clone();

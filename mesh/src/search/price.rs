@@ -5,6 +5,7 @@ use super::outline::{Form, Kind, Outline, Source, Work};
 use super::split::{Axes, Pipeline, Sees, Shape, Site, Splits, Way};
 use crate::chunk::Tree;
 use crate::dim::{DType, Name};
+use crate::hash::Quick;
 use crate::layout::Mesh;
 use crate::machine::Machine;
 use crate::ops::Prim;
@@ -13,41 +14,9 @@ use crate::plan::exchange::SEGMENTED;
 use crate::region::Region;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::rc::Rc;
-
-/// Hashes of small numbers, of which a search makes many millions.
-#[derive(Default)]
-struct Mixed(u64);
-
-impl Hasher for Mixed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for word in bytes.chunks(8) {
-            self.write_u64(word.iter().fold(0, |all, b| all << 8 | u64::from(*b)));
-        }
-    }
-    fn write_u8(&mut self, n: u8) {
-        self.write_u64(u64::from(n));
-    }
-    fn write_usize(&mut self, n: usize) {
-        self.write_u64(n as u64);
-    }
-    fn write_u128(&mut self, n: u128) {
-        self.write_u64(n as u64);
-        self.write_u64((n >> 64) as u64);
-    }
-    fn write_u64(&mut self, n: u64) {
-        // Both ends of the product: tables look at the low bits and at the highest ones.
-        let wide = u128::from(self.0 ^ n ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93;
-        self.0 = (wide ^ wide >> 64) as u64;
-    }
-}
-
-type Quick = BuildHasherDefault<Mixed>;
 
 /// How a value lies.
 pub struct Held {
@@ -377,7 +346,7 @@ impl<'a> Prices<'a> {
     fn tree_nodes(&self, k: &Kind, reduced: Splits) -> usize {
         let key = (self.outline.program.chunking.tree(&k.reduced), reduced);
         let chunks = || self.parts(k, reduced).map(|(_, chunks)| chunks).collect::<Vec<_>>();
-        *self.trees.borrow_mut().entry(key).or_insert_with_key(|(tree, _)| tree.nodes(&chunks()).len())
+        *self.trees.borrow_mut().entry(key).or_insert_with_key(|(tree, _)| tree.count(&chunks()))
     }
 
     /// How a node's sum is split: as its inputs are, or with inputs gathered if that moves fewer bytes.

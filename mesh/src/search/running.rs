@@ -2,6 +2,7 @@
 
 use super::answers::{Answer, Answers, Form, Looking};
 use super::outline::Outline;
+use super::price;
 use super::segments::Segments;
 use super::solve::Solution;
 use super::split::Way;
@@ -9,7 +10,9 @@ use super::{Devices, Found, PIPE, PLANNED, Search, Takes, spell};
 use crate::dim::Name;
 use crate::error::{Cause, Error};
 use crate::layout::{Layout, Mesh};
+use crate::machine::Machine;
 use crate::program::Program;
+use std::collections::HashSet;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -27,8 +30,31 @@ const BETTER: f64 = 0.9999;
 /// How often the limit of memory is set anew, by what plans need.
 const ROUNDS: usize = 4;
 
+/// A program whose dimensions have so many chunks at the most, as a search sees it.
+pub(super) struct Cut<'a> {
+    program: &'a Program,
+    pub(super) outline: Outline<'a>,
+    pub(super) segments: Segments,
+    /// By kind of step: seconds that it takes on one device, beside its launch.
+    alone: Vec<f64>,
+}
+
+impl<'a> Cut<'a> {
+    pub(super) fn new(
+        program: &'a Program,
+        function: &str,
+        threads: usize,
+        machine: &Machine,
+    ) -> Result<Cut<'a>, Error> {
+        let outline = Outline::new(program, program.function(function)?, threads)?;
+        let (segments, alone) = (Segments::new(&outline), price::alone(&outline, machine));
+        Ok(Cut { program, outline, segments, alone })
+    }
+}
+
 /// A solution on a mesh: of a stage, if there are several.
-struct Candidate {
+struct Candidate<'a> {
+    cut: &'a Cut<'a>,
     form: Form,
     ways: Vec<Way>,
     /// By segment: its stage.
@@ -42,13 +68,10 @@ struct Candidate {
 /// A search that runs.
 pub(super) struct Running<'a> {
     pub(super) search: &'a Search<'a>,
-    /// The program in which nothing is made again.
-    pub(super) program: &'a Program,
-    pub(super) outline: &'a Outline<'a>,
-    pub(super) segments: &'a Segments,
-    pub(super) forms: Vec<Form>,
-    /// By kind of step: seconds that it takes on one device, beside its launch.
-    pub(super) alone: Vec<f64>,
+    /// The program in which nothing is made again, in so many ways to cut it.
+    pub(super) cuts: &'a [Cut<'a>],
+    /// What it may lie on, each with the number of its cut.
+    pub(super) forms: Vec<(usize, Form)>,
     /// What was found, by form.
     pub(super) answers: Vec<(usize, Answers)>,
     pub(super) layouts: f64,
@@ -57,7 +80,7 @@ pub(super) struct Running<'a> {
     pub(super) planning: Duration,
 }
 
-impl Running<'_> {
+impl<'a> Running<'a> {
     /// The fastest mesh, layout and choice of blocks that are made again.
     pub(super) fn run(&mut self) -> Result<Found, Error> {
         let budget = self.search.memory as f64;
@@ -100,21 +123,23 @@ impl Running<'_> {
         Err(Error::from(over).note("this is the least of the layouts that were searched"))
     }
 
-    fn looking(&self) -> Looking<'_> {
+    fn looking(&self, cut: &'a Cut<'a>) -> Looking<'a> {
         let Search { machine, may_recompute, waiting, .. } = *self.search;
-        Looking { outline: self.outline, segments: self.segments, machine, may_recompute, waiting, alone: &self.alone }
+        let Cut { outline, segments, alone, .. } = cut;
+        Looking { outline, segments, machine, may_recompute, waiting, alone }
     }
 
     /// Looks for the fastest layout of each form within a limit of memory. Forms are shared out to as many threads as there
     /// are cores; what is found does not depend on which is first, since all that is left out is slower than what is known
     /// in the end.
     fn look(&mut self, limit: f64) {
-        let (looking, forms) = (self.looking(), &self.forms);
+        let looking: Vec<Looking> = self.cuts.iter().map(|cut| self.looking(cut)).collect();
+        let forms = &self.forms;
         let (next, fastest) = (AtomicUsize::new(0), Mutex::new(f64::INFINITY));
         let known = || fastest.lock().unwrap_or_else(PoisonError::into_inner);
         // Few axes are soon looked at, and even ones are often the best: so others need not be looked at long.
         let mut order: Vec<usize> = (0..forms.len()).collect();
-        let sizes = |i: usize| forms[i].mesh.axes().iter().map(|(_, n)| *n);
+        let sizes = |i: usize| forms[i].1.mesh.axes().iter().map(|(_, n)| *n);
         order.sort_by_key(|i| (sizes(*i).len(), sizes(*i).max(), *i));
         let of = |i: usize| {
             let take = |best: &mut f64| {
@@ -122,7 +147,8 @@ impl Running<'_> {
                 *least = least.min(*best);
                 *best = *least;
             };
-            looking.of(&forms[i], limit, &take)
+            let (cut, form) = &forms[i];
+            looking[*cut].of(form, limit, &take)
         };
         let run = || {
             let mine = || order.get(next.fetch_add(1, Ordering::Relaxed)).copied();
@@ -142,16 +168,17 @@ impl Running<'_> {
     /// What is to be planned: the fastest, and on its mesh the fastest of other stages of ZeRO and those with all segments
     /// split alike, which prices are more exact for; the fastest first. Where prices tell none of two apart it is the one
     /// with less memory.
-    fn candidates(&self, limit: f64) -> Result<Vec<Candidate>, Error> {
+    fn candidates(&self, limit: f64) -> Result<Vec<Candidate<'a>>, Error> {
         let all = || self.answers.iter().filter_map(|(form, a)| Some((*form, a.fastest.as_ref()?)));
         let seconds = all().map(|(_, a)| a.solution.seconds).fold(f64::INFINITY, f64::min);
-        let Some((form, first)) = all().find(|(_, a)| a.solution.seconds * BETTER <= seconds) else {
+        let Some((at, first)) = all().find(|(_, a)| a.solution.seconds * BETTER <= seconds) else {
             return Ok(vec![]);
         };
+        let (cut, form) = (&self.cuts[self.forms[at].0], &self.forms[at].1);
         let mut near = vec![first.clone()];
-        if self.forms[form].devices() <= PLANNED {
+        if form.devices() <= PLANNED {
             let slowest = RUNNERS_UP * first.solution.seconds;
-            let (beside, _) = self.looking().of(&self.forms[form], limit, &|best| *best = slowest);
+            let (beside, _) = self.looking(cut).of(form, limit, &|best| *best = slowest);
             let others = beside.into_iter().flat_map(|a| [a.fastest, a.uniform]).flatten();
             near.extend(others.filter(|a| a.solution.seconds <= slowest));
         }
@@ -166,21 +193,26 @@ impl Running<'_> {
                 kept.push(answer);
             }
         }
-        kept.into_iter().map(|answer| self.candidate(&self.forms[form], answer)).collect()
+        kept.into_iter().map(|answer| self.candidate(cut, form, answer)).collect()
     }
 
-    fn candidate(&self, form: &Form, Answer { solution, stages, ways }: Answer) -> Result<Candidate, Error> {
-        let remade = self.segments.list.iter().zip(&solution.chosen).filter(|(_, (_, again))| *again);
+    fn candidate(
+        &self,
+        cut: &'a Cut<'a>,
+        form: &Form,
+        Answer { solution, stages, ways }: Answer,
+    ) -> Result<Candidate<'a>, Error> {
+        let remade = cut.segments.list.iter().zip(&solution.chosen).filter(|(_, (_, again))| *again);
         let again = remade.filter_map(|(segment, _)| segment.block.clone()).collect();
         let mesh = match self.search.devices {
-            Devices::Count(_) => spell::named(&form.mesh, self.outline, &ways)?,
+            Devices::Count(_) => spell::named(&form.mesh, &cut.outline, &ways)?,
             Devices::Mesh(_) => form.mesh.clone(),
         };
-        Ok(Candidate { form: Form { mesh, ..form.clone() }, ways, stages, again, gathers: false, solution })
+        Ok(Candidate { cut, form: Form { mesh, ..form.clone() }, ways, stages, again, gathers: false, solution })
     }
 
     /// The whole mesh of a candidate.
-    fn mesh(&self, c: &Candidate) -> Mesh {
+    fn mesh(&self, c: &Candidate<'a>) -> Mesh {
         match &self.search.devices {
             Devices::Mesh(mesh) => mesh.clone(),
             Devices::Count(_) if c.form.pipeline.depth == 1 => c.form.mesh.clone(),
@@ -188,21 +220,23 @@ impl Running<'_> {
         }
     }
 
-    fn layout(&self, c: &Candidate) -> Result<Layout, Error> {
-        let layout = spell::layout(&c.form.mesh, self.outline, self.segments, &c.ways)?;
+    fn layout(&self, c: &Candidate<'a>) -> Result<Layout, Error> {
+        let Cut { outline, segments, program, .. } = c.cut;
+        let layout = spell::layout(&c.form.mesh, outline, segments, &c.ways)?;
         let layout = match c.form.pipeline.depth {
             1 => layout,
-            depth => spell::staged(layout, PIPE, depth, self.segments, &c.stages)?,
+            depth => spell::staged(layout, PIPE, depth, segments, &c.stages)?,
         };
-        let layout = spell::firm(layout, &self.mesh(c), self.outline.program);
+        let layout = spell::firm(layout, &self.mesh(c), program);
         Ok(if c.gathers { layout.allowing_gathers() } else { layout })
     }
 
     /// What a candidate takes by its plan. It may gather what it has to: it was found by what that takes.
-    fn planned(&mut self, c: &mut Candidate) -> Result<Takes, Error> {
+    fn planned(&mut self, c: &mut Candidate<'a>) -> Result<Takes, Error> {
         self.plans += 1;
-        let built = if c.again.is_empty() { None } else { Some((self.search.build)(&c.again)?) };
-        let program = built.as_ref().unwrap_or(self.program);
+        let remade = || Ok::<_, Error>((self.search.build)(&c.again)?.in_chunks(c.cut.program.chunking.chunks));
+        let built = if c.again.is_empty() { None } else { Some(remade()?) };
+        let program = built.as_ref().unwrap_or(c.cut.program);
         let takes = self.search.planned(program, &self.mesh(c), &self.layout(c)?);
         if !matches!(&takes, Err(e) if matches!(e.cause, Cause::SilentGather { .. })) {
             return takes;
@@ -211,15 +245,22 @@ impl Running<'_> {
         self.search.planned(program, &self.mesh(c), &self.layout(c)?)
     }
 
-    fn found(&self, c: Candidate, planned: Option<Takes>, bound: f64) -> Result<Found, Error> {
+    /// How many meshes were searched.
+    fn meshes(&self) -> usize {
+        let all = self.forms.iter().map(|(_, f)| (f.mesh.to_string(), f.pipeline.depth));
+        all.collect::<HashSet<_>>().len()
+    }
+
+    fn found(&self, c: Candidate<'a>, planned: Option<Takes>, bound: f64) -> Result<Found, Error> {
         Ok(Found {
             layout: self.layout(&c)?,
             mesh: self.mesh(&c),
+            chunks: c.cut.program.chunking.chunks,
             recompute: c.again,
             priced: Takes { seconds: c.solution.seconds + self.search.machine.step, bytes: c.solution.memory as usize },
             planned,
             bound: bound + self.search.machine.step,
-            meshes: self.forms.len(),
+            meshes: self.meshes(),
             layouts: self.layouts,
             plans: self.plans,
             searching: self.begun.elapsed().saturating_sub(self.planning),

@@ -4,6 +4,7 @@
 use super::outline::{Kind, Outline, Stored};
 use super::split::{Shape, Splits};
 use crate::dim::Name;
+use crate::hash::Quick;
 use crate::layout::Section;
 use crate::ops::Prim;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -92,7 +93,7 @@ fn head<'p>(path: &'p str, blocks: &BTreeSet<&str>) -> &'p str {
 }
 
 fn counted<T: std::hash::Hash + Eq + Clone>(list: impl IntoIterator<Item = T>) -> Vec<(T, usize)> {
-    let (mut at, mut out): (HashMap<T, usize>, Vec<(T, usize)>) = Default::default();
+    let (mut at, mut out): (HashMap<T, usize, Quick>, Vec<(T, usize)>) = Default::default();
     for item in list {
         let next = out.len();
         match at.entry(item.clone()) {
@@ -129,7 +130,7 @@ impl Segments {
         };
         let mut list = vec![Segment::default()];
         let mut known: HashMap<String, usize> = HashMap::new();
-        let mut of_path: HashMap<Name, usize> = HashMap::new();
+        let mut of_path: HashMap<Name, usize, Quick> = HashMap::default();
         let mut of = |path: &Name, list: &mut Vec<Segment>| {
             *of_path.entry(path.clone()).or_insert_with(|| match name(path) {
                 None => 0,
@@ -159,7 +160,7 @@ impl Segments {
         }
         let mut segments = Segments { list, between: BTreeMap::new() };
         segments.fill(outline, &segment_of, variables);
-        let mut first: HashMap<(&Content, &Choices), usize> = HashMap::new();
+        let mut first: HashMap<(&Content, &Choices), usize, Quick> = HashMap::default();
         let alike = segments.list.iter().enumerate().map(|(i, s)| *first.entry((&s.content, &s.choices)).or_insert(i));
         let alike: Vec<usize> = alike.collect();
         segments.list.iter_mut().zip(alike).for_each(|(s, alike)| s.alike = alike);

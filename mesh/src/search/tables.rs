@@ -60,7 +60,7 @@ impl<'a> Classes<'a> {
                 let again = again && s.block.is_some();
                 let work: f64 = s.content.steps.iter().map(|(work, n)| alone[*work] * *n as f64).sum();
                 let least = work * site.pipeline.seconds() / site.mesh.size() as f64;
-                list.push(Class { content: &s.content, count: 0, ways, again, least, known: Known::new() });
+                list.push(Class { content: &s.content, count: 0, ways, again, least, known: Known::default() });
                 list.len() - 1
             });
             list[class].count += 1;
@@ -87,9 +87,14 @@ impl<'a> Classes<'a> {
 
     /// The segments at a stage of ZeRO, and the seconds that a step takes at the least; None if those are more than `fastest`.
     pub fn staged(&mut self, prices: &mut Prices, stage: u8, fastest: f64) -> Option<(Vec<Staged<'a>>, f64)> {
-        let mut staged: Vec<Staged> = vec![];
-        let mut floor: f64 = self.list.iter().map(|c| c.least * c.count as f64).sum();
-        for class in &mut self.list {
+        let all = |c: &Class| c.least * c.count as f64;
+        let mut floor: f64 = self.list.iter().map(all).sum();
+        // What takes longest is soonest too slow.
+        let mut order: Vec<usize> = (0..self.list.len()).collect();
+        order.sort_by(|a, b| all(&self.list[*b]).total_cmp(&all(&self.list[*a])));
+        let mut staged: Vec<Option<Staged>> = self.list.iter().map(|_| None).collect();
+        for at in order {
+            let class = &mut self.list[at];
             let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
             let (content, count, again) = (class.content, class.count, class.again);
             let mut seen = Seen::new(class.ways.iter().map(with).collect());
@@ -100,12 +105,12 @@ impl<'a> Classes<'a> {
             let least = class.least;
             let class = Staged { content, count, again, seen, seconds, labels };
             floor += (class.fastest() - least) * class.count as f64;
-            staged.push(class);
+            staged[at] = Some(class);
             if floor > fastest * NEAR {
                 return None;
             }
         }
-        Some((staged, floor))
+        Some((staged.into_iter().flatten().collect(), floor))
     }
 }
 
@@ -206,8 +211,7 @@ fn ways(site: &Site, content: &Content, choices: &Choices) -> Vec<Way> {
 /// The axes that ZeRO splits the variables of a segment over: of those that do not split them anyway, as many devices as
 /// the largest variable has chunks for, the innermost of equals.
 fn zero(site: &Site, content: &Content, splits: Splits) -> Axes {
-    let taken =
-        content.variables.iter().map(|(shape, _)| site.split(shape, Way { splits, zero: Zero::default() }));
+    let taken = content.variables.iter().map(|(shape, _)| site.split(shape, Way { splits, zero: Zero::default() }));
     let taken = taken.fold(0, |all, split| all | split.axes());
     let elements = |shape: &super::split::Shape| shape.extents.iter().map(|e| e.dim.size).product::<usize>();
     let Some((largest, _)) = content.variables.iter().max_by_key(|(shape, _)| elements(shape)) else {

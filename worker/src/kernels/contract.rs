@@ -316,6 +316,25 @@ impl ContractPlan {
         self.batches.len() * self.panels() * self.width * self.units() * 4
     }
 
+    /// The same of a `contract` that is not prepared; None for another op.
+    pub fn scratch_of(work: &OpWork, isa: Isa) -> Option<usize> {
+        let Prim::Contract(_) = &work.op else { return None };
+        let [a, b] = [0, 1].map(|i| &work.inputs[i].ty);
+        let (mut batches, mut columns) = (1, 1);
+        for (name, range) in &work.output.region.0 {
+            match (a.has(name), b.has(name)) {
+                (true, true) => batches *= range.len(),
+                (true, false) => {}
+                (false, _) => columns *= range.len(),
+            }
+        }
+        let (tree, owned) = work.sum.clone().unwrap_or_default();
+        let unit = 1 + usize::from(a.dtype == DType::Bf16);
+        let points = |leaf: &Vec<Range<usize>>| leaf.iter().map(Range::len).product::<usize>();
+        let units: usize = Leaves::new(&tree, &owned).boxes.iter().map(|leaf| points(leaf).div_ceil(unit)).sum();
+        Some(batches * columns.next_multiple_of(panel_width(isa, columns)) * units * 4)
+    }
+
     /// Runs it; the result is `[nodes, ..]`.
     ///
     /// # Safety

@@ -202,7 +202,13 @@ pub struct CpuBackend {
 
 impl Backend for CpuBackend {
     fn scratch_bytes(&self, work: &Work) -> usize {
-        Kernel::new(work).scratch_bytes(self.threads)
+        match work {
+            // Without preparing them, which takes as long as there are rows: a plan is made for every device, and asks of all.
+            Work::Map(_) | Work::Copy(_) | Work::Join(_) => 0,
+            Work::Op(op) => ContractPlan::scratch_of(op, Isa::detect())
+                .unwrap_or_else(|| Kernel::new(work).scratch_bytes(self.threads)),
+            _ => Kernel::new(work).scratch_bytes(self.threads),
+        }
     }
     fn workspace_bytes(&self) -> usize {
         self.threads * WORKSPACE_BYTES
