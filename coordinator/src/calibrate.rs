@@ -213,13 +213,24 @@ impl Running {
     fn measured(self) -> Measured {
         let plan = self.session.plan().clone();
         let plans = plan.functions.get(&Name::from("train")).map_or(&[][..], Vec::as_slice);
-        let of = |d: usize, s: usize| {
-            let so_far = self.spent.iter().map(|run| run[d].get(s).copied().unwrap_or(0.0));
+        let runs = |d: usize, s: usize| {
+            let so_far = self.spent.iter().map(move |run| run[d].get(s).copied().unwrap_or(0.0));
             let before = [0.0].into_iter().chain(so_far.clone());
-            median(so_far.zip(before).map(|(now, before)| now - before).collect())
+            so_far.zip(before).map(|(now, before)| now - before)
         };
-        let steps = plans.iter().enumerate().map(|(d, p)| (0..p.steps.len()).map(|s| of(d, s)).collect()).collect();
-        Measured { seconds: median(self.seconds), steps, plan }
+        let steps = plans.iter().enumerate().map(|(d, p)| {
+            let of = |s| median(runs(d, s).collect());
+            (0..p.steps.len()).map(of).collect()
+        });
+        // By run, the least of the devices that have to do with a step.
+        let soonest = (0..plans.first().map_or(0, |p| p.steps.len())).map(|s| {
+            let busy = plans.iter().enumerate().filter(|(_, p)| !p.steps[s].is_idle());
+            let all: Vec<Vec<f64>> = busy.map(|(d, _)| runs(d, s).collect()).collect();
+            let least = |run: usize| all.iter().map(|of| of[run]).fold(f64::INFINITY, f64::min);
+            median((0..self.spent.len()).map(least).collect())
+        });
+        let (steps, soonest) = (steps.collect(), soonest.collect());
+        Measured { seconds: median(self.seconds), steps, soonest, plan }
     }
 }
 
@@ -230,6 +241,8 @@ struct Measured {
     seconds: f64,
     /// Seconds by device and step.
     steps: Vec<Vec<f64>>,
+    /// Seconds by step of the device that took the fewest.
+    soonest: Vec<f64>,
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -238,14 +251,16 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 impl Measured {
-    /// Of one device all steps that compute, of several those that communicate, waiting included.
+    /// Of one device all steps that compute, of several those that communicate: of each what it took the device that came to it
+    /// last, and so did not wait for others, which an estimate works out by itself.
     fn samples(&self, out: &mut Vec<Sample>) {
         let Some(plans) = self.plan.functions.get(&Name::from("train")) else { return };
         // Devices share the machine, so that a byte takes so many times as long.
         let devices = plans.len() as f64;
-        for (plan, seconds) in plans.iter().zip(&self.steps) {
+        let own = if plans.len() > 1 { vec![&self.soonest; plans.len()] } else { self.steps.iter().collect() };
+        for (plan, seconds) in plans.iter().zip(own) {
             for (step, &seconds) in plan.steps.iter().zip(seconds) {
-                if (step.family() == "collective") != (plans.len() > 1) || seconds <= 0.0 {
+                if step.is_idle() || (step.family() == "collective") != (plans.len() > 1) || seconds <= 0.0 {
                     continue;
                 }
                 let cost = step.tiled(COLUMNS, DEPTH);
@@ -288,7 +303,7 @@ fn fit(samples: &[&Sample]) -> (Rate, f64) {
     let all: f64 = samples.iter().map(|s| s.seconds).sum();
     let sum: f64 = samples.iter().map(|s| predicted(s, &by)).sum();
     // The weights lean towards the fast ones, so what all take together is made right; but of collectives, the slow ones
-    // have waited for others, which an estimate works out by itself.
+    // have waited all the same, for a core that another device had.
     if sum > 0.0 && samples.iter().all(|s| s.family != "collective") {
         by = by.map(|b| b * all / sum);
     }
