@@ -15,7 +15,7 @@ use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
-use mesh::plan::{At, OpWork, Part, PlanOptions, Share, SliceStep, Work, plan_program};
+use mesh::plan::{At, Backend, OpWork, Part, PlanOptions, Share, SliceStep, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::rng::Stream;
 use std::collections::{BTreeMap, BTreeSet};
