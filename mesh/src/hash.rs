@@ -1,5 +1,5 @@
-//! A hash that is quick for small numbers and short names: what plans and searches look up many millions of times. It is no
-//! defence against keys that are chosen to collide.
+//! A hash that is quick for small numbers and short names: what a search looks up many millions of times. It is no defence
+//! against keys that are chosen to collide, so it is not for what a coordinator plans for others.
 
 use std::hash::{BuildHasherDefault, Hasher};
 

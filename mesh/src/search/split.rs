@@ -32,7 +32,7 @@ impl Splits {
     }
     /// With axes of a dimension in addition.
     pub fn with(self, dim: usize, axes: Axes) -> Splits {
-        Splits(self.0 | u128::from(axes) << (AXES * dim))
+        if dim < DIMS { Splits(self.0 | u128::from(axes) << (AXES * dim)) } else { self }
     }
     /// Of some dimensions only; `dims` has all bits of those.
     pub fn only(self, dims: Splits) -> Splits {
@@ -336,5 +336,18 @@ impl<'a> Site<'a> {
             turn[i] += 1;
             turn[i + 1..].fill(0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dimensions_beyond_those_that_may_be_split_are_whole() {
+        let last = Splits::default().with(DIMS - 1, 3);
+        assert_eq!((last.of(DIMS - 1), last.of(0), last.axes()), (3, 0, 3));
+        assert_eq!(last.with(DIMS, 4), last);
+        assert_eq!(last.of(DIMS), 0);
     }
 }

@@ -8,7 +8,6 @@ use super::{Computed, Region, Spec};
 use crate::dim::{Dim, Name, Type};
 use crate::error::Error;
 use crate::graph::{Node, Role};
-use crate::hash::Quick;
 use crate::ops::Prim;
 use crate::placement::{Placement, Subject};
 use crate::program::Function;
@@ -52,12 +51,12 @@ struct Seen {
 #[derive(Default)]
 pub(super) struct Alike {
     /// Lists of what devices hold: equal ones are one.
-    lists: RefCell<HashSet<Arc<[Region]>, Quick>>,
+    lists: RefCell<HashSet<Arc<[Region]>>>,
     /// By two lists: whether each device has in the one what it has in the other.
-    inside: RefCell<HashMap<(usize, usize), bool, Quick>>,
-    specs: HashMap<Seen, Rc<Spec>, Quick>,
-    owned: HashMap<(Vec<Dim>, Rc<Spec>), Arc<[Region]>, Quick>,
-    cases: HashMap<Case, Vec<(Prim, Rc<Computed>)>, Quick>,
+    inside: RefCell<HashMap<(usize, usize), bool>>,
+    specs: HashMap<Seen, Rc<Spec>>,
+    owned: HashMap<(Vec<Dim>, Rc<Spec>), Arc<[Region]>>,
+    cases: HashMap<Case, Vec<(Prim, Rc<Computed>)>>,
     ones: Option<Arc<[usize]>>,
     /// Whether each node is worked out by itself: what is known is held to that.
     #[cfg(test)]
