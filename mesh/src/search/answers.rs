@@ -105,9 +105,10 @@ impl Answers {
     ) -> Option<Answers> {
         let (mut staged, floor) = classes.staged(prices, stage, *fastest)?;
         let uniform = uniform(classes, prices, &mut staged, budget);
+        // Where another mesh is faster than that, it is hardly reached, and all that is as fast is looked at.
         let top = uniform.as_ref().map_or(f64::INFINITY, |u| u.solution.seconds);
+        let mut part = if top <= *fastest { FIRST } else { 1.0 };
         *fastest = fastest.min(top);
-        let mut part = FIRST;
         loop {
             let guess = if top.is_finite() { floor + part * (top - floor) } else { f64::INFINITY };
             let most = guess.min(*fastest * NEAR);

@@ -117,9 +117,18 @@ impl Seen {
         }
     }
 
-    /// Seconds of each way to split a segment with that content, with all that is known; infinite where they are more than
-    /// `most`, which ends the adding up.
-    pub fn all(&mut self, prices: &mut Prices, content: &Content, stage: u8, known: &mut Known, most: f64) -> Vec<f64> {
+    /// Seconds of each way to split a segment with that content, with all that is known; infinite where they are too many,
+    /// which ends the adding up. By kind of step, `least` is what it takes at the least; `most` are the seconds that are not
+    /// too many if no way takes fewer than it is given.
+    pub fn all(
+        &mut self,
+        prices: &mut Prices,
+        content: &Content,
+        stage: u8,
+        known: &mut Known,
+        least: &dyn Fn(usize) -> f64,
+        most: &dyn Fn(f64) -> f64,
+    ) -> Vec<f64> {
         let mut seeing: Vec<(Sees, Vec<Counted>)> = vec![];
         let mut at: HashMap<Sees, usize, Quick> = HashMap::default();
         for (item, n) in items((&content.nodes, &content.steps, &content.uses)) {
@@ -136,13 +145,30 @@ impl Seen {
             });
             seeing[at].1.push((item, n));
         }
-        // What sees the fewest ways apart is soonest added up, and tells which are too slow for the rest to matter.
-        seeing.sort_by_key(|(sees, _)| self.looks(*sees).unlike.len());
+        // What is not added up yet takes what it takes at the least.
+        let least_of = |(item, n): &Counted| if let Item::Step(work) = item { least(*work) * n } else { 0.0 };
+        let least = |items: &[Counted]| -> f64 { items.iter().map(least_of).sum() };
+        // What takes long tells which ways are too slow for the rest to matter, the sooner the fewer of them it sees apart.
+        let mut order: Vec<(f64, usize, f64)> = vec![];
+        for (at, (sees, items)) in seeing.iter().enumerate() {
+            let least = least(items);
+            order.push((least / self.looks(*sees).unlike.len() as f64, at, least));
+        }
+        order.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut left: f64 = order.iter().map(|(.., least)| least).sum();
         let mut seconds = vec![0.0; self.ways.len()];
-        for (sees, items) in seeing {
+        let leave_out = |seconds: &mut Vec<f64>, left: f64| {
+            let fewest = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+            let so_far = most(fewest + left) - left;
+            seconds.iter_mut().filter(|all| **all > so_far).for_each(|all| *all = f64::INFINITY);
+        };
+        for (_, at, least) in order {
+            let (sees, items) = (seeing[at].0, &seeing[at].1);
+            leave_out(&mut seconds, left);
+            left = (left - least).max(0.0);
             let looks = self.looks(sees);
             let of = known.entry((sees, sees.stage(stage))).or_insert_with(|| vec![None; looks.unlike.len()]);
-            for (all, look) in seconds.iter_mut().zip(&looks.of).filter(|(all, _)| **all <= most) {
+            for (all, look) in seconds.iter_mut().zip(&looks.of).filter(|(all, _)| all.is_finite()) {
                 let own = of[*look].unwrap_or_else(|| {
                     let way = looks.unlike[*look];
                     items.iter().map(|(item, n)| self.seconds(prices, *item, way) * n).sum()
@@ -151,7 +177,8 @@ impl Seen {
                 *all += own;
             }
         }
-        seconds.into_iter().map(|all| if all <= most { all } else { f64::INFINITY }).collect()
+        leave_out(&mut seconds, 0.0);
+        seconds
     }
 
     /// Seconds that it takes to make again what the segment's block makes again.

@@ -2,11 +2,11 @@
 //! what the backward pass makes again, so that a step takes the least time within the memory that there is.
 //!
 //! [`outline`] is what a function does, each kind of step once; [`segments`] are the parts of it that are split in one way
-//! each; [`split`] says what a device that stands for all has of a tensor, and [`price`] what steps take there, [`looks`]
-//! how long a segment takes in all ways to split it, and [`mod@bytes`] how much memory; [`meshes`] lists the meshes;
-//! [`tables`] makes of a mesh the problem that [`solve`] solves; [`stages`] shares segments out to the stages of a
-//! pipeline, each on such a mesh; [`answers`] are the fastest of a mesh; `running` goes through all meshes and has the best
-//! planned; [`spell`] writes what was found as a layout.
+//! each; [`split`] says what a device that stands for all has of a tensor, and [`price`] what steps take there, `regions`
+//! being what they have and need, [`looks`] how long a segment takes in all ways to split it, and [`mod@bytes`] how much
+//! memory; [`meshes`] lists the meshes; [`tables`] makes of a mesh the problem that [`solve`] solves; [`stages`] shares
+//! segments out to the stages of a pipeline, each on such a mesh; [`answers`] are the fastest of a mesh; `running` goes
+//! through all meshes and has the best planned; [`spell`] writes what was found as a layout.
 
 pub mod answers;
 pub mod bytes;
@@ -14,6 +14,7 @@ pub mod looks;
 pub mod meshes;
 pub mod outline;
 pub mod price;
+mod regions;
 mod running;
 pub mod segments;
 pub mod solve;

@@ -2,6 +2,7 @@
 //! form, and what [`crate::plan::time`] says of it.
 
 use super::outline::{Form, Kind, Outline, Source, Work};
+use super::regions::{Regions, Wanted};
 use super::split::{Axes, Pipeline, Sees, Shape, Site, Splits, Way};
 use crate::chunk::Tree;
 use crate::dim::{DType, Name};
@@ -14,11 +15,11 @@ use crate::plan::exchange::SEGMENTED;
 use crate::region::Region;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::rc::Rc;
 
 /// How a value lies.
+#[derive(Clone)]
 pub struct Held {
     /// How it is split where rules for its uses hold.
     used: Splits,
@@ -26,32 +27,6 @@ pub struct Held {
     pub split: Splits,
     /// What of it the device has.
     pub region: Rc<Region>,
-}
-
-/// What a node needs of an input.
-#[derive(Clone, PartialEq, Eq)]
-struct Wanted {
-    /// What of it the device needs.
-    region: Region,
-    /// Over which axes the dimensions of that are split, as far as the node has them too.
-    split: Splits,
-}
-
-impl Hash for Wanted {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        // Names hardly tell any apart.
-        self.region.0.iter().for_each(|(_, range)| range.hash(state));
-        self.split.hash(state);
-    }
-}
-
-impl Wanted {
-    /// Whether devices along some axis need other parts along another dimension than they hold.
-    fn crosses(&self, held: Splits) -> bool {
-        let dims = 0..self.region.0.len();
-        let others = |d: usize| dims.clone().filter(|e| *e != d).fold(0, |all, e| all | self.split.of(e));
-        held.0 != 0 && self.split.0 != 0 && dims.clone().any(|d| held.of(d) & others(d) != 0)
-    }
 }
 
 /// What a node takes.
@@ -67,7 +42,7 @@ pub struct Taken {
 /// A node on a mesh.
 pub struct Priced {
     /// Its result.
-    pub held: Rc<Held>,
+    pub held: Held,
     /// What it takes.
     pub inputs: Vec<Taken>,
     /// Seconds that finishing its sum takes.
@@ -87,15 +62,13 @@ pub struct Prices<'a> {
     /// Whether devices wait in every collective.
     waiting: bool,
     outline: &'a Outline<'a>,
+    regions: Regions,
     /// By source.
-    held: HashMap<(usize, Way), Rc<Held>, Quick>,
+    held: HashMap<(usize, Way), Held, Quick>,
     nodes: Vec<HashMap<Way, Rc<Priced>, Quick>>,
     works: Vec<HashMap<Way, f64, Quick>>,
     /// By kind of node, how that lies, and what is needed.
     moves: HashMap<(usize, Splits, usize), f64, Quick>,
-    /// What is needed, by its number.
-    wanted: Vec<Rc<Wanted>>,
-    numbers: HashMap<Rc<Wanted>, usize, Quick>,
     peers: RefCell<HashMap<Axes, [usize; 2], Quick>>,
     /// By tree and how its dimensions are split: how many nodes of it are the device's.
     trees: RefCell<HashMap<(Tree, Splits), usize, Quick>>,
@@ -117,12 +90,11 @@ impl<'a> Prices<'a> {
             site,
             waiting,
             outline,
+            regions: Regions::default(),
             held: HashMap::default(),
             nodes,
             works,
             moves: HashMap::default(),
-            wanted: vec![],
-            numbers: HashMap::default(),
             peers: RefCell::default(),
             trees: RefCell::default(),
         }
@@ -152,18 +124,7 @@ impl<'a> Prices<'a> {
 
     /// Elements of what is needed.
     pub fn elements(&self, wanted: usize) -> usize {
-        self.wanted[wanted].region.elements()
-    }
-
-    /// The number of what is needed.
-    fn number(&mut self, wanted: Wanted) -> usize {
-        if let Some(number) = self.numbers.get(&wanted) {
-            return *number;
-        }
-        let wanted = Rc::new(wanted);
-        self.wanted.push(wanted.clone());
-        self.numbers.insert(wanted, self.wanted.len() - 1);
-        self.wanted.len() - 1
+        self.regions.wanted(wanted).region.elements()
     }
 
     /// Bytes of an element of what a node of that kind gives.
@@ -189,7 +150,7 @@ impl<'a> Prices<'a> {
         if let Some(seconds) = self.moves.get(&key) {
             return *seconds;
         }
-        let seconds = self.move_of(kind, held, &self.wanted[wanted]);
+        let seconds = self.move_of(kind, held, self.regions.wanted(wanted));
         self.moves.insert(key, seconds);
         seconds
     }
@@ -238,23 +199,23 @@ impl<'a> Prices<'a> {
     }
 
     /// How something lies.
-    fn held(&mut self, source: &Source, way: Way) -> Rc<Held> {
+    fn held(&mut self, source: &Source, way: Way) -> Held {
         let way = source.sees.of(way);
         if let Some(held) = self.held.get(&(source.number, way)) {
             return held.clone();
         }
-        let held = Rc::new(self.lies(source, way));
+        let held = self.lies(source, way);
         self.held.insert((source.number, way), held.clone());
         held
     }
 
-    fn lies(&self, source: &Source, way: Way) -> Held {
+    fn lies(&mut self, source: &Source, way: Way) -> Held {
         let used = self.site.split(&source.shape, way);
-        let mut region = Rc::new(self.site.region(&source.shape, used));
+        let mut region = self.regions.one(self.site.region(&source.shape, used));
         let mut split = used;
         if let Some(stored) = &source.stored {
             let lies = self.site.split(stored, way);
-            let there = Rc::new(self.site.region(stored, lies));
+            let there = self.regions.one(self.site.region(stored, lies));
             // A cast is made where its variable lies, if that is less.
             if !source.cast || region.contains(&there) {
                 (split, region) = (lies, there);
@@ -265,9 +226,9 @@ impl<'a> Prices<'a> {
 
     fn priced(&mut self, k: &Kind, way: Way) -> Priced {
         let held = self.held(&k.own, way);
-        let inputs: Vec<Rc<Held>> = k.inputs.iter().map(|s| self.held(s, way)).collect();
+        let inputs: Vec<Held> = k.inputs.iter().map(|s| self.held(s, way)).collect();
         let bytes = |i: usize, r: &Region| (r.elements() * k.inputs[i].shape.element) as f64;
-        let there = |held: Rc<Held>, inputs: Vec<Taken>| Priced {
+        let there = |held: Held, inputs: Vec<Taken>| Priced {
             inputs,
             sum: 0.0,
             at: held.region.clone(),
@@ -283,20 +244,24 @@ impl<'a> Prices<'a> {
             _ => false,
         };
         if is_made_there {
-            let wanted = Wanted { region: Region::clone(&held.region), split: held.split };
+            let wanted = Wanted { region: held.region.clone(), split: held.split };
             let moved = inputs[0].region != held.region || wanted.crosses(inputs[0].split);
             let reads = bytes(0, &inputs[0].region);
-            return there(held, vec![Taken { needs: self.number(wanted), moved, reads }]);
+            return there(held, vec![Taken { needs: self.regions.number(wanted), moved, reads }]);
         }
         let sum = self.sum(k, &held, &inputs);
         let done = match k.own.stored {
             None => held.region.clone(),
-            Some(_) => Rc::new(self.site.region(&k.own.shape, held.used)),
+            Some(_) => self.regions.one(self.site.region(&k.own.shape, held.used)),
         };
-        let computed =
-            if sum.around == held.used { done.clone() } else { Rc::new(self.site.region(&k.own.shape, sum.around)) };
+        let computed = if sum.around == held.used {
+            done.clone()
+        } else {
+            self.regions.one(self.site.region(&k.own.shape, sum.around))
+        };
         let leaves = self.parts(k, sum.reduced).map(|(_, chunks)| chunks.len()).product();
-        let at = if k.reduced.is_empty() { computed.clone() } else { Rc::new(self.points(k, &sum, &computed)) };
+        let at =
+            if k.reduced.is_empty() { computed.clone() } else { self.regions.one(self.points(k, &sum, &computed)) };
         let axes = sum.reduced.axes();
         let nodes = if axes == 0 { 1 } else { self.tree_nodes(k, sum.reduced) };
         let types: Vec<_> = k.types.iter().collect();
@@ -305,8 +270,8 @@ impl<'a> Prices<'a> {
             let reduced = || k.reduced.iter().position(|d| d.name == *name).map(|i| sum.reduced.of(i));
             own.or_else(reduced).unwrap_or(0)
         };
-        let mut take = |(i, held): (usize, &Rc<Held>)| {
-            let region = k.op.op().needs(i, &types, &k.ty, &at);
+        let mut take = |(i, held): (usize, &Held)| {
+            let region = self.regions.one(k.op.op().needs(i, &types, &k.ty, &at));
             let mut split = Splits::default();
             if sum.around.0 | sum.reduced.0 != 0 {
                 for (d, (e, (name, r))) in k.inputs[i].shape.extents.iter().zip(&region.0).enumerate() {
@@ -318,7 +283,7 @@ impl<'a> Prices<'a> {
             let wanted = Wanted { region, split };
             let moved = !held.region.contains(&wanted.region) || wanted.crosses(held.split);
             let reads = bytes(i, if moved { &wanted.region } else { &held.region });
-            Taken { needs: self.number(wanted), moved, reads }
+            Taken { needs: self.regions.number(wanted), moved, reads }
         };
         let inputs = inputs.iter().enumerate().map(&mut take).collect();
         let sum = match axes {
@@ -350,7 +315,7 @@ impl<'a> Prices<'a> {
     }
 
     /// How a node's sum is split: as its inputs are, or with inputs gathered if that moves fewer bytes.
-    fn sum(&self, k: &Kind, held: &Held, inputs: &[Rc<Held>]) -> Sum {
+    fn sum(&self, k: &Kind, held: &Held, inputs: &[Held]) -> Sum {
         let gathered = Sum { reduced: self.free(k, held.used.axes(), inputs), around: held.used };
         let reduced = self.free(k, 0, inputs);
         if reduced == gathered.reduced {
@@ -367,7 +332,7 @@ impl<'a> Prices<'a> {
     }
 
     /// The axes of each reduced dimension, as far as they are not used.
-    fn free(&self, k: &Kind, mut used: Axes, inputs: &[Rc<Held>]) -> Splits {
+    fn free(&self, k: &Kind, mut used: Axes, inputs: &[Held]) -> Splits {
         let mut of = |d: &crate::dim::Dim| {
             let all = k.inputs.iter().zip(inputs).filter_map(|(source, held)| {
                 let split = if k.passes { held.used } else { held.split };
@@ -383,7 +348,7 @@ impl<'a> Prices<'a> {
     }
 
     /// Bytes that the device receives of inputs and of parts of the sum.
-    fn traffic(&self, k: &Kind, sum: &Sum, held: &Held, inputs: &[Rc<Held>]) -> usize {
+    fn traffic(&self, k: &Kind, sum: &Sum, held: &Held, inputs: &[Held]) -> usize {
         let computed = self.site.region(&k.own.shape, sum.around);
         let done = self.site.region(&k.own.shape, held.used);
         let at = self.points(k, sum, &computed);

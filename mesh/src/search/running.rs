@@ -60,8 +60,6 @@ struct Candidate<'a> {
     /// By segment: its stage.
     stages: Vec<usize>,
     again: Vec<Name>,
-    /// Whether it gathers tensors whole: what that takes is in its price.
-    gathers: bool,
     solution: Solution,
 }
 
@@ -98,22 +96,23 @@ impl<'a> Running<'a> {
             let bound = candidates.iter().map(|c| c.solution.bound).fold(f64::INFINITY, f64::min);
             if first.form.devices() > PLANNED {
                 let first = candidates.swap_remove(0);
-                return self.found(Candidate { gathers: true, ..first }, None, bound);
+                let layout = self.layout(&first)?.allowing_gathers();
+                return Ok(self.found(first, layout, None, bound));
             }
-            let (mut best, mut over): (Option<(usize, Takes)>, f64) = (None, 1.0);
-            for (i, c) in candidates.iter_mut().enumerate() {
+            let (mut best, mut over): (Option<(usize, Takes, Layout)>, f64) = (None, 1.0);
+            for (i, c) in candidates.iter().enumerate() {
                 let begun = Instant::now();
-                let takes = self.planned(c)?;
+                let (takes, layout) = self.planned(c)?;
                 self.planning += begun.elapsed();
                 least = least.into_iter().chain([takes.bytes]).min();
                 if takes.bytes > self.search.memory {
                     over = over.max(takes.bytes as f64 / c.solution.memory.max(1.0));
-                } else if best.is_none_or(|(_, t)| takes.seconds < t.seconds) {
-                    best = Some((i, takes));
+                } else if best.as_ref().is_none_or(|(_, t, _)| takes.seconds < t.seconds) {
+                    best = Some((i, takes, layout));
                 }
             }
-            if let Some((i, takes)) = best {
-                return self.found(candidates.swap_remove(i), Some(takes), bound);
+            if let Some((i, takes, layout)) = best {
+                return Ok(self.found(candidates.swap_remove(i), layout, Some(takes), bound));
             }
             limit = budget / over.max(1.02);
         }
@@ -208,7 +207,7 @@ impl<'a> Running<'a> {
             Devices::Count(_) => spell::named(&form.mesh, &cut.outline, &ways)?,
             Devices::Mesh(_) => form.mesh.clone(),
         };
-        Ok(Candidate { cut, form: Form { mesh, ..form.clone() }, ways, stages, again, gathers: false, solution })
+        Ok(Candidate { cut, form: Form { mesh, ..form.clone() }, ways, stages, again, solution })
     }
 
     /// The whole mesh of a candidate.
@@ -227,22 +226,24 @@ impl<'a> Running<'a> {
             1 => layout,
             depth => spell::staged(layout, PIPE, depth, segments, &c.stages)?,
         };
-        let layout = spell::firm(layout, &self.mesh(c), program);
-        Ok(if c.gathers { layout.allowing_gathers() } else { layout })
+        Ok(spell::firm(layout, &self.mesh(c), program))
     }
 
-    /// What a candidate takes by its plan. It may gather what it has to: it was found by what that takes.
-    fn planned(&mut self, c: &mut Candidate<'a>) -> Result<Takes, Error> {
+    /// What a candidate takes by its plan, and its layout, which gathers tensors whole if it has to: what that takes is in
+    /// its price.
+    fn planned(&mut self, c: &Candidate<'a>) -> Result<(Takes, Layout), Error> {
         self.plans += 1;
         let remade = || Ok::<_, Error>((self.search.build)(&c.again)?.in_chunks(c.cut.program.chunking.chunks));
         let built = if c.again.is_empty() { None } else { Some(remade()?) };
-        let program = built.as_ref().unwrap_or(c.cut.program);
-        let takes = self.search.planned(program, &self.mesh(c), &self.layout(c)?);
-        if !matches!(&takes, Err(e) if matches!(e.cause, Cause::SilentGather { .. })) {
-            return takes;
-        }
-        c.gathers = true;
-        self.search.planned(program, &self.mesh(c), &self.layout(c)?)
+        let (program, mesh, mut layout) = (built.as_ref().unwrap_or(c.cut.program), self.mesh(c), self.layout(c)?);
+        let takes = match self.search.planned(program, &mesh, &layout) {
+            Err(e) if matches!(e.cause, Cause::SilentGather { .. }) => {
+                layout = layout.allowing_gathers();
+                self.search.planned(program, &mesh, &layout)
+            }
+            takes => takes,
+        };
+        Ok((takes?, layout))
     }
 
     /// How many meshes were searched.
@@ -251,9 +252,9 @@ impl<'a> Running<'a> {
         all.collect::<HashSet<_>>().len()
     }
 
-    fn found(&self, c: Candidate<'a>, planned: Option<Takes>, bound: f64) -> Result<Found, Error> {
-        Ok(Found {
-            layout: self.layout(&c)?,
+    fn found(&self, c: Candidate<'a>, layout: Layout, planned: Option<Takes>, bound: f64) -> Found {
+        Found {
+            layout,
             mesh: self.mesh(&c),
             chunks: c.cut.program.chunking.chunks,
             recompute: c.again,
@@ -265,6 +266,6 @@ impl<'a> Running<'a> {
             plans: self.plans,
             searching: self.begun.elapsed().saturating_sub(self.planning),
             planning: self.planning,
-        })
+        }
     }
 }

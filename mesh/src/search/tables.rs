@@ -40,6 +40,8 @@ struct Class<'a> {
 /// The segments of a function on a mesh.
 pub struct Classes<'a> {
     list: Vec<Class<'a>>,
+    /// By kind of step: seconds that it takes at the least.
+    least: Vec<f64>,
     /// By segment: which it is.
     pub of: Vec<usize>,
     /// Kinds of pairs of segments.
@@ -52,14 +54,15 @@ impl<'a> Classes<'a> {
     /// The segments on that mesh, where blocks may be made `again` or not; `alone` is what each kind of step takes on one
     /// device beside its launch, of which every device has its part to do.
     pub fn new(segments: &'a Segments, site: &Site, again: bool, alone: &[f64]) -> Classes<'a> {
+        let each = site.pipeline.seconds() / site.mesh.size() as f64;
+        let least_of: Vec<f64> = alone.iter().map(|seconds| seconds * each).collect();
         let mut known: HashMap<usize, usize> = HashMap::new();
         let (mut list, mut of): (Vec<Class>, Vec<usize>) = Default::default();
         for s in &segments.list {
             let class = *known.entry(s.alike).or_insert_with(|| {
                 let ways = ways(site, &s.content, &s.choices);
                 let again = again && s.block.is_some();
-                let work: f64 = s.content.steps.iter().map(|(work, n)| alone[*work] * *n as f64).sum();
-                let least = work * site.pipeline.seconds() / site.mesh.size() as f64;
+                let least = s.content.steps.iter().map(|(work, n)| least_of[*work] * *n as f64).sum();
                 list.push(Class { content: &s.content, count: 0, ways, again, least, known: Known::default() });
                 list.len() - 1
             });
@@ -76,7 +79,7 @@ impl<'a> Classes<'a> {
             });
             pairs.push(([from, to], number));
         }
-        Classes { list, of, kinds, pairs }
+        Classes { list, least: least_of, of, kinds, pairs }
     }
 
     /// How many layouts there are with each stage of ZeRO; as a number that may be huge.
@@ -87,6 +90,7 @@ impl<'a> Classes<'a> {
 
     /// The segments at a stage of ZeRO, and the seconds that a step takes at the least; None if those are more than `fastest`.
     pub fn staged(&mut self, prices: &mut Prices, stage: u8, fastest: f64) -> Option<(Vec<Staged<'a>>, f64)> {
+        let of_step = |work: usize| self.least[work];
         let all = |c: &Class| c.least * c.count as f64;
         let mut floor: f64 = self.list.iter().map(all).sum();
         // What takes longest is soonest too slow.
@@ -98,9 +102,10 @@ impl<'a> Classes<'a> {
             let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
             let (content, count, again) = (class.content, class.count, class.again);
             let mut seen = Seen::new(class.ways.iter().map(with).collect());
-            // All other segments take what they take at the least.
-            let most = fastest * NEAR - (floor - class.least) * (1.0 - 1e-9);
-            let seconds = seen.all(prices, content, stage, &mut class.known, most);
+            // Those like it take no less than it does, all others what they take at the least.
+            let others = floor - all(class);
+            let most = |fewest: f64| fastest * NEAR - (others + fewest * (count - 1) as f64) * (1.0 - 1e-9);
+            let seconds = seen.all(prices, content, stage, &mut class.known, &of_step, &most);
             let labels = vec![None; seconds.len()];
             let least = class.least;
             let class = Staged { content, count, again, seen, seconds, labels };
