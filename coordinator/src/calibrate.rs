@@ -279,47 +279,56 @@ impl Measured {
 }
 
 /// The rate of some samples, and by which share of their time it is off.
+///
+/// A launch and a byte take what they take in `f32`, and `bf16` has a rate of its own for FLOPs: where it is emulated it
+/// follows other lines, which those of `f32` are not to bend to.
 fn fit(samples: &[&Sample]) -> (Rate, f64) {
-    // Seconds for a launch, a FLOP of f32, one of bf16 and a byte.
-    let row = |s: &Sample| [1.0, if s.bf16 { 0.0 } else { s.flops }, if s.bf16 { s.flops } else { 0.0 }, s.bytes];
-    let mut normal = [[0.0f64; 4]; 4];
-    let mut right = [0.0f64; 4];
+    let (bf16, of_f32): (Vec<&Sample>, Vec<&Sample>) = samples.iter().partition(|s| s.bf16);
+    let is_mixed = !bf16.is_empty() && !of_f32.is_empty();
+    let [launch, flop, byte] = line(if of_f32.is_empty() { &bf16 } else { &of_f32 });
+    let rest = |s: &Sample| launch + s.bytes * byte;
+    let sum = |of: &dyn Fn(&Sample) -> f64| bf16.iter().map(|s| of(s)).sum::<f64>();
+    let flop_bf16 = match sum(&|s| s.flops) {
+        flops if is_mixed && flops > 0.0 => (sum(&|s| s.seconds - rest(s)) / flops).max(0.0),
+        _ => flop,
+    };
+    let predicted = |s: &Sample| rest(s) + s.flops * if s.bf16 { flop_bf16 } else { flop };
+    let all: f64 = samples.iter().map(|s| s.seconds).sum();
+    let off: f64 = samples.iter().map(|s| (predicted(s) - s.seconds).abs()).sum();
+    // What costs nothing beside the rest is fast.
+    let rate = |seconds: f64| (1.0 / seconds.max(1e-15)).min(1e15);
+    let rate = Rate { launch, flops: rate(flop), flops_bf16: rate(flop_bf16), flops_f16: None, bytes: rate(byte) };
+    (rate, if all > 0.0 { off / all } else { 0.0 })
+}
+
+/// Seconds of a launch, a FLOP and a byte: the straight line through some samples, with no coefficient below zero.
+fn line(samples: &[&Sample]) -> [f64; 3] {
+    let row = |s: &Sample| [1.0, s.flops, s.bytes];
+    let mut normal = [[0.0f64; 3]; 3];
+    let mut right = [0.0f64; 3];
     for s in samples {
         let (x, weight) = (row(s), 1.0 / s.seconds);
-        for i in 0..4 {
+        for i in 0..3 {
             right[i] += weight * x[i] * s.seconds;
-            (0..4).for_each(|j| normal[i][j] += weight * x[i] * x[j]);
+            (0..3).for_each(|j| normal[i][j] += weight * x[i] * x[j]);
         }
     }
     // Each coefficient in turn, none below zero: the function is convex, so this ends at its least.
-    let mut by = [0.0f64; 4];
+    let mut by = [0.0f64; 3];
     for _ in 0..5000 {
-        for i in 0..4 {
-            let others: f64 = (0..4).filter(|j| *j != i).map(|j| normal[i][j] * by[j]).sum();
+        for i in 0..3 {
+            let others: f64 = (0..3).filter(|j| *j != i).map(|j| normal[i][j] * by[j]).sum();
             by[i] = if normal[i][i] > 0.0 { ((right[i] - others) / normal[i][i]).max(0.0) } else { 0.0 };
         }
     }
-    let predicted = |s: &Sample, by: &[f64; 4]| row(s).iter().zip(by).map(|(x, b)| x * b).sum::<f64>();
     let all: f64 = samples.iter().map(|s| s.seconds).sum();
-    let sum: f64 = samples.iter().map(|s| predicted(s, &by)).sum();
+    let sum: f64 = samples.iter().map(|s| row(s).iter().zip(&by).map(|(x, b)| x * b).sum::<f64>()).sum();
     // The weights lean towards the fast ones, so what all take together is made right; but of collectives, the slow ones
     // have waited all the same, for a core that another device had.
     if sum > 0.0 && samples.iter().all(|s| s.family != "collective") {
         by = by.map(|b| b * all / sum);
     }
-    let off: f64 = samples.iter().map(|s| (predicted(s, &by) - s.seconds).abs()).sum();
-    // What costs nothing beside the rest is fast.
-    let rate = |seconds: f64| (1.0 / seconds.max(1e-15)).min(1e15);
-    let of_f32 = rate(by[1]);
-    let bf16 = samples.iter().any(|s| s.bf16);
-    let rate = Rate {
-        launch: by[0],
-        flops: of_f32,
-        flops_bf16: if bf16 { rate(by[2]) } else { of_f32 },
-        flops_f16: None,
-        bytes: rate(by[3]),
-    };
-    (rate, if all > 0.0 { off / all } else { 0.0 })
+    by
 }
 
 /// Measures this machine, telling of each network that is measured.
@@ -409,7 +418,7 @@ mod tests {
     }
 
     /// Work of a machine with 2 us a launch, 100 GFLOP/s (twice that in `bf16`) and 10 GB/s.
-    fn line(i: usize) -> Sample {
+    fn work(i: usize) -> Sample {
         let (flops, bytes, bf16) = ((i * 7919 % 97) as f64 * 1e6, (i * 104_729 % 89) as f64 * 1e4, i.is_multiple_of(2));
         sample(flops, bytes, bf16, 2e-6 + flops / if bf16 { 2e11 } else { 1e11 } + bytes / 1e10)
     }
@@ -420,7 +429,7 @@ mod tests {
 
     #[test]
     fn a_rate_is_found_in_its_samples() {
-        let samples: Vec<Sample> = (1..80).map(line).collect();
+        let samples: Vec<Sample> = (1..80).map(work).collect();
         let (rate, off) = fit(&samples.iter().collect::<Vec<_>>());
         let found = [rate.launch, rate.flops, rate.flops_bf16, rate.bytes];
         assert!(found.iter().zip([2e-6, 1e11, 2e11, 1e10]).all(|(a, b)| near(*a, b)), "{rate:?}");
@@ -428,8 +437,19 @@ mod tests {
     }
 
     #[test]
+    fn work_in_bf16_that_follows_no_line_leaves_that_of_f32_as_it_is() {
+        let mut samples: Vec<Sample> = (1..80).map(work).collect();
+        samples.iter_mut().filter(|s| s.bf16).enumerate().for_each(|(i, s)| s.seconds *= 2.0 + (i % 5) as f64);
+        let (rate, _) = fit(&samples.iter().collect::<Vec<_>>());
+        assert!(near(rate.launch, 2e-6) && near(rate.flops, 1e11) && near(rate.bytes, 1e10), "{rate:?}");
+        let of = |s: &&Sample| rate.launch + s.flops / rate.flops_bf16 + s.bytes / rate.bytes;
+        let bf16: Vec<&Sample> = samples.iter().filter(|s| s.bf16).collect();
+        assert!(near(bf16.iter().map(of).sum(), bf16.iter().map(|s| s.seconds).sum()), "{rate:?}");
+    }
+
+    #[test]
     fn what_work_takes_together_is_right_and_who_waited_in_a_collective_does_not_count() {
-        let mut samples: Vec<Sample> = (1..80).map(line).collect();
+        let mut samples: Vec<Sample> = (1..80).map(work).collect();
         samples.iter_mut().step_by(10).for_each(|s| s.seconds *= 5.0);
         let predicted = |samples: &[Sample]| {
             let (r, _) = fit(&samples.iter().collect::<Vec<_>>());
