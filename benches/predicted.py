@@ -12,7 +12,16 @@ import statistics
 import subprocess
 import sys
 
-UNET = [("1", ""), ("x=2", "x:x"), ("y=2", "y:y"), ("x=2,y=2", "x:x,y:y"), ("x=4", "x:x"), ("x=2,y=2,z=2", "x:x,y:y,z:z")]
+# The deep levels whole on every device, so that layouts differ by more than steps of one layout do.
+DEEP = ",".join(["x:x", *(f"{level}/**{{x:none}}" for level in ["encoder.2", "encoder.3", "decoder.2"])])
+UNET = [
+    ("1", ""),
+    ("x=2", "x:x"),
+    ("x=2,y=2,z=2", "x:x,y:y,z:z"),
+    ("x=2", DEEP),
+    ("x=4", DEEP),
+    ("x=8", DEEP),
+]
 BERT = [
     ("1", ""),
     ("data=2", "batch:data"),
@@ -25,7 +34,7 @@ ROUNDS = 3
 
 
 def step(bench, machine, mesh, layout):
-    command = ["cargo", "bench", "-q", "-p", "benches", "--bench", bench, "--", "--machine", machine, "--mesh", mesh]
+    command = ["cargo", "bench", "-q", "--bench", bench, "--", "--machine", machine, "--mesh", mesh]
     command += ["--layout", layout] if layout else []
     line = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()[0])
     return line["step_s"], line["predicted_s"]
@@ -47,7 +56,7 @@ def main():
         predicted = [row[0][1] for row in rows]
         for (mesh, layout), m, p in zip(layouts, measured, predicted):
             good &= abs(p / m - 1) <= 0.15
-            print(f"{bench:5} {mesh:16} {layout:48} {m * 1e3:8.1f} ms  predicted {p * 1e3:8.1f} ms  {100 * (p / m - 1):+5.1f} %")
+            print(f"{bench:5} {mesh:16} {layout:64} {m * 1e3:8.1f} ms  predicted {p * 1e3:8.1f} ms  {100 * (p / m - 1):+5.1f} %")
         correlation = statistics.correlation(ranks(measured), ranks(predicted))
         good &= correlation >= 0.9
         print(f"{bench:5} rank correlation {correlation:.2f}")
