@@ -133,7 +133,7 @@ impl Answers {
 
 /// The fastest within a budget where all segments are split alike, of the ways that promise most.
 fn uniform(classes: &Classes, prices: &mut Prices, staged: &mut [Staged], budget: f64) -> Option<Answer> {
-    let mut all: Vec<Splits> = staged.iter().flat_map(|c| c.seen.ways.iter().map(|w| w.splits)).collect();
+    let mut all: Vec<Splits> = staged.iter().flat_map(|c| c.ways.iter().map(|w| w.splits)).collect();
     all.sort_unstable();
     all.dedup();
     let alone = |splits: &Splits, staged: &[Staged]| -> Option<f64> {
@@ -150,7 +150,7 @@ fn uniform(classes: &Classes, prices: &mut Prices, staged: &mut [Staged], budget
         let mut ways = vec![];
         for class in &mut *staged {
             let Some(at) = class.like(splits) else { break };
-            ways.push((class.seen.ways[at], Arc::new(vec![class.labels(prices, at)])));
+            ways.push((class.ways[at], Arc::new(vec![class.labels(prices, at)])));
         }
         let between = classes
             .kinds

@@ -32,8 +32,8 @@ impl Looks {
 }
 
 /// Something that takes time.
-#[derive(Clone, Copy)]
-enum Item<'a> {
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Item<'a> {
     /// The end of a sum, by kind of node.
     Sum(usize),
     /// A step, by kind.
@@ -43,18 +43,18 @@ enum Item<'a> {
 }
 
 /// Something that takes time, and how often.
-type Counted<'a> = (Item<'a>, f64);
+pub type Counted<'a> = (Item<'a>, usize);
 
 fn items<'a>(
     (sums, steps, uses): (&[(usize, usize)], &[(usize, usize)], &'a [(Uses, usize)]),
 ) -> impl Iterator<Item = Counted<'a>> {
-    let sums: Vec<Counted> = sums.iter().map(|(kind, n)| (Item::Sum(*kind), *n as f64)).collect();
-    let steps: Vec<Counted> = steps.iter().map(|(work, n)| (Item::Step(*work), *n as f64)).collect();
-    sums.into_iter().chain(steps).chain(uses.iter().map(|(uses, n)| (Item::Uses(uses), *n as f64)))
+    let sums: Vec<Counted> = sums.iter().map(|(kind, n)| (Item::Sum(*kind), *n)).collect();
+    let steps: Vec<Counted> = steps.iter().map(|(work, n)| (Item::Step(*work), *n)).collect();
+    sums.into_iter().chain(steps).chain(uses.iter().map(|(uses, n)| (Item::Uses(uses), *n)))
 }
 
-/// Seconds that are known: by what sees of ways, and from which stage of ZeRO on, those of all unlike ways.
-pub type Known = HashMap<(Sees, u8), Vec<Option<f64>>, Quick>;
+/// Seconds that are known: of some items that see the same, and from which stage of ZeRO on, those of all unlike ways.
+pub type Known<'a> = HashMap<(Vec<Counted<'a>>, u8), Vec<Option<f64>>, Quick>;
 
 /// A kind of node in ways to split a segment.
 struct Nodes {
@@ -65,7 +65,7 @@ struct Nodes {
 /// Ways to split a segment, and what its nodes are in each.
 pub struct Seen {
     /// The ways.
-    pub ways: Vec<Way>,
+    pub ways: Rc<Vec<Way>>,
     looks: HashMap<Sees, Rc<Looks>, Quick>,
     /// By kind of node.
     nodes: Vec<Option<Nodes>>,
@@ -73,7 +73,7 @@ pub struct Seen {
 
 impl Seen {
     /// Nothing is worked out yet.
-    pub fn new(ways: Vec<Way>) -> Seen {
+    pub fn new(ways: Rc<Vec<Way>>) -> Seen {
         Seen { ways, looks: HashMap::default(), nodes: vec![] }
     }
 
@@ -120,12 +120,12 @@ impl Seen {
     /// Seconds of each way to split a segment with that content, with all that is known; infinite where they are too many,
     /// which ends the adding up. By kind of step, `least` is what it takes at the least; `most` are the seconds that are not
     /// too many if no way takes fewer than it is given.
-    pub fn all(
+    pub fn all<'a>(
         &mut self,
         prices: &mut Prices,
-        content: &Content,
+        content: &'a Content,
         stage: u8,
-        known: &mut Known,
+        known: &mut Known<'a>,
         least: &dyn Fn(usize) -> f64,
         most: &dyn Fn(f64) -> f64,
     ) -> Vec<f64> {
@@ -146,7 +146,7 @@ impl Seen {
             seeing[at].1.push((item, n));
         }
         // What is not added up yet takes what it takes at the least.
-        let least_of = |(item, n): &Counted| if let Item::Step(work) = item { least(*work) * n } else { 0.0 };
+        let least_of = |(item, n): &Counted| if let Item::Step(work) = item { least(*work) * *n as f64 } else { 0.0 };
         let least = |items: &[Counted]| -> f64 { items.iter().map(least_of).sum() };
         // What takes long tells which ways are too slow for the rest to matter, the sooner the fewer of them it sees apart.
         let mut order: Vec<(f64, usize, f64)> = vec![];
@@ -163,19 +163,21 @@ impl Seen {
             seconds.iter_mut().filter(|all| **all > so_far).for_each(|all| *all = f64::INFINITY);
         };
         for (_, at, least) in order {
-            let (sees, items) = (seeing[at].0, &seeing[at].1);
+            let (sees, items) = (seeing[at].0, std::mem::take(&mut seeing[at].1));
             leave_out(&mut seconds, left);
             left = (left - least).max(0.0);
             let looks = self.looks(sees);
-            let of = known.entry((sees, sees.stage(stage))).or_insert_with(|| vec![None; looks.unlike.len()]);
+            let key = (items, sees.stage(stage));
+            let mut of = known.remove(&key).unwrap_or_else(|| vec![None; looks.unlike.len()]);
             for (all, look) in seconds.iter_mut().zip(&looks.of).filter(|(all, _)| all.is_finite()) {
                 let own = of[*look].unwrap_or_else(|| {
                     let way = looks.unlike[*look];
-                    items.iter().map(|(item, n)| self.seconds(prices, *item, way) * n).sum()
+                    key.0.iter().map(|(item, n)| self.seconds(prices, *item, way) * *n as f64).sum()
                 });
                 of[*look] = Some(own);
                 *all += own;
             }
+            known.insert(key, of);
         }
         leave_out(&mut seconds, 0.0);
         seconds
@@ -184,6 +186,6 @@ impl Seen {
     /// Seconds that it takes to make again what the segment's block makes again.
     pub fn again(&mut self, prices: &mut Prices, content: &Content, way: usize) -> f64 {
         let (sums, steps, uses) = &content.again;
-        items((sums, steps, uses)).map(|(item, n)| self.seconds(prices, item, way) * n).sum()
+        items((sums, steps, uses)).map(|(item, n)| self.seconds(prices, item, way) * n as f64).sum()
     }
 }

@@ -7,7 +7,9 @@ use super::price::Prices;
 use super::segments::{Choices, Content, Segments, Uses};
 use super::solve::{Label, Pair, Problem, insert};
 use super::split::{AXES, Axes, Sees, Site, Splits, Way, Zero};
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// The tables of one mesh and one stage of ZeRO.
@@ -27,19 +29,26 @@ pub const NEAR: f64 = 1.0002;
 struct Class<'a> {
     content: &'a Content,
     count: usize,
-    /// The ways to split them, and over which axes ZeRO splits their variables in each.
-    ways: Vec<Way>,
+    /// Which of the views has the ways to split them.
+    view: usize,
     /// Whether their blocks may be made again.
     again: bool,
     /// Seconds that one takes at the least.
     least: f64,
+}
+
+/// Ways to split segments, of which what sees the same takes the same.
+struct View<'a> {
+    /// The ways, and over which axes ZeRO splits variables in each.
+    ways: Vec<Way>,
     /// Seconds that are known by stages of ZeRO.
-    known: Known,
+    known: Known<'a>,
 }
 
 /// The segments of a function on a mesh.
 pub struct Classes<'a> {
     list: Vec<Class<'a>>,
+    views: Vec<View<'a>>,
     /// By kind of step: seconds that it takes at the least.
     least: Vec<f64>,
     /// By segment: which it is.
@@ -57,13 +66,17 @@ impl<'a> Classes<'a> {
         let each = site.pipeline.seconds() / site.mesh.size() as f64;
         let least_of: Vec<f64> = alone.iter().map(|seconds| seconds * each).collect();
         let mut known: HashMap<usize, usize> = HashMap::new();
-        let (mut list, mut of): (Vec<Class>, Vec<usize>) = Default::default();
+        let (mut list, mut views, mut of): (Vec<Class>, Vec<View>, Vec<usize>) = Default::default();
         for s in &segments.list {
             let class = *known.entry(s.alike).or_insert_with(|| {
                 let ways = ways(site, &s.content, &s.choices);
+                let view = views.iter().position(|v| v.ways == ways).unwrap_or_else(|| {
+                    views.push(View { ways, known: Known::default() });
+                    views.len() - 1
+                });
                 let again = again && s.block.is_some();
                 let least = s.content.steps.iter().map(|(work, n)| least_of[*work] * *n as f64).sum();
-                list.push(Class { content: &s.content, count: 0, ways, again, least, known: Known::default() });
+                list.push(Class { content: &s.content, count: 0, view, again, least });
                 list.len() - 1
             });
             list[class].count += 1;
@@ -79,18 +92,22 @@ impl<'a> Classes<'a> {
             });
             pairs.push(([from, to], number));
         }
-        Classes { list, least: least_of, of, kinds, pairs }
+        Classes { list, views, least: least_of, of, kinds, pairs }
     }
 
     /// How many layouts there are with each stage of ZeRO; as a number that may be huge.
     pub fn layouts(&self) -> f64 {
-        let ways = self.of.iter().map(|c| &self.list[*c]).map(|c| c.ways.len() * if c.again { 2 } else { 1 });
+        let ways =
+            self.of.iter().map(|c| &self.list[*c]).map(|c| self.views[c.view].ways.len() * if c.again { 2 } else { 1 });
         ways.map(|n| n as f64).product()
     }
 
     /// The segments at a stage of ZeRO, and the seconds that a step takes at the least; None if those are more than `fastest`.
     pub fn staged(&mut self, prices: &mut Prices, stage: u8, fastest: f64) -> Option<(Vec<Staged<'a>>, f64)> {
         let of_step = |work: usize| self.least[work];
+        let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
+        let ways: Vec<Rc<Vec<Way>>> = self.views.iter().map(|v| Rc::new(v.ways.iter().map(with).collect())).collect();
+        let seen: Vec<_> = ways.iter().map(|ways| Rc::new(RefCell::new(Seen::new(ways.clone())))).collect();
         let all = |c: &Class| c.least * c.count as f64;
         let mut floor: f64 = self.list.iter().map(all).sum();
         // What takes longest is soonest too slow.
@@ -98,17 +115,16 @@ impl<'a> Classes<'a> {
         order.sort_by(|a, b| all(&self.list[*b]).total_cmp(&all(&self.list[*a])));
         let mut staged: Vec<Option<Staged>> = self.list.iter().map(|_| None).collect();
         for at in order {
-            let class = &mut self.list[at];
-            let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
-            let (content, count, again) = (class.content, class.count, class.again);
-            let mut seen = Seen::new(class.ways.iter().map(with).collect());
+            let class = &self.list[at];
+            let (content, count, again, least) = (class.content, class.count, class.again, class.least);
+            let (ways, seen, known) =
+                (ways[class.view].clone(), seen[class.view].clone(), &mut self.views[class.view].known);
             // Those like it take no less than it does, all others what they take at the least.
             let others = floor - all(class);
             let most = |fewest: f64| fastest * NEAR - (others + fewest * (count - 1) as f64) * (1.0 - 1e-9);
-            let seconds = seen.all(prices, content, stage, &mut class.known, &of_step, &most);
+            let seconds = seen.borrow_mut().all(prices, content, stage, known, &of_step, &most);
             let labels = vec![None; seconds.len()];
-            let least = class.least;
-            let class = Staged { content, count, again, seen, seconds, labels };
+            let class = Staged { content, count, again, ways, seen, seconds, labels };
             floor += (class.fastest() - least) * class.count as f64;
             staged[at] = Some(class);
             if floor > fastest * NEAR {
@@ -126,7 +142,9 @@ pub struct Staged<'a> {
     pub count: usize,
     again: bool,
     /// The ways to split it.
-    pub seen: Seen,
+    pub ways: Rc<Vec<Way>>,
+    /// What it is in each, as far as that is worked out: those that are split in the same ways share it.
+    seen: Rc<RefCell<Seen>>,
     /// By way, its seconds.
     pub seconds: Vec<f64>,
     labels: Vec<Option<Vec<Label>>>,
@@ -144,7 +162,7 @@ impl Staged<'_> {
         }
         let mut labels = vec![];
         let seconds = self.seconds[way];
-        let [as_it_is, made_again] = bytes(prices, &mut self.seen, self.content, way);
+        let [as_it_is, made_again] = bytes(prices, &mut self.seen.borrow_mut(), self.content, way);
         let pipeline = prices.site.pipeline;
         let mut add = |seconds, bytes: Bytes, again| {
             let (kept, flight, transient) = (bytes.kept(pipeline), bytes.flight, bytes.transient);
@@ -152,7 +170,7 @@ impl Staged<'_> {
         };
         add(seconds, as_it_is, false);
         if self.again {
-            let more = self.seen.again(prices, self.content, way);
+            let more = self.seen.borrow_mut().again(prices, self.content, way);
             add(seconds + more, made_again, true);
         }
         self.labels[way] = Some(labels.clone());
@@ -162,7 +180,7 @@ impl Staged<'_> {
     /// The way that is like another segment's, as far as this one has its dimensions.
     pub fn like(&self, splits: Splits) -> Option<usize> {
         let dims = self.content.chunks.keys().fold(Splits::default(), |s, d| s.with(*d, Axes::MAX));
-        self.seen.ways.binary_search_by_key(&splits.only(dims), |w| w.splits).ok()
+        self.ways.binary_search_by_key(&splits.only(dims), |w| w.splits).ok()
     }
 }
 
@@ -174,7 +192,7 @@ impl Tables {
             let slack = most * (1.0 + 1e-9) - floor + class.fastest();
             let live: Vec<usize> = (0..class.seconds.len()).filter(|w| class.seconds[*w] <= slack).collect();
             let labels: Vec<Vec<Label>> = live.iter().map(|w| class.labels(prices, *w)).collect();
-            let ways: Vec<Way> = live.iter().map(|w| class.seen.ways[*w]).collect();
+            let ways: Vec<Way> = live.iter().map(|w| class.ways[*w]).collect();
             options.push((Arc::new(ways), Arc::new(labels)));
         }
         let kinds = classes.kinds.iter().map(|([from, to], uses)| {
