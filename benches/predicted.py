@@ -12,11 +12,14 @@ import statistics
 import subprocess
 import sys
 
-# The deep levels whole on every device, so that layouts differ by more than steps of one layout do.
+# The deep levels whole on every device: those differ by more than steps of one layout do.
 DEEP = ",".join(["x:x", *(f"{level}/**{{x:none}}" for level in ["encoder.2", "encoder.3", "decoder.2"])])
 UNET = [
     ("1", ""),
     ("x=2", "x:x"),
+    ("y=2", "y:y"),
+    ("x=2,y=2", "x:x,y:y"),
+    ("x=4", "x:x"),
     ("x=2,y=2,z=2", "x:x,y:y,z:z"),
     ("x=2", DEEP),
     ("x=4", DEEP),

@@ -266,7 +266,10 @@ pub const SHOWN: &[(&str, &str, &str, Shown)] = &[
         "docs/search.md",
         "text",
         "search ",
-        Printed("unet3d plan --size 512 --base 32 --dtype bf16 --machine h100x8 --layout auto", &[]),
+        Printed(
+            "unet3d plan --size 512 --base 32 --dtype bf16 --machine h100x8 --layout auto",
+            &["677.6 ms, planned in 3.7 s"],
+        ),
     ),
     ("docs/security.md", "text", "WARN audit", By("coordinator/tests/access.rs")),
     ("docs/unet3d.md", "text", "memory ", Printed("unet3d plan --data phantom --memory 100MiB", &[])),

@@ -97,9 +97,8 @@ impl<'a> Classes<'a> {
 
     /// How many layouts there are with each stage of ZeRO; as a number that may be huge.
     pub fn layouts(&self) -> f64 {
-        let ways =
-            self.of.iter().map(|c| &self.list[*c]).map(|c| self.views[c.view].ways.len() * if c.again { 2 } else { 1 });
-        ways.map(|n| n as f64).product()
+        let ways = |c: &Class| self.views[c.view].ways.len() * if c.again { 2 } else { 1 };
+        self.of.iter().map(|c| ways(&self.list[*c]) as f64).product()
     }
 
     /// The segments at a stage of ZeRO, and the seconds that a step takes at the least; None if those are more than `fastest`.
