@@ -13,6 +13,7 @@ use mesh::optim::Optimizer;
 use mesh::placement::{Placement, Subject};
 use mesh::plan::{Backend, PlanOptions, ProgramPlan, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
+use mesh::search::meshes::meshes;
 use mesh::search::{Devices, Found, Search};
 use models::{Bert, LARGE, bert, unet};
 use std::collections::BTreeMap;
@@ -252,6 +253,24 @@ fn thousands_of_devices_are_searched_in_seconds() {
         let found = search(&machine, Devices::Count(4096), machine.memory, &build).find().unwrap();
         assert_eq!((found.mesh.size(), found.planned), (4096, None));
         assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
+    }
+}
+
+/// What is known of one mesh leaves options of others out: none of them is faster than what is found.
+#[test]
+fn all_meshes_together_have_what_the_best_of_them_has_alone() {
+    let machine = h100();
+    let models: [fn(&[Name]) -> Result<Program, Error>; 2] =
+        [|r| Ok(bert(few_layers(6), r)), |r| Ok(unet(256, 16, 3, r))];
+    for build in models {
+        let bound = |devices| {
+            let search = search(&machine, devices, machine.memory, &build);
+            Search { plan: &|_, _, _| Ok(vec![]), ..search }.find().unwrap().bound
+        };
+        let alone = meshes(16, 8).unwrap().into_iter().map(|mesh| bound(Devices::Mesh(mesh)));
+        let (best, found) = (alone.fold(f64::INFINITY, f64::min), bound(Devices::Count(16)));
+        // Of meshes that differ by less, that with fewer axes is taken.
+        assert!((found / best - 1.0).abs() <= 1e-4, "{found} together, {best} alone");
     }
 }
 

@@ -107,10 +107,11 @@ impl Answers {
         let uniform = uniform(classes, prices, &mut staged, budget);
         // Where another mesh is faster than that, it is hardly reached, and all that is as fast is looked at.
         let top = uniform.as_ref().map_or(f64::INFINITY, |u| u.solution.seconds);
-        let mut part = if top <= *fastest { FIRST } else { 1.0 };
+        let mut part = if top.is_finite() && top <= *fastest { FIRST } else { 1.0 };
         *fastest = fastest.min(top);
         loop {
-            let guess = if top.is_finite() { floor + part * (top - floor) } else { f64::INFINITY };
+            // In the end as fast as what is known, which sums in another order are not to miss by their last digit.
+            let guess = if part < 1.0 { floor + part * (top - floor) } else { f64::INFINITY };
             let most = guess.min(*fastest * NEAR);
             let Tables { problem, options } = Tables::new(classes, prices, &mut staged, floor, most);
             let found = stages::solve(&problem, prices.site.pipeline, budget, most);
