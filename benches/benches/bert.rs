@@ -1,7 +1,7 @@
 //! A pretraining step of BERT on masked words: AdamW, no drop-out, as `examples/src/bert` trains it. Prints one JSON
 //! line: seconds a step (median), GFLOP/s, memory, and with `--profile` where a step's time goes.
 //!
-//! `cargo bench -p benches --bench bert -- --size mini --threads 2`
+//! `cargo bench --bench bert -- --size mini --threads 2`
 
 use benches::Steps;
 use clap::Parser;

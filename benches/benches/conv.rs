@@ -1,7 +1,7 @@
 //! A 3x3x3 convolution with bias, forward, or with the gradients of input, filter and bias. Prints one JSON line: seconds
 //! (median) and GFLOP/s; of 16-bit floats without the casts of what is fed.
 //!
-//! `cargo bench -p benches --bench conv -- --channels 32 --size 64 --what both --threads 2`
+//! `cargo bench --bench conv -- --channels 32 --size 64 --what both --threads 2`
 
 use benches::{Steps, last_run};
 use clap::Parser;

@@ -1,7 +1,7 @@
 //! A product of matrices, as `nn::dense` has it: seconds and GFLOP/s of the product alone (casts are not counted), one JSON
 //! line.
 //!
-//! `cargo bench -p benches --bench gemm -- --size 4096x1024x256 --threads 1`
+//! `cargo bench --bench gemm -- --size 4096x1024x256 --threads 1`
 
 use benches::{Steps, last_run};
 use clap::Parser;

@@ -1,7 +1,7 @@
 //! The data plane between real processes: bandwidth of a pair by message size, time of a small round trip, and an
 //! all-reduce over several devices. Prints a JSON line for each measurement.
 //!
-//! `cargo bench -p benches --bench transport -- --transport ring --case allreduce`
+//! `cargo bench --bench transport -- --transport ring --case allreduce`
 
 use clap::{Parser, ValueEnum};
 use mesh::chunk::{Tree, TreeDim, shard_chunks};

@@ -2,7 +2,7 @@
 //! instance norm and ReLU a block, transposed convolutions up, soft dice, Adam. Prints one JSON line: seconds a step
 //! (median), GFLOP/s, memory, and with `--profile` where a step's time goes.
 //!
-//! `cargo bench -p benches --bench unet -- --res 64 --base 16 --threads 2`
+//! `cargo bench --bench unet -- --res 64 --base 16 --threads 2`
 
 use benches::Steps;
 use clap::Parser;

@@ -5,7 +5,7 @@ usage: compare.py [--pairs 5] [--only TEXT] [--python python3]       the table o
                                                                      peers the fastest counts
 
     compare.py --only bert
-    compare.py --ours "cargo bench -q -p benches --bench transport -- --transport ring --case allreduce" \\
+    compare.py --ours "cargo bench -q --bench transport -- --transport ring --case allreduce" \\
                --peer "python3 benches/peers/allreduce_torch.py"
 """
 import argparse
@@ -30,7 +30,7 @@ here = pathlib.Path(__file__).parent
 
 def case(name, bench, peer, options, modes=("",)):
     """A bench and a peer that take the same options; `modes` are those of the peer that are tried."""
-    ours = f"cargo bench -q -p benches --bench {bench} -- {options}"
+    ours = f"cargo bench -q --bench {bench} -- {options}"
     return name, ours, [f"{args.python} {here}/{peer}_torch.py {options} {mode}".strip() for mode in modes]
 
 

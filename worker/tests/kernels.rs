@@ -489,6 +489,45 @@ fn convolutions_hold(dtype: DType) {
     }
 }
 
+/// Holds the ops of a program on one device to their reference, on every instruction set, and gives which there were.
+/// Values are whole numbers, of which no sum is rounded.
+fn are_as_defined(p: &Program) -> BTreeSet<&'static str> {
+    let backend = CpuBackend { threads: 1 };
+    let whole = ("1".parse().unwrap(), "".parse().unwrap());
+    let plan = plan_program(p, &whole.0, &whole.1, &PlanOptions::default(), &backend).unwrap();
+    let mut seen = BTreeSet::new();
+    for step in plan.functions.values().flatten().flat_map(|device| &device.steps) {
+        let Work::Op(op) = &step.work else { continue };
+        seen.insert(name(&step.work));
+        let draw = |stream: &Stream, i: usize| (stream.uniform(i as u64) * 9.0).floor() - 4.0;
+        let values = |(key, part): (usize, &Part)| -> Vec<f32> {
+            let stream = Stream { seed: 3, step: 0, key: key as u32 };
+            (0..part.region.elements()).map(|i| draw(&stream, i)).collect()
+        };
+        let values: Vec<Vec<f32>> = op.inputs.iter().enumerate().map(values).collect();
+        let wide = |(part, v): (&Part, &Vec<f32>)| {
+            let v = v.iter().map(|v| f64::from(*v)).collect();
+            Reference::from_shape_vec(part.ty.shape(), v).unwrap()
+        };
+        let wide: Vec<Reference> = op.inputs.iter().zip(&values).map(wide).collect();
+        let types: Vec<_> = op.inputs.iter().map(|part| &*part.ty).collect();
+        let defined = op.op.op().reference(&wide.iter().collect::<Vec<_>>(), &types, &op.output.ty);
+        let defined: Vec<u8> = defined.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect();
+        let buffer = |v: &Vec<f32>| {
+            let bytes: Vec<u8> = v.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let mut buffer = Guarded::new(bytes.len());
+            buffer.fill(&bytes);
+            buffer
+        };
+        let mut inputs: Vec<Guarded> = values.iter().map(buffer).collect();
+        for isa in Isa::available() {
+            let found = run(&step.work, isa, &Pool::new(2, None), &mut inputs, &[defined.len()]);
+            assert!(found[0] == defined, "{isa:?}: {:?}", op.op);
+        }
+    }
+    seen
+}
+
 /// Windows that outputs along the first dimension share, one after the other, or cannot: strides, gaps, padding.
 #[test]
 fn convolutions_of_many_outputs_are_as_they_are_defined() {
@@ -511,41 +550,41 @@ fn convolutions_of_many_outputs_are_as_they_are_defined() {
         })
         .unwrap();
         let p = p.finish().unwrap();
-        let backend = CpuBackend { threads: 1 };
-        let whole = ("1".parse().unwrap(), "".parse().unwrap());
-        let plan = plan_program(&p, &whole.0, &whole.1, &PlanOptions::default(), &backend).unwrap();
-        let mut seen = BTreeSet::new();
-        for step in plan.functions.values().flatten().flat_map(|device| &device.steps) {
-            let Work::Op(op) = &step.work else { continue };
-            seen.insert(name(&step.work));
-            // Whole numbers, of which no sum is rounded.
-            let draw = |stream: &Stream, i: usize| (stream.uniform(i as u64) * 9.0).floor() - 4.0;
-            let values = |(key, part): (usize, &Part)| -> Vec<f32> {
-                let stream = Stream { seed: 3, step: 0, key: key as u32 };
-                (0..part.region.elements()).map(|i| draw(&stream, i)).collect()
-            };
-            let values: Vec<Vec<f32>> = op.inputs.iter().enumerate().map(values).collect();
-            let wide = |(part, v): (&Part, &Vec<f32>)| {
-                let v = v.iter().map(|v| f64::from(*v)).collect();
-                Reference::from_shape_vec(part.ty.shape(), v).unwrap()
-            };
-            let wide: Vec<Reference> = op.inputs.iter().zip(&values).map(wide).collect();
-            let types: Vec<_> = op.inputs.iter().map(|part| &*part.ty).collect();
-            let defined = op.op.op().reference(&wide.iter().collect::<Vec<_>>(), &types, &op.output.ty);
-            let defined: Vec<u8> = defined.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect();
-            let buffer = |v: &Vec<f32>| {
-                let bytes: Vec<u8> = v.iter().flat_map(|v| v.to_le_bytes()).collect();
-                let mut buffer = Guarded::new(bytes.len());
-                buffer.fill(&bytes);
-                buffer
-            };
-            let mut inputs: Vec<Guarded> = values.iter().map(buffer).collect();
-            for isa in Isa::available() {
-                let found = run(&step.work, isa, &Pool::new(2, None), &mut inputs, &[defined.len()]);
-                assert!(found[0] == defined, "{isa:?}: {:?}", op.op);
-            }
-        }
+        let seen = are_as_defined(&p);
         assert!(["conv", "conv_transpose"].iter().all(|k| seen.contains(k)), "{seen:?}");
+    }
+}
+
+/// Sums of single products, of a few, of more than lie in a cache at a time, and what does not fit into the workspace.
+#[test]
+fn weight_gradients_are_as_they_are_defined() {
+    let cases: [([usize; 4], usize, usize, usize, [usize; 2]); 7] = [
+        ([1, 9, 10, 11], 1, 3, 1, [7, 18]),
+        ([2, 24, 5, 21], 2, 3, 1, [16, 16]),
+        ([3, 8, 8, 8], 8, 3, 1, [5, 17]),
+        ([1, 16, 12, 9], 8, 3, 1, [13, 33]),
+        ([1, 17, 9, 13], 8, 3, 2, [6, 50]),
+        ([2, 5, 6, 7], 8, 2, 2, [3, 20]),
+        ([1, 1, 6, 8], 2, 5, 1, [4000, 2]),
+    ];
+    for (space, chunks, size, stride, channels) in cases {
+        let window = |(d, n): (&str, usize)| Window::same(d, n, if n > 1 { size } else { 1 }, stride.min(n), 1);
+        let [batch, x, y, z] = space;
+        let windows: Vec<Window> = [("x", x), ("y", y), ("z", z)].map(window).into();
+        let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
+        let mut p = ProgramBuilder::new();
+        p.function("f", |g: &Graph| {
+            let dims = [dim("batch", batch), dim("x", x), dim("y", y), dim("z", z), dim("i", channels[0])];
+            let kernel = conv.windows.iter().map(|w| dim(w.kernel(), w.size));
+            let kernel: Vec<Dim> = kernel.chain([dim("i", channels[0]), dim("o", channels[1])]).collect();
+            let (x, w) = (g.input("x", DType::F32, &dims), g.input("w", DType::F32, &kernel));
+            let y = x.conv(&w, &conv);
+            let dy = g.input("dy", DType::F32, &y.ty().dims);
+            g.output("dw", &g.gradients(&y.mul(&dy).sum_all(), &[&w])[0]);
+        })
+        .unwrap();
+        let seen = are_as_defined(&p.finish().unwrap().in_chunks(chunks));
+        assert!(seen.contains("conv_weight_grad"), "{seen:?}");
     }
 }
 

@@ -1,7 +1,9 @@
 //! The register tile of weight gradients: some input channels times 16 or 32 output channels at one tap, summed over the
 //! leaves of a piece.
 
-use super::{Box4, WeightGradPlan};
+use super::WeightGradPlan;
+use super::blocks::Box4;
+use super::pack::Packed;
 use crate::kernels::isa::Isa;
 use crate::kernels::tile::{COUNTED, Combine, Lanes, Portable, PortablePairs, store_row, tiling};
 use std::ops::Range;
@@ -15,48 +17,12 @@ pub struct View {
     pub dy: *const f32,
     /// If packed.
     pub packed: Option<Packed>,
-    /// Elements from a product to the next one along s1, s2 and the innermost dimension, in x and in dy.
+    /// From a product to the next one along s1, s2 and the innermost dimension, in x and in dy: elements, or units.
     pub next: [[usize; 2]; 3],
 }
 
-/// How a piece's units lie: rows of units of all channels, of x those that its taps read.
-#[derive(Clone, Copy)]
-pub struct Packed {
-    /// First index of dy: batch, s1 and s2.
-    pub first: [usize; 3],
-    /// First index of x along s1 and s2.
-    pub x_first: [usize; 2],
-    /// Rows of dy along s1 and s2.
-    pub rows: [usize; 2],
-    /// Rows of x.
-    pub x_rows: [usize; 2],
-    /// Units of a row.
-    pub units: usize,
-    /// Channels of x.
-    pub x_channels: usize,
-    /// Channels of dy.
-    pub channels: usize,
-}
-
-impl Packed {
-    /// The first element of a row of x, by batch and indices along s1 and s2.
-    pub fn x(&self, [b, i1, i2]: [usize; 3]) -> usize {
-        let row = (b - self.first[0]) * self.x_rows[0] + i1 - self.x_first[0];
-        (row * self.x_rows[1] + i2 - self.x_first[1]) * self.units * self.x_channels
-    }
-    /// The first elements of a batch in x and in dy.
-    pub fn batch(&self, b: usize) -> [usize; 2] {
-        let rows = |rows: [usize; 2]| rows[0] * rows[1] * self.units * (b - self.first[0]);
-        [rows(self.x_rows) * self.x_channels, rows(self.rows) * self.channels]
-    }
-    /// As well, of dy.
-    pub fn dy(&self, [b, o1, o2]: [usize; 3]) -> usize {
-        let row = (b - self.first[0]) * self.rows[0] + o1 - self.first[1];
-        (row * self.rows[1] + o2 - self.first[2]) * self.units * self.channels
-    }
-}
-
-/// What of a leaf a tap reads: where its first products lie, from a batch's first element on, and how many there are.
+/// What of a leaf a tap reads: where its first products lie, from a batch's first element or unit on, and how many there
+/// are.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 pub struct Span {
@@ -79,20 +45,24 @@ impl Span {
     ) -> Span {
         let [a1, a2, a3] = &plan.axes;
         let (rows1, rows2) = (a1.valid(&at[1], j1), a2.valid(&at[2], j2));
-        let run = if view.packed.is_some() { at[3].clone() } else { a3.valid(&at[3], j3) };
         let reads = |a: &super::Axis, r: &Range<usize>, j| if r.is_empty() { None } else { a.x(r.start, j) };
         let (Some(x1), Some(x2)) = (reads(a1, &rows1, j1), reads(a2, &rows2, j2)) else { return Span::default() };
-        let (x, dy, count) = match &view.packed {
-            Some(p) => {
-                let [x, dy] = [p.x([p.first[0], x1, x2]), p.dy([p.first[0], rows1.start, rows2.start])];
-                (x + units.start * p.x_channels, dy + units.start * p.channels, units.len())
-            }
-            None => {
-                let Some(x3) = reads(a3, &run, j3) else { return Span::default() };
-                let x = x1 * a1.x_stride + x2 * a2.x_stride + x3 * a3.x_stride;
-                let dy = rows1.start * a1.dy_stride + rows2.start * a2.dy_stride + run.start * a3.dy_stride;
-                (x, dy, run.len())
-            }
+        let (x, dy, count) = if units.is_empty() {
+            let run = a3.valid(&at[3], j3);
+            let Some(x3) = reads(a3, &run, j3) else { return Span::default() };
+            let [x, dy] = match &view.packed {
+                Some(p) => {
+                    [p.x([x1, x2]) + x3 - p.x_first[2], p.dy([rows1.start, rows2.start]) + run.start - p.first[3]]
+                }
+                None => [
+                    x1 * a1.x_stride + x2 * a2.x_stride + x3 * a3.x_stride,
+                    rows1.start * a1.dy_stride + rows2.start * a2.dy_stride + run.start * a3.dy_stride,
+                ],
+            };
+            (x, dy, run.len())
+        } else {
+            let [x, dy] = view.packed.map_or([0, 0], |p| [p.x([x1, x2]), p.dy([rows1.start, rows2.start])]);
+            (x + units.start, dy + units.start, units.len())
         };
         let rows = [rows1.len() as u32, rows2.len() as u32];
         Span { x, dy, rows, count: count as u32 }
@@ -111,10 +81,12 @@ pub struct Job<'a> {
     pub program: &'a [Combine],
     /// Where x and dy are.
     pub view: View,
-    /// First channel of x.
-    pub x: usize,
-    /// First channel of dy.
-    pub dy: usize,
+    /// Its first elements of x and of dy.
+    pub first: [usize; 2],
+    /// Elements of a unit of x and of dy; 1 where nothing is packed.
+    pub unit: [usize; 2],
+    /// Columns of dy that lie there, at least as many as count.
+    pub loaded: usize,
     /// Where the sums go.
     pub out: *mut f32,
     /// Elements between channels of x there.
@@ -123,14 +95,20 @@ pub struct Job<'a> {
     pub columns: usize,
     /// Whether the sums of the only leaf go on from those at `out`.
     pub goes_on: bool,
+    /// Whether there are several leaves, and each is a single product.
+    pub single: bool,
 }
 
 /// Rows of the next tile of so many columns when so many input channels are left: as many sums at a time as the latency of
 /// a multiply-add wants.
 pub fn tile_rows(isa: Isa, pairs: bool, left: usize, width: usize) -> usize {
     const NEXT: [u8; COUNTED] = tiling([14, 12, 8, 4, 2, 1], 2);
+    const NEXT_AVX2: [u8; COUNTED] = tiling([6, 4, 2, 1], 2);
     if pairs && isa.pairs() && width == 32 {
         return usize::from(NEXT[left.min(COUNTED - 1)]);
+    }
+    if !pairs && isa == Isa::Avx2 {
+        return usize::from(NEXT_AVX2[left.min(COUNTED - 1)]);
     }
     let sizes: &[usize] = match isa {
         Isa::Avx512 | Isa::Amx if width == 16 => &[16, 12, 8, 4, 2, 1],
@@ -152,22 +130,25 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
     mut acc: [[V; NV]; MR],
 ) -> [[V; NV]; MR] {
     let (plan, view, span) = (job.plan, &job.view, &job.spans[leaf]);
-    let [next1, next2, step] = view.next;
-    // SAFETY: by the plan every index lies inside the buffers; lanes beyond `columns` are loaded by `load_row`.
+    let at = |i: [usize; 2]| [i[0] * job.unit[0], i[1] * job.unit[1]];
+    let [next1, next2, step] = view.next.map(at);
+    let batch = view.packed.map(|p| (p.first[0], p.batch()));
+    // SAFETY: by the plan every index lies inside the buffers; lanes beyond those that lie there are loaded by `load_row`.
     unsafe {
         for b in job.leaves[leaf].0[0].clone() {
-            let [x, dy] = match &view.packed {
-                Some(p) => p.batch(b),
+            let [x, dy] = match batch {
+                Some((first, units)) => units.map(|n| n * (b - first)),
                 None => plan.batches[b],
             };
-            let mut x1 = view.x.wrapping_add(job.x + x + span.x);
-            let mut dy1 = view.dy.wrapping_add(job.dy + dy + span.dy);
+            let [x, dy] = at([x + span.x, dy + span.dy]);
+            let mut x1 = view.x.wrapping_add(job.first[0] + x);
+            let mut dy1 = view.dy.wrapping_add(job.first[1] + dy);
             for _ in 0..span.rows[0] {
                 let (mut x2, mut dy2) = (x1, dy1);
                 for _ in 0..span.rows[1] {
                     let (mut x, mut dy) = (x2, dy2);
                     for _ in 0..span.count {
-                        let row = load_row::<V, NV>(dy, job.columns);
+                        let row = load_row::<V, NV>(dy, job.loaded);
                         for (m, acc) in acc.iter_mut().enumerate() {
                             let value = *x.add(m);
                             for v in 0..NV {
@@ -197,6 +178,30 @@ unsafe fn load_row<V: Lanes, const NV: usize>(p: *const f32, columns: usize) -> 
 /// A block's stack is no deeper: eight chunks in each of four dimensions or more.
 const DEPTH: usize = 24;
 
+/// A leaf that is a single product, which a tap may leave out.
+#[inline(always)]
+unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: usize) -> [[V; NV]; MR] {
+    let (view, span, [unit, dy_unit]) = (&job.view, &job.spans[leaf], job.unit);
+    // SAFETY: as in `leaf`.
+    unsafe {
+        let zeros = [[V::zero(); NV]; MR];
+        if span.count == 0 || span.rows.contains(&0) {
+            return zeros;
+        }
+        let b = job.leaves[leaf].0[0].start;
+        let [x, dy] = match &view.packed {
+            Some(p) => p.batch().map(|n| n * (b - p.first[0])),
+            None => job.plan.batches[b],
+        };
+        let x = view.x.wrapping_add(job.first[0] + (x + span.x) * unit);
+        let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + (dy + span.dy) * dy_unit), job.loaded);
+        std::array::from_fn(|m| {
+            let value = *x.add(m);
+            std::array::from_fn(|v| zeros[m][v].fma(value, row[v]))
+        })
+    }
+}
+
 #[inline(always)]
 unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
     // SAFETY: by the contract of `WeightGradPlan::run`.
@@ -210,10 +215,13 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
                 *row = load_row::<V, NV>(job.out.add(m * job.out_pitch), job.columns);
             }
         }
-        for (i, c) in job.program.iter().enumerate() {
+        let mut program = job.program;
+        let mut is_first = true;
+        while let Some((c, rest)) = program.split_first() {
+            program = rest;
             match *c {
                 Combine::Leaf(l) => {
-                    if i > 0 {
+                    if !is_first {
                         for m in 0..MR {
                             for v in 0..NV {
                                 stack[below][m][v].write(sum[m][v]);
@@ -222,7 +230,22 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
                         below += 1;
                         sum = [[V::zero(); NV]; MR];
                     }
-                    sum = leaf::<V, MR, NV>(job, l, sum);
+                    is_first = false;
+                    if job.single {
+                        sum = product::<V, MR, NV>(job, l);
+                        // Of two products the sum needs no stack.
+                        if let [Combine::Leaf(l), Combine::Add, rest @ ..] = rest {
+                            program = rest;
+                            let other = product::<V, MR, NV>(job, *l);
+                            for m in 0..MR {
+                                for v in 0..NV {
+                                    sum[m][v] = sum[m][v].add(other[m][v]);
+                                }
+                            }
+                        }
+                    } else {
+                        sum = leaf::<V, MR, NV>(job, l, sum);
+                    }
                 }
                 Combine::Add => {
                     below -= 1;
@@ -291,7 +314,7 @@ pub unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512 | Isa::Amx, false, _) => tile!(tile_avx512, 1, 16, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, false, _) => tile!(tile_avx2, 1, 4, 2, 1),
+        (Isa::Avx2, false, _) => tile!(tile_avx2, 1, 6, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (_, true, 32) if isa.pairs() => tile!(pairs_avx512, 2, 14, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]

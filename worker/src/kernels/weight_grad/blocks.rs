@@ -1,0 +1,232 @@
+//! How the sum of a weight gradient is cut: tasks of blocks, blocks of pieces, pieces of leaves.
+
+use super::WeightGradPlan;
+use super::pack::Packing;
+use super::tile::SPAN;
+use crate::kernels::conv::in_units;
+use crate::kernels::pack::NOTHING;
+use crate::kernels::tile::Combine;
+use crate::pool::WORKSPACE_BYTES;
+use mesh::chunk::{Event, Node, Tree};
+use std::ops::Range;
+
+/// Leaves along a dimension at most.
+const LEAVES: usize = 8;
+/// Leaves of a block at most.
+const BLOCK_LEAVES: usize = 4096;
+/// Tasks that all blocks are shared out to, about.
+const TASKS: usize = 48;
+/// A block's voxels fill at most so many bytes of both inputs together.
+const BLOCK_BYTES: usize = 384 << 10;
+/// Voxels of a block of several leaves at most.
+const BLOCK_VOXELS: usize = 512;
+/// Voxels of a piece of a leaf at most, where panels are packed: those of a tile lie in the first-level cache.
+const PIECE_VOXELS: usize = 256;
+
+/// Local indices of dy: (batch, s1, s2, s3).
+pub type Box4 = [Range<usize>; 4];
+
+/// A subtree of leaves that are worked on together.
+pub struct Block {
+    /// Its pieces.
+    pub pieces: Vec<Piece>,
+    /// How the leaves are combined.
+    pub program: Vec<Combine>,
+}
+
+/// What of a block is summed at a time: all of it, or a part of its only leaf.
+pub struct Piece {
+    /// What of it is packed.
+    pub packing: Packing,
+    /// The leaves, and where units are packed those of each along the innermost dimension.
+    pub leaves: Vec<(Box4, Range<usize>)>,
+    /// Whether there are several, and each is a single product.
+    pub single: bool,
+    /// The box around them.
+    pub around: Box4,
+    /// Of 16-bit floats: where the halves of each unit lie along a row of dy; [`NOTHING`] for zeros.
+    pub dy: Vec<[usize; 2]>,
+    /// As well, of x, by tap.
+    pub x: Vec<Vec<[usize; 2]>>,
+}
+
+impl WeightGradPlan {
+    /// A box of elements as local indices.
+    pub(super) fn local(elements: &[Range<usize>], origin: &[Range<usize>], batch_dims: usize) -> Box4 {
+        let local: Vec<Range<usize>> =
+            elements.iter().zip(origin).map(|(r, o)| r.start - o.start..r.end - o.start).collect();
+        // Batch dimensions flatten to runs of offsets only if at most one of them is cut into chunks; a leaf is a box
+        // of them, listed by `batch_run`.
+        let mut out = [0..1, 0..1, 0..1, 0..1];
+        out[0] = batch_run(&local[..batch_dims], &origin[..batch_dims]);
+        let k = local.len() - batch_dims;
+        for d in 0..k {
+            out[4 - k + d] = local[batch_dims + d].clone();
+        }
+        out
+    }
+
+    /// Whether a box of dy and what its taps read of x may be a block of several leaves; which does not depend on the
+    /// instruction set, since the scratch does on it.
+    fn is_block(&self, at: &Box4) -> bool {
+        let voxels: usize = at.iter().map(Range::len).product();
+        let in_cache = voxels * (self.cin + self.cout) * self.groups * 4 <= BLOCK_BYTES;
+        in_cache && if self.dtype.is_half() { self.units_fit(at) } else { voxels <= BLOCK_VOXELS }
+    }
+
+    /// Whether a box of a leaf is summed at a time.
+    fn is_piece(&self, at: &Box4) -> bool {
+        match self.packing {
+            Packing::Nothing => true,
+            Packing::Units => self.is_block(at),
+            Packing::Panels => at.iter().map(Range::len).product::<usize>() <= PIECE_VOXELS,
+        }
+    }
+
+    fn units_fit(&self, at: &Box4) -> bool {
+        self.has_room(at, at[3].len() / self.unit() + LEAVES)
+    }
+
+    fn has_room(&self, at: &Box4, units: usize) -> bool {
+        let [x, dy] = self.packed(at, units, 0..self.axes[0].taps).1;
+        x + dy + BLOCK_LEAVES * SPAN <= WORKSPACE_BYTES / 4
+    }
+
+    /// A leaf as pieces, in the order in which it is summed.
+    fn pieces(&self, at: Box4, pieces: &mut Vec<Piece>) {
+        let unit = |d: usize| if d == 3 { self.unit() } else { 1 };
+        let along = (0..4).find(|&d| at[d].len() > unit(d));
+        let Some(d) = along.filter(|_| !self.is_piece(&at)) else {
+            let room = self.packing != Packing::Units || self.has_room(&at, at[3].len().div_ceil(unit(3)));
+            assert!(room, "what a unit's gradient is made of does not fit into the workspace");
+            pieces.push(self.piece(vec![at]));
+            return;
+        };
+        // Between units, along the innermost one.
+        let middle = at[d].start + (at[d].len() / 2).next_multiple_of(unit(d));
+        let (mut first, mut second) = (at.clone(), at);
+        first[d].end = middle;
+        second[d].start = middle;
+        self.pieces(first, pieces);
+        self.pieces(second, pieces);
+    }
+
+    /// Leaves that are worked on together.
+    fn piece(&self, leaves: Vec<Box4>) -> Piece {
+        let around = std::array::from_fn(|d| {
+            let of = |f: fn(&Range<usize>) -> usize| leaves.iter().map(move |l| f(&l[d]));
+            of(|r| r.start).min().unwrap_or(0)..of(|r| r.end).max().unwrap_or(0)
+        });
+        let packing = match self.packing {
+            Packing::Panels if !self.has_room(&around, 0) => Packing::Nothing,
+            packing => packing,
+        };
+        let mut inner: Vec<Range<usize>> = leaves.iter().map(|l| l[3].clone()).collect();
+        inner.retain(|_| packing == Packing::Units);
+        inner.sort_by_key(|r| r.start);
+        inner.dedup();
+        let (of, units) = in_units(self.unit(), inner.iter().cloned());
+        let of = |l: &Box4| inner.iter().position(|r| *r == l[3]).map_or(0..0, |i| of[i].clone());
+        let axis = &self.axes[2];
+        let places = |at: &dyn Fn(usize) -> Option<usize>| -> Vec<[usize; 2]> {
+            let place = |o: usize| if o == NOTHING { NOTHING } else { at(o).unwrap_or(NOTHING) };
+            units.iter().map(|halves| halves.map(place)).collect()
+        };
+        let leaves: Vec<(Box4, Range<usize>)> = leaves.into_iter().map(|l| (l.clone(), of(&l))).collect();
+        let single = leaves.len() > 1
+            && leaves.iter().all(|([b, r1, r2, run], units)| {
+                let row = if units.is_empty() { run.len() } else { units.len() };
+                b.len() * r1.len() * r2.len() * row == 1
+            });
+        Piece {
+            packing,
+            leaves,
+            single,
+            around,
+            dy: places(&|o| Some(o * axis.dy_stride)),
+            x: (0..axis.taps).map(|j| places(&|o| Some(axis.x(o, j)? * axis.x_stride))).collect(),
+        }
+    }
+
+    pub(super) fn cut(
+        &mut self,
+        tree: &Tree,
+        node: &Node,
+        origin: &[Range<usize>],
+        batch_dims: usize,
+        program: &mut Vec<Combine>,
+    ) {
+        let at = WeightGradPlan::local(&tree.elements(&node.chunks), origin, batch_dims);
+        let few = node.chunks.iter().map(Range::len).product::<usize>() <= BLOCK_LEAVES;
+        let halves = if few && self.is_block(&at) { None } else { tree.halves(node) };
+        if let Some((a, b)) = halves {
+            self.cut(tree, &a, origin, batch_dims, program);
+            self.cut(tree, &b, origin, batch_dims, program);
+            program.push(Combine::Add);
+            return;
+        }
+        let (mut leaves, mut order) = (vec![], vec![]);
+        for event in tree.events(node) {
+            order.push(match event {
+                Event::Leaf(b) => {
+                    leaves.push(WeightGradPlan::local(&b, origin, batch_dims));
+                    Combine::Leaf(leaves.len() - 1)
+                }
+                Event::Combine => Combine::Add,
+            });
+        }
+        let mut pieces = Vec::new();
+        match leaves.pop() {
+            Some(only) if leaves.is_empty() => self.pieces(only, &mut pieces),
+            last => {
+                leaves.extend(last);
+                pieces.push(self.piece(leaves));
+            }
+        }
+        program.push(Combine::Leaf(self.blocks.len()));
+        self.blocks.push(Block { pieces, program: order });
+    }
+
+    /// Makes tasks of the blocks that the nodes combine.
+    pub(super) fn share_out(&mut self, nodes: &[Vec<Combine>]) {
+        let most = self.blocks.len().div_ceil(TASKS);
+        for program in nodes {
+            // By instruction: where its subtree begins, how many blocks it has, and how many results at a time.
+            let mut trees: Vec<[usize; 3]> = vec![];
+            for (i, c) in program.iter().enumerate() {
+                trees.push(match c {
+                    Combine::Leaf(_) => [i, 1, 1],
+                    Combine::Add => {
+                        let [middle, right, deep] = trees[i - 1];
+                        let [start, left, first] = trees[middle - 1];
+                        [start, left + right, first.max(deep + 1)]
+                    }
+                });
+            }
+            // Down from the root, the left half first.
+            let (mut order, mut open) = (vec![], vec![(program.len() - 1, false)]);
+            while let Some((i, halves)) = open.pop() {
+                let [start, blocks, deep] = trees[i];
+                if halves {
+                    order.push(Combine::Add);
+                } else if blocks <= most {
+                    order.push(Combine::Leaf(self.tasks.len()));
+                    self.tasks.push(program[start..=i].to_vec());
+                    self.depth = self.depth.max(deep);
+                } else {
+                    open.extend([(i, true), (i - 1, false), (trees[i - 1][0] - 1, false)]);
+                }
+            }
+            self.nodes.push(order);
+        }
+    }
+}
+
+/// The run of flattened batch indices of a box over the batch dimensions.
+fn batch_run(local: &[Range<usize>], origin: &[Range<usize>]) -> Range<usize> {
+    let mut run = 0..1;
+    for (l, o) in local.iter().zip(origin) {
+        run = run.start * o.len() + l.start..(run.end - 1) * o.len() + l.end;
+    }
+    run
+}
