@@ -33,7 +33,7 @@ BERT = [
     ("data=2,model=2", "batch:data,heads:model,d_ff:model,vocab:model"),
     ("data=2,seq=2", "batch:data,seq:seq"),
 ]
-ROUNDS = 3
+ROUNDS = 5
 
 
 def step(bench, machine, mesh, layout):

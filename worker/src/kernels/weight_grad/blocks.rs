@@ -18,10 +18,9 @@ const BLOCK_LEAVES: usize = 4096;
 const TASKS: usize = 48;
 /// A block's voxels fill at most so many bytes of both inputs together.
 const BLOCK_BYTES: usize = 384 << 10;
-/// Voxels of a block of several leaves at most.
-const BLOCK_VOXELS: usize = 512;
-/// Voxels of a piece of a leaf at most, where panels are packed: those of a tile lie in the first-level cache.
-const PIECE_VOXELS: usize = 256;
+/// Voxels of a block of several leaves at most, and of a piece of a leaf where panels are packed: those of a tile lie in the
+/// first-level cache.
+const VOXELS: usize = 256;
 
 /// Local indices of dy: (batch, s1, s2, s3).
 pub type Box4 = [Range<usize>; 4];
@@ -71,7 +70,7 @@ impl WeightGradPlan {
     fn is_block(&self, at: &Box4) -> bool {
         let voxels: usize = at.iter().map(Range::len).product();
         let in_cache = voxels * (self.cin + self.cout) * self.groups * 4 <= BLOCK_BYTES;
-        in_cache && if self.dtype.is_half() { self.units_fit(at) } else { voxels <= BLOCK_VOXELS }
+        in_cache && if self.dtype.is_half() { self.units_fit(at) } else { voxels <= VOXELS }
     }
 
     /// Whether a box of a leaf is summed at a time.
@@ -79,7 +78,7 @@ impl WeightGradPlan {
         match self.packing {
             Packing::Nothing => true,
             Packing::Units => self.is_block(at),
-            Packing::Panels => at.iter().map(Range::len).product::<usize>() <= PIECE_VOXELS,
+            Packing::Panels => at.iter().map(Range::len).product::<usize>() <= VOXELS,
         }
     }
 

@@ -21,15 +21,27 @@ pub struct View {
     pub next: [[usize; 2]; 3],
 }
 
-/// What of a leaf a tap reads: where its first products lie, from a batch's first element or unit on, and how many there
-/// are.
+impl View {
+    /// The first elements or units of a batch in x and in dy.
+    fn batch(&self, plan: &WeightGradPlan, b: usize) -> [usize; 2] {
+        match &self.packed {
+            Some(p) => p.batch().map(|units| units * (b - p.first[0])),
+            None => plan.batches[b],
+        }
+    }
+}
+
+/// What of a leaf a tap reads: where its first products lie, and how many there are. Tiles read it for every leaf, so it is
+/// all that they need of a leaf of one batch.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 pub struct Span {
+    /// Elements or units: from the beginning on if it is of one batch, otherwise from a batch's first one on.
     x: usize,
     dy: usize,
     rows: [u32; 2],
     count: u32,
+    batches: u32,
 }
 
 /// Floats of workspace that a span takes.
@@ -64,8 +76,9 @@ impl Span {
             let [x, dy] = view.packed.map_or([0, 0], |p| [p.x([x1, x2]), p.dy([rows1.start, rows2.start])]);
             (x + units.start, dy + units.start, units.len())
         };
+        let [first_x, first_dy] = if at[0].len() == 1 { view.batch(plan, at[0].start) } else { [0, 0] };
         let rows = [rows1.len() as u32, rows2.len() as u32];
-        Span { x, dy, rows, count: count as u32 }
+        Span { x: first_x + x, dy: first_dy + dy, rows, count: count as u32, batches: at[0].len() as u32 }
     }
 }
 
@@ -129,16 +142,15 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
     leaf: usize,
     mut acc: [[V; NV]; MR],
 ) -> [[V; NV]; MR] {
-    let (plan, view, span) = (job.plan, &job.view, &job.spans[leaf]);
+    let (view, span) = (&job.view, &job.spans[leaf]);
     let at = |i: [usize; 2]| [i[0] * job.unit[0], i[1] * job.unit[1]];
     let [next1, next2, step] = view.next.map(at);
-    let batch = view.packed.map(|p| (p.first[0], p.batch()));
     // SAFETY: by the plan every index lies inside the buffers; lanes beyond those that lie there are loaded by `load_row`.
     unsafe {
-        for b in job.leaves[leaf].0[0].clone() {
-            let [x, dy] = match batch {
-                Some((first, units)) => units.map(|n| n * (b - first)),
-                None => plan.batches[b],
+        for b in 0..span.batches as usize {
+            let [x, dy] = match span.batches {
+                1 => [0, 0],
+                _ => view.batch(job.plan, job.leaves[leaf].0[0].start + b),
             };
             let [x, dy] = at([x + span.x, dy + span.dy]);
             let mut x1 = view.x.wrapping_add(job.first[0] + x);
@@ -188,13 +200,8 @@ unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: u
         if span.count == 0 || span.rows.contains(&0) {
             return zeros;
         }
-        let b = job.leaves[leaf].0[0].start;
-        let [x, dy] = match &view.packed {
-            Some(p) => p.batch().map(|n| n * (b - p.first[0])),
-            None => job.plan.batches[b],
-        };
-        let x = view.x.wrapping_add(job.first[0] + (x + span.x) * unit);
-        let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + (dy + span.dy) * dy_unit), job.loaded);
+        let x = view.x.wrapping_add(job.first[0] + span.x * unit);
+        let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + span.dy * dy_unit), job.loaded);
         std::array::from_fn(|m| {
             let value = *x.add(m);
             std::array::from_fn(|v| zeros[m][v].fma(value, row[v]))
