@@ -1,7 +1,7 @@
 //! Ways to split a segment, as what is in it sees them: ways that look alike to something are priced once for it, and what
 //! is the same in two stages of ZeRO is priced once for both.
 
-use super::price::{Priced, Prices};
+use super::price::{Priced, Prices, Taken};
 use super::segments::{Content, Uses};
 use super::split::{Sees, Way};
 use crate::hash::Quick;
@@ -95,6 +95,13 @@ impl Seen {
         nodes.priced[nodes.looks.of[way]].get_or_insert_with(|| prices.node(kind, ways[way]))
     }
 
+    /// What a kind of node takes of an input in a way.
+    pub fn taken(&mut self, prices: &mut Prices, kind: usize, way: usize, input: usize) -> &Taken {
+        let as_it_is = self.ways[way];
+        let node = self.node(prices, kind, way);
+        &prices.inputs(kind, node, as_it_is)[input]
+    }
+
     fn seconds(&mut self, prices: &mut Prices, item: Item, way: usize) -> f64 {
         match item {
             Item::Sum(kind) => self.node(prices, kind, way).sum,
@@ -102,8 +109,7 @@ impl Seen {
             Item::Uses((from, by)) => {
                 let mut moved: Vec<usize> = vec![];
                 for (kind, input) in by {
-                    let node = self.node(prices, *kind, way);
-                    let taken = &node.inputs[*input];
+                    let taken = self.taken(prices, *kind, way, *input);
                     if taken.moved && !moved.contains(&taken.needs) {
                         moved.push(taken.needs);
                     }

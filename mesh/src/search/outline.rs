@@ -64,6 +64,16 @@ pub struct Kind {
     pub sees: Sees,
 }
 
+impl Kind {
+    /// Whether what it takes of an input may lie otherwise than it needs that, where both are of a segment that is split in
+    /// one way: what is as large and computed element by element lies where it is taken.
+    pub fn may_move(&self, input: usize) -> bool {
+        let taken = &self.inputs[input];
+        let stays = self.op.op().elementwise() && taken.shape == self.own.shape;
+        !stays || taken.stored.is_some() || self.own.stored.is_some()
+    }
+}
+
 /// How a step goes, as [`fuse::Kind`] has it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Form {

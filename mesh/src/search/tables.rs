@@ -258,7 +258,8 @@ pub fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> 
             let way = &to[*i];
             let mut all: Vec<usize> = vec![];
             for (consumer, input) in by {
-                let need = prices.node(*consumer, *way).inputs[*input].needs;
+                let node = prices.node(*consumer, *way);
+                let need = prices.inputs(*consumer, &node, *way)[*input].needs;
                 if !all.contains(&need) {
                     all.push(need);
                 }
