@@ -129,6 +129,7 @@ pub struct Stored {
 }
 
 /// A function in kinds.
+#[derive(Clone)]
 pub struct Outline<'a> {
     /// The function.
     pub function: &'a Function,
@@ -162,14 +163,16 @@ struct Key {
     inputs: Vec<Source>,
 }
 
-/// The dimensions that are worth splitting: of the forward pass, those of the most elements.
+/// The dimensions that are worth splitting, in however many chunks: of the forward pass, those of the most elements.
 fn worth_splitting(program: &Program, function: &Function) -> Vec<Name> {
+    let mut any = program.chunking.clone();
+    any.chunks = usize::MAX;
     let mut weight: BTreeMap<&Name, f64> = BTreeMap::new();
     for node in &function.nodes {
         let types = function.input_types(node);
         let flops = node.op.op().flops(&types, &node.ty) as f64;
         for d in types.iter().flat_map(|t| &t.dims).chain(&node.ty.dims) {
-            if program.chunking.count(&d.name, d.size) > 1 {
+            if any.count(&d.name, d.size) > 1 {
                 *weight.entry(&d.name).or_default() += flops + node.ty.elements() as f64;
             }
         }
@@ -206,6 +209,23 @@ impl<'a> Outline<'a> {
         };
         outline.nodes();
         outline.steps(threads)?;
+        Ok(outline)
+    }
+
+    /// The outline of a program that differs in how many chunks there are, which nothing but those of each tensor depends on:
+    /// one device has all of them, so that it has the same steps.
+    ///
+    /// # Errors
+    /// A program without the function.
+    pub fn in_chunks_of(&self, program: &'a Program) -> Result<Outline<'a>, Error> {
+        let (function, chunking) = (program.function(&self.function.name)?, &program.chunking);
+        let dims = Dims { names: self.dims.names.clone(), chunking };
+        let mut outline = Outline { function, program, dims, ..self.clone() };
+        let sources = outline.kinds.iter_mut().flat_map(|k| k.inputs.iter_mut().chain([&mut k.own]));
+        let of_nodes = sources.flat_map(|s| s.stored.iter_mut().chain([&mut s.shape]));
+        let of_steps = outline.works.iter_mut().flat_map(|w| w.loads.iter_mut().chain(&mut w.stores));
+        let extents = of_nodes.chain(of_steps).flat_map(|shape| &mut shape.extents);
+        extents.for_each(|e| e.chunks = chunking.count(&e.dim.name, e.dim.size));
         Ok(outline)
     }
 
