@@ -19,7 +19,8 @@ pub struct Looks {
 impl Looks {
     /// Ways as `sees` does.
     pub fn new(sees: Sees, ways: &[Way]) -> Looks {
-        let (mut known, mut unlike): (HashMap<Way, usize, Quick>, Vec<usize>) = Default::default();
+        let mut known: HashMap<Way, usize, Quick> = HashMap::with_capacity_and_hasher(ways.len(), Quick::default());
+        let mut unlike: Vec<usize> = vec![];
         let mut look = |(i, way): (usize, &Way)| {
             *known.entry(sees.of(*way)).or_insert_with(|| {
                 unlike.push(i);

@@ -60,6 +60,10 @@ pub struct Kind {
     pub ty: Type,
     /// The dimensions it sums over.
     pub reduced: Vec<Dim>,
+    /// By such a dimension: which inputs have it, and as which of their own.
+    pub reduced_at: Vec<Vec<(usize, usize)>>,
+    /// Operations of all of it.
+    pub flops: f64,
     /// What of a way to split it it depends on.
     pub sees: Sees,
 }
@@ -282,12 +286,19 @@ impl<'a> Outline<'a> {
             let next = self.kinds.len();
             let kind = *known.entry(key).or_insert_with_key(|key| {
                 let types = self.function.input_types(node);
+                let reduced = op.reduced(&types);
+                let at = |d: &Dim| {
+                    let inputs = types.iter().enumerate();
+                    inputs.filter_map(|(i, t)| Some((i, t.dims.iter().position(|e| e == d)?))).collect()
+                };
                 self.kinds.push(Kind {
                     op: node.op.clone(),
                     passes,
                     own: key.own.clone(),
                     inputs: key.inputs.clone(),
-                    reduced: op.reduced(&types),
+                    reduced_at: reduced.iter().map(at).collect(),
+                    reduced,
+                    flops: op.flops(&types, &node.ty) as f64,
                     types: types.into_iter().cloned().collect(),
                     ty: node.ty.clone(),
                     sees: key.inputs.iter().fold(key.own.sees, |sees, s| sees.or(s.sees)),

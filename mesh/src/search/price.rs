@@ -5,7 +5,7 @@ use super::outline::{Form, Kind, Outline, Source, Work};
 use super::regions::{Regions, Wanted};
 use super::split::{Axes, Pipeline, Sees, Shape, Site, Splits, Way};
 use crate::chunk::Tree;
-use crate::dim::{DType, Name};
+use crate::dim::{DType, Dim, Name};
 use crate::hash::Quick;
 use crate::layout::Mesh;
 use crate::machine::Machine;
@@ -234,10 +234,9 @@ impl<'a> Prices<'a> {
 
     fn priced(&mut self, k: &Kind, way: Way) -> Priced {
         let held = self.held(&k.own, way);
-        let inputs: Vec<Held> = k.inputs.iter().map(|s| self.held(s, way)).collect();
         let is_made_there = match &k.op {
             Prim::Input(_) | Prim::Read(_) | Prim::Assign(_) => true,
-            Prim::Cast(_) => held.split != held.used && inputs[0].region == held.region,
+            Prim::Cast(_) => held.split != held.used && self.held(&k.inputs[0], way).region == held.region,
             _ => false,
         };
         if is_made_there {
@@ -252,7 +251,10 @@ impl<'a> Prices<'a> {
                 held,
             };
         }
-        let sum = self.sum(k, &held, &inputs);
+        let sum = match k.reduced.is_empty() {
+            true => Sum { reduced: Splits::default(), around: held.used },
+            false => self.sum(k, &held, way),
+        };
         let done = match k.own.stored {
             None => held.region.clone(),
             Some(_) => self.regions.one(self.site.region(&k.own.shape, held.used)),
@@ -325,9 +327,10 @@ impl<'a> Prices<'a> {
     }
 
     /// How a node's sum is split: as its inputs are, or with inputs gathered if that moves fewer bytes.
-    fn sum(&self, k: &Kind, held: &Held, inputs: &[Held]) -> Sum {
-        let gathered = Sum { reduced: self.free(k, held.used.axes(), inputs), around: held.used };
-        let reduced = self.free(k, 0, inputs);
+    fn sum(&mut self, k: &Kind, held: &Held, way: Way) -> Sum {
+        let inputs: Vec<Held> = k.inputs.iter().map(|s| self.held(s, way)).collect();
+        let gathered = Sum { reduced: self.free(k, held.used.axes(), &inputs), around: held.used };
+        let reduced = self.free(k, 0, &inputs);
         if reduced == gathered.reduced {
             return gathered;
         }
@@ -337,24 +340,25 @@ impl<'a> Prices<'a> {
         let dims = 0..k.own.shape.extents.len();
         let around = dims.fold(Splits::default(), |around, d| around.with(d, front(held.used.of(d))));
         let scattered = Sum { reduced, around };
-        let traffic = |sum: &Sum| self.traffic(k, sum, held, inputs);
+        let traffic = |sum: &Sum| self.traffic(k, sum, held, &inputs);
         if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
     }
 
     /// The axes of each reduced dimension, as far as they are not used.
     fn free(&self, k: &Kind, mut used: Axes, inputs: &[Held]) -> Splits {
-        let mut of = |d: &crate::dim::Dim| {
-            let all = k.inputs.iter().zip(inputs).filter_map(|(source, held)| {
-                let split = if k.passes { held.used } else { held.split };
-                Some(split.of(source.shape.extents.iter().position(|e| e.dim == *d)?) & !used)
+        let mut of = |(d, at): (&Dim, &Vec<(usize, usize)>)| {
+            let mut all = at.iter().map(|(input, at)| {
+                let held = &inputs[*input];
+                (if k.passes { held.used } else { held.split }).of(*at) & !used
             });
-            let axes = all.into_iter().find(|a| *a != 0).unwrap_or(0);
+            let axes = all.find(|a| *a != 0).unwrap_or(0);
             let enough = self.outline.program.chunking.count(&d.name, d.size) >= self.site.shards(axes);
             let axes = if enough { axes } else { 0 };
             used |= axes;
             axes
         };
-        k.reduced.iter().enumerate().fold(Splits::default(), |free, (i, d)| free.with(i, of(d)))
+        let dims = k.reduced.iter().zip(&k.reduced_at).enumerate();
+        dims.fold(Splits::default(), |free, (i, dim)| free.with(i, of(dim)))
     }
 
     /// Bytes that the device receives of inputs and of parts of the sum.
@@ -538,12 +542,11 @@ fn each(w: &Work, at: &Region) -> f64 {
 
 /// Operations of the device's share of an op.
 fn own_flops(k: &Kind, p: &Priced) -> f64 {
-    let types: Vec<_> = k.types.iter().collect();
     let mut share = p.computed.elements() as f64 / k.ty.elements().max(1) as f64;
     for d in &k.reduced {
         share *= p.at.get(&d.name).map_or(d.size, |r| r.len()) as f64 / d.size.max(1) as f64;
     }
-    k.op.op().flops(&types, &k.ty) as f64 * share
+    k.flops * share
 }
 
 /// The dtype of a product's factors, if they are all of one of 16 bits.

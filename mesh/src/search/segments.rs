@@ -258,8 +258,7 @@ fn choices(outline: &Outline, nodes: impl Iterator<Item = usize>) -> Choices {
     let mut meet: BTreeSet<(usize, usize)> = BTreeSet::new();
     for (kind, n) in counted(nodes.map(|i| outline.kind_of[i])) {
         let k = &outline.kinds[kind];
-        let types: Vec<_> = k.types.iter().collect();
-        let work = (k.op.op().flops(&types, &k.ty) as f64 + k.ty.elements() as f64) * n as f64;
+        let work = (k.flops + k.ty.elements() as f64) * n as f64;
         for shape in k.inputs.iter().map(|s| &s.shape).chain([&k.own.shape]) {
             let dims: Vec<usize> = shape.extents.iter().filter_map(|e| e.at).collect();
             for d in &dims {

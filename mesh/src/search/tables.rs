@@ -7,6 +7,7 @@ use super::price::Prices;
 use super::segments::{Choices, Content, Segments, Uses};
 use super::solve::{Label, Pair, Problem, insert};
 use super::split::{AXES, Axes, Sees, Site, Splits, Way, Zero};
+use crate::hash::Quick;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -65,14 +66,17 @@ impl<'a> Classes<'a> {
     pub fn new(segments: &'a Segments, site: &Site, again: bool, alone: &[f64]) -> Classes<'a> {
         let each = site.pipeline.seconds() / site.mesh.size() as f64;
         let least_of: Vec<f64> = alone.iter().map(|seconds| seconds * each).collect();
-        let mut known: HashMap<usize, usize> = HashMap::new();
+        let (mut known, mut split): (HashMap<usize, usize, Quick>, HashMap<_, usize, Quick>) = Default::default();
         let (mut list, mut views, mut of): (Vec<Class>, Vec<View>, Vec<usize>) = Default::default();
         for s in &segments.list {
             let class = *known.entry(s.alike).or_insert_with(|| {
-                let ways = ways(site, &s.content, &s.choices);
-                let view = views.iter().position(|v| v.ways == ways).unwrap_or_else(|| {
-                    views.push(View { ways, known: Known::default() });
-                    views.len() - 1
+                // All that the ways depend on.
+                let view = *split.entry((&s.choices, &s.content.chunks, &s.content.variables)).or_insert_with(|| {
+                    let ways = ways(site, &s.content, &s.choices);
+                    views.iter().position(|v| v.ways == ways).unwrap_or_else(|| {
+                        views.push(View { ways, known: Known::default() });
+                        views.len() - 1
+                    })
                 });
                 let again = again && s.block.is_some();
                 let least = s.content.steps.iter().map(|(work, n)| least_of[*work] * *n as f64).sum();
