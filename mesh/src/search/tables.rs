@@ -2,7 +2,7 @@
 //! between segments.
 
 use super::bytes::{Bytes, bytes};
-use super::looks::{Known, Looks, Seen};
+use super::looks::{Known, KnownLooks, Looks, Seen};
 use super::price::Prices;
 use super::segments::{Choices, Content, Segments, Uses};
 use super::solve::{Label, Pair, Problem, insert};
@@ -44,6 +44,8 @@ struct View<'a> {
     ways: Vec<Way>,
     /// Seconds that are known by stages of ZeRO.
     known: Known<'a>,
+    /// And how the ways look.
+    looks: KnownLooks,
 }
 
 /// The segments of a function on a mesh.
@@ -74,7 +76,7 @@ impl<'a> Classes<'a> {
                 let view = *split.entry((&s.choices, &s.content.chunks, &s.content.variables)).or_insert_with(|| {
                     let ways = ways(site, &s.content, &s.choices);
                     views.iter().position(|v| v.ways == ways).unwrap_or_else(|| {
-                        views.push(View { ways, known: Known::default() });
+                        views.push(View { ways, known: Known::default(), looks: KnownLooks::default() });
                         views.len() - 1
                     })
                 });
@@ -110,7 +112,8 @@ impl<'a> Classes<'a> {
         let of_step = |work: usize| self.least[work];
         let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
         let ways: Vec<Rc<Vec<Way>>> = self.views.iter().map(|v| Rc::new(v.ways.iter().map(with).collect())).collect();
-        let seen: Vec<_> = ways.iter().map(|ways| Rc::new(RefCell::new(Seen::new(ways.clone())))).collect();
+        let seen = ways.iter().zip(&self.views).map(|(ways, v)| Seen::new(ways.clone(), stage, v.looks.clone()));
+        let seen: Vec<_> = seen.map(|seen| Rc::new(RefCell::new(seen))).collect();
         let all = |c: &Class| c.least * c.count as f64;
         let mut floor: f64 = self.list.iter().map(all).sum();
         // What takes longest is soonest too slow.
