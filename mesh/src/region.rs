@@ -21,7 +21,8 @@ impl Region {
     }
     /// The range of the dimension of that name.
     pub fn get(&self, name: &str) -> Option<&Range<usize>> {
-        self.0.iter().find(|(n, _)| **n == *name).map(|(_, r)| r)
+        // Most often it is the same name, not only an equal one.
+        self.0.iter().find(|(n, _)| std::ptr::eq(&**n, name) || **n == *name).map(|(_, r)| r)
     }
     /// This region with the range of one dimension put in place (added if it was absent).
     pub fn with(mut self, name: &Name, range: Range<usize>) -> Region {

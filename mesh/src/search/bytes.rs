@@ -60,8 +60,7 @@ pub fn bytes(prices: &mut Prices, seen: &mut Seen, content: &Content, way: usize
         for (step, phase, by) in &value.readers {
             let mut copied = false;
             if let Some((kind, input)) = by {
-                let reader = seen.node(prices, *kind, way);
-                let taken = &reader.inputs[*input];
+                let taken = seen.taken(prices, *kind, way, *input);
                 if taken.moved {
                     let need = taken.needs;
                     match copies.iter_mut().find(|(r, ..)| *r == need) {

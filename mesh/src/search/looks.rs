@@ -1,10 +1,11 @@
 //! Ways to split a segment, as what is in it sees them: ways that look alike to something are priced once for it, and what
 //! is the same in two stages of ZeRO is priced once for both.
 
-use super::price::{Priced, Prices};
+use super::price::{Priced, Prices, Taken};
 use super::segments::{Content, Uses};
 use super::split::{Sees, Way};
 use crate::hash::Quick;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -19,7 +20,8 @@ pub struct Looks {
 impl Looks {
     /// Ways as `sees` does.
     pub fn new(sees: Sees, ways: &[Way]) -> Looks {
-        let (mut known, mut unlike): (HashMap<Way, usize, Quick>, Vec<usize>) = Default::default();
+        let mut known: HashMap<Way, usize, Quick> = HashMap::with_capacity_and_hasher(ways.len(), Quick::default());
+        let mut unlike: Vec<usize> = vec![];
         let mut look = |(i, way): (usize, &Way)| {
             *known.entry(sees.of(*way)).or_insert_with(|| {
                 unlike.push(i);
@@ -62,23 +64,32 @@ struct Nodes {
     priced: Vec<Option<Rc<Priced>>>,
 }
 
+/// Looks that are known: of what sees the same, and from which stage of ZeRO on.
+pub type KnownLooks = Rc<RefCell<HashMap<(Sees, u8), Rc<Looks>, Quick>>>;
+
+fn looks(known: &KnownLooks, sees: Sees, stage: u8, ways: &[Way]) -> Rc<Looks> {
+    let mut known = known.borrow_mut();
+    known.entry((sees, sees.stage(stage))).or_insert_with(|| Rc::new(Looks::new(sees, ways))).clone()
+}
+
 /// Ways to split a segment, and what its nodes are in each.
 pub struct Seen {
     /// The ways.
     pub ways: Rc<Vec<Way>>,
-    looks: HashMap<Sees, Rc<Looks>, Quick>,
+    stage: u8,
+    known: KnownLooks,
     /// By kind of node.
     nodes: Vec<Option<Nodes>>,
 }
 
 impl Seen {
-    /// Nothing is worked out yet.
-    pub fn new(ways: Rc<Vec<Way>>) -> Seen {
-        Seen { ways, looks: HashMap::default(), nodes: vec![] }
+    /// Ways at a stage of ZeRO: nothing but looks is worked out yet.
+    pub fn new(ways: Rc<Vec<Way>>, stage: u8, known: KnownLooks) -> Seen {
+        Seen { ways, stage, known, nodes: vec![] }
     }
 
-    fn looks(&mut self, sees: Sees) -> Rc<Looks> {
-        self.looks.entry(sees).or_insert_with(|| Rc::new(Looks::new(sees, &self.ways))).clone()
+    fn looks(&self, sees: Sees) -> Rc<Looks> {
+        looks(&self.known, sees, self.stage, &self.ways)
     }
 
     /// A kind of node in a way.
@@ -86,13 +97,19 @@ impl Seen {
         if self.nodes.len() <= kind {
             self.nodes.resize_with(kind + 1, || None);
         }
-        let Seen { ways, looks, nodes } = self;
+        let Seen { ways, stage, known, nodes } = self;
         let nodes = nodes[kind].get_or_insert_with(|| {
-            let sees = prices.node_sees(kind);
-            let looks = looks.entry(sees).or_insert_with(|| Rc::new(Looks::new(sees, ways))).clone();
+            let looks = looks(known, prices.node_sees(kind), *stage, ways);
             Nodes { priced: vec![None; looks.unlike.len()], looks }
         });
         nodes.priced[nodes.looks.of[way]].get_or_insert_with(|| prices.node(kind, ways[way]))
+    }
+
+    /// What a kind of node takes of an input in a way.
+    pub fn taken(&mut self, prices: &mut Prices, kind: usize, way: usize, input: usize) -> &Taken {
+        let as_it_is = self.ways[way];
+        let node = self.node(prices, kind, way);
+        &prices.inputs(kind, node, as_it_is)[input]
     }
 
     fn seconds(&mut self, prices: &mut Prices, item: Item, way: usize) -> f64 {
@@ -102,8 +119,7 @@ impl Seen {
             Item::Uses((from, by)) => {
                 let mut moved: Vec<usize> = vec![];
                 for (kind, input) in by {
-                    let node = self.node(prices, *kind, way);
-                    let taken = &node.inputs[*input];
+                    let taken = self.taken(prices, *kind, way, *input);
                     if taken.moved && !moved.contains(&taken.needs) {
                         moved.push(taken.needs);
                     }
@@ -157,29 +173,35 @@ impl Seen {
         order.sort_by(|a, b| b.0.total_cmp(&a.0));
         let mut left: f64 = order.iter().map(|(.., least)| least).sum();
         let mut seconds = vec![0.0; self.ways.len()];
-        let leave_out = |seconds: &mut Vec<f64>, left: f64| {
-            let fewest = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+        let mut live: Vec<usize> = (0..self.ways.len()).collect();
+        let leave_out = |live: &mut Vec<usize>, seconds: &mut [f64], left: f64| {
+            let fewest = live.iter().map(|way| seconds[*way]).fold(f64::INFINITY, f64::min);
             let so_far = most(fewest + left) - left;
-            seconds.iter_mut().filter(|all| **all > so_far).for_each(|all| *all = f64::INFINITY);
+            live.retain(|way| {
+                let is_too_slow = seconds[*way] > so_far;
+                seconds[*way] = if is_too_slow { f64::INFINITY } else { seconds[*way] };
+                !is_too_slow
+            });
         };
         for (_, at, least) in order {
             let (sees, items) = (seeing[at].0, std::mem::take(&mut seeing[at].1));
-            leave_out(&mut seconds, left);
+            leave_out(&mut live, &mut seconds, left);
             left = (left - least).max(0.0);
             let looks = self.looks(sees);
             let key = (items, sees.stage(stage));
             let mut of = known.remove(&key).unwrap_or_else(|| vec![None; looks.unlike.len()]);
-            for (all, look) in seconds.iter_mut().zip(&looks.of).filter(|(all, _)| all.is_finite()) {
-                let own = of[*look].unwrap_or_else(|| {
-                    let way = looks.unlike[*look];
+            for way in &live {
+                let look = looks.of[*way];
+                let own = of[look].unwrap_or_else(|| {
+                    let way = looks.unlike[look];
                     key.0.iter().map(|(item, n)| self.seconds(prices, *item, way) * *n as f64).sum()
                 });
-                of[*look] = Some(own);
-                *all += own;
+                of[look] = Some(own);
+                seconds[*way] += own;
             }
             known.insert(key, of);
         }
-        leave_out(&mut seconds, 0.0);
+        leave_out(&mut live, &mut seconds, 0.0);
         seconds
     }
 

@@ -127,8 +127,9 @@ impl Search<'_> {
             chunks => chunks.iter().map(|n| program.clone().in_chunks(*n)).collect(),
         };
         let Search { function, threads, machine, .. } = *self;
-        let cuts = on_threads(programs.iter().collect(), |program| Cut::new(program, function, threads, machine));
-        let cuts: Vec<Cut> = cuts.into_iter().collect::<Result<_, Error>>()?;
+        let outline = Outline::new(&programs[0], programs[0].function(function)?, threads)?;
+        let outlines = programs.iter().map(|program| outline.in_chunks_of(program)).collect::<Result<_, Error>>()?;
+        let cuts = on_threads(outlines, |outline| Cut::new(outline, machine));
         let mut forms = vec![];
         for (i, cut) in cuts.iter().enumerate() {
             forms.extend(self.forms(&cut.outline, &cut.segments)?.into_iter().map(|form| (i, form)));

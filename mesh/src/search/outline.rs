@@ -60,8 +60,22 @@ pub struct Kind {
     pub ty: Type,
     /// The dimensions it sums over.
     pub reduced: Vec<Dim>,
+    /// By such a dimension: which inputs have it, and as which of their own.
+    pub reduced_at: Vec<Vec<(usize, usize)>>,
+    /// Operations of all of it.
+    pub flops: f64,
     /// What of a way to split it it depends on.
     pub sees: Sees,
+}
+
+impl Kind {
+    /// Whether what it takes of an input may lie otherwise than it needs that, where both are of a segment that is split in
+    /// one way: what is as large and computed element by element lies where it is taken.
+    pub fn may_move(&self, input: usize) -> bool {
+        let taken = &self.inputs[input];
+        let stays = self.op.op().elementwise() && taken.shape == self.own.shape;
+        !stays || taken.stored.is_some() || self.own.stored.is_some()
+    }
 }
 
 /// How a step goes, as [`fuse::Kind`] has it.
@@ -119,6 +133,7 @@ pub struct Stored {
 }
 
 /// A function in kinds.
+#[derive(Clone)]
 pub struct Outline<'a> {
     /// The function.
     pub function: &'a Function,
@@ -152,14 +167,16 @@ struct Key {
     inputs: Vec<Source>,
 }
 
-/// The dimensions that are worth splitting: of the forward pass, those of the most elements.
+/// The dimensions that are worth splitting, in however many chunks: of the forward pass, those of the most elements.
 fn worth_splitting(program: &Program, function: &Function) -> Vec<Name> {
+    let mut any = program.chunking.clone();
+    any.chunks = usize::MAX;
     let mut weight: BTreeMap<&Name, f64> = BTreeMap::new();
     for node in &function.nodes {
         let types = function.input_types(node);
         let flops = node.op.op().flops(&types, &node.ty) as f64;
         for d in types.iter().flat_map(|t| &t.dims).chain(&node.ty.dims) {
-            if program.chunking.count(&d.name, d.size) > 1 {
+            if any.count(&d.name, d.size) > 1 {
                 *weight.entry(&d.name).or_default() += flops + node.ty.elements() as f64;
             }
         }
@@ -196,6 +213,23 @@ impl<'a> Outline<'a> {
         };
         outline.nodes();
         outline.steps(threads)?;
+        Ok(outline)
+    }
+
+    /// The outline of a program that differs in how many chunks there are, which nothing but those of each tensor depends on:
+    /// one device has all of them, so that it has the same steps.
+    ///
+    /// # Errors
+    /// A program without the function.
+    pub fn in_chunks_of(&self, program: &'a Program) -> Result<Outline<'a>, Error> {
+        let (function, chunking) = (program.function(&self.function.name)?, &program.chunking);
+        let dims = Dims { names: self.dims.names.clone(), chunking };
+        let mut outline = Outline { function, program, dims, ..self.clone() };
+        let sources = outline.kinds.iter_mut().flat_map(|k| k.inputs.iter_mut().chain([&mut k.own]));
+        let of_nodes = sources.flat_map(|s| s.stored.iter_mut().chain([&mut s.shape]));
+        let of_steps = outline.works.iter_mut().flat_map(|w| w.loads.iter_mut().chain(&mut w.stores));
+        let extents = of_nodes.chain(of_steps).flat_map(|shape| &mut shape.extents);
+        extents.for_each(|e| e.chunks = chunking.count(&e.dim.name, e.dim.size));
         Ok(outline)
     }
 
@@ -252,12 +286,19 @@ impl<'a> Outline<'a> {
             let next = self.kinds.len();
             let kind = *known.entry(key).or_insert_with_key(|key| {
                 let types = self.function.input_types(node);
+                let reduced = op.reduced(&types);
+                let at = |d: &Dim| {
+                    let inputs = types.iter().enumerate();
+                    inputs.filter_map(|(i, t)| Some((i, t.dims.iter().position(|e| e == d)?))).collect()
+                };
                 self.kinds.push(Kind {
                     op: node.op.clone(),
                     passes,
                     own: key.own.clone(),
                     inputs: key.inputs.clone(),
-                    reduced: op.reduced(&types),
+                    reduced_at: reduced.iter().map(at).collect(),
+                    reduced,
+                    flops: op.flops(&types, &node.ty) as f64,
                     types: types.into_iter().cloned().collect(),
                     ty: node.ty.clone(),
                     sees: key.inputs.iter().fold(key.own.sees, |sees, s| sees.or(s.sees)),

@@ -5,7 +5,7 @@ use super::outline::{Form, Kind, Outline, Source, Work};
 use super::regions::{Regions, Wanted};
 use super::split::{Axes, Pipeline, Sees, Shape, Site, Splits, Way};
 use crate::chunk::Tree;
-use crate::dim::{DType, Name};
+use crate::dim::{DType, Dim, Name};
 use crate::hash::Quick;
 use crate::layout::Mesh;
 use crate::machine::Machine;
@@ -13,7 +13,7 @@ use crate::ops::Prim;
 use crate::plan::cost::Cost;
 use crate::plan::exchange::SEGMENTED;
 use crate::region::Region;
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
@@ -43,8 +43,10 @@ pub struct Taken {
 pub struct Priced {
     /// Its result.
     pub held: Held,
-    /// What it takes.
-    pub inputs: Vec<Taken>,
+    /// What it takes, which hardly any node is asked for.
+    inputs: OnceCell<Vec<Taken>>,
+    /// How it is split.
+    along: Along,
     /// Seconds that finishing its sum takes.
     pub sum: f64,
     /// What it iterates over, and of its result computes.
@@ -72,6 +74,12 @@ pub struct Prices<'a> {
     peers: RefCell<HashMap<Axes, [usize; 2], Quick>>,
     /// By tree and how its dimensions are split: how many nodes of it are the device's.
     trees: RefCell<HashMap<(Tree, Splits), usize, Quick>>,
+}
+
+/// How a node is split: its result where it lies, or what it sums over and what is around that.
+enum Along {
+    Lying,
+    Sum(Sum),
 }
 
 /// The split of a summed-over dimension, and of which axes it may be.
@@ -226,30 +234,27 @@ impl<'a> Prices<'a> {
 
     fn priced(&mut self, k: &Kind, way: Way) -> Priced {
         let held = self.held(&k.own, way);
-        let inputs: Vec<Held> = k.inputs.iter().map(|s| self.held(s, way)).collect();
-        let bytes = |i: usize, r: &Region| (r.elements() * k.inputs[i].shape.element) as f64;
-        let there = |held: Held, inputs: Vec<Taken>| Priced {
-            inputs,
-            sum: 0.0,
-            at: held.region.clone(),
-            computed: held.region.clone(),
-            nodes: 1,
-            leaves: 1,
-            held,
-        };
         let is_made_there = match &k.op {
-            Prim::Input(_) | Prim::Read(_) => return there(held, vec![]),
-            Prim::Assign(_) => true,
-            Prim::Cast(_) => held.split != held.used && inputs[0].region == held.region,
+            Prim::Input(_) | Prim::Read(_) | Prim::Assign(_) => true,
+            Prim::Cast(_) => held.split != held.used && self.held(&k.inputs[0], way).region == held.region,
             _ => false,
         };
         if is_made_there {
-            let wanted = Wanted { region: held.region.clone(), split: held.split };
-            let moved = inputs[0].region != held.region || wanted.crosses(inputs[0].split);
-            let reads = bytes(0, &inputs[0].region);
-            return there(held, vec![Taken { needs: self.regions.number(wanted), moved, reads }]);
+            return Priced {
+                inputs: OnceCell::new(),
+                along: Along::Lying,
+                sum: 0.0,
+                at: held.region.clone(),
+                computed: held.region.clone(),
+                nodes: 1,
+                leaves: 1,
+                held,
+            };
         }
-        let sum = self.sum(k, &held, &inputs);
+        let sum = match k.reduced.is_empty() {
+            true => Sum { reduced: Splits::default(), around: held.used },
+            false => self.sum(k, &held, way),
+        };
         let done = match k.own.stored {
             None => held.region.clone(),
             Some(_) => self.regions.one(self.site.region(&k.own.shape, held.used)),
@@ -264,33 +269,40 @@ impl<'a> Prices<'a> {
             if k.reduced.is_empty() { computed.clone() } else { self.regions.one(self.points(k, &sum, &computed)) };
         let axes = sum.reduced.axes();
         let nodes = if axes == 0 { 1 } else { self.tree_nodes(k, sum.reduced) };
-        let types: Vec<_> = k.types.iter().collect();
-        let axes_of = |name: &Name| {
-            let own = k.own.shape.extents.iter().position(|e| e.dim.name == *name).map(|i| sum.around.of(i));
-            let reduced = || k.reduced.iter().position(|d| d.name == *name).map(|i| sum.reduced.of(i));
-            own.or_else(reduced).unwrap_or(0)
-        };
-        let mut take = |(i, held): (usize, &Held)| {
-            let region = self.regions.one(k.op.op().needs(i, &types, &k.ty, &at));
-            let mut split = Splits::default();
-            if sum.around.0 | sum.reduced.0 != 0 {
-                for (d, (e, (name, r))) in k.inputs[i].shape.extents.iter().zip(&region.0).enumerate() {
-                    if r.len() < e.dim.size {
-                        split = split.with(d, axes_of(name));
-                    }
-                }
-            }
-            let wanted = Wanted { region, split };
-            let moved = !held.region.contains(&wanted.region) || wanted.crosses(held.split);
-            let reads = bytes(i, if moved { &wanted.region } else { &held.region });
-            Taken { needs: self.regions.number(wanted), moved, reads }
-        };
-        let inputs = inputs.iter().enumerate().map(&mut take).collect();
-        let sum = match axes {
+        let seconds = match axes {
             0 => 0.0,
             _ => self.finish(axes, nodes, &computed, &done, k),
         };
-        Priced { held, inputs, sum, at, computed, nodes, leaves }
+        Priced { held, inputs: OnceCell::new(), along: Along::Sum(sum), sum: seconds, at, computed, nodes, leaves }
+    }
+
+    /// What a node of that kind takes.
+    pub fn inputs<'p>(&mut self, kind: usize, priced: &'p Priced, way: Way) -> &'p [Taken] {
+        let outline = self.outline;
+        priced.inputs.get_or_init(|| self.taken(&outline.kinds[kind], priced, way))
+    }
+
+    fn taken(&mut self, k: &Kind, priced: &Priced, way: Way) -> Vec<Taken> {
+        let types: Vec<_> = k.types.iter().collect();
+        let take = |(i, source): (usize, &Source)| {
+            let held = self.held(source, way);
+            let wanted = match &priced.along {
+                Along::Lying => Wanted { region: priced.held.region.clone(), split: priced.held.split },
+                Along::Sum(sum) => {
+                    let region = self.regions.one(k.op.op().needs(i, &types, &k.ty, &priced.at));
+                    Wanted { split: split_of(k, i, sum, &region), region }
+                }
+            };
+            let lies = match priced.along {
+                Along::Lying => held.region == wanted.region,
+                Along::Sum(_) => held.region.contains(&wanted.region),
+            };
+            let moved = !lies || wanted.crosses(held.split);
+            let there = if moved && matches!(priced.along, Along::Sum(_)) { &wanted.region } else { &held.region };
+            let reads = (there.elements() * source.shape.element) as f64;
+            Taken { needs: self.regions.number(wanted), moved, reads }
+        };
+        k.inputs.iter().enumerate().map(take).collect()
     }
 
     /// What the device sums over, dimension by dimension: its elements and its chunks.
@@ -315,9 +327,10 @@ impl<'a> Prices<'a> {
     }
 
     /// How a node's sum is split: as its inputs are, or with inputs gathered if that moves fewer bytes.
-    fn sum(&self, k: &Kind, held: &Held, inputs: &[Held]) -> Sum {
-        let gathered = Sum { reduced: self.free(k, held.used.axes(), inputs), around: held.used };
-        let reduced = self.free(k, 0, inputs);
+    fn sum(&mut self, k: &Kind, held: &Held, way: Way) -> Sum {
+        let inputs: Vec<Held> = k.inputs.iter().map(|s| self.held(s, way)).collect();
+        let gathered = Sum { reduced: self.free(k, held.used.axes(), &inputs), around: held.used };
+        let reduced = self.free(k, 0, &inputs);
         if reduced == gathered.reduced {
             return gathered;
         }
@@ -327,24 +340,25 @@ impl<'a> Prices<'a> {
         let dims = 0..k.own.shape.extents.len();
         let around = dims.fold(Splits::default(), |around, d| around.with(d, front(held.used.of(d))));
         let scattered = Sum { reduced, around };
-        let traffic = |sum: &Sum| self.traffic(k, sum, held, inputs);
+        let traffic = |sum: &Sum| self.traffic(k, sum, held, &inputs);
         if traffic(&scattered) <= traffic(&gathered) { scattered } else { gathered }
     }
 
     /// The axes of each reduced dimension, as far as they are not used.
     fn free(&self, k: &Kind, mut used: Axes, inputs: &[Held]) -> Splits {
-        let mut of = |d: &crate::dim::Dim| {
-            let all = k.inputs.iter().zip(inputs).filter_map(|(source, held)| {
-                let split = if k.passes { held.used } else { held.split };
-                Some(split.of(source.shape.extents.iter().position(|e| e.dim == *d)?) & !used)
+        let mut of = |(d, at): (&Dim, &Vec<(usize, usize)>)| {
+            let mut all = at.iter().map(|(input, at)| {
+                let held = &inputs[*input];
+                (if k.passes { held.used } else { held.split }).of(*at) & !used
             });
-            let axes = all.into_iter().find(|a| *a != 0).unwrap_or(0);
+            let axes = all.find(|a| *a != 0).unwrap_or(0);
             let enough = self.outline.program.chunking.count(&d.name, d.size) >= self.site.shards(axes);
             let axes = if enough { axes } else { 0 };
             used |= axes;
             axes
         };
-        k.reduced.iter().enumerate().fold(Splits::default(), |free, (i, d)| free.with(i, of(d)))
+        let dims = k.reduced.iter().zip(&k.reduced_at).enumerate();
+        dims.fold(Splits::default(), |free, (i, dim)| free.with(i, of(dim)))
     }
 
     /// Bytes that the device receives of inputs and of parts of the sum.
@@ -410,16 +424,16 @@ impl<'a> Prices<'a> {
                 let cost = Cost { flops: each(w, &p.at), bytes: self.bytes(&w.loads, &p.at, way) + out };
                 self.seconds("reduce", "default", cost, DType::F32)
             }
-            Form::Op => self.op(kind, &p, result(kind, &p), 0.0),
+            Form::Op => self.op(w.kind, &p, way, [result(kind, &p), 0.0]),
             Form::Epilogue => {
                 let at = &self.node(w.then.unwrap_or(w.kind), way).at.clone();
                 let bytes = self.bytes(&w.loads, at, way) + stored(self, at);
                 if p.is_whole() {
-                    return self.op(kind, &p, bytes, each(w, at));
+                    return self.op(w.kind, &p, way, [bytes, each(w, at)]);
                 }
                 // What is finished by others is stored first.
                 let cost = Cost { flops: each(w, at), bytes: bytes + own(kind, &p) };
-                self.op(kind, &p, result(kind, &p), 0.0) + self.seconds("map", "default", cost, DType::F32)
+                self.op(w.kind, &p, way, [result(kind, &p), 0.0]) + self.seconds("map", "default", cost, DType::F32)
             }
             Form::Band(members) => self.band(w, members, way),
         }
@@ -454,15 +468,17 @@ impl<'a> Prices<'a> {
     }
 
     /// Seconds of an op, with so many bytes and FLOPs beside its own reading and computing.
-    fn op(&self, k: &Kind, p: &Priced, bytes: f64, flops: f64) -> f64 {
+    fn op(&mut self, kind: usize, p: &Priced, way: Way, [bytes, flops]: [f64; 2]) -> f64 {
+        let outline = self.outline;
+        let k = &outline.kinds[kind];
         let op = k.op.op();
         if op.copies() {
             let cost = Cost { flops: 0.0, bytes: 2.0 * own(k, p) };
             return self.seconds("copy", "default", cost, DType::F32);
         }
         let read: f64 = match &k.op {
-            Prim::Gather(_) => own(k, p) + p.inputs[1..].iter().map(|i| i.reads).sum::<f64>(),
-            _ => p.inputs.iter().map(|i| i.reads).sum(),
+            Prim::Gather(_) => own(k, p) + self.inputs(kind, p, way)[1..].iter().map(|i| i.reads).sum::<f64>(),
+            _ => self.inputs(kind, p, way).iter().map(|i| i.reads).sum(),
         };
         let mut flops = own_flops(k, p) + flops;
         if !k.op.is_product() {
@@ -494,6 +510,21 @@ impl Priced {
     }
 }
 
+/// Over which axes the dimensions of what a node needs of an input are split, as far as the node has them too.
+fn split_of(k: &Kind, input: usize, sum: &Sum, needs: &Region) -> Splits {
+    if sum.around.0 | sum.reduced.0 == 0 {
+        return Splits::default();
+    }
+    let axes_of = |name: &Name| {
+        let own = k.own.shape.extents.iter().position(|e| e.dim.name == *name).map(|i| sum.around.of(i));
+        let reduced = || k.reduced.iter().position(|d| d.name == *name).map(|i| sum.reduced.of(i));
+        own.or_else(reduced).unwrap_or(0)
+    };
+    let dims = k.inputs[input].shape.extents.iter().zip(&needs.0).enumerate();
+    let parts = dims.filter(|(_, (e, (_, range)))| range.len() < e.dim.size);
+    parts.fold(Splits::default(), |split, (d, (_, (name, _)))| split.with(d, axes_of(name)))
+}
+
 /// Bytes of a node's result.
 fn own(k: &Kind, p: &Priced) -> f64 {
     (p.computed.elements() * k.own.shape.element) as f64
@@ -511,12 +542,11 @@ fn each(w: &Work, at: &Region) -> f64 {
 
 /// Operations of the device's share of an op.
 fn own_flops(k: &Kind, p: &Priced) -> f64 {
-    let types: Vec<_> = k.types.iter().collect();
     let mut share = p.computed.elements() as f64 / k.ty.elements().max(1) as f64;
     for d in &k.reduced {
         share *= p.at.get(&d.name).map_or(d.size, |r| r.len()) as f64 / d.size.max(1) as f64;
     }
-    k.op.op().flops(&types, &k.ty) as f64 * share
+    k.flops * share
 }
 
 /// The dtype of a product's factors, if they are all of one of 16 bits.

@@ -40,15 +40,9 @@ pub(super) struct Cut<'a> {
 }
 
 impl<'a> Cut<'a> {
-    pub(super) fn new(
-        program: &'a Program,
-        function: &str,
-        threads: usize,
-        machine: &Machine,
-    ) -> Result<Cut<'a>, Error> {
-        let outline = Outline::new(program, program.function(function)?, threads)?;
+    pub(super) fn new(outline: Outline<'a>, machine: &Machine) -> Cut<'a> {
         let (segments, alone) = (Segments::new(&outline), price::alone(&outline, machine));
-        Ok(Cut { program, outline, segments, alone })
+        Cut { program: outline.program, outline, segments, alone }
     }
 }
 

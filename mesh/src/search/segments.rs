@@ -38,7 +38,7 @@ pub struct Content {
     pub nodes: Vec<(usize, usize)>,
     /// Kinds of its steps.
     pub steps: Vec<(usize, usize)>,
-    /// What its nodes take of one another.
+    /// What its nodes take of one another, as far as that may move.
     pub uses: Vec<(Uses, usize)>,
     /// The same of what its block would make again.
     pub again: (Vec<(usize, usize)>, Vec<(usize, usize)>, Vec<(Uses, usize)>),
@@ -185,20 +185,20 @@ impl Segments {
         let (mut uses, mut again): (Vec<Vec<Uses>>, Vec<Vec<Uses>>) = (vec![vec![]; count], vec![vec![]; count]);
         for ((from, to), by) in &takers {
             let kind = outline.kind_of[*from];
-            let mut all: Vec<(usize, usize)> = by.iter().map(|(_, kind, input)| (*kind, *input)).collect();
-            all.sort_unstable();
-            all.dedup();
+            let uses_of = |only: &dyn Fn(usize, usize, usize) -> bool| {
+                let of = by.iter().filter(|(i, kind, input)| only(*i, *kind, *input));
+                let mut all: Vec<(usize, usize)> = of.map(|(_, kind, input)| (*kind, *input)).collect();
+                all.sort_unstable();
+                all.dedup();
+                (!all.is_empty()).then_some((kind, all))
+            };
             if segment_of[*from] != *to {
-                self.between.entry((segment_of[*from], *to)).or_default().push((kind, all));
+                self.between.entry((segment_of[*from], *to)).or_default().extend(uses_of(&|_, _, _| true));
                 continue;
             }
-            let mut remade: Vec<_> = by.iter().filter(|(i, ..)| inside[*i]).map(|(_, k, input)| (*k, *input)).collect();
-            remade.sort_unstable();
-            remade.dedup();
-            if !remade.is_empty() {
-                again[*to].push((kind, remade));
-            }
-            uses[*to].push((kind, all));
+            let may_move = |kind: usize, input: usize| outline.kinds[kind].may_move(input);
+            again[*to].extend(uses_of(&|i, kind, input| inside[i] && may_move(kind, input)));
+            uses[*to].extend(uses_of(&|_, kind, input| may_move(kind, input)));
         }
         let nodes_of = |s: usize, only: &dyn Fn(usize) -> bool| {
             let own = (0..function.nodes.len()).filter(|i| segment_of[*i] == s && only(*i));
@@ -258,8 +258,7 @@ fn choices(outline: &Outline, nodes: impl Iterator<Item = usize>) -> Choices {
     let mut meet: BTreeSet<(usize, usize)> = BTreeSet::new();
     for (kind, n) in counted(nodes.map(|i| outline.kind_of[i])) {
         let k = &outline.kinds[kind];
-        let types: Vec<_> = k.types.iter().collect();
-        let work = (k.op.op().flops(&types, &k.ty) as f64 + k.ty.elements() as f64) * n as f64;
+        let work = (k.flops + k.ty.elements() as f64) * n as f64;
         for shape in k.inputs.iter().map(|s| &s.shape).chain([&k.own.shape]) {
             let dims: Vec<usize> = shape.extents.iter().filter_map(|e| e.at).collect();
             for d in &dims {

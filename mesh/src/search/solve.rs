@@ -236,9 +236,13 @@ impl Problem {
         let (factors, trace, cut, sums) = (vec![], vec![], false, 0);
         let mut e = Elimination { problem: self, live, budget, most, partials, floors, factors, trace, cut, sums };
         let mut left: Vec<usize> = (0..self.segments.len()).collect();
-        while let Some(at) = (0..left.len()).min_by_key(|i| (e.states(left[*i], &left), *i)) {
+        let mut states: Vec<u64> = left.iter().map(|s| e.states(*s, &left)).collect();
+        while let Some(at) = (0..left.len()).min_by_key(|i| (states[left[*i]], *i)) {
             let segment = left.remove(at);
             e.remove(segment, &left);
+            // No others have other neighbours than before.
+            let over = e.factors.last().map_or(&[][..], |f| &f.over);
+            over.iter().for_each(|s| states[*s] = e.states(*s, &left));
         }
         // Factors of no segment are parts that nothing connects.
         let mut all = vec![Sum::default()];

@@ -128,6 +128,7 @@ pub struct Shape {
 }
 
 /// The dimensions of a program that may be split.
+#[derive(Clone)]
 pub struct Dims<'a> {
     /// Their names.
     pub names: Vec<Name>,

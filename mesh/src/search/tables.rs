@@ -2,11 +2,12 @@
 //! between segments.
 
 use super::bytes::{Bytes, bytes};
-use super::looks::{Known, Looks, Seen};
+use super::looks::{Known, KnownLooks, Looks, Seen};
 use super::price::Prices;
 use super::segments::{Choices, Content, Segments, Uses};
 use super::solve::{Label, Pair, Problem, insert};
 use super::split::{AXES, Axes, Sees, Site, Splits, Way, Zero};
+use crate::hash::Quick;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -43,6 +44,8 @@ struct View<'a> {
     ways: Vec<Way>,
     /// Seconds that are known by stages of ZeRO.
     known: Known<'a>,
+    /// And how the ways look.
+    looks: KnownLooks,
 }
 
 /// The segments of a function on a mesh.
@@ -65,14 +68,17 @@ impl<'a> Classes<'a> {
     pub fn new(segments: &'a Segments, site: &Site, again: bool, alone: &[f64]) -> Classes<'a> {
         let each = site.pipeline.seconds() / site.mesh.size() as f64;
         let least_of: Vec<f64> = alone.iter().map(|seconds| seconds * each).collect();
-        let mut known: HashMap<usize, usize> = HashMap::new();
+        let (mut known, mut split): (HashMap<usize, usize, Quick>, HashMap<_, usize, Quick>) = Default::default();
         let (mut list, mut views, mut of): (Vec<Class>, Vec<View>, Vec<usize>) = Default::default();
         for s in &segments.list {
             let class = *known.entry(s.alike).or_insert_with(|| {
-                let ways = ways(site, &s.content, &s.choices);
-                let view = views.iter().position(|v| v.ways == ways).unwrap_or_else(|| {
-                    views.push(View { ways, known: Known::default() });
-                    views.len() - 1
+                // All that the ways depend on.
+                let view = *split.entry((&s.choices, &s.content.chunks, &s.content.variables)).or_insert_with(|| {
+                    let ways = ways(site, &s.content, &s.choices);
+                    views.iter().position(|v| v.ways == ways).unwrap_or_else(|| {
+                        views.push(View { ways, known: Known::default(), looks: KnownLooks::default() });
+                        views.len() - 1
+                    })
                 });
                 let again = again && s.block.is_some();
                 let least = s.content.steps.iter().map(|(work, n)| least_of[*work] * *n as f64).sum();
@@ -106,7 +112,8 @@ impl<'a> Classes<'a> {
         let of_step = |work: usize| self.least[work];
         let with = |way: &Way| Way { zero: Zero { stage, ..way.zero }, ..*way };
         let ways: Vec<Rc<Vec<Way>>> = self.views.iter().map(|v| Rc::new(v.ways.iter().map(with).collect())).collect();
-        let seen: Vec<_> = ways.iter().map(|ways| Rc::new(RefCell::new(Seen::new(ways.clone())))).collect();
+        let seen = ways.iter().zip(&self.views).map(|(ways, v)| Seen::new(ways.clone(), stage, v.looks.clone()));
+        let seen: Vec<_> = seen.map(|seen| Rc::new(RefCell::new(seen))).collect();
         let all = |c: &Class| c.least * c.count as f64;
         let mut floor: f64 = self.list.iter().map(all).sum();
         // What takes longest is soonest too slow.
@@ -258,7 +265,8 @@ pub fn between(prices: &mut Prices, uses: &[Uses], from: &[Way], to: &[Way]) -> 
             let way = &to[*i];
             let mut all: Vec<usize> = vec![];
             for (consumer, input) in by {
-                let need = prices.node(*consumer, *way).inputs[*input].needs;
+                let node = prices.node(*consumer, *way);
+                let need = prices.inputs(*consumer, &node, *way)[*input].needs;
                 if !all.contains(&need) {
                     all.push(need);
                 }
