@@ -124,7 +124,10 @@ impl Search<'_> {
         let program = (self.build)(&[])?;
         let programs: Vec<Program> = match &self.chunks[..] {
             [] => vec![program],
-            chunks => chunks.iter().map(|n| program.clone().in_chunks(*n)).collect(),
+            [others @ .., last] => {
+                let others: Vec<Program> = others.iter().map(|n| program.clone().in_chunks(*n)).collect();
+                others.into_iter().chain([program.in_chunks(*last)]).collect()
+            }
         };
         let Search { function, threads, machine, .. } = *self;
         let outline = Outline::new(&programs[0], programs[0].function(function)?, threads)?;

@@ -14,6 +14,7 @@ use crate::plan::fuse::{self, Fused};
 use crate::program::{Function, Program};
 use crate::spmd::{SpmdOp, ValueId, lower};
 use std::collections::{BTreeMap, HashMap};
+use std::thread;
 
 /// A tensor as what reads it finds it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -211,8 +212,14 @@ impl<'a> Outline<'a> {
             parts: pipeline::parts(function),
             turns: [0; 3],
         };
-        outline.nodes();
-        outline.steps(threads)?;
+        // Two things that do not need each other, and that a search waits for.
+        let spmd = thread::scope(|scope| {
+            let (mesh, layout) = (Mesh::single(), Layout::default());
+            let lowering = scope.spawn(move || lower(function, &Placement::new(&mesh, &layout, program)));
+            outline.nodes();
+            lowering.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        outline.steps(&Fused::new(&spmd, threads));
         Ok(outline)
     }
 
@@ -310,16 +317,14 @@ impl<'a> Outline<'a> {
     }
 
     /// The steps, as they are on a single device: what is fused there is fused on every mesh, as far as nothing moves.
-    fn steps(&mut self, threads: usize) -> Result<(), Error> {
-        let (mesh, layout) = (Mesh::single(), Layout::default());
-        let spmd = lower(self.function, &Placement::new(&mesh, &layout, self.program))?;
-        let fused = Fused::new(&spmd, threads);
+    fn steps(&mut self, fused: &Fused) {
+        let spmd = fused.spmd;
         let node_of = |v: ValueId| spmd.values[v.index()].node.index();
         let mut known: HashMap<Work, usize, Quick> = HashMap::default();
         let mut made: HashMap<ValueId, usize> = HashMap::new();
         let mut readers: HashMap<ValueId, Vec<(usize, Option<(usize, usize)>)>> = HashMap::new();
         for (g, group) in fused.groups.iter().enumerate() {
-            let work = self.work(&fused, group, &mut known);
+            let work = self.work(fused, group, &mut known);
             self.groups.push(Group { work, node: node_of(spmd.instrs[group.instrs[0]].output) });
             made.extend(group.outputs.iter().map(|v| (*v, g)));
             let members = match &group.kind {
@@ -327,7 +332,7 @@ impl<'a> Outline<'a> {
                 _ => std::slice::from_ref(group),
             };
             for member in members {
-                let taken = taken(&fused, member);
+                let taken = taken(fused, member);
                 for (i, v) in taken.iter().enumerate().filter(|(_, v)| group.inputs.contains(v)) {
                     let by = node_of(spmd.instrs[member.instrs[0]].output);
                     readers.entry(*v).or_default().push((g, Some((by, i))));
@@ -360,7 +365,6 @@ impl<'a> Outline<'a> {
         let is_next = |g: &Group| self.parts[g.node].is_some_and(|part| part > 0);
         let next = self.groups[back..behind].iter().position(is_next).map_or(behind, |g| back + g);
         self.turns = [back, next, behind];
-        Ok(())
     }
 
     /// The kind of a step.
