@@ -1,6 +1,6 @@
 //! The gradient of a convolution by its filter: `[k.., cin, cout]`, summed over batch and space.
 //!
-//! The sum is cut into blocks, subtrees of the summation tree whose voxels fit into the second-level cache. A block goes
+//! The sum is cut into blocks, subtrees of the summation tree whose few voxels lie in the caches. A block goes
 //! through all taps and channel tiles; for each register tile the leaves inside are walked innermost, their sums on a
 //! small stack of tiles, so that even leaves of single voxels do not touch weight-sized memory. A task is a subtree of
 //! blocks, whose results its thread combines on a stack as they come; tasks' results are combined along the rest of the

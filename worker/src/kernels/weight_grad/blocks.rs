@@ -65,8 +65,8 @@ impl WeightGradPlan {
         out
     }
 
-    /// Whether a box of dy and what its taps read of x may be a block of several leaves; which does not depend on the
-    /// instruction set, since the scratch does on it.
+    /// Whether a box of dy and what its taps read of x may be a block of several leaves. That does not depend on the
+    /// instruction set, since the bytes of scratch, which a plan says for every device, depend on it.
     fn is_block(&self, at: &Box4) -> bool {
         let voxels: usize = at.iter().map(Range::len).product();
         let in_cache = voxels * (self.cin + self.cout) * self.groups * 4 <= BLOCK_BYTES;
