@@ -242,8 +242,9 @@ impl WeightGradPlan {
         let results = stacks.wrapping_add(pool.threads() * (self.depth - 1) * size);
         let p = Pointers { x: o.inputs[0], dy: o.inputs[1], out: o.outputs[0].cast(), stacks, results };
         let taps: usize = self.axes.iter().map(|a| a.taps).product();
-        // Few tasks are shared out by tap as well: what is packed by the outermost one, so that tasks pack different ones of x.
-        let by_tap = if self.packing == Packing::Nothing { taps } else { self.axes[0].taps };
+        // Few tasks are shared out by tap as well: what is packed by the outermost one, so that tasks hardly pack the same of x.
+        let outermost = || self.axes.iter().map(|a| a.taps).find(|n| *n > 1).unwrap_or(1);
+        let by_tap = if self.packing == Packing::Nothing { taps } else { outermost() };
         let parts = if self.tasks.len() >= pool.threads() * 3 || pool.threads() == 1 { 1 } else { by_tap };
         pool.run(self.tasks.len() * parts, &|t, w| {
             let p = p;
@@ -380,7 +381,7 @@ impl WeightGradPlan {
                     let columns = width.min(self.cout - co);
                     let x = ci + if self.groups > 1 { group * self.cin } else { 0 };
                     let dy = group * self.cout + co;
-                    let (at_first, unit, loaded) = match (view.packed, piece.packing) {
+                    let (first, unit, loaded) = match (view.packed, piece.packing) {
                         (Some(packed), Packing::Panels) => {
                             let [of_x, of_dy] = packed.batch().map(|units| batches * units);
                             ([ci * of_x, co * of_dy], [mr, PANEL], PANEL)
@@ -394,7 +395,7 @@ impl WeightGradPlan {
                         spans,
                         program: &self.blocks[block].program,
                         view,
-                        first: at_first,
+                        first,
                         unit,
                         loaded,
                         // SAFETY: there is room for every weight.
