@@ -190,22 +190,27 @@ unsafe fn load_row<V: Lanes, const NV: usize>(p: *const f32, columns: usize) -> 
 /// A block's stack is no deeper: eight chunks in each of four dimensions or more.
 const DEPTH: usize = 24;
 
-/// A leaf that is a single product, which a tap may leave out.
+/// Adds a leaf that is a single product, which a tap may leave out, to zeros.
+///
+/// Loops, since closures in closures are compiled without the instruction set of the function that they are in.
 #[inline(always)]
 unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: usize) -> [[V; NV]; MR] {
     let (view, span, [unit, dy_unit]) = (&job.view, &job.spans[leaf], job.unit);
     // SAFETY: as in `leaf`.
     unsafe {
-        let zeros = [[V::zero(); NV]; MR];
+        let mut sum = [[V::zero(); NV]; MR];
         if span.count == 0 || span.rows.contains(&0) {
-            return zeros;
+            return sum;
         }
         let x = view.x.wrapping_add(job.first[0] + span.x * unit);
         let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + span.dy * dy_unit), job.loaded);
-        std::array::from_fn(|m| {
+        for (m, sum) in sum.iter_mut().enumerate() {
             let value = *x.add(m);
-            std::array::from_fn(|v| zeros[m][v].fma(value, row[v]))
-        })
+            for v in 0..NV {
+                sum[v] = sum[v].fma(value, row[v]);
+            }
+        }
+        sum
     }
 }
 
