@@ -162,9 +162,8 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
                     for _ in 0..span.count {
                         let row = load_row::<V, NV>(dy, job.loaded);
                         for (m, acc) in acc.iter_mut().enumerate() {
-                            let value = *x.add(m);
                             for v in 0..NV {
-                                acc[v] = acc[v].fma(value, row[v]);
+                                acc[v] = acc[v].fma(x.add(m), row[v]);
                             }
                         }
                         (x, dy) = (x.wrapping_add(step[0]), dy.wrapping_add(step[1]));
@@ -205,9 +204,8 @@ unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: u
         let x = view.x.wrapping_add(job.first[0] + span.x * unit);
         let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + span.dy * dy_unit), job.loaded);
         for (m, sum) in sum.iter_mut().enumerate() {
-            let value = *x.add(m);
             for v in 0..NV {
-                sum[v] = sum[v].fma(value, row[v]);
+                sum[v] = sum[v].fma(x.add(m), row[v]);
             }
         }
         sum
