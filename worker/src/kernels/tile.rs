@@ -97,6 +97,8 @@ pub(super) const DEPTH: usize = 16;
 
 /// Sixteen lanes.
 pub(super) trait Lanes: Copy {
+    /// How many of them the registers hold; 0 where products are not held back by what a sum costs.
+    const REGISTERS: usize;
     /// Zeros.
     unsafe fn zero() -> Self;
     /// Sixteen floats.
@@ -123,9 +125,14 @@ pub(super) trait Lanes: Copy {
             std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
         }
     }
-    /// self + x * w, rounded once; or, of pairs, the sums of both products. The factor lies at `x`, from where an instruction
-    /// can take it.
-    unsafe fn fma(self, x: *const f32, w: Self) -> Self;
+    /// self + x * w, rounded once; or, of pairs, the sums of both products.
+    unsafe fn fma(self, x: f32, w: Self) -> Self;
+    /// The same of a factor that is used once, and that an instruction may take from where it lies.
+    #[inline(always)]
+    unsafe fn fma_from(self, x: *const f32, w: Self) -> Self {
+        // SAFETY: by the caller's contract a float lies at `x`.
+        unsafe { self.fma(*x, w) }
+    }
     /// self + other.
     unsafe fn add(self, other: Self) -> Self;
 }
@@ -134,6 +141,7 @@ pub(super) trait Lanes: Copy {
 pub(super) struct Portable([f32; 16]);
 
 impl Lanes for Portable {
+    const REGISTERS: usize = 0;
     #[inline(always)]
     unsafe fn zero() -> Self {
         Portable([0.0; 16])
@@ -149,9 +157,7 @@ impl Lanes for Portable {
         unsafe { p.cast::<[f32; 16]>().write_unaligned(self.0) }
     }
     #[inline(always)]
-    unsafe fn fma(self, x: *const f32, w: Self) -> Self {
-        // SAFETY: as above.
-        let x = unsafe { *x };
+    unsafe fn fma(self, x: f32, w: Self) -> Self {
         Portable(std::array::from_fn(|l| x.mul_add(w.0[l], self.0[l])))
     }
     #[inline(always)]
@@ -171,6 +177,7 @@ pub(super) fn normal(x: f32) -> f32 {
 }
 
 impl Lanes for PortablePairs {
+    const REGISTERS: usize = 0;
     #[inline(always)]
     unsafe fn zero() -> Self {
         // SAFETY: as all of this impl: what `Portable` asks for, by the callers' contracts.
@@ -187,9 +194,7 @@ impl Lanes for PortablePairs {
         unsafe { self.0.store(p) }
     }
     #[inline(always)]
-    unsafe fn fma(self, x: *const f32, w: Self) -> Self {
-        // SAFETY: as above.
-        let x = unsafe { *x };
+    unsafe fn fma(self, x: f32, w: Self) -> Self {
         let second = |pair: f32| normal(f32::from_bits(pair.to_bits() & 0xffff_0000));
         let first = |pair: f32| normal(f32::from_bits(pair.to_bits() << 16));
         let [low, high] = [first(x), second(x)];
@@ -215,6 +220,7 @@ pub(super) mod x86 {
     pub struct Avx512(__m512);
 
     impl Lanes for Avx512 {
+        const REGISTERS: usize = 32;
         #[inline(always)]
         unsafe fn zero() -> Self {
             // SAFETY: as all of this impl, only used by functions compiled for AVX-512; pointers by the callers' contracts.
@@ -241,9 +247,9 @@ pub(super) mod x86 {
             unsafe { _mm512_mask_storeu_ps(p, (1u16 << n).wrapping_sub(1), self.0) }
         }
         #[inline(always)]
-        unsafe fn fma(self, x: *const f32, w: Self) -> Self {
+        unsafe fn fma(self, x: f32, w: Self) -> Self {
             // SAFETY: as above.
-            Avx512(unsafe { _mm512_fmadd_ps(_mm512_set1_ps(*x), w.0, self.0) })
+            Avx512(unsafe { _mm512_fmadd_ps(_mm512_set1_ps(x), w.0, self.0) })
         }
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
@@ -257,6 +263,7 @@ pub(super) mod x86 {
     pub struct Avx512Pairs(Avx512);
 
     impl Lanes for Avx512Pairs {
+        const REGISTERS: usize = 32;
         #[inline(always)]
         unsafe fn zero() -> Self {
             // SAFETY: as all of this impl, only used by functions compiled for AVX-512 with BF16; pointers by the callers'
@@ -283,12 +290,20 @@ pub(super) mod x86 {
             // SAFETY: as above.
             unsafe { self.0.store_first(p, n) }
         }
+        #[inline(always)]
+        unsafe fn fma(self, x: f32, w: Self) -> Self {
+            // SAFETY: as above; vectors of pairs are vectors of 32 bits each.
+            unsafe {
+                let pairs = |v: __m512| std::mem::transmute::<__m512, __m512bh>(v);
+                Avx512Pairs(Avx512(_mm512_dpbf16_ps(self.0.0, pairs(_mm512_set1_ps(x)), pairs(w.0.0))))
+            }
+        }
         #[inline]
         #[target_feature(enable = "avx512f,avx512bf16")]
-        unsafe fn fma(self, x: *const f32, w: Self) -> Self {
+        unsafe fn fma_from(self, x: *const f32, w: Self) -> Self {
             let mut sum = self.0.0;
-            // The intrinsic is never compiled with its factor from memory: a broadcast of its own takes a multiply-add unit
-            // for as long as a third of a product (Zen 4).
+            // The intrinsic is not compiled with a factor from memory, and a broadcast of its own takes a third of the time of a
+            // product (Zen 4).
             // SAFETY: as above; a pair lies at `x`.
             unsafe {
                 std::arch::asm!(
@@ -310,6 +325,7 @@ pub(super) mod x86 {
     pub struct Avx2(__m256, __m256);
 
     impl Lanes for Avx2 {
+        const REGISTERS: usize = 8;
         #[inline(always)]
         unsafe fn zero() -> Self {
             // SAFETY: as all of this impl, only used by functions compiled for AVX2 and FMA; pointers by the callers' contracts.
@@ -329,10 +345,10 @@ pub(super) mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn fma(self, x: *const f32, w: Self) -> Self {
+        unsafe fn fma(self, x: f32, w: Self) -> Self {
             // SAFETY: as above.
             unsafe {
-                let x = _mm256_set1_ps(*x);
+                let x = _mm256_set1_ps(x);
                 Avx2(_mm256_fmadd_ps(x, w.0, self.0), _mm256_fmadd_ps(x, w.1, self.1))
             }
         }
@@ -360,6 +376,42 @@ pub(super) unsafe fn store_row<V: Lanes, const NV: usize>(row: [V; NV], out: *mu
     }
 }
 
+/// Adds the products of the factor at `x` and a row of vectors.
+#[inline(always)]
+pub(super) unsafe fn multiply<V: Lanes, const NV: usize>(sums: &mut [V; NV], x: *const f32, row: [V; NV]) {
+    // SAFETY: by the caller's contract.
+    unsafe {
+        if NV == 1 {
+            sums[0] = sums[0].fma_from(x, row[0]);
+        } else {
+            let x = *x;
+            for v in 0..NV {
+                sums[v] = sums[v].fma(x, row[v]);
+            }
+        }
+    }
+}
+
+/// a + b.
+#[inline(always)]
+pub(super) unsafe fn added<V: Lanes, const MR: usize, const NV: usize>(
+    mut a: [[V; NV]; MR],
+    b: [[V; NV]; MR],
+) -> [[V; NV]; MR] {
+    for m in 0..MR {
+        for v in 0..NV {
+            // SAFETY: by the caller's contract.
+            a[m][v] = unsafe { a[m][v].add(b[m][v]) };
+        }
+    }
+    a
+}
+
+/// Whether the sums of two leaves fit into the registers, so that one need not wait on the stack for the other.
+pub(super) const fn holds_two<V: Lanes>(rows: usize, vectors: usize) -> bool {
+    2 * rows * vectors + vectors < V::REGISTERS
+}
+
 #[inline(always)]
 unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
     t: &Tile,
@@ -374,9 +426,7 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
             for _ in 0..channels.len() {
                 let row: [V; NV] = std::array::from_fn(|v| V::load(w.add(v * 16)));
                 for (m, acc) in acc.iter_mut().enumerate() {
-                    for v in 0..NV {
-                        acc[v] = acc[v].fma(x.add(m * t.pitch), row[v]);
-                    }
+                    multiply(acc, x.add(m * t.pitch), row);
                 }
                 x = x.add(t.step);
                 w = w.add(NV * 16);
@@ -410,10 +460,12 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(t: &Tile) {
             // The sum on top of the stack stays in registers.
             let mut below = 0;
             let mut sum = zero;
-            for (i, c) in program.iter().enumerate() {
+            let mut rest = &program[..];
+            while let Some((c, behind)) = rest.split_first() {
+                rest = behind;
                 match *c {
                     Combine::Leaf(l) => {
-                        if i > 0 {
+                        if behind.len() + 1 < program.len() {
                             for m in 0..MR {
                                 for v in 0..NV {
                                     stack[below][m][v].write(sum[m][v]);
@@ -422,6 +474,12 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(t: &Tile) {
                             below += 1;
                         }
                         sum = leaf::<V, MR, NV>(t, &t.channels[l], zero);
+                        if let [Combine::Leaf(l), Combine::Add, behind @ ..] = behind
+                            && holds_two::<V>(MR, NV)
+                        {
+                            rest = behind;
+                            sum = added(sum, leaf::<V, MR, NV>(t, &t.channels[*l], zero));
+                        }
                     }
                     Combine::Add => {
                         below -= 1;
@@ -527,6 +585,8 @@ pub unsafe fn run(isa: Isa, width: usize, mut t: Tile, mut count: usize) {
             }
         }};
     }
+    // Of several leaves two are summed in registers, by tiles of half the rows.
+    let several = t.nodes.iter().any(|n| n.len() > 1);
     match (isa, t.pairs, width) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Amx, true, _) => {
@@ -534,11 +594,19 @@ pub unsafe fn run(isa: Isa, width: usize, mut t: Tile, mut count: usize) {
             unsafe { super::amx::run(width, t, count) }
         }
         #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Amx, false, 32) if several => steps!(tile_avx512, 2, 7, 6, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Amx, false, _) if several => steps!(tile_avx512, 1, 14, 12, 8, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
         (Isa::Avx512 | Isa::Amx, false, 32) => steps!(tile_avx512, 2, 14, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512 | Isa::Amx, false, _) => steps!(tile_avx512, 1, 16, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, false, _) => steps!(tile_avx2, 1, 6, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (_, true, 32) if isa.pairs() && several => steps!(pairs_avx512, 2, 7, 6, 4, 2, 1),
+        #[cfg(target_arch = "x86_64")]
+        (_, true, _) if isa.pairs() && several => steps!(pairs_avx512, 1, 14, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (_, true, 32) if isa.pairs() => steps!(pairs_avx512, 2, 14, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]

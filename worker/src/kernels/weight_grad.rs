@@ -77,8 +77,9 @@ pub struct WeightGradPlan {
     /// That of x and dy.
     dtype: DType,
     packing: Packing,
-    /// The first channel of x of each tile of 16 columns, and of 32, and its rows.
-    tiles: [Vec<[usize; 2]>; 2],
+    /// The first channel of x of each tile, and its rows: for pieces of one leaf and of several, each for tiles of 16 columns
+    /// and of 32.
+    tiles: [[Vec<[usize; 2]>; 2]; 2],
     /// The first column of each panel of dy, and its width.
     panels: Vec<[usize; 2]>,
     blocks: Vec<Block>,
@@ -168,11 +169,12 @@ impl WeightGradPlan {
         let ((xc, _), (yc, _)) = (axis_of(x, &conv.input), axis_of(dy, &conv.output));
         let ((wi, _), (wo, _)) = (axis_of(out, &conv.input), axis_of(out, &conv.output));
         let (dtype, cin, cout) = (x.ty.dtype, wi.len(), wo.len() / groups);
-        let tiles = |width| {
+        let tiles = |several, width| {
             let mut next = 0;
             let tile = || {
                 let first = next;
-                next += if first < cin { tile_rows(isa, dtype == DType::Bf16, cin - first, width) } else { 0 };
+                let rows = |left| tile_rows(isa, dtype == DType::Bf16, several, left, width);
+                next += if first < cin { rows(cin - first) } else { 0 };
                 (next > first).then_some([first, next - first])
             };
             std::iter::from_fn(tile).collect()
@@ -181,7 +183,7 @@ impl WeightGradPlan {
             isa,
             dtype,
             packing: WeightGradPlan::packing(isa, dtype, &axes, groups, cout),
-            tiles: [tiles(16), tiles(32)],
+            tiles: [false, true].map(|several| [16, 32].map(|width| tiles(several, width))),
             panels: (0..cout).step_by(PANEL).map(|first| [first, PANEL]).collect(),
             blocks: vec![],
             tasks: vec![],
@@ -376,7 +378,7 @@ impl WeightGradPlan {
             let mut co = 0;
             while co < self.cout {
                 let width = if self.isa >= Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
-                for &[ci, mr] in &self.tiles[width / 32] {
+                for &[ci, mr] in &self.tiles[usize::from(piece.leaves.len() > 1)][width / 32] {
                     let at = (tap * self.cin + ci) * row + group * self.cout + co;
                     let columns = width.min(self.cout - co);
                     let x = ci + if self.groups > 1 { group * self.cin } else { 0 };

@@ -5,7 +5,9 @@ use super::WeightGradPlan;
 use super::blocks::Box4;
 use super::pack::Packed;
 use crate::kernels::isa::Isa;
-use crate::kernels::tile::{COUNTED, Combine, Lanes, Portable, PortablePairs, store_row, tiling};
+use crate::kernels::tile::{
+    COUNTED, Combine, Lanes, Portable, PortablePairs, added, holds_two, multiply, store_row, tiling,
+};
 use std::ops::Range;
 
 /// Where a task finds its block's x and dy: in the inputs, or packed.
@@ -113,15 +115,21 @@ pub struct Job<'a> {
 }
 
 /// Rows of the next tile of so many columns when so many input channels are left: as many sums at a time as the latency of
-/// a multiply-add wants.
-pub fn tile_rows(isa: Isa, pairs: bool, left: usize, width: usize) -> usize {
-    const NEXT: [u8; COUNTED] = tiling([14, 12, 8, 4, 2, 1], 2);
-    const NEXT_AVX2: [u8; COUNTED] = tiling([6, 4, 2, 1], 2);
+/// a multiply-add wants, and of `several` leaves no more than registers hold twice.
+pub fn tile_rows(isa: Isa, pairs: bool, several: bool, left: usize, width: usize) -> usize {
+    const WIDE: [u8; COUNTED] = tiling([14, 12, 8, 4, 2, 1], 2);
+    const SEVERAL: [u8; COUNTED] = tiling([7, 6, 4, 2, 1], 2);
+    const SEVERAL_NARROW: [u8; COUNTED] = tiling([14, 12, 8, 4, 2, 1], 1);
+    const AVX2: [u8; COUNTED] = tiling([6, 4, 2, 1], 2);
+    let next = |sizes: [u8; COUNTED]| usize::from(sizes[left.min(COUNTED - 1)]);
+    if several && isa >= Isa::Avx512 && (!pairs || isa.pairs()) {
+        return next(if width == 32 { SEVERAL } else { SEVERAL_NARROW });
+    }
     if pairs && isa.pairs() && width == 32 {
-        return usize::from(NEXT[left.min(COUNTED - 1)]);
+        return next(WIDE);
     }
     if !pairs && isa == Isa::Avx2 {
-        return usize::from(NEXT_AVX2[left.min(COUNTED - 1)]);
+        return next(AVX2);
     }
     let sizes: &[usize] = match isa {
         Isa::Avx512 | Isa::Amx if width == 16 => &[16, 12, 8, 4, 2, 1],
@@ -162,9 +170,7 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
                     for _ in 0..span.count {
                         let row = load_row::<V, NV>(dy, job.loaded);
                         for (m, acc) in acc.iter_mut().enumerate() {
-                            for v in 0..NV {
-                                acc[v] = acc[v].fma(x.add(m), row[v]);
-                            }
+                            multiply(acc, x.add(m), row);
                         }
                         (x, dy) = (x.wrapping_add(step[0]), dy.wrapping_add(step[1]));
                     }
@@ -204,12 +210,21 @@ unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: u
         let x = view.x.wrapping_add(job.first[0] + span.x * unit);
         let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + span.dy * dy_unit), job.loaded);
         for (m, sum) in sum.iter_mut().enumerate() {
-            for v in 0..NV {
-                sum[v] = sum[v].fma(x.add(m), row[v]);
-            }
+            multiply(sum, x.add(m), row);
         }
         sum
     }
+}
+
+/// A leaf that goes on from sums, which are zeros for a single product.
+#[inline(always)]
+unsafe fn leaf_or_product<V: Lanes, const MR: usize, const NV: usize>(
+    job: &Job,
+    l: usize,
+    sum: [[V; NV]; MR],
+) -> [[V; NV]; MR] {
+    // SAFETY: as in `leaf`.
+    unsafe { if job.single { product::<V, MR, NV>(job, l) } else { leaf::<V, MR, NV>(job, l, sum) } }
 }
 
 #[inline(always)]
@@ -241,20 +256,14 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
                         sum = [[V::zero(); NV]; MR];
                     }
                     is_first = false;
-                    if job.single {
-                        sum = product::<V, MR, NV>(job, l);
-                        // Of two products the sum needs no stack.
-                        if let [Combine::Leaf(l), Combine::Add, rest @ ..] = rest {
-                            program = rest;
-                            let other = product::<V, MR, NV>(job, *l);
-                            for m in 0..MR {
-                                for v in 0..NV {
-                                    sum[m][v] = sum[m][v].add(other[m][v]);
-                                }
-                            }
-                        }
-                    } else {
-                        sum = leaf::<V, MR, NV>(job, l, sum);
+                    sum = leaf_or_product::<V, MR, NV>(job, l, sum);
+                    // Of two products, or of what is in registers, the sum needs no stack.
+                    if let [Combine::Leaf(l), Combine::Add, rest @ ..] = rest
+                        && (job.single || holds_two::<V>(MR, NV))
+                    {
+                        program = rest;
+                        let zeros = [[V::zero(); NV]; MR];
+                        sum = added(sum, leaf_or_product::<V, MR, NV>(job, *l, zeros));
                     }
                 }
                 Combine::Add => {
@@ -320,15 +329,15 @@ pub unsafe fn run_tile(isa: Isa, rows: usize, width: usize, job: &Job) {
     }
     match (isa, job.plan.pairs(), width) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512 | Isa::Amx, false, 32) => tile!(tile_avx512, 2, 12, 8, 4, 2, 1),
+        (Isa::Avx512 | Isa::Amx, false, 32) => tile!(tile_avx512, 2, 12, 8, 7, 6, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512 | Isa::Amx, false, _) => tile!(tile_avx512, 1, 16, 12, 8, 4, 2, 1),
+        (Isa::Avx512 | Isa::Amx, false, _) => tile!(tile_avx512, 1, 16, 14, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, false, _) => tile!(tile_avx2, 1, 6, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (_, true, 32) if isa.pairs() => tile!(pairs_avx512, 2, 14, 12, 8, 4, 2, 1),
+        (_, true, 32) if isa.pairs() => tile!(pairs_avx512, 2, 14, 12, 8, 7, 6, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
-        (_, true, _) if isa.pairs() => tile!(pairs_avx512, 1, 16, 12, 8, 4, 2, 1),
+        (_, true, _) if isa.pairs() => tile!(pairs_avx512, 1, 16, 14, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512 | Isa::Amx, true, 32) => tile!(pairs_avx2, 2, 12, 8, 4, 2, 1),
         #[cfg(target_arch = "x86_64")]
