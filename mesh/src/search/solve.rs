@@ -97,6 +97,8 @@ impl Problem {
     /// The fastest solution within a budget of memory that takes `most` seconds or less; None if there is none, as far as
     /// partial solutions were kept.
     pub fn solve(&self, budget: f64, most: f64) -> Option<Solution> {
+        // What takes forever is no solution.
+        let most = most.min(f64::MAX);
         let Bounds { bound, price, mut best } = self.bounds(budget, most)?;
         let mut near = None;
         for partials in PARTIALS {

@@ -20,7 +20,7 @@ const ENOUGH: f64 = 1e-7;
 pub(super) struct Bounds {
     /// No solution takes fewer seconds.
     pub bound: f64,
-    /// The price of a byte that says so.
+    /// The price of a byte that says so, or some price where it is for nothing.
     pub price: f64,
     /// The fastest solution that was met within the budget.
     pub best: Option<Solution>,
@@ -43,7 +43,8 @@ impl Problem {
     /// Bounds within a budget, as far as they are not beyond `most` seconds; None if no solution takes so few.
     pub(super) fn bounds(&self, budget: f64, most: f64) -> Option<Bounds> {
         let mut fast = self.cheapest(0.0, most)?;
-        let mut known = Bounds { bound: fast.solution.seconds, price: 0.0, best: None };
+        let seconds = fast.solution.seconds;
+        let mut known = Bounds { bound: seconds, price: seconds / budget.max(1.0), best: None };
         let met = |known: &mut Bounds, solution: &Solution| {
             let most = known.best.as_ref().map_or(most, |b| b.seconds);
             if solution.memory <= budget && solution.seconds <= most {
@@ -64,7 +65,7 @@ impl Problem {
             }
             // What both cost at a price are tangents of the bound, which is concave: it is highest where they meet.
             let price = (small.solution.seconds - fast.solution.seconds) / (fast.kept - small.kept);
-            if fast.cost(price, room) <= known.bound * (1.0 + ENOUGH) {
+            if !price.is_finite() || fast.cost(price, room) <= known.bound * (1.0 + ENOUGH) {
                 break;
             }
             let most = known.best.as_ref().map_or(most, |b| b.seconds);

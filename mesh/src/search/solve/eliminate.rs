@@ -68,8 +68,6 @@ impl Problem {
     /// What can be part of solutions of `most` seconds or less within a budget, as far as prices of about that tell it; None
     /// if there is no such solution. At any price, one of them costs no more than `most` seconds and all of the budget.
     pub(super) fn near(&self, budget: f64, most: f64, price: f64) -> Option<Near> {
-        // Where what is kept costs no time, any price at which it counts.
-        let price = if price > 0.0 { price } else { most / budget.max(1.0) };
         let prices = PARTS.map(|part| part * price);
         let mut reduced = self.whole();
         loop {

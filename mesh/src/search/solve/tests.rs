@@ -217,3 +217,20 @@ proptest! {
         prop_assert_eq!(one_by_one, at_once);
     }
 }
+
+#[test]
+fn what_takes_forever_is_not_found_however_small_it_is() {
+    let label = |seconds, kept| vec![Label { seconds, kept, ..Label::default() }];
+    let options = Arc::new(vec![label(1.0, 5.0), label(2.0, 1.0)]);
+    let segments = vec![options.clone(), options];
+    let never = f64::INFINITY;
+    let of = |seconds| Pair { of: [0, 1], seconds: Arc::new(seconds) };
+    let solve = |seconds, budget| {
+        let problem = Problem { segments: segments.clone(), pairs: vec![of(seconds)] };
+        problem.solve(budget, f64::INFINITY).map(|s| (s.seconds, s.memory))
+    };
+    assert_eq!(solve(vec![0.0, 1.0, 2.0, never], 10.0), Some((2.0, 10.0)));
+    assert_eq!(solve(vec![0.0, 1.0, 2.0, never], 9.0), Some((4.0, 6.0)));
+    assert_eq!(solve(vec![0.0, 1.0, 2.0, never], 5.0), None);
+    assert_eq!(solve(vec![never; 4], 10.0), None);
+}
