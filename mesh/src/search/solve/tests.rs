@@ -131,3 +131,106 @@ proptest! {
         }
     }
 }
+
+impl Problem {
+    /// The lower bound within a budget, whatever time that allows.
+    fn bound(&self, budget: f64, most: f64) -> f64 {
+        self.bounds(budget, most).map_or(f64::INFINITY, |b| b.bound)
+    }
+
+    /// Seconds, what is kept, and what comes and goes, of every choice.
+    fn all(&self) -> Vec<Label> {
+        let mut all = vec![(Label::default(), vec![])];
+        for (s, options) in self.segments.iter().enumerate() {
+            let with = |(so_far, at): &(Label, Vec<usize>)| {
+                let next = |o: usize, l: &Label| {
+                    let at = [&at[..], &[o]].concat();
+                    let into = self.pairs.iter().filter(|q| q.of.iter().max() == Some(&s));
+                    let between: f64 = into.map(|q| self.seconds(q, q.of.map(|i| at[i]))).sum();
+                    (join(so_far, &Label { seconds: l.seconds + between, ..*l }), at)
+                };
+                let labels = options.iter().enumerate().flat_map(|(o, labels)| labels.iter().map(move |l| (o, l)));
+                labels.map(|(o, l)| next(o, l)).collect::<Vec<_>>()
+            };
+            all = all.iter().flat_map(with).collect();
+        }
+        all.into_iter().map(|(label, _)| label).collect()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn prices_bound_the_fastest_solution_from_both_sides((problem, budget) in problems()) {
+        let best = brute_force(&problem, budget);
+        let known = problem.bounds(budget, f64::INFINITY);
+        prop_assert_eq!(known.is_some(), best.is_some());
+        if let (Some(known), Some(best)) = (known, best) {
+            prop_assert!(known.bound <= best + 1e-9, "{} and {best}", known.bound);
+            let met = known.best.unwrap();
+            prop_assert!(met.seconds >= best && met.memory <= budget);
+            // It is a choice that there is.
+            let of = |s: usize| &problem.segments[s][met.chosen[s].0];
+            let own = |some: &dyn Fn(&Label) -> f64| {
+                (0..problem.segments.len()).map(|s| of(s).iter().map(some).fold(f64::INFINITY, f64::min)).sum::<f64>()
+            };
+            let between: f64 = problem.pairs.iter().map(|p| problem.seconds(p, p.of.map(|s| met.chosen[s].0))).sum();
+            prop_assert!(own(&|l| l.seconds) + between <= met.seconds && own(&|l| l.kept) <= met.memory);
+        }
+    }
+
+    #[test]
+    fn no_price_gives_a_better_bound((problem, budget) in problems()) {
+        if let Some(Bounds { bound, .. }) = problem.bounds(budget, f64::INFINITY) {
+            let least = |s: &Arc<Vec<Vec<Label>>>| s.iter().flatten().map(|l| l.transient).fold(f64::INFINITY, f64::min);
+            let room = budget - problem.segments.iter().map(least).fold(0.0, f64::max);
+            let all = problem.all();
+            for price in (0..400).map(|i| f64::from(i) * 0.05) {
+                let of_price = all.iter().map(|l| l.seconds + price * (l.kept - room)).fold(f64::INFINITY, f64::min);
+                prop_assert!(of_price <= bound * (1.0 + 1e-6), "{of_price} at {price}, and {bound}");
+            }
+        }
+    }
+
+    #[test]
+    fn least_memory_is_what_some_solution_needs_and_none_less((problem, _) in problems()) {
+        let least = problem.all().iter().map(|l| l.kept + l.transient).fold(f64::INFINITY, f64::min);
+        prop_assert_eq!(problem.least_memory(), least);
+        prop_assert_eq!(problem.solve(least, f64::INFINITY).map(|s| s.memory), Some(least));
+        prop_assert_eq!(problem.solve(least - 0.5, f64::INFINITY), None);
+    }
+
+    #[test]
+    fn labels_that_stay_are_those_that_no_other_one_dominates(
+        numbers in prop::collection::vec([0u8..6, 0u8..6, 0u8..6], 0..40),
+    ) {
+        let label = |n: &[u8; 3]| {
+            let [seconds, kept, transient] = n.map(f64::from);
+            Label { seconds, kept, transient, ..Label::default() }
+        };
+        let (mut one_by_one, mut at_once) = (vec![], numbers.iter().map(|n| (label(n), ())).collect());
+        numbers.iter().for_each(|n| insert(&mut one_by_one, label(n)));
+        eliminate::undominated(&mut at_once);
+        let at_once: Vec<Label> = at_once.into_iter().map(|(l, ())| l).collect();
+        one_by_one.sort_by(|a, b| [a.seconds, a.kept, a.transient].partial_cmp(&[b.seconds, b.kept, b.transient]).unwrap());
+        prop_assert_eq!(one_by_one, at_once);
+    }
+}
+
+#[test]
+fn what_takes_forever_is_not_found_however_small_it_is() {
+    let label = |seconds, kept| vec![Label { seconds, kept, ..Label::default() }];
+    let options = Arc::new(vec![label(1.0, 5.0), label(2.0, 1.0)]);
+    let segments = vec![options.clone(), options];
+    let never = f64::INFINITY;
+    let of = |seconds| Pair { of: [0, 1], seconds: Arc::new(seconds) };
+    let solve = |seconds, budget| {
+        let problem = Problem { segments: segments.clone(), pairs: vec![of(seconds)] };
+        problem.solve(budget, f64::INFINITY).map(|s| (s.seconds, s.memory))
+    };
+    assert_eq!(solve(vec![0.0, 1.0, 2.0, never], 10.0), Some((2.0, 10.0)));
+    assert_eq!(solve(vec![0.0, 1.0, 2.0, never], 9.0), Some((4.0, 6.0)));
+    assert_eq!(solve(vec![0.0, 1.0, 2.0, never], 5.0), None);
+    assert_eq!(solve(vec![never; 4], 10.0), None);
+}
