@@ -4,7 +4,8 @@
 //! cores and on several that share them; all in turn, some rounds, so that what disturbs the machine for a while does not hit
 //! one of them alone. Each step of their plans is a sample: its operations and bytes are known, its time is measured. For each
 //! kind of work the straight line through its samples, with no coefficient below zero, is its rate; samples weigh as much as
-//! they take, so that what a run spends its time on is right.
+//! they take, so that what a run spends its time on is right. What sums in tiles cost beside their products is that of some
+//! numbers with which the lines of products fit best.
 
 use crate::error::Failure;
 use crate::session::{FunctionId, Options, Session};
@@ -25,8 +26,9 @@ use std::time::Instant;
 
 /// Columns of a register tile, on every instruction set.
 const COLUMNS: usize = 16;
-/// What it costs to begin a tile's sum, and to add it to another one of the tree.
-const DEPTH: usize = 8;
+/// What it may cost to begin a tile's sum, and to add it to another one of the tree, which depends on the registers that there
+/// are: that with which products are off by least is a machine's.
+const DEPTHS: [usize; 5] = [1, 2, 4, 8, 16];
 /// A link in memory: what arrives is copied by the receiver, which the rates of collectives count.
 const IN_MEMORY: f64 = 1e12;
 /// How often all networks are measured.
@@ -253,7 +255,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 impl Measured {
     /// Of one device all steps that compute, of several those that communicate: of each what it took the device that came to it
     /// last, and so did not wait for others, which an estimate works out by itself.
-    fn samples(&self, out: &mut Vec<Sample>) {
+    fn samples(&self, depth: usize, out: &mut Vec<Sample>) {
         let Some(plans) = self.plan.functions.get(&Name::from("train")) else { return };
         // Devices share the machine, so that a byte takes so many times as long.
         let devices = plans.len() as f64;
@@ -263,7 +265,7 @@ impl Measured {
                 if step.is_idle() || (step.family() == "collective") != (plans.len() > 1) || seconds <= 0.0 {
                     continue;
                 }
-                let cost = step.tiled(COLUMNS, DEPTH);
+                let cost = step.tiled(COLUMNS, depth);
                 let bf16 = step.dtype() == DType::Bf16;
                 let (flops, bytes) = (cost.flops * devices, cost.bytes * devices);
                 out.push(Sample { class: step.class().into(), family: step.family(), bf16, flops, bytes, seconds });
@@ -275,6 +277,35 @@ impl Measured {
     fn outside(&self) -> f64 {
         let longest = self.steps.iter().map(|s| s.iter().sum()).fold(0.0, f64::max);
         (self.seconds - longest).max(0.0)
+    }
+}
+
+/// The rates of all samples, where sums in tiles have some cost.
+struct Fitted {
+    depth: usize,
+    /// By kind of work and family: the rate, the number of samples, and what share of their time it is off by.
+    fits: BTreeMap<String, (Rate, usize, f64)>,
+    /// Seconds by which the rates of products are off.
+    products_off: f64,
+}
+
+impl Fitted {
+    fn new(depth: usize, all: &[Sample]) -> Fitted {
+        let mut classes: BTreeMap<String, Vec<&Sample>> = BTreeMap::new();
+        for s in all {
+            classes.entry(s.class.clone()).or_default().push(s);
+            classes.entry(s.family.into()).or_default().push(s);
+        }
+        let mut products_off = 0.0;
+        let fit = |(class, samples): (String, Vec<&Sample>)| {
+            let (rate, off) = fit(&samples);
+            if samples.iter().any(|s| s.family == "product" && s.class == class) {
+                products_off += off * samples.iter().map(|s| s.seconds).sum::<f64>();
+            }
+            (class, (rate, samples.len(), off))
+        };
+        let fits = classes.into_iter().map(fit).collect();
+        Fitted { depth, fits, products_off }
     }
 }
 
@@ -348,20 +379,14 @@ pub fn calibrate(name: &str, memory: usize, mut tell: impl FnMut(&str)) -> Resul
         }
     }
     let measured: Vec<_> = running.into_iter().map(|(running, name)| (name, running.measured())).collect();
-    let mut all = vec![];
-    measured.iter().for_each(|(_, m)| m.samples(&mut all));
-    let mut classes: BTreeMap<String, Vec<&Sample>> = BTreeMap::new();
-    for s in &all {
-        classes.entry(s.class.clone()).or_default().push(s);
-        classes.entry(s.family.into()).or_default().push(s);
-    }
-    let fits: BTreeMap<String, (Rate, usize, f64)> = classes
-        .into_iter()
-        .map(|(class, samples)| {
-            let (rate, off) = fit(&samples);
-            (class, (rate, samples.len(), off))
-        })
-        .collect();
+    let fitted = DEPTHS.map(|depth| {
+        let mut samples = vec![];
+        measured.iter().for_each(|(_, m)| m.samples(depth, &mut samples));
+        Fitted::new(depth, &samples)
+    });
+    let [first, rest @ ..] = fitted;
+    let better = |a: Fitted, b: Fitted| if b.products_off < a.products_off { b } else { a };
+    let Fitted { depth, fits, .. } = rest.into_iter().fold(first, better);
     let link = Link { latency: 0.0, bytes: IN_MEMORY };
     let machine = Machine {
         name: name.into(),
@@ -369,7 +394,7 @@ pub fn calibrate(name: &str, memory: usize, mut tell: impl FnMut(&str)) -> Resul
         hosts: Some(1),
         memory,
         columns: COLUMNS,
-        depth: DEPTH,
+        depth,
         step: median(measured.iter().map(|(_, m)| m.outside()).collect()),
         rates: fits.iter().map(|(class, (rate, ..))| (class.clone(), *rate)).collect(),
         within: link,
@@ -460,6 +485,17 @@ mod tests {
         assert!(near(predicted(&samples), all), "{} of {all}", predicted(&samples));
         samples.iter_mut().for_each(|s| s.family = "collective");
         assert!(predicted(&samples) < 0.95 * all, "{} of {all}", predicted(&samples));
+    }
+
+    #[test]
+    fn rates_of_products_are_off_by_what_no_line_goes_through() {
+        let samples: Vec<Sample> = (1..80).map(work).collect();
+        assert!(Fitted::new(8, &samples).products_off < 1e-2 * samples.iter().map(|s| s.seconds).sum::<f64>());
+        let uneven = |(i, s): (usize, Sample)| Sample { seconds: s.seconds * (1.0 + (i % 2) as f64), ..s };
+        let uneven: Vec<Sample> = (1..80).map(work).enumerate().map(uneven).collect();
+        let Fitted { fits, products_off, .. } = Fitted::new(8, &uneven);
+        let all: f64 = uneven.iter().map(|s| s.seconds).sum();
+        assert!(products_off > 0.2 * all && near(products_off, fits["conv"].2 * all), "{products_off} of {all}");
     }
 
     #[test]

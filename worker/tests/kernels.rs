@@ -631,3 +631,34 @@ fn indexing_and_resampling_are_the_same_bits_on_every_instruction_set_and_thread
         assert!(seen.contains(kernel), "{kernel}: not in {seen:?}");
     }
 }
+
+/// The names of all functions of an ELF file of 64 bits, by its table of symbols; none if it is stripped.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn functions(file: &[u8]) -> Vec<String> {
+    let number =
+        |at: usize, bytes: usize| file[at..at + bytes].iter().rev().fold(0usize, |n, b| n << 8 | usize::from(*b));
+    let section = |i: usize| number(0x28, 8) + i * number(0x3a, 2);
+    let (table, function) = (2, 2);
+    let tables = (0..number(0x3c, 2)).map(section).filter(|s| number(s + 4, 4) == table);
+    let names = tables.flat_map(|s| {
+        let (first, bytes) = (number(s + 0x18, 8), number(s + 0x20, 8));
+        let strings = number(section(number(s + 0x28, 4)) + 0x18, 8);
+        let of = (first..first + bytes).step_by(24).filter(|at| number(at + 4, 1) & 15 == function);
+        of.map(move |at| {
+            let name = &file[strings + number(at, 4)..];
+            String::from_utf8_lossy(&name[..name.iter().position(|b| *b == 0).unwrap_or(0)]).into_owned()
+        })
+    });
+    names.collect()
+}
+
+/// Where a function is compiled for fewer instructions than what it calls (closures in closures are), an instruction becomes a
+/// function whose operands go through memory: a kernel is 15 times slower then, and its bits are the same.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn no_kernel_calls_a_vector_instruction_as_a_function() {
+    let all = functions(&std::fs::read(std::env::current_exe().unwrap()).unwrap());
+    assert!(all.iter().any(|f| f.contains("tile_avx512")), "no kernel among {} functions", all.len());
+    let is_instruction = |f: &&String| f.contains("_mm512_") || f.contains("_mm256_fmadd");
+    assert_eq!(all.iter().filter(is_instruction).collect::<Vec<_>>(), Vec::<&String>::new());
+}
