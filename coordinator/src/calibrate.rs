@@ -491,7 +491,7 @@ mod tests {
     fn rates_of_products_are_off_by_what_no_line_goes_through() {
         let samples: Vec<Sample> = (1..80).map(work).collect();
         assert!(Fitted::new(8, &samples).products_off < 1e-2 * samples.iter().map(|s| s.seconds).sum::<f64>());
-        let uneven = |(i, s): (usize, Sample)| Sample { seconds: s.seconds * (1.0 + (i % 2) as f64), ..s };
+        let uneven = |(i, s): (usize, Sample)| Sample { seconds: s.seconds * (1.0 + (i % 3) as f64), ..s };
         let uneven: Vec<Sample> = (1..80).map(work).enumerate().map(uneven).collect();
         let Fitted { fits, products_off, .. } = Fitted::new(8, &uneven);
         let all: f64 = uneven.iter().map(|s| s.seconds).sum();

@@ -215,6 +215,11 @@ impl WeightGradPlan {
         Some(plan)
     }
 
+    /// A piece's tiles of so many columns.
+    fn tiles(&self, piece: &Piece, width: usize) -> &[[usize; 2]] {
+        &self.tiles[usize::from(piece.leaves.len() > 1)][width / 32]
+    }
+
     /// Elements of a unit of what is packed.
     fn unit(&self) -> usize {
         1 + usize::from(self.pairs())
@@ -378,7 +383,7 @@ impl WeightGradPlan {
             let mut co = 0;
             while co < self.cout {
                 let width = if self.isa >= Isa::Avx512 && self.cout - co > 16 { 32 } else { 16 };
-                for &[ci, mr] in &self.tiles[usize::from(piece.leaves.len() > 1)][width / 32] {
+                for &[ci, mr] in self.tiles(piece, width) {
                     let at = (tap * self.cin + ci) * row + group * self.cout + co;
                     let columns = width.min(self.cout - co);
                     let x = ci + if self.groups > 1 { group * self.cin } else { 0 };

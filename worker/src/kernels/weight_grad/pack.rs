@@ -191,13 +191,7 @@ impl WeightGradPlan {
             };
             // SAFETY: by this function's contract; a tile's part begins behind those of the tiles before it.
             unsafe {
-                x.pack(
-                    self.isa,
-                    &self.tiles[usize::from(piece.leaves.len() > 1)][0],
-                    x_to,
-                    batches.len() * x_batch,
-                    i * x_batch,
-                );
+                x.pack(self.isa, self.tiles(piece, PANEL), x_to, batches.len() * x_batch, i * x_batch);
                 dy.pack(self.isa, &self.panels, dy_to, batches.len() * dy_batch, i * dy_batch);
             }
         }
