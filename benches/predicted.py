@@ -30,7 +30,10 @@ BERT = [
     ("data=2", "batch:data"),
     ("data=4", "batch:data"),
     ("model=2", "heads:model,d_ff:model,vocab:model"),
+    ("data=8", "batch:data"),
+    ("model=4", "heads:model,d_ff:model,vocab:model"),
     ("data=2,model=2", "batch:data,heads:model,d_ff:model,vocab:model"),
+    ("data=2,model=4", "batch:data,heads:model,d_ff:model,vocab:model"),
     ("data=2,seq=2", "batch:data,seq:seq"),
 ]
 ROUNDS = 5
