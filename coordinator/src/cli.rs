@@ -63,7 +63,7 @@ enum Command {
         #[command(flatten)]
         at: At,
     },
-    /// Measure this machine, in a quarter of a minute, for `plan --machine FILE`
+    /// Measure this machine, in about a minute, for `plan --machine FILE`
     Calibrate {
         /// Where the description goes
         #[arg(value_name = "FILE.toml")]

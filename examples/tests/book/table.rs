@@ -77,7 +77,7 @@ pub const COMMANDS: &[Rule] = &[
         "docs/plan.md",
         "coordinator calibrate mine.toml && unet3d plan",
         As("cp machine.toml mine.toml && unet3d plan --set data=phantom --machine mine.toml --mesh x=2,y=2"),
-        "it measures for a quarter of a minute, and nothing else should run meanwhile: .ci/run does",
+        "it measures for about a minute, and nothing else should run meanwhile: .ci/run does",
     ),
     (
         "docs/search.md",
@@ -103,7 +103,7 @@ pub const COMMANDS: &[Rule] = &[
         As(
             "cp machine.toml mine.toml && unet3d train --set data=phantom --set crop=24 --set base=4 --set steps=2 --machine mine.toml --devices 2 --layout auto",
         ),
-        "calibrating takes a quarter of a minute: .ci/run does it",
+        "calibrating takes about a minute: .ci/run does it",
     ),
     ("docs/deploy.md", "docker", Not, "there is no container engine; deploy/check looks through the Dockerfile"),
     (

@@ -130,6 +130,11 @@ impl Problem {
     }
 }
 
+/// The least of something of some labels.
+fn least<'a>(labels: impl IntoIterator<Item = &'a Label>, of: impl Fn(&Label) -> f64) -> f64 {
+    labels.into_iter().map(of).fold(f64::INFINITY, f64::min)
+}
+
 /// A number, and what may be lost by adding its parts up in another order.
 fn hardly_more(x: f64) -> f64 {
     x + x.abs() * 1e-9

@@ -392,12 +392,30 @@ pub(super) unsafe fn multiply<V: Lanes, const NV: usize>(sums: &mut [V; NV], x: 
     }
 }
 
+/// A register tile's sums.
+pub(super) type Sums<V, const MR: usize, const NV: usize> = [[V; NV]; MR];
+
+/// What the sums of leaves are made of.
+pub(super) trait LeafSums<V: Lanes, const MR: usize, const NV: usize> {
+    /// A leaf's products, added to sums.
+    unsafe fn leaf(&self, leaf: usize, sums: Sums<V, MR, NV>) -> Sums<V, MR, NV>;
+    /// Whether two leaves are added up without a stack: if registers hold the sums of both.
+    fn in_pairs(&self) -> bool {
+        holds_two::<V>(MR, NV)
+    }
+}
+
+/// Whether registers hold so many rows of sums twice, with a row of vectors.
+pub(super) const fn holds_two<V: Lanes>(rows: usize, vectors: usize) -> bool {
+    2 * rows * vectors + vectors < V::REGISTERS
+}
+
 /// a + b.
 #[inline(always)]
-pub(super) unsafe fn added<V: Lanes, const MR: usize, const NV: usize>(
-    mut a: [[V; NV]; MR],
-    b: [[V; NV]; MR],
-) -> [[V; NV]; MR] {
+unsafe fn added<V: Lanes, const MR: usize, const NV: usize>(
+    mut a: Sums<V, MR, NV>,
+    b: Sums<V, MR, NV>,
+) -> Sums<V, MR, NV> {
     for m in 0..MR {
         for v in 0..NV {
             // SAFETY: by the caller's contract.
@@ -407,32 +425,82 @@ pub(super) unsafe fn added<V: Lanes, const MR: usize, const NV: usize>(
     a
 }
 
-/// Whether the sums of two leaves fit into the registers, so that one need not wait on the stack for the other.
-pub(super) const fn holds_two<V: Lanes>(rows: usize, vectors: usize) -> bool {
-    2 * rows * vectors + vectors < V::REGISTERS
-}
-
+/// Runs a stack machine over leaves, of which the first goes on from sums, on a stack of so many blocks.
+///
+/// # Safety
+/// As for its leaves; the stack is deep enough.
 #[inline(always)]
-unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
-    t: &Tile,
-    channels: &Range<usize>,
-    mut acc: [[V; NV]; MR],
-) -> [[V; NV]; MR] {
-    // SAFETY: by the contract of `run`.
+pub(super) unsafe fn combined<
+    V: Lanes,
+    S: LeafSums<V, MR, NV>,
+    const MR: usize,
+    const NV: usize,
+    const DEPTH: usize,
+>(
+    of: &S,
+    program: &[Combine],
+    first: Sums<V, MR, NV>,
+) -> Sums<V, MR, NV> {
+    // SAFETY: by this function's contract.
     unsafe {
-        for tap in t.taps {
-            let mut x = t.x.add(tap[0] as usize + channels.start * t.step);
-            let mut w = t.w.add(tap[1] as usize + channels.start * NV * 16);
-            for _ in 0..channels.len() {
-                let row: [V; NV] = std::array::from_fn(|v| V::load(w.add(v * 16)));
-                for (m, acc) in acc.iter_mut().enumerate() {
-                    multiply(acc, x.add(m * t.pitch), row);
+        let mut stack = [[[std::mem::MaybeUninit::<V>::uninit(); NV]; MR]; DEPTH];
+        // The sum on top of the stack stays in registers.
+        let (mut below, mut sum, mut rest) = (0, first, program);
+        while let Some((c, behind)) = rest.split_first() {
+            rest = behind;
+            match *c {
+                Combine::Leaf(l) => {
+                    if behind.len() + 1 < program.len() {
+                        for m in 0..MR {
+                            for v in 0..NV {
+                                stack[below][m][v].write(sum[m][v]);
+                            }
+                        }
+                        below += 1;
+                        sum = [[V::zero(); NV]; MR];
+                    }
+                    sum = of.leaf(l, sum);
+                    if let [Combine::Leaf(l), Combine::Add, behind @ ..] = behind
+                        && of.in_pairs()
+                    {
+                        rest = behind;
+                        sum = added(sum, of.leaf(*l, [[V::zero(); NV]; MR]));
+                    }
                 }
-                x = x.add(t.step);
-                w = w.add(NV * 16);
+                Combine::Add => {
+                    below -= 1;
+                    for m in 0..MR {
+                        for v in 0..NV {
+                            sum[m][v] = stack[below][m][v].assume_init().add(sum[m][v]);
+                        }
+                    }
+                }
             }
         }
-        acc
+        sum
+    }
+}
+
+impl<V: Lanes, const MR: usize, const NV: usize> LeafSums<V, MR, NV> for Tile<'_> {
+    #[inline(always)]
+    unsafe fn leaf(&self, leaf: usize, mut sums: Sums<V, MR, NV>) -> Sums<V, MR, NV> {
+        let channels = &self.channels[leaf];
+        // SAFETY: by the contract of `run`.
+        unsafe {
+            for tap in self.taps {
+                let mut x = self.x.add(tap[0] as usize + channels.start * self.step);
+                let mut w = self.w.add(tap[1] as usize + channels.start * NV * 16);
+                for _ in 0..channels.len() {
+                    let row: [V; NV] = std::array::from_fn(|v| V::load(w.add(v * 16)));
+                    for (m, sums) in sums.iter_mut().enumerate() {
+                        multiply(sums, x.add(m * self.pitch), row);
+                    }
+                    x = x.add(self.step);
+                    w = w.add(NV * 16);
+                }
+            }
+            sums
+        }
     }
 }
 
@@ -440,58 +508,16 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
 unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(t: &Tile) {
     // SAFETY: by the contract of `run`.
     unsafe {
-        let zero = [[V::zero(); NV]; MR];
-        let mut stack = [[[std::mem::MaybeUninit::<V>::uninit(); NV]; MR]; DEPTH];
         for (n, program) in t.nodes.iter().enumerate() {
             let out = t.out.add(n * t.node_pitch);
-            if let [Combine::Leaf(l)] = program[..] {
-                let mut acc = zero;
-                if t.goes_on {
-                    for (m, row) in acc.iter_mut().enumerate() {
-                        *row = std::array::from_fn(|v| V::load(out.add(m * t.out_pitch + v * 16)));
-                    }
-                }
-                let acc = leaf::<V, MR, NV>(t, &t.channels[l], acc);
-                for (m, row) in acc.into_iter().enumerate() {
-                    store_row(row, out.add(m * t.out_pitch), t.columns);
-                }
-                continue;
-            }
-            // The sum on top of the stack stays in registers.
-            let mut below = 0;
-            let mut sum = zero;
-            let mut rest = &program[..];
-            while let Some((c, behind)) = rest.split_first() {
-                rest = behind;
-                match *c {
-                    Combine::Leaf(l) => {
-                        if behind.len() + 1 < program.len() {
-                            for m in 0..MR {
-                                for v in 0..NV {
-                                    stack[below][m][v].write(sum[m][v]);
-                                }
-                            }
-                            below += 1;
-                        }
-                        sum = leaf::<V, MR, NV>(t, &t.channels[l], zero);
-                        if let [Combine::Leaf(l), Combine::Add, behind @ ..] = behind
-                            && holds_two::<V>(MR, NV)
-                        {
-                            rest = behind;
-                            sum = added(sum, leaf::<V, MR, NV>(t, &t.channels[*l], zero));
-                        }
-                    }
-                    Combine::Add => {
-                        below -= 1;
-                        for m in 0..MR {
-                            for v in 0..NV {
-                                sum[m][v] = stack[below][m][v].assume_init().add(sum[m][v]);
-                            }
-                        }
-                    }
+            let mut first = [[V::zero(); NV]; MR];
+            if t.goes_on {
+                for (m, row) in first.iter_mut().enumerate() {
+                    *row = std::array::from_fn(|v| V::load(out.add(m * t.out_pitch + v * 16)));
                 }
             }
-            for (m, row) in sum.into_iter().enumerate() {
+            let sums = combined::<V, Tile, MR, NV, DEPTH>(t, program, first);
+            for (m, row) in sums.into_iter().enumerate() {
                 store_row(row, out.add(m * t.out_pitch), t.columns);
             }
         }

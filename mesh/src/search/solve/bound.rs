@@ -4,7 +4,7 @@
 
 use super::cheapest::Cheapest;
 use super::order::Order;
-use super::{Label, Pair, Problem, Solution, hardly_more, join};
+use super::{Label, Pair, Problem, Solution, hardly_more, join, least};
 use std::cmp::Ordering;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -85,8 +85,7 @@ impl Problem {
 
     /// The solution that costs least at a price, if that is not more than `most`.
     fn cheapest(&self, price: f64, most: f64) -> Option<Point> {
-        let least = |labels: &Vec<Label>| labels.iter().map(|l| l.cost(price)).fold(f64::INFINITY, f64::min);
-        let label = |labels: &Vec<Label>| vec![Label { seconds: least(labels), ..Label::default() }];
+        let label = |labels: &Vec<Label>| vec![Label { seconds: least(labels, |l| l.cost(price)), ..Label::default() }];
         let segments = self.each_segment(|options| options.iter().map(label).collect::<Vec<_>>());
         let priced = Problem { segments, pairs: self.pairs.clone() };
         let most = hardly_more(most.min(priced.descent()));
@@ -149,8 +148,8 @@ impl Problem {
     /// Seconds that some solution takes, whatever memory it needs, and hardly more: segments take turns to have the option that
     /// is best beside those of the others, until none changes. So what is slower need not be looked at.
     fn descent(&self) -> f64 {
-        let fastest = |labels: &Vec<Label>| labels.iter().map(|l| l.seconds).fold(f64::INFINITY, f64::min);
-        let alone: Vec<Arc<Vec<f64>>> = self.each_segment(|options| options.iter().map(fastest).collect());
+        let alone: Vec<Arc<Vec<f64>>> =
+            self.each_segment(|options| options.iter().map(|labels| least(labels, |l| l.seconds)).collect());
         let mut of: Vec<Vec<&Pair>> = vec![vec![]; alone.len()];
         self.pairs.iter().for_each(|p| p.of.iter().for_each(|s| of[*s].push(p)));
         // At first each beside those in front of it.

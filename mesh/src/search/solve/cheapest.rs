@@ -2,7 +2,7 @@
 //! one stays for each choice of neighbours; and what the cheapest solution costs that has some option.
 
 use super::order::{Bucket, Order};
-use super::{Label, Problem};
+use super::{Problem, least};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -29,8 +29,8 @@ pub(super) struct Through {
 impl Cheapest {
     /// What partial solutions cost at a price.
     pub fn new(problem: &Problem, order: Rc<Order>, price: f64) -> Cheapest {
-        let least = |labels: &Vec<Label>| labels.iter().map(|l| l.cost(price)).fold(f64::INFINITY, f64::min);
-        let own = problem.each_segment(|options| options.iter().map(least).collect());
+        let own =
+            problem.each_segment(|options| options.iter().map(|labels| least(labels, |l| l.cost(price))).collect());
         let mut cheapest = Cheapest { order, own, least: vec![], all: 0.0 };
         for at in 0..cheapest.order.buckets.len() {
             let mut table = Vec::with_capacity(cheapest.order.buckets[at].states);

@@ -1,6 +1,6 @@
 //! Problems with fewer options: those that can be part of no solution that is looked for are left out.
 
-use super::{Label, Pair, Problem};
+use super::{Label, Pair, Problem, least};
 use std::sync::Arc;
 
 /// A problem with some of the options of another one, and some of their labels.
@@ -40,8 +40,7 @@ impl Problem {
 
     /// By segment, the least of something of its labels.
     pub(super) fn floors(&self, of: impl Fn(&Label) -> f64) -> Vec<f64> {
-        let least = |options: &Vec<Vec<Label>>| options.iter().flatten().map(&of).fold(f64::INFINITY, f64::min);
-        self.each_segment(least).iter().map(|f| **f).collect()
+        self.each_segment(|options| least(options.iter().flatten(), &of)).iter().map(|f| **f).collect()
     }
 
     /// What comes and goes at the least, whatever is chosen.
@@ -72,8 +71,7 @@ impl Problem {
     fn live_of(&self, segment: usize) -> Vec<bool> {
         let options = &self.segments[segment];
         let pairs: Vec<&Pair> = self.pairs.iter().filter(|p| p.of.contains(&segment)).collect();
-        let fastest = |labels: &Vec<Label>| labels.iter().map(|l| l.seconds).fold(f64::INFINITY, f64::min);
-        let fastest: Vec<f64> = options.iter().map(fastest).collect();
+        let fastest: Vec<f64> = options.iter().map(|labels| least(labels, |l| l.seconds)).collect();
         let mut order: Vec<usize> = (0..options.len()).collect();
         order.sort_by(|a, b| fastest[*a].total_cmp(&fastest[*b]));
         // By how much more the new one may take, and be as good as the old one.

@@ -6,7 +6,7 @@ use super::blocks::Box4;
 use super::pack::Packed;
 use crate::kernels::isa::Isa;
 use crate::kernels::tile::{
-    COUNTED, Combine, Lanes, Portable, PortablePairs, added, holds_two, multiply, store_row, tiling,
+    COUNTED, Combine, Lanes, LeafSums, Portable, PortablePairs, Sums, combined, holds_two, multiply, store_row, tiling,
 };
 use std::ops::Range;
 
@@ -148,8 +148,8 @@ pub fn tile_rows(isa: Isa, pairs: bool, several: bool, left: usize, width: usize
 unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
     job: &Job,
     leaf: usize,
-    mut acc: [[V; NV]; MR],
-) -> [[V; NV]; MR] {
+    mut acc: Sums<V, MR, NV>,
+) -> Sums<V, MR, NV> {
     let (view, span) = (&job.view, &job.spans[leaf]);
     let at = |i: [usize; 2]| [i[0] * job.unit[0], i[1] * job.unit[1]];
     let [next1, next2, step] = view.next.map(at);
@@ -195,88 +195,55 @@ unsafe fn load_row<V: Lanes, const NV: usize>(p: *const f32, columns: usize) -> 
 /// A block's stack is no deeper: eight chunks in each of four dimensions or more.
 const DEPTH: usize = 24;
 
-/// Adds a leaf that is a single product, which a tap may leave out, to zeros.
+/// As `leaf` does, for a leaf that is a single product, which a tap may leave out.
 ///
 /// Loops, since closures in closures are compiled without the instruction set of the function that they are in.
 #[inline(always)]
-unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(job: &Job, leaf: usize) -> [[V; NV]; MR] {
+unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(
+    job: &Job,
+    leaf: usize,
+    mut sums: Sums<V, MR, NV>,
+) -> Sums<V, MR, NV> {
     let (view, span, [unit, dy_unit]) = (&job.view, &job.spans[leaf], job.unit);
     // SAFETY: as in `leaf`.
     unsafe {
-        let mut sum = [[V::zero(); NV]; MR];
         if span.count == 0 || span.rows.contains(&0) {
-            return sum;
+            return sums;
         }
         let x = view.x.wrapping_add(job.first[0] + span.x * unit);
         let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + span.dy * dy_unit), job.loaded);
-        for (m, sum) in sum.iter_mut().enumerate() {
-            multiply(sum, x.add(m), row);
+        for (m, sums) in sums.iter_mut().enumerate() {
+            multiply(sums, x.add(m), row);
         }
-        sum
+        sums
     }
 }
 
-/// A leaf that goes on from sums, which are zeros for a single product.
-#[inline(always)]
-unsafe fn leaf_or_product<V: Lanes, const MR: usize, const NV: usize>(
-    job: &Job,
-    l: usize,
-    sum: [[V; NV]; MR],
-) -> [[V; NV]; MR] {
-    // SAFETY: as in `leaf`.
-    unsafe { if job.single { product::<V, MR, NV>(job, l) } else { leaf::<V, MR, NV>(job, l, sum) } }
+impl<V: Lanes, const MR: usize, const NV: usize> LeafSums<V, MR, NV> for Job<'_> {
+    #[inline(always)]
+    unsafe fn leaf(&self, l: usize, sums: Sums<V, MR, NV>) -> Sums<V, MR, NV> {
+        // SAFETY: as in `leaf`.
+        unsafe { if self.single { product(self, l, sums) } else { leaf(self, l, sums) } }
+    }
+    /// Of two products the sum is computed product by product.
+    #[inline(always)]
+    fn in_pairs(&self) -> bool {
+        self.single || holds_two::<V>(MR, NV)
+    }
 }
 
 #[inline(always)]
 unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
     // SAFETY: by the contract of `WeightGradPlan::run`.
     unsafe {
-        let mut stack = [[[std::mem::MaybeUninit::<V>::uninit(); NV]; MR]; DEPTH];
-        // The sum on top of the stack stays in registers.
-        let mut below = 0;
-        let mut sum = [[V::zero(); NV]; MR];
+        let mut first = [[V::zero(); NV]; MR];
         if job.goes_on {
-            for (m, row) in sum.iter_mut().enumerate() {
+            for (m, row) in first.iter_mut().enumerate() {
                 *row = load_row::<V, NV>(job.out.add(m * job.out_pitch), job.columns);
             }
         }
-        let mut program = job.program;
-        let mut is_first = true;
-        while let Some((c, rest)) = program.split_first() {
-            program = rest;
-            match *c {
-                Combine::Leaf(l) => {
-                    if !is_first {
-                        for m in 0..MR {
-                            for v in 0..NV {
-                                stack[below][m][v].write(sum[m][v]);
-                            }
-                        }
-                        below += 1;
-                        sum = [[V::zero(); NV]; MR];
-                    }
-                    is_first = false;
-                    sum = leaf_or_product::<V, MR, NV>(job, l, sum);
-                    // Of two products, or of what is in registers, the sum needs no stack.
-                    if let [Combine::Leaf(l), Combine::Add, rest @ ..] = rest
-                        && (job.single || holds_two::<V>(MR, NV))
-                    {
-                        program = rest;
-                        let zeros = [[V::zero(); NV]; MR];
-                        sum = added(sum, leaf_or_product::<V, MR, NV>(job, *l, zeros));
-                    }
-                }
-                Combine::Add => {
-                    below -= 1;
-                    for m in 0..MR {
-                        for v in 0..NV {
-                            sum[m][v] = stack[below][m][v].assume_init().add(sum[m][v]);
-                        }
-                    }
-                }
-            }
-        }
-        for (m, row) in sum.into_iter().enumerate() {
+        let sums = combined::<V, Job, MR, NV, DEPTH>(job, job.program, first);
+        for (m, row) in sums.into_iter().enumerate() {
             store_row(row, job.out.add(m * job.out_pitch), job.columns);
         }
     }
