@@ -1,5 +1,5 @@
-//! Elementary functions in single precision, of plain IEEE operations alone: the same bits in scalar code, in AVX2 and
-//! in AVX-512, and at any place of a vector. Inlined into loops they vectorise.
+//! Elementary functions in single precision, of plain IEEE operations alone, fused multiply-adds among them: the same
+//! bits in scalar code, in AVX2 and in AVX-512, and at any place of a vector. Inlined into loops they vectorise.
 //!
 //! They are written once, over whatever is a [`Real`]: a float, or what records the operations so that they can be compiled
 //! ([`super::native`]).
@@ -20,14 +20,20 @@ pub trait Real:
     fn of_bits(self, bits: u32) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
+    /// self * factor + term, rounded once.
+    fn times_plus(self, factor: Self, term: Self) -> Self;
+    /// `self` if it is less than the other, and the other one elsewhere: of two zeros, and where any is NaN.
+    fn lesser(self, other: Self) -> Self;
+    /// `self` if it is greater than the other, and the other one elsewhere.
+    fn greater(self, other: Self) -> Self;
     /// self < other
     fn less(self, other: Self) -> Self::Truth;
     /// self <= other
     fn at_most(self, other: Self) -> Self::Truth;
     /// self = other
     fn equals(self, other: Self) -> Self::Truth;
-    /// Whether it is no number.
-    fn is_nan(self) -> Self::Truth;
+    /// Whether one of them is no number.
+    fn any_nan(self, other: Self) -> Self::Truth;
     /// `a` where it holds, `b` elsewhere.
     fn choose(truth: Self::Truth, a: Self, b: Self) -> Self;
     /// The bits that both have.
@@ -54,6 +60,18 @@ pub trait Real:
     fn to_bf16(self) -> Self {
         to_bf16(self)
     }
+    /// self * 2^n, rounded once, of an integral n in -252 ..= 254 and a normal number that is 2^-0.5 to 2^0.5 or so.
+    #[inline(always)]
+    fn scaled(self, n: Self) -> Self {
+        // In two factors, since n may lie outside the exponents of normal numbers: the first product is exact.
+        let half = round(n * n.of(0.5));
+        self * exp2i(half) * exp2i(n - half)
+    }
+    /// Whether it is no number.
+    #[inline(always)]
+    fn is_nan(self) -> Self::Truth {
+        self.any_nan(self)
+    }
     /// |self|
     #[inline(always)]
     fn abs(self) -> Self {
@@ -72,6 +90,18 @@ impl Real for f32 {
         f32::sqrt(self)
     }
     #[inline(always)]
+    fn times_plus(self, factor: f32, term: f32) -> f32 {
+        self.mul_add(factor, term)
+    }
+    #[inline(always)]
+    fn lesser(self, other: f32) -> f32 {
+        if self < other { self } else { other }
+    }
+    #[inline(always)]
+    fn greater(self, other: f32) -> f32 {
+        if self > other { self } else { other }
+    }
+    #[inline(always)]
     fn less(self, other: f32) -> bool {
         self < other
     }
@@ -84,8 +114,8 @@ impl Real for f32 {
         self == other
     }
     #[inline(always)]
-    fn is_nan(self) -> bool {
-        f32::is_nan(self)
+    fn any_nan(self, other: f32) -> bool {
+        self.is_nan() || other.is_nan()
     }
     #[inline(always)]
     fn choose(truth: bool, a: f32, b: f32) -> f32 {
@@ -124,14 +154,13 @@ impl Real for f32 {
 /// The polynomial with these coefficients, that of the highest power first.
 #[inline(always)]
 fn horner<R: Real, const N: usize>(x: R, coefficients: [f32; N]) -> R {
-    coefficients[1..].iter().fold(x.of(coefficients[0]), |p, c| p * x + x.of(*c))
+    coefficients[1..].iter().fold(x.of(coefficients[0]), |p, c| p.times_plus(x, x.of(*c)))
 }
 
 /// Not below `low` and not above `high`, but NaN where it is that.
 #[inline(always)]
 fn clamp<R: Real>(x: R, low: f32, high: f32) -> R {
-    let c = R::choose(x.of(high).less(x), x.of(high), x);
-    R::choose(c.less(x.of(low)), x.of(low), c)
+    x.of(low).greater(x.of(high).lesser(x))
 }
 
 /// Nearest integer, ties to even, for |x| < 2^22.
@@ -159,15 +188,12 @@ fn exp2i<R: Real>(n: R) -> R {
 #[inline(always)]
 pub fn exp<R: Real>(x: R) -> R {
     let c = clamp(x, -104.0, 89.0);
-    let n = round(c * x.of(std::f32::consts::LOG2_E));
-    let r = (c - n * x.of(0.693_359_4)) - n * x.of(-2.121_944_4e-4);
+    let n = c.times_plus(x.of(std::f32::consts::LOG2_E), x.of(SHIFT)) - x.of(SHIFT);
+    let r = n.times_plus(x.of(2.121_944_4e-4), n.times_plus(x.of(-0.693_359_4), c));
     let p = horner(r, [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_66, 0.5]);
-    let y = p * r * r + r + x.of(1.0);
-    // In two factors, since n may lie outside the exponents of normal numbers.
-    let half = round(n * x.of(0.5));
-    let y = y * exp2i(half) * exp2i(n - half);
-    let y = R::choose(x.of(88.722_84).less(x), x.of(f32::INFINITY), y);
-    R::choose(x.is_nan(), x, y)
+    let y = p.times_plus(r * r, r) + x.of(1.0);
+    // From 88.72284 on that is too large for a float.
+    R::choose(x.is_nan(), x, y.scaled(n))
 }
 
 /// Natural logarithm, to 2 ulp.
@@ -195,8 +221,8 @@ pub fn log<R: Real>(x: R) -> R {
         3.333_333_1e-1,
     ];
     let p = horner(m, coefficients) * m * z;
-    let y = p + e * x.of(-2.121_944_4e-4) - x.of(0.5) * z;
-    let y = m + y + e * x.of(0.693_359_4);
+    let y = z.times_plus(x.of(-0.5), e.times_plus(x.of(-2.121_944_4e-4), p));
+    let y = e.times_plus(x.of(0.693_359_4), m + y);
     let y = R::choose(x.equals(x.of(f32::INFINITY)), x, y);
     let y = R::choose(x.equals(zero), x.of(f32::NEG_INFINITY), y);
     // Neither for negative ones nor for NaN.
@@ -209,7 +235,7 @@ pub fn tanh<R: Real>(x: R) -> R {
     let a = x.abs();
     let z = x * x;
     let p = horner(z, [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1]);
-    let small = p * z * x + x;
+    let small = (p * z).times_plus(x, x);
     let large = x.of(1.0) - x.of(2.0) / (exp(a + a) + x.of(1.0));
     let large = R::choose(x.less(x.of(0.0)), -large, large);
     let y = R::choose(a.less(x.of(0.625)), small, large);
@@ -236,10 +262,11 @@ pub fn erf<R: Real>(x: R) -> R {
 #[inline(always)]
 fn sin_cos<R: Real>(x: R) -> (R, R) {
     let n = round(x * x.of(std::f32::consts::FRAC_2_PI));
-    let r = ((x - n * x.of(1.570_312_5)) - n * x.of(4.837_513e-4)) - n * x.of(7.549_79e-8);
+    let r = n.times_plus(x.of(-4.837_513e-4), n.times_plus(x.of(-1.570_312_5), x));
+    let r = n.times_plus(x.of(-7.549_79e-8), r);
     let z = r * r;
-    let s = horner(z, [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]) * z * r + r;
-    let c = horner(z, [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2]) * z * z - x.of(0.5) * z + x.of(1.0);
+    let s = (horner(z, [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]) * z).times_plus(r, r);
+    let c = horner(z, [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2, -0.5, 1.0]);
     // The quadrant: odd ones exchange the two, and the second bit, of the quadrant and of the next one, is the sign.
     let odd = integer(n, 0).up(31).as_float().less(x.of(0.0));
     let sign = |offset: u32, y: R| {
@@ -286,7 +313,7 @@ pub fn pow<R: Real>(a: R, b: R) -> R {
 /// The larger of two, whatever their order: +0 above -0, NaN if any is NaN.
 #[inline(always)]
 pub fn max<R: Real>(a: R, b: R) -> R {
-    let y = R::choose(b.less(a), a, b);
+    let y = a.greater(b);
     let y = R::choose(a.equals(b), a.and(b), y);
     either_nan(a, b, y)
 }
@@ -294,15 +321,14 @@ pub fn max<R: Real>(a: R, b: R) -> R {
 /// The smaller of two, whatever their order: -0 below +0, NaN if any is NaN.
 #[inline(always)]
 pub fn min<R: Real>(a: R, b: R) -> R {
-    let y = R::choose(a.less(b), a, b);
+    let y = a.lesser(b);
     let y = R::choose(a.equals(b), a.or(b), y);
     either_nan(a, b, y)
 }
 
 #[inline(always)]
 fn either_nan<R: Real>(a: R, b: R, otherwise: R) -> R {
-    let nan = a.of(f32::NAN);
-    R::choose(a.is_nan(), nan, R::choose(b.is_nan(), nan, otherwise))
+    R::choose(a.any_nan(b), a.of(f32::NAN), otherwise)
 }
 
 /// The nearest `bf16`, ties to even; of subnormal numbers, as the instruction for it has it, a zero.
@@ -393,6 +419,8 @@ mod tests {
     fn functions_are_right_at_the_edges() {
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert_eq!(exp(88.722_84), f32::INFINITY);
+        assert!(exp(88.722_83) < f32::INFINITY && exp(-103.97) > 0.0 && exp(-104.0) == 0.0);
         assert!(exp(f32::NAN).is_nan() && log(f32::NAN).is_nan() && log(-1.0).is_nan() && tanh(f32::NAN).is_nan());
         assert_eq!(log(0.0), f32::NEG_INFINITY);
         assert_eq!(log(f32::INFINITY), f32::INFINITY);

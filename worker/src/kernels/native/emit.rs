@@ -111,6 +111,7 @@ fn rows_first(source: &Source) -> (Source, usize) {
     let moved = |v: &Value| match source.ops[*v] {
         Op::One(f, a) => Op::One(f, at(a)),
         Op::Two(f, a, b) => Op::Two(f, at(a), at(b)),
+        Op::TimesPlus(values) => Op::TimesPlus(values.map(at)),
         Op::Choose(test, values) => Op::Choose(test, values.map(at)),
         leaf => leaf,
     };
@@ -178,6 +179,9 @@ fn code_of(f: Two) -> Opcode {
         Two::Sub => Opcode::EVEX_Vsubps_zmm_k1z_zmm_zmmm512b32_er,
         Two::Mul => Opcode::EVEX_Vmulps_zmm_k1z_zmm_zmmm512b32_er,
         Two::Div => Opcode::EVEX_Vdivps_zmm_k1z_zmm_zmmm512b32_er,
+        Two::Lesser => Opcode::EVEX_Vminps_zmm_k1z_zmm_zmmm512b32_sae,
+        Two::Greater => Opcode::EVEX_Vmaxps_zmm_k1z_zmm_zmmm512b32_sae,
+        Two::Scaled => Opcode::EVEX_Vscalefps_zmm_k1z_zmm_zmmm512b32_er,
         Two::And => Opcode::EVEX_Vpandd_zmm_k1z_zmm_zmmm512b32,
         Two::Or => Opcode::EVEX_Vpord_zmm_k1z_zmm_zmmm512b32,
         Two::Xor => Opcode::EVEX_Vpxord_zmm_k1z_zmm_zmmm512b32,
@@ -190,7 +194,7 @@ fn code_of(f: Two) -> Opcode {
 }
 
 fn commutes(f: Two) -> bool {
-    !matches!(f, Two::Sub | Two::Div | Two::Minus)
+    !matches!(f, Two::Sub | Two::Div | Two::Minus | Two::Lesser | Two::Greater | Two::Scaled)
 }
 
 /// The instruction for a test and its predicate; NaNs raise nothing.
@@ -366,6 +370,7 @@ impl<'a> Emitter<'a> {
                     };
                     self.body.push((instruction, of_lanes));
                 }
+                Op::TimesPlus([a, b, c]) => self.times_plus(i, [a, b, c])?,
                 Op::Choose(test, [a, b, x, y]) => {
                     let first = self.fetch(a, i, &[b, x, y])?;
                     let (second, of_lanes) = self.operand(b, i, &[a, x, y])?;
@@ -393,6 +398,43 @@ impl<'a> Emitter<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Operation `i`: a * b + c. The instruction for it takes one of the three for its result, and one from memory.
+    fn times_plus(&mut self, i: usize, [a, b, c]: [Value; 3]) -> Result<(), IcedError> {
+        let (a, b) = if self.in_memory(a) && !self.in_memory(b) { (b, a) } else { (a, b) };
+        let a_at = self.fetch(a, i, &[b, c])?;
+        let (from, of_lanes, code, gone) = if self.in_memory(c) || !self.in_memory(b) && self.ends(a, i) {
+            // a = b * a + c
+            let b_at = self.fetch(b, i, &[a, c])?;
+            let (c, of_lanes) = self.operand(c, i, &[a, b])?;
+            ((b_at, c), of_lanes, Opcode::EVEX_Vfmadd213ps_zmm_k1z_zmm_zmmm512b32_er, a)
+        } else {
+            // c = a * b + c
+            self.fetch(c, i, &[a, b])?;
+            let (b, of_lanes) = self.operand(b, i, &[a, c])?;
+            ((a_at, b), of_lanes, Opcode::EVEX_Vfmadd231ps_zmm_k1z_zmm_zmmm512b32_er, c)
+        };
+        let mut to = self.register_of(gone).expect("it was fetched");
+        if !self.ends(gone, i) {
+            let copy = self.free(i, &[a, b, c])?;
+            let code = Opcode::EVEX_Vmovaps_zmm_k1z_zmmm512;
+            self.push(Instruction::with2(code, zmm(copy), zmm(to))?);
+            to = copy;
+        }
+        let instruction = match from.1 {
+            Operand::Register(r) => Instruction::with3(code, zmm(to), from.0, r)?,
+            Operand::Memory(m) => Instruction::with3(code, zmm(to), from.0, m)?,
+        };
+        self.body.push((instruction, of_lanes));
+        self.ended(i);
+        self.registers[to] = Some(i);
+        Ok(())
+    }
+
+    /// Whether an operation uses a value for the last time.
+    fn ends(&self, v: Value, at: usize) -> bool {
+        self.uses[v].first().is_none_or(|last| *last <= at)
     }
 
     /// The instructions that store the results. Everything is loaded before anything is stored.
@@ -602,6 +644,7 @@ pub fn arguments(op: &Op) -> Vec<Value> {
         Op::Input(_) | Op::Constant(_) => vec![],
         Op::One(_, a) => vec![a],
         Op::Two(_, a, b) => vec![a, b],
+        Op::TimesPlus(values) => values.to_vec(),
         Op::Choose(_, values) => values.to_vec(),
     }
 }

@@ -19,6 +19,8 @@ pub enum Op {
     One(One, Value),
     /// Of two.
     Two(Two, Value, Value),
+    /// The first times the second plus the third, rounded once.
+    TimesPlus([Value; 3]),
     /// The third value where the test of the first two holds, the fourth one elsewhere.
     Choose(Test, [Value; 4]),
 }
@@ -53,6 +55,12 @@ pub enum Two {
     Mul,
     /// Of floats.
     Div,
+    /// Of floats: the first if it is less, else the second.
+    Lesser,
+    /// Of floats: the first if it is greater, else the second.
+    Greater,
+    /// Of floats: the first times two to the power of the second, rounded once.
+    Scaled,
     /// Of bits.
     And,
     /// Of bits.
@@ -179,6 +187,18 @@ impl<'a> Real for Recorded<'a> {
     fn sqrt(self) -> Self {
         self.one(One::Sqrt)
     }
+    fn times_plus(self, factor: Self, term: Self) -> Self {
+        self.tape.real(self.tape.record(Op::TimesPlus([self, factor, term].map(|v| v.value))))
+    }
+    fn lesser(self, other: Self) -> Self {
+        self.two(Two::Lesser, other)
+    }
+    fn greater(self, other: Self) -> Self {
+        self.two(Two::Greater, other)
+    }
+    fn scaled(self, n: Self) -> Self {
+        self.two(Two::Scaled, n)
+    }
     fn less(self, other: Self) -> Self::Truth {
         (Test::Less, self, other)
     }
@@ -188,8 +208,8 @@ impl<'a> Real for Recorded<'a> {
     fn equals(self, other: Self) -> Self::Truth {
         (Test::Equals, self, other)
     }
-    fn is_nan(self) -> Self::Truth {
-        (Test::Nan, self, self)
+    fn any_nan(self, other: Self) -> Self::Truth {
+        (Test::Nan, self, other)
     }
     fn choose((test, x, y): Self::Truth, a: Self, b: Self) -> Self {
         a.tape.real(a.tape.record(Op::Choose(test, [x, y, a, b].map(|v| v.value))))
