@@ -93,7 +93,9 @@ impl Moving<'_> {
         let lowering = Lowering { of: self, before: &before, tape, formats: vec![], inputs: vec![] };
         let (source, inputs) = lowering.source();
         let entries = inputs.len() + source.results.len();
-        if entries > TABLE || !source.ops.iter().any(|op| !emit::arguments(op).is_empty()) {
+        // What only stores values that the machine has computed gains nothing.
+        let computes = source.ops.iter().any(|op| !emit::arguments(op).is_empty());
+        if entries > TABLE || !computes && !inputs.iter().any(|i| matches!(i, Origin::Operand(_))) {
             return None;
         }
         let element = |from: &Origin| match from {
