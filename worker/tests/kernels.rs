@@ -513,13 +513,17 @@ fn are_as_defined(p: &Program) -> BTreeSet<&'static str> {
         let types: Vec<_> = op.inputs.iter().map(|part| &*part.ty).collect();
         let defined = op.op.op().reference(&wide.iter().collect::<Vec<_>>(), &types, &op.output.ty);
         let defined: Vec<u8> = defined.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect();
-        let buffer = |v: &Vec<f32>| {
-            let bytes: Vec<u8> = v.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let buffer = |(part, v): (&Part, &Vec<f32>)| {
+            let bytes: Vec<u8> = match part.ty.dtype {
+                DType::Bf16 => v.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+                DType::F16 => v.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+                _ => v.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            };
             let mut buffer = Guarded::new(bytes.len());
             buffer.fill(&bytes);
             buffer
         };
-        let mut inputs: Vec<Guarded> = values.iter().map(buffer).collect();
+        let mut inputs: Vec<Guarded> = op.inputs.iter().zip(&values).map(buffer).collect();
         for isa in Isa::available() {
             let found = run(&step.work, isa, &Pool::new(2, None), &mut inputs, &[defined.len()]);
             assert!(found[0] == defined, "{isa:?}: {:?}", op.op);
@@ -555,19 +559,29 @@ fn convolutions_of_many_outputs_are_as_they_are_defined() {
     }
 }
 
-/// Sums of single products, of a few, of more than lie in a cache at a time, and what does not fit into the workspace.
+/// Sums of single products, of a few with few channels and many, of one batch and several, of more than lie in a cache at a
+/// time, and what does not fit into the workspace.
 #[test]
 fn weight_gradients_are_as_they_are_defined() {
-    let cases: [([usize; 4], usize, usize, usize, [usize; 2]); 7] = [
+    let cases: [([usize; 4], usize, usize, usize, [usize; 2]); 10] = [
         ([1, 9, 10, 11], 1, 3, 1, [7, 18]),
         ([2, 24, 5, 21], 2, 3, 1, [16, 16]),
         ([3, 8, 8, 8], 8, 3, 1, [5, 17]),
+        ([1, 8, 6, 8], 8, 3, 1, [31, 48]),
         ([1, 16, 12, 9], 8, 3, 1, [13, 33]),
+        ([1, 12, 9, 9], 6, 3, 1, [33, 34]),
+        ([6, 5, 3, 6], 3, 2, 2, [36, 30]),
         ([1, 17, 9, 13], 8, 3, 2, [6, 50]),
         ([2, 5, 6, 7], 8, 2, 2, [3, 20]),
         ([1, 1, 12, 12], 4, 9, 1, [4500, 2]),
     ];
-    for (space, chunks, size, stride, channels) in cases {
+    // Products of 16 bits take long where no instruction makes them: those of short leaves.
+    let dtypes = |c: &([usize; 4], usize, usize, usize, [usize; 2])| match c.1 {
+        3 | 6 | 8 => vec![DType::F32, DType::Bf16, DType::F16],
+        _ => vec![DType::F32],
+    };
+    let all = cases.iter().flat_map(|c| dtypes(c).into_iter().map(|d| (*c, d)));
+    for ((space, chunks, size, stride, channels), dtype) in all {
         let window = |(d, n): (&str, usize)| Window::same(d, n, if n > 1 { size } else { 1 }, stride.min(n), 1);
         let [batch, x, y, z] = space;
         let windows: Vec<Window> = [("x", x), ("y", y), ("z", z)].map(window).into();
@@ -577,9 +591,9 @@ fn weight_gradients_are_as_they_are_defined() {
             let dims = [dim("batch", batch), dim("x", x), dim("y", y), dim("z", z), dim("i", channels[0])];
             let kernel = conv.windows.iter().map(|w| dim(w.kernel(), w.size));
             let kernel: Vec<Dim> = kernel.chain([dim("i", channels[0]), dim("o", channels[1])]).collect();
-            let (x, w) = (g.input("x", DType::F32, &dims), g.input("w", DType::F32, &kernel));
+            let (x, w) = (g.input("x", dtype, &dims), g.input("w", dtype, &kernel));
             let y = x.conv(&w, &conv);
-            let dy = g.input("dy", DType::F32, &y.ty().dims);
+            let dy = g.input("dy", dtype, &y.ty().dims);
             g.output("dw", &g.gradients(&y.mul(&dy).sum_all(), &[&w])[0]);
         })
         .unwrap();

@@ -34,7 +34,7 @@ use mesh::ops::Prim;
 use mesh::plan::OpWork;
 use pack::{PANEL, Packing};
 use std::ops::Range;
-use tile::{Job, SPAN, Span, View, run_tile, tile_rows};
+use tile::{Job, PRODUCT, Product, SPAN, Span, View, Walk, run_tile, tile_rows};
 
 /// One spatial dimension.
 struct Axis {
@@ -77,8 +77,8 @@ pub struct WeightGradPlan {
     /// That of x and dy.
     dtype: DType,
     packing: Packing,
-    /// The first channel of x of each tile, and its rows: for pieces of one leaf and of several, each for tiles of 16 columns
-    /// and of 32.
+    /// The first channel of x of each tile, and its rows: where leaves are summed one by one and where they are in twos, each
+    /// for tiles of 16 columns and of 32.
     tiles: [[Vec<[usize; 2]>; 2]; 2],
     /// The first column of each panel of dy, and its width.
     panels: Vec<[usize; 2]>,
@@ -217,7 +217,7 @@ impl WeightGradPlan {
 
     /// A piece's tiles of so many columns.
     fn tiles(&self, piece: &Piece, width: usize) -> &[[usize; 2]] {
-        &self.tiles[usize::from(piece.leaves.len() > 1)][width / 32]
+        &self.tiles[usize::from(piece.in_twos)][width / 32]
     }
 
     /// Elements of a unit of what is packed.
@@ -329,6 +329,10 @@ impl WeightGradPlan {
             // SAFETY: a span is so many words, of which any bits are fine; the workspace begins at a cache line.
             let spans =
                 unsafe { std::slice::from_raw_parts_mut(spans.as_mut_ptr().cast::<Span>(), piece.leaves.len()) };
+            let listed = if piece.walk == Walk::Listed { piece.products() } else { 0 };
+            let (products, work) = work.split_at_mut((listed * PRODUCT).next_multiple_of(16));
+            // SAFETY: as above.
+            let products = unsafe { std::slice::from_raw_parts_mut(products.as_mut_ptr().cast::<Product>(), listed) };
             let (packed, [_, of_dy]) = self.packed(&piece.around, piece.dy.len(), outer.clone());
             let is_packed = piece.packing != Packing::Nothing;
             let (dy, x) = work.split_at_mut(if is_packed { of_dy } else { 0 });
@@ -359,9 +363,15 @@ impl WeightGradPlan {
                 }
                 for tap in range.clone().filter(|tap| tap % turns == turn) {
                     let at = [tap / (t2 * t3), tap / t3 % t2, tap % t3];
-                    spans.iter_mut().zip(&piece.leaves).for_each(|(s, leaf)| *s = Span::new(self, &view, at, leaf));
+                    let mut listed = 0;
+                    for (span, leaf) in spans.iter_mut().zip(&piece.leaves) {
+                        *span = Span::new(self, &view, at, leaf);
+                        if piece.walk == Walk::Listed {
+                            *span = span.listed(self, &view, leaf.0[0].start, products, &mut listed);
+                        }
+                    }
                     // SAFETY: as above.
-                    unsafe { self.tap(block, piece, tap, spans, view, i > 0, to) };
+                    unsafe { self.tap(block, piece, tap, (spans, products), view, i > 0, to) };
                 }
             }
         }
@@ -372,7 +382,7 @@ impl WeightGradPlan {
         block: usize,
         piece: &Piece,
         tap: usize,
-        spans: &[Span],
+        (spans, products): (&[Span], &[Product]),
         view: View,
         goes_on: bool,
         to: *mut f32,
@@ -400,6 +410,9 @@ impl WeightGradPlan {
                         plan: self,
                         leaves: &piece.leaves,
                         spans,
+                        products,
+                        groups: &piece.groups,
+                        walk: piece.walk,
                         program: &self.blocks[block].program,
                         view,
                         first,
@@ -410,7 +423,6 @@ impl WeightGradPlan {
                         out_pitch: row,
                         columns,
                         goes_on,
-                        single: piece.single,
                     };
                     // SAFETY: indices inside the buffers, by the plan; the instruction set is the machine's.
                     unsafe { run_tile(self.isa, mr, width, &job) };

@@ -2,7 +2,7 @@
 
 use super::WeightGradPlan;
 use super::pack::Packing;
-use super::tile::SPAN;
+use super::tile::{self, SPAN, Walk};
 use crate::kernels::conv::in_units;
 use crate::kernels::pack::NOTHING;
 use crate::kernels::tile::Combine;
@@ -22,6 +22,13 @@ const BLOCK_BYTES: usize = 384 << 10;
 /// first-level cache.
 const VOXELS: usize = 256;
 
+/// Products of a leaf at most for its piece to be summed from a list of all.
+const SHORT: usize = 16;
+/// Products of a leaf from which on it does not count what adding it to others costs.
+const LONG: usize = 64;
+/// Pairs of channels from which on tiles read a list often enough.
+const CHANNELS: usize = 1024;
+
 /// Local indices of dy: (batch, s1, s2, s3).
 pub type Box4 = [Range<usize>; 4];
 
@@ -39,14 +46,30 @@ pub struct Piece {
     pub packing: Packing,
     /// The leaves, and where units are packed those of each along the innermost dimension.
     pub leaves: Vec<(Box4, Range<usize>)>,
-    /// Whether there are several, and each is a single product.
-    pub single: bool,
+    /// How tiles go through their products.
+    pub walk: Walk,
+    /// Whether there are several leaves that are that short that two are added up in registers.
+    pub in_twos: bool,
+    /// Where leaves are single products: the first leaf of each group, and how many.
+    pub groups: Vec<[usize; 2]>,
     /// The box around them.
     pub around: Box4,
     /// Of 16-bit floats: where the halves of each unit lie along a row of dy; [`NOTHING`] for zeros.
     pub dy: Vec<[usize; 2]>,
     /// As well, of x, by tap.
     pub x: Vec<Vec<[usize; 2]>>,
+}
+
+/// Products of a leaf, if a tap leaves none out.
+fn products(([b, r1, r2, run], units): &(Box4, Range<usize>)) -> usize {
+    b.len() * r1.len() * r2.len() * if units.is_empty() { run.len() } else { units.len() }
+}
+
+impl Piece {
+    /// How many products it has, if a tap leaves none out.
+    pub fn products(&self) -> usize {
+        self.leaves.iter().map(products).sum()
+    }
 }
 
 impl WeightGradPlan {
@@ -132,15 +155,18 @@ impl WeightGradPlan {
             units.iter().map(|halves| halves.map(place)).collect()
         };
         let leaves: Vec<(Box4, Range<usize>)> = leaves.into_iter().map(|l| (l.clone(), of(&l))).collect();
-        let single = leaves.len() > 1
-            && leaves.iter().all(|([b, r1, r2, run], units)| {
-                let row = if units.is_empty() { run.len() } else { units.len() };
-                b.len() * r1.len() * r2.len() * row == 1
-            });
+        let (several, longest) = (leaves.len() > 1, leaves.iter().map(products).max().unwrap_or(0));
+        let walk = match longest {
+            1 if several => Walk::Groups,
+            ..=SHORT if several && self.cin * self.cout >= CHANNELS => Walk::Listed,
+            _ => Walk::Rows,
+        };
         Piece {
             packing,
             leaves,
-            single,
+            walk,
+            in_twos: several && longest < LONG,
+            groups: vec![],
             around,
             dy: places(&|o| Some(o * axis.dy_stride)),
             x: (0..axis.taps).map(|j| places(&|o| Some(axis.x(o, j)? * axis.x_stride))).collect(),
@@ -179,7 +205,11 @@ impl WeightGradPlan {
             Some(only) if leaves.is_empty() => self.pieces(only, &mut pieces),
             last => {
                 leaves.extend(last);
-                pieces.push(self.piece(leaves));
+                let mut piece = self.piece(leaves);
+                if piece.walk == Walk::Groups {
+                    (order, piece.groups) = grouped(&order, tile::group(self.isa));
+                }
+                pieces.push(piece);
             }
         }
         program.push(Combine::Leaf(self.blocks.len()));
@@ -228,4 +258,53 @@ fn batch_run(local: &[Range<usize>], origin: &[Range<usize>]) -> Range<usize> {
         run = run.start * o.len() + l.start..(run.end - 1) * o.len() + l.end;
     }
     run
+}
+
+/// A stack machine over groups of leaves in place of leaves: subtrees of as many leaves on one side as on the other, at most
+/// `most`, which is a power of two. By group its first leaf, and how many.
+fn grouped(order: &[Combine], most: usize) -> (Vec<Combine>, Vec<[usize; 2]>) {
+    let (mut out, mut groups, mut stack) = (vec![], vec![], vec![]);
+    for c in order {
+        match *c {
+            Combine::Leaf(l) => {
+                out.push(Combine::Leaf(groups.len()));
+                groups.push([l, 1]);
+                stack.push(Some(1));
+            }
+            Combine::Add => {
+                let sizes = (stack.pop().flatten(), stack.pop().flatten());
+                // Groups on top of the stack are the last ones.
+                let both = match sizes {
+                    (Some(right), Some(left)) if left == right && left + right <= most => Some(left + right),
+                    _ => None,
+                };
+                match both {
+                    Some(n) => {
+                        out.pop();
+                        groups.pop();
+                        groups.last_mut().expect("there are two")[1] = n;
+                    }
+                    None => out.push(Combine::Add),
+                }
+                stack.push(both);
+            }
+        }
+    }
+    (out, groups)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Combine::{Add, Leaf};
+
+    #[test]
+    fn single_products_are_grouped_where_the_tree_is_balanced() {
+        let four = [Leaf(0), Leaf(1), Add, Leaf(2), Leaf(3), Add, Add];
+        assert_eq!(grouped(&four, 8), (vec![Leaf(0)], vec![[0, 4]]));
+        assert_eq!(grouped(&four, 2), (vec![Leaf(0), Leaf(1), Add], vec![[0, 2], [2, 2]]));
+        let three_and_two = [Leaf(0), Leaf(1), Leaf(2), Add, Add, Leaf(3), Leaf(4), Add, Add];
+        let program = vec![Leaf(0), Leaf(1), Add, Leaf(2), Add];
+        assert_eq!(grouped(&three_and_two, 8), (program, vec![[0, 1], [1, 2], [3, 2]]));
+    }
 }

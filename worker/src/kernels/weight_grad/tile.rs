@@ -6,7 +6,7 @@ use super::blocks::Box4;
 use super::pack::Packed;
 use crate::kernels::isa::Isa;
 use crate::kernels::tile::{
-    COUNTED, Combine, Lanes, LeafSums, Portable, PortablePairs, Sums, combined, holds_two, multiply, store_row, tiling,
+    COUNTED, Combine, Lanes, LeafSums, Portable, PortablePairs, Sums, combined, multiply, store_row, tiling,
 };
 use std::ops::Range;
 
@@ -84,14 +84,68 @@ impl Span {
     }
 }
 
+impl Span {
+    /// The same leaf's products, listed in the order in which they are summed behind the first `listed` ones, which become
+    /// more.
+    pub fn listed(
+        self,
+        plan: &WeightGradPlan,
+        view: &View,
+        first: usize,
+        list: &mut [Product],
+        listed: &mut usize,
+    ) -> Span {
+        let start = *listed;
+        let [next1, next2, next3] = view.next;
+        let further = |at: [usize; 2], next: [usize; 2], n: u32| [0, 1].map(|t| at[t] + next[t] * n as usize);
+        for b in 0..self.batches {
+            let batch = if self.batches == 1 { [0, 0] } else { view.batch(plan, first + b as usize) };
+            let at = [batch[0] + self.x, batch[1] + self.dy];
+            for i1 in 0..self.rows[0] {
+                for i2 in 0..self.rows[1] {
+                    let row = further(further(at, next1, i1), next2, i2);
+                    for i3 in 0..self.count {
+                        list[*listed] = further(row, next3, i3).map(|i| i as u32);
+                        *listed += 1;
+                    }
+                }
+            }
+        }
+        Span { x: start, count: (*listed - start) as u32, ..Span::default() }
+    }
+}
+
+/// Where the factors of a product lie in x and in dy: elements or units.
+pub type Product = [u32; 2];
+
+/// Floats of workspace that it takes.
+pub const PRODUCT: usize = size_of::<Product>() / 4;
+
+/// How tiles go through the products of a piece's leaves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Walk {
+    /// Row by row.
+    Rows,
+    /// From a list of all: rows of a few products are ended before a processor foresees it.
+    Listed,
+    /// Each of several leaves is a single product: groups of them are summed channel by channel.
+    Groups,
+}
+
 /// A register tile's job within a block.
 pub struct Job<'a> {
     /// The plan.
     pub plan: &'a WeightGradPlan,
     /// What is summed: leaves, with their units.
     pub leaves: &'a [(Box4, Range<usize>)],
-    /// What the tap reads of each.
+    /// What the tap reads of each; where products are listed, the first of each leaf and how many.
     pub spans: &'a [Span],
+    /// Products, where they are listed.
+    pub products: &'a [Product],
+    /// Groups of leaves: the first leaf and how many, 1, 2 or 4.
+    pub groups: &'a [[usize; 2]],
+    /// How they are gone through.
+    pub walk: Walk,
     /// The stack machine over them.
     pub program: &'a [Combine],
     /// Where x and dy are.
@@ -110,8 +164,6 @@ pub struct Job<'a> {
     pub columns: usize,
     /// Whether the sums of the only leaf go on from those at `out`.
     pub goes_on: bool,
-    /// Whether there are several leaves, and each is a single product.
-    pub single: bool,
 }
 
 /// Rows of the next tile of so many columns when so many input channels are left: as many sums at a time as the latency of
@@ -183,53 +235,155 @@ unsafe fn leaf<V: Lanes, const MR: usize, const NV: usize>(
     }
 }
 
+/// The first columns of a row, and zeros. A loop, since closures in closures are compiled without the instruction set of the
+/// function that they are in.
 #[inline(always)]
 unsafe fn load_row<V: Lanes, const NV: usize>(p: *const f32, columns: usize) -> [V; NV] {
-    std::array::from_fn(|v| {
-        let n = columns.saturating_sub(v * 16).min(16);
-        // SAFETY: `columns` floats lie at `p`.
-        unsafe { if n == 16 { V::load(p.add(v * 16)) } else { V::load_first(p.add(v * 16), n) } }
-    })
+    // SAFETY: `columns` floats lie at `p`.
+    unsafe {
+        let mut row = [V::zero(); NV];
+        for (v, lanes) in row.iter_mut().enumerate() {
+            let n = columns.saturating_sub(v * 16).min(16);
+            *lanes = if n == 16 { V::load(p.add(v * 16)) } else { V::load_first(p.add(v * 16), n) };
+        }
+        row
+    }
 }
 
 /// A block's stack is no deeper: eight chunks in each of four dimensions or more.
 const DEPTH: usize = 24;
 
-/// As `leaf` does, for a leaf that is a single product, which a tap may leave out.
-///
-/// Loops, since closures in closures are compiled without the instruction set of the function that they are in.
-#[inline(always)]
-unsafe fn product<V: Lanes, const MR: usize, const NV: usize>(
-    job: &Job,
-    leaf: usize,
-    mut sums: Sums<V, MR, NV>,
-) -> Sums<V, MR, NV> {
-    let (view, span, [unit, dy_unit]) = (&job.view, &job.spans[leaf], job.unit);
-    // SAFETY: as in `leaf`.
-    unsafe {
-        if span.count == 0 || span.rows.contains(&0) {
-            return sums;
-        }
-        let x = view.x.wrapping_add(job.first[0] + span.x * unit);
-        let row = load_row::<V, NV>(view.dy.wrapping_add(job.first[1] + span.dy * dy_unit), job.loaded);
-        for (m, sums) in sums.iter_mut().enumerate() {
-            multiply(sums, x.add(m), row);
+/// Leaves whose products are listed.
+struct Listed<'a>(&'a Job<'a>);
+
+impl<V: Lanes, const MR: usize, const NV: usize> LeafSums<V, MR, NV> for Listed<'_> {
+    #[inline(always)]
+    unsafe fn leaf(&self, leaf: usize, mut sums: Sums<V, MR, NV>) -> Sums<V, MR, NV> {
+        let job = self.0;
+        let span = &job.spans[leaf];
+        let (x, dy) = (job.view.x.wrapping_add(job.first[0]), job.view.dy.wrapping_add(job.first[1]));
+        for at in &job.products[span.x..span.x + span.count as usize] {
+            // SAFETY: as in `leaf`.
+            unsafe {
+                let x = x.add(at[0] as usize * job.unit[0]);
+                let row = load_row::<V, NV>(dy.add(at[1] as usize * job.unit[1]), job.loaded);
+                for (m, sums) in sums.iter_mut().enumerate() {
+                    multiply(sums, x.add(m), row);
+                }
+            }
         }
         sums
     }
 }
 
-impl<V: Lanes, const MR: usize, const NV: usize> LeafSums<V, MR, NV> for Job<'_> {
+/// Leaves, row by row.
+struct Rows<'a>(&'a Job<'a>);
+
+impl<V: Lanes, const MR: usize, const NV: usize> LeafSums<V, MR, NV> for Rows<'_> {
     #[inline(always)]
     unsafe fn leaf(&self, l: usize, sums: Sums<V, MR, NV>) -> Sums<V, MR, NV> {
         // SAFETY: as in `leaf`.
-        unsafe { if self.single { product(self, l, sums) } else { leaf(self, l, sums) } }
+        unsafe { leaf(self.0, l, sums) }
     }
-    /// Of two products the sum is computed product by product.
+}
+
+/// Groups of single products.
+struct Groups<'a>(&'a Job<'a>);
+
+impl<V: Lanes, const MR: usize, const NV: usize> LeafSums<V, MR, NV> for Groups<'_> {
+    #[inline(always)]
+    unsafe fn leaf(&self, group: usize, _: Sums<V, MR, NV>) -> Sums<V, MR, NV> {
+        let [first, n] = self.0.groups[group];
+        // SAFETY: as in `leaf`.
+        unsafe {
+            match n {
+                4 => Products::<V, NV, 4>::new(self.0, first).sums::<MR>(),
+                2 => Products::<V, NV, 2>::new(self.0, first).sums::<MR>(),
+                _ => Products::<V, NV, 1>::new(self.0, first).sums::<MR>(),
+            }
+        }
+    }
+    /// They are subtrees already.
     #[inline(always)]
     fn in_pairs(&self) -> bool {
-        self.single || holds_two::<V>(MR, NV)
+        false
     }
+}
+
+/// Leaves of a group at most: a power of two, and registers hold their rows of dy beside a tile's sums.
+pub fn group(isa: Isa) -> usize {
+    if isa >= Isa::Avx512 { 4 } else { 2 }
+}
+
+/// What a tap leaves out of x: as many channels as a tile has rows.
+static NOTHING: [f32; 16] = [0.0; 16];
+
+/// The factors of single products that follow one another.
+struct Products<V, const NV: usize, const N: usize> {
+    x: [*const f32; N],
+    dy: [[V; NV]; N],
+}
+
+impl<V: Lanes, const NV: usize, const N: usize> Products<V, NV, N> {
+    #[inline(always)]
+    unsafe fn new(job: &Job, first: usize) -> Self {
+        // SAFETY: as in `leaf`.
+        unsafe {
+            let mut all = Products { x: [NOTHING.as_ptr(); N], dy: [[V::zero(); NV]; N] };
+            for i in 0..N {
+                let span = &job.spans[first + i];
+                if span.count > 0 && !span.rows.contains(&0) {
+                    all.x[i] = job.view.x.wrapping_add(job.first[0] + span.x * job.unit[0]);
+                    let dy = job.view.dy.wrapping_add(job.first[1] + span.dy * job.unit[1]);
+                    all.dy[i] = load_row::<V, NV>(dy, job.loaded);
+                }
+            }
+            all
+        }
+    }
+
+    /// Their sums, by the tree: dy stays in registers, and channel after channel of x is gone through.
+    #[inline(always)]
+    unsafe fn sums<const MR: usize>(&self) -> Sums<V, MR, NV> {
+        // SAFETY: as in `leaf`.
+        unsafe {
+            let mut sums = [[V::zero(); NV]; MR];
+            for (m, sums) in sums.iter_mut().enumerate() {
+                *sums = match N {
+                    4 => row(self.two(m, 0), self.two(m, 2)),
+                    2 => self.two(m, 0),
+                    _ => self.one(m, 0),
+                };
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn two(&self, m: usize, i: usize) -> [V; NV] {
+        // SAFETY: as in `leaf`.
+        unsafe { row(self.one(m, i), self.one(m, i + 1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn one(&self, m: usize, i: usize) -> [V; NV] {
+        // SAFETY: as in `leaf`.
+        unsafe {
+            let mut product = [V::zero(); NV];
+            multiply(&mut product, self.x[i].add(m), self.dy[i]);
+            product
+        }
+    }
+}
+
+/// a + b
+#[inline(always)]
+unsafe fn row<V: Lanes, const NV: usize>(mut a: [V; NV], b: [V; NV]) -> [V; NV] {
+    for v in 0..NV {
+        // SAFETY: by the caller's contract.
+        a[v] = unsafe { a[v].add(b[v]) };
+    }
+    a
 }
 
 #[inline(always)]
@@ -242,7 +396,11 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
                 *row = load_row::<V, NV>(job.out.add(m * job.out_pitch), job.columns);
             }
         }
-        let sums = combined::<V, Job, MR, NV, DEPTH>(job, job.program, first);
+        let sums = match job.walk {
+            Walk::Rows => combined::<V, _, MR, NV, DEPTH>(&Rows(job), job.program, first),
+            Walk::Listed => combined::<V, _, MR, NV, DEPTH>(&Listed(job), job.program, first),
+            Walk::Groups => combined::<V, _, MR, NV, DEPTH>(&Groups(job), job.program, first),
+        };
         for (m, row) in sums.into_iter().enumerate() {
             store_row(row, job.out.add(m * job.out_pitch), job.columns);
         }
