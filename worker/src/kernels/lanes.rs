@@ -48,6 +48,7 @@ impl Operand {
     }
 
     /// The element that is read at a point.
+    #[inline]
     pub fn at(&self, point: &[usize]) -> usize {
         self.offset + point.iter().zip(&self.strides).map(|(a, s)| a * s).sum::<usize>()
     }

@@ -96,6 +96,8 @@ pub struct Evaluation<'a> {
     fixed: (usize, usize, usize),
     /// The block's elements of an operand behind those in memory.
     given: *const u32,
+    /// What compiled code is told of its inputs and results.
+    table: [usize; 2 * TABLE],
 }
 
 impl Machine {
@@ -288,6 +290,7 @@ impl Machine {
             uniform: false,
             fixed: (0, 0, 0),
             given: std::ptr::null(),
+            table: [0; 2 * TABLE],
         }
     }
 }
@@ -303,10 +306,9 @@ impl Evaluation<'_> {
             let base = self.registers.as_mut_ptr().cast::<u32>();
             // SAFETY: a result has a register of its own.
             let register = |r: usize| unsafe { base.add(m.instrs[r].2 * BLOCK) };
-            let mut results = [std::ptr::null_mut(); TABLE];
-            results.iter_mut().zip(&m.results).for_each(|(to, (r, _))| *to = register(*r).cast());
+            let results = m.results.iter().map(|(r, _)| register(*r).cast());
             // SAFETY: registers have room for a block.
-            unsafe { self.compiled(native, at, [rows, columns], &results[..m.results.len()]) };
+            unsafe { self.compiled(native, at, [rows, columns], results) };
             // Only now: what was merely loaded may have lain where the operand lies.
             m.results.iter().for_each(|(r, _)| self.pointers[*r] = register(*r));
         }
@@ -330,10 +332,8 @@ impl Evaluation<'_> {
             }
             return;
         };
-        let mut results = [std::ptr::null_mut(); TABLE];
-        results.iter_mut().zip(places).for_each(|(result, to)| *result = to);
-        // SAFETY: as above; compiled code has no more results than that.
-        unsafe { self.compiled(native, at, [rows, columns], &results[..m.results.len()]) };
+        // SAFETY: as above.
+        unsafe { self.compiled(native, at, [rows, columns], places) };
     }
 
     /// Evaluates what the machine computes of a block.
@@ -349,44 +349,46 @@ impl Evaluation<'_> {
             self.fixed = (column, columns, rows);
             self.run(&m.fixed, at, rows, columns);
         }
-        self.run(&m.moving, at, rows, columns);
+        if !m.moving.is_empty() {
+            self.run(&m.moving, at, rows, columns);
+        }
     }
 
     /// Runs the compiled part over a block.
     ///
     /// # Safety
     /// The results have room for the block.
-    unsafe fn compiled(&self, native: &Native, at: &[usize], [rows, columns]: [usize; 2], results: &[*mut u8]) {
+    unsafe fn compiled(
+        &mut self,
+        native: &Native,
+        at: &[usize],
+        [rows, columns]: [usize; 2],
+        results: impl Iterator<Item = *mut u8>,
+    ) {
         let m = self.machine;
-        let mut table = [0usize; 2 * TABLE];
-        let entries = native.bytes.len();
-        let (pointers, further) = table[..2 * entries].split_at_mut(entries);
-        for (((pointer, further), input), bytes) in
-            pointers.iter_mut().zip(&mut *further).zip(&native.inputs).zip(&native.bytes)
-        {
-            (*pointer, *further) = match *input {
-                Origin::Register(i) => (self.pointers[i].expose_provenance(), columns * 4),
-                Origin::Uniform(i) => (self.pointers[i].expose_provenance(), 0),
+        let (entries, inputs) = (native.bytes.len(), native.inputs.len());
+        let (pointers, further) = self.table[..2 * entries].split_at_mut(entries);
+        for (i, input) in native.inputs.iter().enumerate() {
+            (pointers[i], further[i]) = match *input {
+                Origin::Register(r) => (self.pointers[r].expose_provenance(), columns * 4),
+                Origin::Uniform(r) => (self.pointers[r].expose_provenance(), 0),
                 Origin::Operand(o) if m.operands[o].mode == Mode::Given => {
                     (self.given.expose_provenance(), columns * 4)
                 }
                 Origin::Operand(o) => {
-                    let operand = &m.operands[o];
+                    let (operand, bytes) = (&m.operands[o], native.bytes[i]);
                     // SAFETY: by the contract of `Machine::evaluation` the operand's buffer holds every element of the block.
                     let first = unsafe { self.operands[o].add(operand.at(at) * bytes) };
                     (first.expose_provenance(), operand.along()[0] * bytes)
                 }
             };
         }
-        let inputs = native.inputs.len();
-        let stored =
-            pointers[inputs..].iter_mut().zip(&mut further[inputs..]).zip(results).zip(&native.bytes[inputs..]);
-        stored.for_each(|(((pointer, further), r), bytes)| {
-            (*pointer, *further) = (r.expose_provenance(), columns * bytes);
-        });
+        for (i, r) in (inputs..entries).zip(results) {
+            (pointers[i], further[i]) = (r.expose_provenance(), columns * native.bytes[i]);
+        }
         let shape = if native.by_rows { [rows, columns] } else { [1, rows * columns] };
         // SAFETY: inputs and results have as many elements; the machine has the instruction set it was prepared for.
-        unsafe { native.run(&mut table[..2 * entries], shape) };
+        unsafe { native.run(&mut self.table[..2 * entries], shape) };
     }
 
     /// Runs some of the instructions. What each does to its lanes is a function of its own: otherwise the constants of all
