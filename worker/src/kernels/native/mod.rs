@@ -93,9 +93,10 @@ impl Moving<'_> {
         let lowering = Lowering { of: self, before: &before, tape, formats: vec![], inputs: vec![] };
         let (source, inputs) = lowering.source();
         let entries = inputs.len() + source.results.len();
-        // What only stores values that the machine has computed gains nothing.
+        // What only stores values that the machine has computed gains nothing, nor what only loads them.
         let computes = source.ops.iter().any(|op| !emit::arguments(op).is_empty());
-        if entries > TABLE || !computes && !inputs.iter().any(|i| matches!(i, Origin::Operand(_))) {
+        let copies = self.stores && inputs.iter().any(|i| matches!(i, Origin::Operand(_)));
+        if entries > TABLE || !computes && !copies {
             return None;
         }
         let element = |from: &Origin| match from {
