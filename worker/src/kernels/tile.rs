@@ -412,7 +412,7 @@ pub(super) const fn holds_two<V: Lanes>(rows: usize, vectors: usize) -> bool {
 
 /// a + b.
 #[inline(always)]
-unsafe fn added<V: Lanes, const MR: usize, const NV: usize>(
+pub(super) unsafe fn added<V: Lanes, const MR: usize, const NV: usize>(
     mut a: Sums<V, MR, NV>,
     b: Sums<V, MR, NV>,
 ) -> Sums<V, MR, NV> {

@@ -20,6 +20,7 @@
 
 mod blocks;
 mod pack;
+mod span;
 mod tile;
 
 use super::conv::{axis_of, batch_offsets};
@@ -33,8 +34,9 @@ use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::plan::OpWork;
 use pack::{PANEL, Packing};
+use span::{PRODUCT, Product, SPAN, Span, View, Walk};
 use std::ops::Range;
-use tile::{Job, PRODUCT, Product, SPAN, Span, View, Walk, run_tile, tile_rows};
+use tile::{Job, run_tile, tile_rows};
 
 /// One spatial dimension.
 struct Axis {

@@ -2,7 +2,8 @@
 
 use super::WeightGradPlan;
 use super::pack::Packing;
-use super::tile::{self, SPAN, Walk};
+use super::span::{SPAN, Walk};
+use super::tile;
 use crate::kernels::conv::in_units;
 use crate::kernels::pack::NOTHING;
 use crate::kernels::tile::Combine;
