@@ -2,7 +2,7 @@
 
 use super::WeightGradPlan;
 use super::pack::Packing;
-use super::span::{SPAN, Walk};
+use super::span::{PRODUCT, SPAN, Walk};
 use super::tile;
 use crate::kernels::conv::in_units;
 use crate::kernels::pack::NOTHING;
@@ -28,7 +28,10 @@ const SHORT: usize = 16;
 /// Products of a leaf from which on it does not count what adding it to others costs.
 const LONG: usize = 64;
 /// Pairs of channels from which on tiles read a list often enough.
-const CHANNELS: usize = 1024;
+const CHANNELS: usize = 32 * 32;
+/// So many are of 64 channels at least, and of a block's voxels, which are no fewer than its leaves and its products, spans and
+/// lists take no more of the workspace than is kept for spans.
+const _: () = assert!(BLOCK_BYTES / (64 * 4) * (SPAN + PRODUCT) <= BLOCK_LEAVES * SPAN);
 
 /// Local indices of dy: (batch, s1, s2, s3).
 pub type Box4 = [Range<usize>; 4];

@@ -102,7 +102,7 @@ impl Span {
                 for i2 in 0..self.rows[1] {
                     let row = further(further(at, next1, i1), next2, i2);
                     for i3 in 0..self.count {
-                        list[*listed] = further(row, next3, i3).map(|i| i as u32);
+                        list[*listed] = further(row, next3, i3);
                         *listed += 1;
                     }
                 }
@@ -113,7 +113,7 @@ impl Span {
 }
 
 /// Where the factors of a product lie in x and in dy: elements or units.
-pub type Product = [u32; 2];
+pub type Product = [usize; 2];
 
 /// Floats of workspace that it takes.
 pub const PRODUCT: usize = size_of::<Product>() / 4;

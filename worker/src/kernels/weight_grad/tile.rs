@@ -143,8 +143,8 @@ impl<V: Lanes, const MR: usize, const NV: usize> LeafSums<V, MR, NV> for Listed<
         for at in &job.products[span.x..span.x + span.count as usize] {
             // SAFETY: as in `leaf`.
             unsafe {
-                let x = x.add(at[0] as usize * job.unit[0]);
-                let row = load_row::<V, NV>(dy.add(at[1] as usize * job.unit[1]), job.loaded);
+                let x = x.add(at[0] * job.unit[0]);
+                let row = load_row::<V, NV>(dy.add(at[1] * job.unit[1]), job.loaded);
                 for (m, sums) in sums.iter_mut().enumerate() {
                     multiply(sums, x.add(m), row);
                 }
