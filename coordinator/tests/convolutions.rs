@@ -39,67 +39,83 @@ fn convolutions(seed: u64, axes: usize, count: usize, kernel: usize, size: usize
         if outputs.contains(&0) || windows.iter().any(padded) {
             continue;
         }
-        let op = Conv { windows: windows.clone(), input: "ci".into(), output: "co".into(), groups };
-        let batch = dim("batch", 1 + draw.below(3));
-        let tensor = |sizes: &[usize], channel: Dim| -> Vec<Dim> {
-            let space = sizes.iter().zip(NAMES).map(|(n, d)| dim(d, *n));
-            [batch.clone()].into_iter().chain(space).chain([channel]).collect()
-        };
-        let x = if transposed { tensor(&outputs, dim("co", co)) } else { tensor(&sizes, dim("ci", ci)) };
-        let taps = windows.iter().map(|w| dim(format!("k.{}", w.dim), w.size));
-        let filter: Vec<Dim> = taps.chain([dim("ci", ci / groups), dim("co", co)]).collect();
-        let feeds = [f32s(&x, 1), f32s(&filter, 2)];
+        let op = Conv { windows, input: "ci".into(), output: "co".into(), groups };
         let (dtype, tolerance) = match done % 6 {
             2 => (DType::Bf16, 0.08),
             5 => (DType::F16, 0.01),
             _ => (DType::F32, 1e-4),
         };
-        let p = program(&feeds, true, |_, t| {
-            let [x, filter] = [0, 1].map(|i| t[i].cast(dtype));
-            let y = match transposed {
-                true => x.conv_transpose(&filter, &ConvTranspose { conv: op.clone(), sizes: sizes.clone() }),
-                false => x.conv(&filter, &op),
-            };
-            y.cast(DType::F32)
-        });
-        // One layout of one axis, one of all axes; as many shards as both sides of the convolution have chunks.
-        let most = |a: usize| sizes[a].min(outputs[a]).min(8);
-        let mut layouts: Vec<(String, String)> = Vec::new();
-        let a = draw.below(axes);
-        let shards = 2 + draw.below(3);
-        if most(a) >= shards {
-            layouts.push((format!("m={shards}"), format!("{}:m", NAMES[a])));
-        }
-        let (mut mesh, mut rules) = (vec![], vec![]);
-        for (a, name) in NAMES.iter().enumerate().take(axes) {
-            let shards = (2 + draw.below(2)).min(most(a));
-            if shards > 1 {
-                mesh.push(format!("m{name}={shards}"));
-                rules.push(format!("{name}:m{name}"));
-            }
-        }
-        if axes > 1 && mesh.len() > 1 {
-            layouts.push((mesh.join(","), rules.join(",")));
-        }
-        if draw.below(4) == 0 && batch.size > 1 {
-            layouts.push(("b=2".into(), "batch:b".into()));
-        }
-        if draw.below(4) == 0 && groups == 1 && ci > 1 && co > 1 {
-            layouts.push(("c=2".into(), if draw.below(2) == 0 { "ci:c" } else { "co:c" }.into()));
-        }
-        if layouts.is_empty() {
-            continue;
-        }
-        let layouts: Vec<(&str, &str)> = layouts.iter().map(|(m, l)| (m.as_str(), l.as_str())).collect();
-        same_everywhere(
-            &format!("{op:?} on {sizes:?}, batch {}, {dtype}", batch.size),
-            &p,
-            &feeds,
-            &layouts,
-            tolerance,
-        );
-        done += 1;
+        let case = Case { op, transposed, sizes, channels: [ci, co], chunks: 8, dtype, tolerance };
+        done += usize::from(is_the_same(&mut draw, &case));
     }
+}
+
+/// A convolution, or its adjoint, and what it is of.
+struct Case {
+    op: Conv,
+    transposed: bool,
+    sizes: Vec<usize>,
+    channels: [usize; 2],
+    /// Chunks of a dimension at most.
+    chunks: usize,
+    dtype: DType,
+    tolerance: f64,
+}
+
+/// Holds a convolution to its reference, on layouts; whether there are any.
+fn is_the_same(draw: &mut Draws, case: &Case) -> bool {
+    let Case { op, transposed, sizes, channels: [ci, co], chunks, dtype, tolerance } = case;
+    let (axes, groups, ci, co) = (op.windows.len(), op.groups, *ci, *co);
+    let outputs: Vec<usize> = op.windows.iter().zip(sizes).map(|(w, n)| w.outputs(*n)).collect();
+    let batch = dim("batch", 1 + draw.below(3));
+    let tensor = |sizes: &[usize], channel: Dim| -> Vec<Dim> {
+        let space = sizes.iter().zip(NAMES).map(|(n, d)| dim(d, *n));
+        [batch.clone()].into_iter().chain(space).chain([channel]).collect()
+    };
+    let x = if *transposed { tensor(&outputs, dim("co", co)) } else { tensor(sizes, dim("ci", ci)) };
+    let taps = op.windows.iter().map(|w| dim(format!("k.{}", w.dim), w.size));
+    let filter: Vec<Dim> = taps.chain([dim("ci", ci / groups), dim("co", co)]).collect();
+    let feeds = [f32s(&x, 1), f32s(&filter, 2)];
+    let p = program(&feeds, true, |_, t| {
+        let [x, filter] = [0, 1].map(|i| t[i].cast(*dtype));
+        let y = match transposed {
+            true => x.conv_transpose(&filter, &ConvTranspose { conv: op.clone(), sizes: sizes.clone() }),
+            false => x.conv(&filter, &op),
+        };
+        y.cast(DType::F32)
+    });
+    let p = p.in_chunks(*chunks);
+    // One layout of one axis, one of all axes; as many shards as both sides of the convolution have chunks.
+    let most = |a: usize| sizes[a].min(outputs[a]).min(*chunks);
+    let mut layouts: Vec<(String, String)> = Vec::new();
+    let a = draw.below(axes);
+    let shards = 2 + draw.below(3);
+    if most(a) >= shards {
+        layouts.push((format!("m={shards}"), format!("{}:m", NAMES[a])));
+    }
+    let (mut mesh, mut rules) = (vec![], vec![]);
+    for (a, name) in NAMES.iter().enumerate().take(axes) {
+        let shards = (2 + draw.below(2)).min(most(a));
+        if shards > 1 {
+            mesh.push(format!("m{name}={shards}"));
+            rules.push(format!("{name}:m{name}"));
+        }
+    }
+    if axes > 1 && mesh.len() > 1 {
+        layouts.push((mesh.join(","), rules.join(",")));
+    }
+    if draw.below(4) == 0 && batch.size > 1 {
+        layouts.push(("b=2".into(), "batch:b".into()));
+    }
+    if draw.below(4) == 0 && groups == 1 && ci > 1 && co > 1 {
+        layouts.push(("c=2".into(), if draw.below(2) == 0 { "ci:c" } else { "co:c" }.into()));
+    }
+    if layouts.is_empty() {
+        return false;
+    }
+    let layouts: Vec<(&str, &str)> = layouts.iter().map(|(m, l)| (m.as_str(), l.as_str())).collect();
+    same_everywhere(&format!("{op:?} on {sizes:?}, batch {}, {dtype}", batch.size), &p, &feeds, &layouts, *tolerance);
+    true
 }
 
 #[test]
@@ -122,4 +138,32 @@ fn transposed_convolutions() {
     convolutions(4, 1, 300, 4, 17, true);
     convolutions(5, 2, 100, 4, 12, true);
     convolutions(6, 3, 60, 3, 7, true);
+}
+
+/// Windows of three by three over channels enough for minimal filtering, and with chunks long enough for that of gradients.
+#[test]
+fn windows_of_three_by_three() {
+    let mut draw = Draws::new(7);
+    let mut done = 0;
+    while done < 120 {
+        let (transposed, axes, chunks) = (done % 3 == 2, 2 + draw.below(2), [2, 3, 8][draw.below(3)]);
+        let channels = [8 + draw.below(30), 8 + draw.below(30)];
+        let mut sizes: Vec<usize> = (0..2).map(|_| 9 + draw.below(12)).collect();
+        let mut windows: Vec<Window> = NAMES[axes - 2..axes]
+            .iter()
+            .map(|name| Window::padded(*name, 3, 1, draw.below(3), draw.below(3)))
+            .collect();
+        if axes == 3 {
+            let (n, k) = (1 + draw.below(7), 1 + draw.below(3));
+            sizes.insert(0, n);
+            windows.insert(0, window(&mut draw, NAMES[0], n, k));
+        }
+        if windows.iter().zip(&sizes).any(|(w, n)| w.outputs(*n) == 0 || w.lo >= w.span() || w.hi >= w.span()) {
+            continue;
+        }
+        let op = Conv { windows, input: "ci".into(), output: "co".into(), groups: 1 };
+        let (dtype, tolerance) = if done % 4 == 3 { (DType::F16, 0.01) } else { (DType::F32, 1e-4) };
+        let case = Case { op, transposed, sizes, channels, chunks, dtype, tolerance };
+        done += usize::from(is_the_same(&mut draw, &case));
+    }
 }

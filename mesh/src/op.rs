@@ -1,5 +1,6 @@
 //! What an op is: everything there is to say about it, in one file of [`crate::ops`] each.
 
+use crate::chunk::Tree;
 use crate::dim::{Dim, Name, Type};
 use crate::error::Refusal;
 use crate::graph::Tensor;
@@ -56,6 +57,12 @@ pub trait Op: std::fmt::Debug {
     }
     /// Floating-point operations for inputs and a result of these (local) types; a multiply-add counts two.
     fn flops(&self, inputs: &[&Type], output: &Type) -> u64;
+    /// Which share of those kernels do for whole tensors, summed along `tree`: less than 1 where they come to the same by
+    /// fewer.
+    fn kernel_share(&self, inputs: &[&Type], output: &Type, tree: Option<&Tree>) -> f64 {
+        let _ = (inputs, output, tree);
+        1.0
+    }
     /// Whether each element of the result is a function of the elements at the same names' indices of the inputs.
     fn elementwise(&self) -> bool {
         false

@@ -3,6 +3,8 @@
 use mesh::dim::{DType, Name, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, Dense, Kernel};
+use mesh::ops::conv::{Conv, ConvTranspose};
+use mesh::ops::window::Window;
 use mesh::plan::{Backend, DevicePlan, OpWork, PlanOptions, ProgramPlan, Step, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 
@@ -40,7 +42,7 @@ fn steps<'a>(plan: &'a ProgramPlan, class: &'a str) -> Vec<Vec<&'a Step>> {
 fn the_products_of_all_devices_are_those_of_the_function() {
     let program = program(|g, x| {
         let kernel = Kernel::new(&["x", "y"], 3);
-        let y = nn::conv(x, "first", &kernel, &dim("channel", 8)).relu();
+        let y = nn::conv(x, "first", &kernel, &dim("channel", 7)).relu();
         let y = nn::conv(&y, "second", &kernel.stride(2), &dim("channel", 8)).relu();
         let loss = nn::dense(&y, "out", &["channel"], &[dim("class", 5)], &Dense::default()).mean_all();
         g.gradients(&loss, &[x]).iter().for_each(|d| g.output("dx", d));
@@ -61,6 +63,35 @@ fn the_products_of_all_devices_are_those_of_the_function() {
         let (all, with) = (all.iter().sum::<f64>(), with.iter().sum::<f64>());
         assert!(with > all, "{mesh}: biases are added where products are made");
         assert!((all - expected).abs() < 1e-9 * expected, "{mesh}: {all} and {expected}");
+    }
+}
+
+/// Sixteen products for four outputs, where their windows have 36: forward, and backward where leaves have patches enough.
+#[test]
+fn windows_of_three_by_three_take_four_ninths_of_their_products() {
+    let backward = ["conv", "conv_transpose"];
+    let all = ["conv", "conv_transpose", "conv_weight_grad"];
+    for (channels, dtype, chunks, minimal) in
+        [(8, DType::F32, 2, &all[..]), (8, DType::F32, 8, &backward), (7, DType::F32, 2, &[]), (8, DType::Bf16, 2, &[])]
+    {
+        let program = program(|g, _| {
+            let dims = |channel: &str| [dim("batch", 4), dim("x", 16), dim("y", 12), dim(channel, channels)];
+            let filter = [dim("k.x", 3), dim("k.y", 3), dim("i", channels), dim("o", channels)];
+            let [x, dy] = [("x", "i"), ("dy", "o")].map(|(n, c)| g.input(n, DType::F32, &dims(c)).cast(dtype));
+            let filter = g.input("filter", DType::F32, &filter).cast(dtype);
+            let windows = vec![Window::same("x", 16, 3, 1, 1), Window::same("y", 12, 3, 1, 1)];
+            let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
+            g.output("y", &x.conv(&filter, &conv));
+            g.output("dx", &dy.conv_transpose(&filter, &ConvTranspose { conv: conv.clone(), sizes: vec![16, 12] }));
+            g.output("dw", &x.conv_weight_grad(&dy, &conv));
+        });
+        let plan = planned(&program.in_chunks(chunks), "1", "");
+        for class in all {
+            let [step] = steps(&plan, class)[0][..] else { panic!("one {class}") };
+            let found = step.cost().flops / (2 * 9 * 4 * 16 * 12 * channels * channels) as f64;
+            let expected = if minimal.contains(&class) { 4.0 / 9.0 } else { 1.0 };
+            assert!((found - expected).abs() < 1e-9, "{class} of {channels} channels of {dtype}: {found}");
+        }
     }
 }
 

@@ -18,11 +18,15 @@
 //!     convolution's sizes give the outputs that there are.
 
 use super::window::Window;
+use crate::chunk::Tree;
 use crate::dim::{DType, Dim, Name, Type, dim};
 use crate::error::{Refusal, refuse};
 use crate::graph::Tensor;
 use crate::op::{GradContext, Op, Reference};
 use crate::region::Region;
+
+/// Products of minimal filtering, F(2 x 2, 3 x 3) and F(3 x 3, 2 x 2): of those that windows have.
+const MINIMAL: f64 = 16.0 / 36.0;
 
 /// A convolution.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -160,6 +164,32 @@ impl Conv {
         2 * (y.elements() * taps * input / self.groups.max(1)) as u64
     }
 
+    /// Whether kernels make its outputs by minimal filtering, F(2 x 2, 3 x 3) along the last two of its dimensions: with 4/9 of
+    /// the products, those of sums of inputs and of sums of weights (Winograd, "Arithmetic complexity of computations", 1980). Of
+    /// windows of three by three whose inputs `x` (channels `contracted`) and outputs are many enough, and of `f32`: 16-bit
+    /// floats would round those sums. It depends on whole tensors alone, since it decides how results are rounded.
+    pub fn is_minimal(&self, x: &Type, contracted: &Name, out: &Type) -> bool {
+        let n = self.windows.len();
+        let Some(last) = n.checked_sub(2).map(|first| &self.windows[first..]) else { return false };
+        let patches: usize = last.iter().map(|w| out.size_of(&w.dim).unwrap_or(0).div_ceil(2)).product();
+        last.iter().all(|w| [w.size, w.stride, w.dilation] == [3, 1, 1])
+            && self.groups <= 1
+            && x.dtype == DType::F32
+            && (8..=4096).contains(&x.size_of(contracted).unwrap_or(0))
+            && patches >= 16
+    }
+
+    /// The same of its gradient by the filter, F(3 x 3, 2 x 2), from its inputs `x` and the gradients `dy` of its outputs, summed
+    /// along `tree`: of leaves that are cut into patches well.
+    pub fn is_gradient_minimal(&self, x: &Type, dy: &Type, tree: &Tree) -> bool {
+        let n = self.windows.len();
+        let leaf: Vec<usize> = tree.dims.iter().map(|d| d.size / d.chunks).collect();
+        self.is_minimal(x, &self.input, dy)
+            && self.windows.iter().all(|w| [w.stride, w.dilation] == [1, 1])
+            && dy.size_of(&self.output).is_some_and(|o| (8..=4096).contains(&o))
+            && leaf[leaf.len() - n..].iter().rev().take(2).all(|n| *n >= 4)
+    }
+
     /// Calls `f` with each triple of indices into x (its dims), filter and y that a product joins.
     fn triples(&self, x: &Type, y: &Type, mut f: impl FnMut(&[usize], &[usize], &[usize])) {
         let k = self.windows.len();
@@ -225,6 +255,9 @@ impl Op for Conv {
     }
     fn flops(&self, x: &[&Type], out: &Type) -> u64 {
         Conv::flops(self, out, x[0].size_of(&self.input).unwrap_or(0))
+    }
+    fn kernel_share(&self, x: &[&Type], out: &Type, _: Option<&Tree>) -> f64 {
+        if self.is_minimal(x[0], &self.input, out) { MINIMAL } else { 1.0 }
     }
     fn reference(&self, x: &[&Reference], t: &[&Type], out: &Type) -> Reference {
         let mut y = Reference::zeros(out.shape());
@@ -294,6 +327,9 @@ impl Op for ConvTranspose {
     fn flops(&self, x: &[&Type], out: &Type) -> u64 {
         self.conv.flops(x[0], out.size_of(&self.conv.input).unwrap_or(0))
     }
+    fn kernel_share(&self, x: &[&Type], out: &Type, _: Option<&Tree>) -> f64 {
+        if self.conv.is_minimal(x[0], &self.conv.output, out) { MINIMAL } else { 1.0 }
+    }
     fn reference(&self, x: &[&Reference], t: &[&Type], out: &Type) -> Reference {
         let mut y = Reference::zeros(out.shape());
         self.conv.triples(out, t[0], |a, b, c| y[a] += x[0][c] * x[1][b]);
@@ -353,6 +389,9 @@ impl Op for ConvWeightGrad {
     }
     fn flops(&self, x: &[&Type], _: &Type) -> u64 {
         self.conv.flops(x[1], x[0].size_of(&self.conv.input).unwrap_or(0))
+    }
+    fn kernel_share(&self, x: &[&Type], _: &Type, tree: Option<&Tree>) -> f64 {
+        if tree.is_some_and(|tree| self.conv.is_gradient_minimal(x[0], x[1], tree)) { MINIMAL } else { 1.0 }
     }
     fn reference(&self, x: &[&Reference], t: &[&Type], out: &Type) -> Reference {
         let mut f = Reference::zeros(out.shape());

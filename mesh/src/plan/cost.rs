@@ -158,10 +158,11 @@ fn stores(nest: &Loop) -> usize {
     points(nest) * nest.body.results.iter().map(result).sum::<usize>()
 }
 
-/// The op's own count on whole tensors, and of that the share which is computed here.
+/// What kernels do for whole tensors, and of that the share which is computed here.
 fn op_flops(op: &OpWork) -> f64 {
     let types: Vec<&Type> = op.inputs.iter().map(|p| &*p.ty).collect();
-    let whole = op.op.op().flops(&types, &op.output.ty) as f64;
+    let tree = op.sum.as_ref().map(|(tree, _)| tree);
+    let whole = op.op.op().flops(&types, &op.output.ty) as f64 * op.op.op().kernel_share(&types, &op.output.ty, tree);
     let mut share = op.output.region.elements() as f64 / op.output.ty.elements().max(1) as f64;
     if let Some((tree, owned)) = &op.sum {
         let own = tree.elements(owned);

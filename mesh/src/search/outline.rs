@@ -11,7 +11,7 @@ use crate::ops::Prim;
 use crate::pipeline;
 use crate::placement::Placement;
 use crate::plan::fuse::{self, Fused};
-use crate::program::{Function, Program};
+use crate::program::{Chunking, Function, Program};
 use crate::spmd::{SpmdOp, ValueId, lower};
 use std::collections::{BTreeMap, HashMap};
 use std::thread;
@@ -63,13 +63,18 @@ pub struct Kind {
     pub reduced: Vec<Dim>,
     /// By such a dimension: which inputs have it, and as which of their own.
     pub reduced_at: Vec<Vec<(usize, usize)>>,
-    /// Operations of all of it.
+    /// Operations that kernels do for all of it.
     pub flops: f64,
     /// What of a way to split it it depends on.
     pub sees: Sees,
 }
 
 impl Kind {
+    /// Counts its operations.
+    fn count(&mut self, chunking: &Chunking) {
+        let (op, types, tree) = (self.op.op(), self.types.iter().collect::<Vec<_>>(), chunking.tree(&self.reduced));
+        self.flops = op.kernel_share(&types, &self.ty, Some(&tree)) * op.flops(&types, &self.ty) as f64;
+    }
     /// Whether what it takes of an input may lie otherwise than it needs that, where both are of a segment that is split in
     /// one way: what is as large and computed element by element lies where it is taken.
     pub fn may_move(&self, input: usize) -> bool {
@@ -223,7 +228,8 @@ impl<'a> Outline<'a> {
         Ok(outline)
     }
 
-    /// The outline of a program that differs in how many chunks there are, which nothing but those of each tensor depends on:
+    /// The outline of a program that differs in how many chunks there are, which nothing but those of each tensor, and how sums
+    /// are computed, depends on:
     /// one device has all of them, so that it has the same steps.
     ///
     /// # Errors
@@ -237,6 +243,7 @@ impl<'a> Outline<'a> {
         let of_steps = outline.works.iter_mut().flat_map(|w| w.loads.iter_mut().chain(&mut w.stores));
         let extents = of_nodes.chain(of_steps).flat_map(|shape| &mut shape.extents);
         extents.for_each(|e| e.chunks = chunking.count(&e.dim.name, e.dim.size));
+        outline.kinds.iter_mut().for_each(|k| k.count(chunking));
         Ok(outline)
     }
 
@@ -298,18 +305,20 @@ impl<'a> Outline<'a> {
                     let inputs = types.iter().enumerate();
                     inputs.filter_map(|(i, t)| Some((i, t.dims.iter().position(|e| e == d)?))).collect()
                 };
-                self.kinds.push(Kind {
+                let mut kind = Kind {
                     op: node.op.clone(),
                     passes,
                     own: key.own.clone(),
                     inputs: key.inputs.clone(),
                     reduced_at: reduced.iter().map(at).collect(),
                     reduced,
-                    flops: op.flops(&types, &node.ty) as f64,
+                    flops: 0.0,
                     types: types.into_iter().cloned().collect(),
                     ty: node.ty.clone(),
                     sees: key.inputs.iter().fold(key.own.sees, |sees, s| sees.or(s.sees)),
-                });
+                };
+                kind.count(&self.program.chunking);
+                self.kinds.push(kind);
                 next
             });
             self.kind_of.push(kind);

@@ -11,21 +11,26 @@
 //! Roofline: 2 * taps * cin * cout flops an output against 4 * (cin + cout) bytes, or half of them; from 16 channels on the
 //! multiply-add units bind. Staging costs a few percent.
 
+mod geometry;
+mod winograd;
+
 use super::epilogue::{self, Epilogue};
 use super::half::{self, Element, F16};
 use super::isa::Isa;
 use super::kernel::Operands;
+use super::minimal::PRODUCTS;
 use super::pack::NOTHING;
 use super::tile::{self, Combine, Leaves, Tile, panel_width};
 use super::vm::StepContext;
 use crate::pool::{Pool, WORKSPACE_BYTES};
-use mesh::dim::{DType, Name};
+use geometry::{Axis, Geometry, Phase, around};
+pub(super) use geometry::{axis_of, batch_offsets, strides};
+use mesh::dim::DType;
 use mesh::ops::Prim;
-use mesh::ops::conv::Conv;
-use mesh::ops::window::Window;
-use mesh::plan::{OpWork, Part, Share};
+use mesh::plan::{OpWork, Share};
 use mesh::region::Region;
 use std::ops::Range;
+use winograd::Winograd;
 
 /// Floats, or pairs, that a task stages, with its results, to have more rows of outputs share what they read of x: a part of
 /// what the second-level cache holds.
@@ -35,48 +40,6 @@ const STAGED: usize = 64 << 10;
 /// nevertheless.
 const RUN: usize = 8;
 const TASKS: usize = 64;
-
-/// Row-major strides of what is held of a tensor.
-pub(super) fn strides(part: &Part) -> Vec<usize> {
-    let shape = part.region.shape();
-    let mut out = vec![1; shape.len()];
-    for i in (1..shape.len()).rev() {
-        out[i - 1] = out[i] * shape[i];
-    }
-    out
-}
-
-/// Held range and stride of a dimension; a dimension that is not there is one element.
-pub(super) fn axis_of(part: &Part, name: &Name) -> (Range<usize>, usize) {
-    match part.ty.position(name) {
-        Some(p) => (part.region.0[p].1.clone(), strides(part)[p]),
-        None => (0..1, 0),
-    }
-}
-
-/// One spatial dimension of the outputs computed here.
-struct Axis {
-    /// By output: taps and the (held-local) input indices they read, for taps inside the input.
-    taps: Vec<Vec<(usize, usize)>>,
-    /// Elements between input indices.
-    stride: usize,
-}
-
-/// Outputs along the innermost dimension that share their taps: every `out_step`-th.
-struct Phase {
-    /// First output, local.
-    first: usize,
-    /// Outputs between them.
-    out_step: usize,
-    /// How many.
-    count: usize,
-    /// Input indices from one output to the next.
-    in_step: usize,
-    /// Global input index that the first output's tap offset 0 reads; may be negative.
-    base: isize,
-    /// Tap and its offset in input indices.
-    taps: Vec<(usize, usize)>,
-}
 
 /// The outputs that a task computes: some of the rows along the second dimension, and a part of each phase along the
 /// innermost one.
@@ -131,7 +94,8 @@ pub struct ConvPlan {
     planes: usize,
     /// Rows of the second dimension and outputs of a phase that a task stages.
     block: (usize, usize),
-    stage_rows: usize,
+    /// The last two dimensions, if their windows are filtered by fewer multiplications.
+    winograd: Option<Winograd>,
 }
 
 impl ConvPlan {
@@ -218,7 +182,7 @@ impl ConvPlan {
             run: 1,
             planes: 1,
             block: (1, 1),
-            stage_rows: 0,
+            winograd: conv.is_minimal(&x.ty, from, &out.ty).then(|| Winograd::new(&spatial[k - 2..], transposed)),
         };
         plan.choose_block();
         let inside = |region: &Region| -> [Range<usize>; 2] {
@@ -243,26 +207,37 @@ impl ConvPlan {
     fn all_taps(&self) -> usize {
         self.taps.iter().product()
     }
+    /// Floats, or pairs, of a panel of packed weights.
+    fn panel(&self) -> usize {
+        let each = if self.winograd.is_some() { PRODUCTS * self.taps[0] } else { self.all_taps() };
+        each * self.units() * self.width
+    }
     /// Units contracted in a group.
     fn units(&self) -> usize {
         self.pairs.as_ref().map_or(self.contracted, Vec::len)
     }
-    /// Floats, or pairs, of the packed weights of a group.
-    fn packed(&self) -> usize {
-        self.panels() * self.all_taps() * self.units() * self.width
-    }
     /// Bytes of scratch: the packed weights.
     pub fn scratch_bytes(&self) -> usize {
-        self.packed() * self.groups * 4
+        self.panels() * self.panel() * self.groups * 4
     }
 
-    /// Rows along the second dimension and outputs along the innermost one such that what a task stages fits.
+    /// Rows along the second dimension and outputs along the innermost one such that what a task stages fits, and how many
+    /// outputs along the first one.
     fn choose_block(&mut self) {
         let budget = WORKSPACE_BYTES / 4 - epilogue::registers(&self.epilogue);
         let budget = budget.saturating_sub(self.all_taps() * 2 + 64);
-        let first = self.axes[0].taps.iter().map(Vec::len).max().unwrap_or(1).max(1);
+        self.planes = self.axes[0].taps.iter().map(Vec::len).max().unwrap_or(1).max(1);
+        self.block = if self.winograd.is_some() { self.choose_patches(budget) } else { self.choose_rows(budget) };
+        // Planes take turns in as many places.
+        let parts = self.outputs[1].div_ceil(self.block.0) * self.longest().div_ceil(self.block.1);
+        let tasks = self.batches.len() * parts * self.groups;
+        if self.phases.len() == 1 && self.axes[0].slides() {
+            self.run = (tasks * self.outputs[0] / TASKS).clamp(1, RUN);
+        }
+    }
+
+    fn choose_rows(&self, budget: usize) -> (usize, usize) {
         let rows_for = |rows: usize| self.axes[1].span(rows);
-        let outputs = self.longest().max(1);
         let length = |count: usize| {
             self.phases
                 .iter()
@@ -272,9 +247,10 @@ impl ConvPlan {
         };
         let result = if self.epilogue.is_some() { self.produced * self.groups * self.phases.len() } else { 0 };
         let units = self.units().max(1);
-        let size = |rows: usize, count: usize| first * rows_for(rows) * length(count) * units + rows * count * result;
+        let size =
+            |rows: usize, count: usize| self.planes * rows_for(rows) * length(count) * units + rows * count * result;
         // Enough outputs that the weights of a panel, read once a task, are used often.
-        let (mut rows, mut count) = (1, outputs);
+        let (mut rows, mut count) = (1, self.longest().max(1));
         while count > 1 && size(1, count) > budget {
             count = count.div_ceil(2);
         }
@@ -283,14 +259,12 @@ impl ConvPlan {
             rows += 1;
         }
         assert!(size(rows, count) <= budget, "a convolution's rows of one output do not fit into the workspace");
-        self.stage_rows = first * rows_for(rows);
-        self.block = (rows, count);
-        self.planes = first;
-        // Planes take turns in as many places.
-        let tasks = self.batches.len() * self.outputs[1].div_ceil(rows) * outputs.div_ceil(count) * self.groups;
-        if self.phases.len() == 1 && self.axes[0].slides() {
-            self.run = (tasks * self.outputs[0] / TASKS).clamp(1, RUN);
-        }
+        (rows, count)
+    }
+
+    /// How far before the first output of a range along the second or third dimension blocks of it begin.
+    fn before(&self, d: usize, first: usize) -> usize {
+        self.winograd.as_ref().map_or(0, |w| w.before(d, first))
     }
 
     /// Runs it; the result is `[nodes, batch.., spatial.., channel]`.
@@ -308,13 +282,17 @@ impl ConvPlan {
             // SAFETY: every panel is a part of the scratch of its own.
             unsafe { self.pack(t, p) }
         });
-        let parts = self.longest().div_ceil(self.block.1);
-        let counts = |b: &[Range<usize>; 2]| [b[0].len().div_ceil(self.run), b[1].len().div_ceil(self.block.0)];
+        let along = 0..self.longest();
+        let blocks = |within: &Range<usize>, before: usize, size: usize| (before + within.len()).div_ceil(size);
+        let parts = blocks(&along, self.before(1, 0), self.block.1);
+        let counts = |b: &[Range<usize>; 2]| {
+            [blocks(&b[0], 0, self.run), blocks(&b[1], self.before(0, b[1].start), self.block.0)]
+        };
         let tasks =
             |b: &[Range<usize>; 2]| self.batches.len() * counts(b).iter().product::<usize>() * parts * self.groups;
-        let block = |within: &Range<usize>, n: usize, size: usize| {
+        let block = |within: &Range<usize>, before: usize, n: usize, size: usize| {
             let first = within.start + n * size;
-            first..(first + size).min(within.end)
+            first.saturating_sub(before).max(within.start)..(first + size - before).min(within.end)
         };
         pool.run(self.boxes.iter().map(tasks).sum(), &|mut t, workspace| {
             let p = p;
@@ -329,9 +307,10 @@ impl ConvPlan {
             };
             let [runs, row_blocks] = counts(within);
             let (group, t) = (t % self.groups, t / self.groups);
-            let (range, t) = (block(&(0..self.longest()), t % parts, self.block.1), t / parts);
-            let (rows, t) = (block(&within[1], t % row_blocks, self.block.0), t / row_blocks);
-            let firsts = block(&within[0], t % runs, self.run);
+            let (range, t) = (block(&along, self.before(1, 0), t % parts, self.block.1), t / parts);
+            let before = self.before(0, within[1].start);
+            let (rows, t) = (block(&within[1], before, t % row_blocks, self.block.0), t / row_blocks);
+            let firsts = block(&within[0], 0, t % runs, self.run);
             let mut at = Outputs { batch: t / runs, o1: firsts.start, rows, range, staged: 0 };
             for o1 in firsts {
                 at.o1 = o1;
@@ -349,6 +328,10 @@ impl ConvPlan {
     }
 
     unsafe fn pack(&self, panel: usize, p: Pointers) {
+        if let Some(w) = &self.winograd {
+            // SAFETY: by the contract of `run`.
+            return unsafe { self.pack_products(w, panel, p) };
+        }
         let (group, local) = (panel / self.panels(), panel % self.panels());
         let first = local * self.width;
         let columns = self.width.min(self.produced - first);
@@ -357,7 +340,7 @@ impl ConvPlan {
         let base = self.w_first + if self.groups > 1 { group * self.group_stride() } else { 0 };
         // SAFETY: panels lie one after another in the scratch; the weights' buffer holds every index.
         unsafe {
-            let mut out = p.scratch.add(panel * self.all_taps() * self.units() * self.width);
+            let mut out = p.scratch.add(panel * self.panel());
             for t in 0..self.all_taps() {
                 for u in 0..self.units() {
                     let at = |c: usize| base + t * tap + c * from + first * to;
@@ -433,6 +416,13 @@ impl ConvPlan {
         stage: &mut [f32],
         place: impl Fn(usize, usize) -> *mut f32,
     ) {
+        let list = &mut tap_list[..self.all_taps() * 2];
+        // SAFETY: the list lies in its own part of the workspace; u32 and f32 are alike in size and alignment.
+        let list = unsafe { std::slice::from_raw_parts_mut(list.as_mut_ptr().cast::<[u32; 2]>(), self.all_taps()) };
+        if let Some(w) = &self.winograd {
+            // SAFETY: by the contract of `run`.
+            return unsafe { self.filter(w, at, &range, p, list, stage, place) };
+        }
         let units = self.units();
         let taps1 = &self.axes[0].taps[at.o1];
         let seconds = || at.rows.clone().flat_map(|o| self.axes[1].taps[o].iter().map(|t| t.1));
@@ -460,8 +450,6 @@ impl ConvPlan {
             }
             let channels = self.produced * self.groups;
             let positions = self.batches.len() * self.outputs.iter().product::<usize>();
-            // SAFETY of the cast: the list lies in its own part of the workspace; u32 and f32 are alike in size and alignment.
-            let list = std::slice::from_raw_parts_mut(tap_list.as_mut_ptr().cast::<[u32; 2]>(), self.all_taps());
             for panel in 0..self.panels() {
                 for (r, o2) in at.rows.clone().enumerate() {
                     let mut n = 0;
@@ -483,7 +471,7 @@ impl ConvPlan {
                         step: 1,
                         taps: &list[..n],
                         channels: &self.channels,
-                        w: p.scratch.add((group * self.panels() + panel) * self.all_taps() * units * self.width),
+                        w: p.scratch.add((group * self.panels() + panel) * self.panel()),
                         nodes: &self.leaves.nodes,
                         goes_on: false,
                         out: place(r, o2).add(group * self.produced + first),
@@ -560,20 +548,6 @@ unsafe fn copy<T: Copy>(from: *const T, stride: usize, to: *mut T, channels: usi
     }
 }
 
-/// What lies outside of a box inside of another one, in boxes.
-fn around(mut all: [Range<usize>; 2], inside: [Range<usize>; 2]) -> Vec<[Range<usize>; 2]> {
-    let mut boxes = vec![];
-    for (i, inside) in inside.into_iter().enumerate() {
-        for side in [all[i].start..inside.start, inside.end..all[i].end] {
-            let mut slab = all.clone();
-            slab[i] = side;
-            boxes.extend((!slab[i].is_empty()).then_some(slab));
-        }
-        all[i] = inside;
-    }
-    boxes
-}
-
 /// Neighbouring elements of each range, in pairs (`unit` 2) or one by one (1): the units of each one, and all of them,
 /// [`NOTHING`] in place of a second half that there is not.
 pub(super) fn in_units(
@@ -606,108 +580,3 @@ struct Pointers<'a> {
 unsafe impl Sync for Pointers<'_> {}
 // SAFETY: as above.
 unsafe impl Send for Pointers<'_> {}
-
-impl Axis {
-    /// Whether each output reads neighbouring inputs, and none that lie before those of the output before it.
-    fn slides(&self) -> bool {
-        let read = |taps: &Vec<(usize, usize)>| {
-            let all = || taps.iter().map(|t| t.1);
-            Some((all().min()?, all().max()?, taps.len()))
-        };
-        let windows: Vec<_> = self.taps.iter().filter_map(read).collect();
-        windows.iter().all(|(low, high, n)| high - low + 1 == *n)
-            && windows.is_sorted_by_key(|w| w.0)
-            && windows.is_sorted_by_key(|w| w.1)
-    }
-
-    /// Input rows that `rows` neighbouring outputs span at most.
-    fn span(&self, rows: usize) -> usize {
-        self.taps
-            .chunks(rows)
-            .map(|c| {
-                let all = || c.iter().flatten().map(|t| t.1);
-                all().max().map_or(0, |h| h + 1 - all().min().unwrap_or(0))
-            })
-            .max()
-            .unwrap_or(1)
-            .max(1)
-    }
-}
-
-/// One spatial dimension: who reads what.
-struct Geometry<'a> {
-    window: &'a Window,
-    held: Range<usize>,
-    stride: usize,
-    whole: usize,
-    outputs: Range<usize>,
-    transposed: bool,
-}
-
-impl Geometry<'_> {
-    fn new<'a>(window: &'a Window, x: &Part, out: &Part, transposed: bool) -> Geometry<'a> {
-        let (held, stride) = axis_of(x, &window.dim);
-        let (outputs, _) = axis_of(out, &window.dim);
-        let whole = x.ty.size_of(&window.dim).unwrap_or(1);
-        Geometry { window, held, stride, whole, outputs, transposed }
-    }
-
-    /// The global input index that tap `j` of output `o` reads, if inside the input.
-    fn tap(&self, o: usize, j: usize) -> Option<usize> {
-        if !self.transposed {
-            return self.window.tap(o, j, self.whole);
-        }
-        let at = (o + self.window.lo).checked_sub(j * self.window.dilation)?;
-        (at % self.window.stride == 0).then_some(at / self.window.stride).filter(|i| *i < self.whole)
-    }
-
-    fn axis(&self) -> Axis {
-        let taps = self
-            .outputs
-            .clone()
-            .map(|o| {
-                let taps = (0..self.window.size).filter_map(|j| Some((j, self.tap(o, j)? - self.held.start)));
-                taps.collect()
-            })
-            .collect();
-        Axis { taps, stride: self.stride }
-    }
-
-    fn phases(&self) -> Vec<Phase> {
-        let w = self.window;
-        if !self.transposed {
-            let base = (self.outputs.start * w.stride) as isize - w.lo as isize;
-            let taps = (0..w.size).map(|j| (j, j * w.dilation)).collect();
-            return vec![Phase { first: 0, out_step: 1, count: self.outputs.len(), in_step: w.stride, base, taps }];
-        }
-        (0..w.stride.min(self.outputs.len()))
-            .map(|first| {
-                // Taps in ascending order read descending inputs; offsets count from the lowest.
-                let at = |j: usize| (self.outputs.start + first + w.lo) as isize - (j * w.dilation) as isize;
-                let valid: Vec<usize> = (0..w.size).filter(|&j| at(j).rem_euclid(w.stride as isize) == 0).collect();
-                let index = |j: usize| at(j).div_euclid(w.stride as isize);
-                let base = valid.iter().map(|&j| index(j)).min().unwrap_or(0);
-                let taps = valid.iter().map(|&j| (j, (index(j) - base) as usize)).collect();
-                let count = (self.outputs.len() - first).div_ceil(w.stride);
-                Phase { first, out_step: w.stride, count, in_step: 1, base, taps }
-            })
-            .collect()
-    }
-}
-
-/// The element offsets in x of the batches computed, in the order of the result.
-pub(super) fn batch_offsets(conv: &Conv, x: &Part, out: &Part, channel: &Name) -> Vec<usize> {
-    let mut offsets = vec![0];
-    for (d, (name, range)) in out.ty.dims.iter().zip(&out.region.0) {
-        if conv.windows.iter().any(|w| w.dim == d.name) || d.name == *channel {
-            continue;
-        }
-        let (held, stride) = axis_of(x, name);
-        offsets = offsets
-            .iter()
-            .flat_map(|o| range.clone().map(move |i| (o, i)))
-            .map(|(o, i)| o + (i - held.start) * stride)
-            .collect();
-    }
-    offsets
-}

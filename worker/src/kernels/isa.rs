@@ -96,3 +96,41 @@ macro_rules! dispatch {
         }
     }};
 }
+
+/// Makes a function for every instruction set of one over [`super::tile::Lanes`]: `over_lanes! { name = of[](arg: Type, ..) }`.
+/// What is in the brackets are constants of `of`, for AVX-512, for AVX2 and for plain Rust.
+#[macro_export]
+macro_rules! over_lanes {
+    ($(#[$doc:meta])* $visible:vis $name:ident = $of:ident[$($wide:literal, $narrow:literal, $plain:literal)?]
+        ($($arg:ident: $ty:ty),*)) => {
+        $(#[$doc])*
+        $visible unsafe fn $name(isa: $crate::kernels::isa::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            use $crate::kernels::tile::x86::{Avx2, Avx512};
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+            #[inline(never)]
+            unsafe fn avx512($($arg: $ty),*) {
+                // SAFETY: by the contract of the function around it.
+                unsafe { $of::<Avx512 $(, $wide)?>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,bmi2")]
+            #[inline(never)]
+            unsafe fn avx2($($arg: $ty),*) {
+                // SAFETY: as above.
+                unsafe { $of::<Avx2 $(, $narrow)?>($($arg),*) }
+            }
+            // SAFETY: as above; an `Isa` is only made after the machine was seen to have it.
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::kernels::isa::Isa::Avx512 | $crate::kernels::isa::Isa::Amx => avx512($($arg),*),
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::kernels::isa::Isa::Avx2 => avx2($($arg),*),
+                    _ => $of::<$crate::kernels::tile::Portable $(, $plain)?>($($arg),*),
+                }
+            }
+        }
+    };
+}

@@ -17,6 +17,7 @@ mod lanes;
 pub mod map;
 pub mod math;
 pub mod max_pool;
+mod minimal;
 mod native;
 pub mod nest;
 mod pack;

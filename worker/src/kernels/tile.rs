@@ -11,6 +11,7 @@
 //! bind (16 lanes a cycle on the machine at hand).
 
 use super::isa::Isa;
+use crate::dispatch;
 use mesh::chunk::{Event, Tree};
 use std::ops::Range;
 
@@ -135,6 +136,8 @@ pub(super) trait Lanes: Copy {
     }
     /// self + other.
     unsafe fn add(self, other: Self) -> Self;
+    /// self - other.
+    unsafe fn sub(self, other: Self) -> Self;
 }
 
 #[derive(Clone, Copy)]
@@ -163,6 +166,10 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         Portable(std::array::from_fn(|l| self.0[l] + other.0[l]))
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Portable(std::array::from_fn(|l| self.0[l] - other.0[l]))
     }
 }
 
@@ -208,6 +215,11 @@ impl Lanes for PortablePairs {
     unsafe fn add(self, other: Self) -> Self {
         // SAFETY: as above.
         PortablePairs(unsafe { self.0.add(other.0) })
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        // SAFETY: as above.
+        PortablePairs(unsafe { self.0.sub(other.0) })
     }
 }
 
@@ -255,6 +267,11 @@ pub(super) mod x86 {
         unsafe fn add(self, other: Self) -> Self {
             // SAFETY: as above.
             Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
         }
     }
 
@@ -319,6 +336,11 @@ pub(super) mod x86 {
             // SAFETY: as above.
             Avx512Pairs(unsafe { self.0.add(other.0) })
         }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Avx512Pairs(unsafe { self.0.sub(other.0) })
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -356,6 +378,11 @@ pub(super) mod x86 {
         unsafe fn add(self, other: Self) -> Self {
             // SAFETY: as above.
             unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
     }
 }
@@ -423,6 +450,18 @@ pub(super) unsafe fn added<V: Lanes, const MR: usize, const NV: usize>(
         }
     }
     a
+}
+
+/// a = a + b.
+///
+/// # Safety
+/// So many floats lie at both, which do not overlap.
+pub(super) unsafe fn add(isa: Isa, a: *mut f32, b: *const f32, n: usize) {
+    // SAFETY: by this function's contract.
+    let (a, b) = unsafe { (std::slice::from_raw_parts_mut(a, n), std::slice::from_raw_parts(b, n)) };
+    dispatch!(isa, fn(a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += *b);
+    });
 }
 
 /// Runs a stack machine over leaves, of which the first goes on from sums, on a stack of so many blocks.

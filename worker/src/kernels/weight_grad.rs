@@ -22,12 +22,12 @@ mod blocks;
 mod pack;
 mod span;
 mod tile;
+mod winograd;
 
 use super::conv::{axis_of, batch_offsets};
 use super::isa::Isa;
 use super::kernel::Operands;
-use super::tile::Combine;
-use crate::dispatch;
+use super::tile::{Combine, add};
 use crate::pool::{Pool, Workspace};
 use blocks::{Block, Piece};
 use mesh::dim::DType;
@@ -79,6 +79,8 @@ pub struct WeightGradPlan {
     /// That of x and dy.
     dtype: DType,
     packing: Packing,
+    /// Whether windows' gradients are made by fewer multiplications.
+    is_minimal: bool,
     /// The first channel of x of each tile, and its rows: where leaves are summed one by one and where they are in twos, each
     /// for tiles of 16 columns and of 32.
     tiles: [[Vec<[usize; 2]>; 2]; 2],
@@ -181,10 +183,16 @@ impl WeightGradPlan {
             };
             std::iter::from_fn(tile).collect()
         };
+        let is_minimal = conv.is_gradient_minimal(&x.ty, &dy.ty, tree);
+        let packing = match is_minimal {
+            true => Packing::Nothing,
+            false => WeightGradPlan::packing(isa, dtype, &axes, groups, cout),
+        };
         let mut plan = WeightGradPlan {
             isa,
             dtype,
-            packing: WeightGradPlan::packing(isa, dtype, &axes, groups, cout),
+            packing,
+            is_minimal,
             tiles: [false, true].map(|several| [16, 32].map(|width| tiles(several, width))),
             panels: (0..cout).step_by(PANEL).map(|first| [first, PANEL]).collect(),
             blocks: vec![],
@@ -253,7 +261,11 @@ impl WeightGradPlan {
         let taps: usize = self.axes.iter().map(|a| a.taps).product();
         // Few tasks are shared out by tap as well: what is packed by the outermost one, so that tasks hardly pack the same of x.
         let outermost = || self.axes.iter().map(|a| a.taps).find(|n| *n > 1).unwrap_or(1);
-        let by_tap = if self.packing == Packing::Nothing { taps } else { outermost() };
+        let by_tap = match (self.is_minimal, self.packing) {
+            (true, _) => self.axes[0].taps,
+            (false, Packing::Nothing) => taps,
+            (false, _) => outermost(),
+        };
         let parts = if self.tasks.len() >= pool.threads() * 3 || pool.threads() == 1 { 1 } else { by_tap };
         pool.run(self.tasks.len() * parts, &|t, w| {
             let p = p;
@@ -326,6 +338,10 @@ impl WeightGradPlan {
     unsafe fn taps(&self, block: usize, range: Range<usize>, p: Pointers, to: *mut f32, work: &mut [f32]) {
         let [_, t2, t3] = [self.axes[0].taps, self.axes[1].taps, self.axes[2].taps];
         let outer = range.start / (t2 * t3)..range.end.div_ceil(t2 * t3);
+        if self.is_minimal {
+            // SAFETY: by the contract of `run`.
+            return unsafe { self.filter(block, outer, p, to, work) };
+        }
         for (i, piece) in self.blocks[block].pieces.iter().enumerate() {
             let (spans, work) = work.split_at_mut((piece.leaves.len() * SPAN).next_multiple_of(16));
             // SAFETY: a span is so many words, of which any bits are fine; the workspace begins at a cache line.
@@ -433,16 +449,4 @@ impl WeightGradPlan {
             }
         }
     }
-}
-
-/// a = a + b.
-///
-/// # Safety
-/// So many floats lie at both, which do not overlap.
-unsafe fn add(isa: Isa, a: *mut f32, b: *const f32, n: usize) {
-    // SAFETY: by this function's contract.
-    let (a, b) = unsafe { (std::slice::from_raw_parts_mut(a, n), std::slice::from_raw_parts(b, n)) };
-    dispatch!(isa, fn(a: &mut [f32], b: &[f32]) {
-        a.iter_mut().zip(b).for_each(|(a, b)| *a += *b);
-    });
 }

@@ -4,6 +4,7 @@ use super::WeightGradPlan;
 use super::pack::Packing;
 use super::span::{PRODUCT, SPAN, Walk};
 use super::tile;
+use super::winograd;
 use crate::kernels::conv::in_units;
 use crate::kernels::pack::NOTHING;
 use crate::kernels::tile::Combine;
@@ -120,6 +121,9 @@ impl WeightGradPlan {
 
     /// A leaf as pieces, in the order in which it is summed.
     fn pieces(&self, at: Box4, pieces: &mut Vec<Piece>) {
+        if self.is_minimal {
+            return self.patches(at, pieces);
+        }
         let unit = |d: usize| if d == 3 { self.unit() } else { 1 };
         let along = (0..4).find(|&d| at[d].len() > unit(d));
         let Some(d) = along.filter(|_| !self.is_piece(&at)) else {
@@ -135,6 +139,20 @@ impl WeightGradPlan {
         second[d].start = middle;
         self.pieces(first, pieces);
         self.pieces(second, pieces);
+    }
+
+    /// The same of a leaf whose patches are summed: its longest dimension is halved, between patches.
+    fn patches(&self, at: Box4, pieces: &mut Vec<Piece>) {
+        let longest = (0..4).max_by_key(|&d| (at[d].len(), 4 - d)).filter(|&d| at[d].len() > 2);
+        let Some(d) = longest.filter(|_| self.floats_of_sums(&at) > winograd::SUMS) else {
+            return pieces.push(self.piece(vec![at]));
+        };
+        let middle = at[d].start + (at[d].len() / 2).next_multiple_of(2);
+        let (mut first, mut second) = (at.clone(), at);
+        first[d].end = middle;
+        second[d].start = middle;
+        self.patches(first, pieces);
+        self.patches(second, pieces);
     }
 
     /// Leaves that are worked on together.
@@ -186,8 +204,12 @@ impl WeightGradPlan {
         program: &mut Vec<Combine>,
     ) {
         let at = WeightGradPlan::local(&tree.elements(&node.chunks), origin, batch_dims);
-        let few = node.chunks.iter().map(Range::len).product::<usize>() <= BLOCK_LEAVES;
-        let halves = if few && self.is_block(&at) { None } else { tree.halves(node) };
+        let leaves = node.chunks.iter().map(Range::len).product::<usize>();
+        let is_block = match self.is_minimal {
+            true => leaves <= winograd::LEAVES && leaves * self.floats_of_sums(&largest(tree)) <= winograd::SUMS,
+            false => leaves <= BLOCK_LEAVES && self.is_block(&at),
+        };
+        let halves = if is_block { None } else { tree.halves(node) };
         if let Some((a, b)) = halves {
             self.cut(tree, &a, origin, batch_dims, program);
             self.cut(tree, &b, origin, batch_dims, program);
@@ -253,6 +275,16 @@ impl WeightGradPlan {
             self.nodes.push(order);
         }
     }
+}
+
+/// A box of the size of the largest leaf, or larger.
+fn largest(tree: &Tree) -> Box4 {
+    let sizes: Vec<usize> = tree.dims.iter().map(|d| d.size.div_ceil(d.chunks)).collect();
+    let (batch, space) = sizes.split_at(sizes.len().saturating_sub(3));
+    let mut all = [batch.iter().product(), 1, 1, 1];
+    let first = 4 - space.len();
+    all[first..].copy_from_slice(space);
+    all.map(|n| 0..n)
 }
 
 /// The run of flattened batch indices of a box over the batch dimensions.

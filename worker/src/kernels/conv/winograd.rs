@@ -1,0 +1,312 @@
+//! Outputs of windows of three by three along the last two dimensions by minimal filtering ([`crate::kernels::minimal`]): four
+//! products an output, for each tap along the first dimension, where a window has nine.
+//!
+//! A task has the sums of the inputs of its patches, of as many planes as the first dimension has taps, and each of the sixteen
+//! products is a matrix product of its own, over channels and those taps. Patches are aligned in the whole tensor. Leaves are
+//! made outputs before they are added up, since other devices have added up theirs.
+//!
+//! Roofline: 2 * 4 * taps * cin * cout flops an output. Sums of inputs cost about twelve operations an input and plane of
+//! outputs, and sums of products about twelve an output; both are some percent from 16 channels on.
+
+use super::geometry::Geometry;
+use super::{ConvPlan, Outputs, Pointers};
+use crate::kernels::minimal::{self, APART, CHANNELS, PRODUCTS, Patches, Places, Rows};
+use crate::kernels::tile::{self, Combine, Tile};
+use std::ops::Range;
+
+/// Floats of sums of inputs that a task has at a time: about half of what the second-level cache holds.
+const STAGED: usize = 128 << 10;
+
+/// Patches that a task has at least, if there are as many: rows of products' tiles.
+const PATCHES: usize = 28;
+
+/// The last two dimensions of a convolution whose windows are filtered so.
+pub(super) struct Winograd {
+    along: [Along; 2],
+    /// Whether windows lie the other way round.
+    flipped: bool,
+    /// The stack machine of a sum of one leaf.
+    one: [Vec<Combine>; 1],
+}
+
+/// One of the last two dimensions.
+struct Along {
+    /// Global index of the first input that the first output's window reads; may be negative.
+    base: isize,
+    /// Global range held of x, elements between inputs, and the whole input's size.
+    held: Range<usize>,
+    stride: usize,
+    whole: usize,
+    /// 1 if the first output is the second one of its patch.
+    odd: usize,
+}
+
+impl Winograd {
+    /// Of the geometry of the last two dimensions.
+    pub(super) fn new(spatial: &[Geometry], transposed: bool) -> Winograd {
+        let along = |g: &Geometry| Along {
+            base: g.phases()[0].base,
+            held: g.held.clone(),
+            stride: g.stride,
+            whole: g.whole,
+            odd: g.outputs.start % 2,
+        };
+        Winograd { along: [along(&spatial[0]), along(&spatial[1])], flipped: transposed, one: [vec![Combine::Leaf(0)]] }
+    }
+
+    /// How many outputs before that one, along one of those two dimensions, its patch begins.
+    pub(super) fn before(&self, d: usize, output: usize) -> usize {
+        (output + self.along[d].odd) % 2
+    }
+}
+
+/// What a task has in its workspace, in floats.
+struct Room {
+    /// Sums of inputs.
+    sums: usize,
+    /// Products.
+    products: usize,
+    /// A leaf's outputs, and how many of those there are at a time.
+    outputs: usize,
+    depth: usize,
+}
+
+impl Room {
+    fn all(&self) -> usize {
+        self.sums + self.products + self.outputs * self.depth
+    }
+}
+
+/// A block of patches.
+struct Block {
+    /// How many along both dimensions.
+    counts: [usize; 2],
+    /// The outputs wanted, counted from the first patch's first one.
+    outputs: [Range<usize>; 2],
+    /// Output that this first one is, of those computed here; may be -1.
+    first: [isize; 2],
+}
+
+impl Block {
+    fn new(w: &Winograd, wanted: [&Range<usize>; 2]) -> Block {
+        let before = [0, 1].map(|d| w.before(d, wanted[d].start));
+        let outputs = [0, 1].map(|d| before[d]..before[d] + wanted[d].len());
+        Block {
+            counts: [0, 1].map(|d| outputs[d].end.div_ceil(2)),
+            outputs,
+            first: [0, 1].map(|d| wanted[d].start as isize - before[d] as isize),
+        }
+    }
+
+    fn all(&self) -> usize {
+        self.counts[0] * self.counts[1]
+    }
+
+    /// The inputs that windows of wanted outputs read, counted from the first patch's first one.
+    fn read(&self, d: usize) -> Range<usize> {
+        self.outputs[d].start..self.outputs[d].end + 2
+    }
+}
+
+impl ConvPlan {
+    /// What a task of so many outputs along the last two dimensions needs.
+    fn room(&self, rows: usize, columns: usize) -> Room {
+        let patches = rows / 2 * (columns / 2);
+        let several = self.leaves.nodes.iter().any(|n| n.len() > 1);
+        Room {
+            sums: self.planes * PRODUCTS * (patches * self.contracted.next_multiple_of(CHANNELS) + APART),
+            products: PRODUCTS * (patches * self.width + APART),
+            outputs: 4 * patches * self.width,
+            depth: if several { self.leaves.depth } else { 0 },
+        }
+    }
+
+    /// Rows and columns of a task's outputs.
+    pub(super) fn choose_patches(&self, budget: usize) -> (usize, usize) {
+        let even = |n: usize| n.next_multiple_of(2).max(2);
+        let result = |rows: usize, columns: usize| match self.epilogue {
+            Some(_) => rows * columns * self.produced,
+            None => 0,
+        };
+        let fits = |rows: usize, columns: usize, staged: usize| {
+            let room = self.room(rows, columns);
+            room.sums <= staged && room.all() + result(rows, columns) <= budget
+        };
+        let (mut rows, mut columns) = (2, even(self.outputs[2]));
+        while columns > 2 && !fits(rows, columns, STAGED) {
+            columns = even(columns / 2);
+        }
+        assert!(fits(rows, columns, usize::MAX), "a convolution's sums of inputs do not fit into the workspace");
+        let few = |rows: usize| rows * columns / 4 < PATCHES && fits(rows + 2, columns, usize::MAX);
+        while rows < self.outputs[1] && (few(rows) || fits(rows + 2, columns, STAGED)) {
+            rows += 2;
+        }
+        (rows, columns)
+    }
+
+    /// Packs a panel of weights: by product, tap along the first dimension, and channel.
+    pub(super) unsafe fn pack_products(&self, w: &Winograd, panel: usize, p: Pointers) {
+        let first = panel * self.width;
+        let columns = self.width.min(self.produced - first);
+        let [tap, from, to] = self.w_strides;
+        let size = self.taps[0] * self.contracted * self.width;
+        let mut window = [[0.0f32; 32]; 9];
+        // SAFETY: panels lie one after another in the scratch; the weights' buffer holds every index.
+        unsafe {
+            let mut out = p.scratch.add(panel * self.panel());
+            for t in 0..self.taps[0] {
+                for c in 0..self.contracted {
+                    for (k, g) in window.iter_mut().enumerate() {
+                        let k = if w.flipped { 8 - k } else { k };
+                        let row = p.w.cast::<f32>().add(self.w_first + (t * 9 + k) * tap + c * from + first * to);
+                        (0..columns).for_each(|n| g[n] = *row.add(n * to));
+                    }
+                    for v in (0..self.width).step_by(CHANNELS) {
+                        let to = Places { to: out.add(v), product: size, channels: 0, patch: 0, count: 1 };
+                        minimal::window_sums(self.isa, window[0][v..].as_ptr(), window[0].len(), to);
+                    }
+                    out = out.add(self.width);
+                }
+            }
+        }
+    }
+
+    /// Computes a block of outputs; `place(r, row)` is where the first one of the `r`-th row goes.
+    pub(super) unsafe fn filter(
+        &self,
+        w: &Winograd,
+        at: &Outputs,
+        range: &Range<usize>,
+        p: Pointers,
+        list: &mut [[u32; 2]],
+        stage: &mut [f32],
+        place: impl Fn(usize, usize) -> *mut f32,
+    ) {
+        let (units, width) = (self.contracted.next_multiple_of(CHANNELS), self.width);
+        let patches = Block::new(w, [&at.rows, range]);
+        let (n, taps) = (patches.all(), &self.axes[0].taps[at.o1]);
+        let room = self.room(self.block.0, self.block.1);
+        let (sums, rest) = stage.split_at_mut(room.sums);
+        let (products, stack) = rest.split_at_mut(room.products);
+        let (pitch, of_products) = (n * units + APART, n * width + APART);
+        debug_assert!(self.planes * PRODUCTS * pitch <= sums.len() && PRODUCTS * of_products <= products.len());
+        let place_of = |s1: usize, i1: usize| if self.run > 1 { i1 % self.planes } else { s1 };
+        // SAFETY: indices inside the held ranges, by the plan, and inside the parts of the workspace, by `room`.
+        unsafe {
+            for (s1, (_, i1)) in taps.iter().enumerate().filter(|(_, (_, i1))| *i1 >= at.staged) {
+                let x = self.batches[at.batch] + i1 * self.axes[0].stride + self.x_channel;
+                let to = sums[place_of(s1, *i1) * PRODUCTS * pitch..].as_mut_ptr();
+                self.sum_inputs(w, &patches, p.x.cast::<f32>().wrapping_add(x), to, [pitch, units]);
+            }
+            for (s1, (j1, i1)) in taps.iter().enumerate() {
+                list[s1] = [(place_of(s1, *i1) * PRODUCTS * pitch) as u32, (j1 * self.contracted * width) as u32];
+            }
+            let positions = self.batches.len() * self.outputs.iter().product::<usize>();
+            for panel in 0..self.panels() {
+                let columns = width.min(self.produced - panel * width);
+                let multiply = |leaf: usize, products: *mut f32| {
+                    for i in 0..PRODUCTS {
+                        let tile = Tile {
+                            x: sums.as_ptr().add(i * pitch),
+                            pairs: false,
+                            pitch: units,
+                            step: 1,
+                            taps: &list[..taps.len()],
+                            channels: std::slice::from_ref(&self.channels[leaf]),
+                            w: p.scratch.add(panel * self.panel() + i * self.taps[0] * self.contracted * width),
+                            nodes: &w.one,
+                            goes_on: false,
+                            out: products.add(i * of_products),
+                            out_pitch: width,
+                            node_pitch: 0,
+                            columns: width,
+                        };
+                        tile::run(self.isa, width, tile, n);
+                    }
+                };
+                for (node, program) in self.leaves.nodes.iter().enumerate() {
+                    let row = |r: usize| {
+                        let r = r.checked_sub(patches.outputs[0].start).filter(|r| *r < at.rows.len())?;
+                        let first = place(r, at.rows.start + r).add(node * positions * self.produced + panel * width);
+                        Some(first.wrapping_sub(patches.outputs[1].start * self.produced))
+                    };
+                    if let [Combine::Leaf(l)] = program[..] {
+                        multiply(l, products.as_mut_ptr());
+                        for r in 0..patches.counts[0] {
+                            let to = [row(2 * r), row(2 * r + 1)].map(|p| p.unwrap_or(std::ptr::null_mut()));
+                            let to = Rows { to, pitch: self.produced, outputs: patches.outputs[1].clone(), columns };
+                            let from = products[r * patches.counts[1] * width..].as_ptr();
+                            minimal::outputs(self.isa, from, width, of_products, to);
+                        }
+                        continue;
+                    }
+                    // Outputs of leaves, all of their patches, on a stack.
+                    let mut top = 0;
+                    for c in program {
+                        match *c {
+                            Combine::Leaf(l) => {
+                                multiply(l, products.as_mut_ptr());
+                                let along = 2 * patches.counts[1];
+                                for r in 0..patches.counts[0] {
+                                    let first = stack[top * room.outputs + 2 * r * along * width..].as_mut_ptr();
+                                    let to = [first, first.add(along * width)];
+                                    let to = Rows { to, pitch: width, outputs: 0..along, columns: width };
+                                    let from = products[r * patches.counts[1] * width..].as_ptr();
+                                    minimal::outputs(self.isa, from, width, of_products, to);
+                                }
+                                top += 1;
+                            }
+                            Combine::Add => {
+                                top -= 1;
+                                let (a, b) = stack.split_at_mut(top * room.outputs);
+                                let a = a[(top - 1) * room.outputs..].as_mut_ptr();
+                                tile::add(self.isa, a, b.as_ptr(), 4 * n * width);
+                            }
+                        }
+                    }
+                    for r in patches.outputs[0].clone() {
+                        let Some(to) = row(r) else { continue };
+                        for c in patches.outputs[1].clone() {
+                            let from = stack[(r * 2 * patches.counts[1] + c) * width..].as_ptr();
+                            std::ptr::copy_nonoverlapping(from, to.wrapping_add(c * self.produced), columns);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// `B' d B` of the patches of a plane, which begins at `plane`; zeros for what wanted outputs do not read.
+    unsafe fn sum_inputs(
+        &self,
+        w: &Winograd,
+        patches: &Block,
+        plane: *const f32,
+        to: *mut f32,
+        [product, patch]: [usize; 2],
+    ) {
+        let [along, across] = &w.along;
+        let origin = [along.base + patches.first[0], across.base + patches.first[1]];
+        let inside = |from: isize, n: usize| (from.max(0) as usize).min(n);
+        let read = patches.read(1);
+        // The columns of the input that are read, counted likewise.
+        let end = read.end.min(inside(across.whole as isize - origin[1], read.end));
+        let columns = read.start.max(inside(-origin[1], end))..end;
+        let before = (origin[1] - across.held.start as isize) * across.stride as isize;
+        for row in 0..patches.counts[0] {
+            let mut rows = [std::ptr::null(); 4];
+            for (r, to) in rows.iter_mut().enumerate() {
+                let (at, i) = (2 * row + r, origin[0] + (2 * row + r) as isize);
+                if patches.read(0).contains(&at) && (0..along.whole as isize).contains(&i) {
+                    let first = (i - along.held.start as isize) * along.stride as isize + before;
+                    *to = plane.wrapping_offset(first);
+                }
+            }
+            let from = Patches::new(rows, across.stride, columns.clone(), self.contracted);
+            let to = to.wrapping_add(row * patches.counts[1] * patch);
+            let to = Places { to, product, channels: CHANNELS, patch, count: patches.counts[1] };
+            // SAFETY: what is read is held; the sums have room, by `room`.
+            unsafe { minimal::input_sums(self.isa, from, to) };
+        }
+    }
+}
