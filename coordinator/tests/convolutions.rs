@@ -145,10 +145,10 @@ fn transposed_convolutions() {
 fn windows_of_three_by_three() {
     let mut draw = Draws::new(7);
     let mut done = 0;
-    while done < 120 {
+    while done < 40 {
         let (transposed, axes, chunks) = (done % 3 == 2, 2 + draw.below(2), [2, 3, 8][draw.below(3)]);
-        let channels = [8 + draw.below(30), 8 + draw.below(30)];
-        let mut sizes: Vec<usize> = (0..2).map(|_| 9 + draw.below(12)).collect();
+        let channels = [8 + draw.below(12), 8 + draw.below(12)];
+        let mut sizes: Vec<usize> = (0..2).map(|_| 9 + draw.below(6)).collect();
         let mut windows: Vec<Window> = NAMES[axes - 2..axes]
             .iter()
             .map(|name| Window::padded(*name, 3, 1, draw.below(3), draw.below(3)))
