@@ -532,6 +532,25 @@ fn are_as_defined(p: &Program) -> BTreeSet<&'static str> {
     seen
 }
 
+/// A convolution of inputs of these sizes, of batch and space, and so many channels, in leaves of some; and the gradient by them.
+fn both_ways(conv: &Conv, sizes: [usize; 4], channels: [usize; 2], grain: usize) -> Program {
+    let mut p = ProgramBuilder::new();
+    p.function("f", |g: &Graph| {
+        ["i", "o"].iter().for_each(|d| g.grain(*d, grain));
+        let space = ["batch", "x", "y", "z"].into_iter().zip(sizes).map(|(d, n)| dim(d, n));
+        let dims: Vec<Dim> = space.chain([dim("i", channels[0])]).collect();
+        let kernel = conv.windows.iter().map(|w| dim(w.kernel(), w.size));
+        let kernel: Vec<Dim> = kernel.chain([dim("i", channels[0]), dim("o", channels[1])]).collect();
+        let (x, w) = (g.input("x", DType::F32, &dims), g.input("w", DType::F32, &kernel));
+        let y = x.conv(&w, conv);
+        let dy = g.input("dy", DType::F32, &y.ty().dims);
+        g.output("dx", &g.gradients(&y.mul(&dy).sum_all(), &[&x])[0]);
+        g.output("y", &y);
+    })
+    .unwrap();
+    p.finish().unwrap()
+}
+
 /// Windows that outputs along the first dimension share, one after the other, or cannot: strides, gaps, padding.
 #[test]
 fn convolutions_of_many_outputs_are_as_they_are_defined() {
@@ -541,21 +560,29 @@ fn convolutions_of_many_outputs_are_as_they_are_defined() {
         let window = Window::padded("x", size, stride, lo, lo).dilated(dilation);
         let windows = vec![window, Window::same("y", 4, 3, 1, 1), Window::same("z", 5, 2, 1, 1)];
         let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
-        let mut p = ProgramBuilder::new();
-        p.function("f", |g: &Graph| {
-            let dims = [dim("batch", 24), dim("x", 13), dim("y", 4), dim("z", 5), dim("i", 2)];
-            let kernel = conv.windows.iter().map(|w| dim(w.kernel(), w.size));
-            let kernel: Vec<Dim> = kernel.chain([dim("i", 2), dim("o", 3)]).collect();
-            let (x, w) = (g.input("x", DType::F32, &dims), g.input("w", DType::F32, &kernel));
-            let y = x.conv(&w, &conv);
-            let dy = g.input("dy", DType::F32, &y.ty().dims);
-            g.output("dx", &g.gradients(&y.mul(&dy).sum_all(), &[&x])[0]);
-            g.output("y", &y);
-        })
-        .unwrap();
-        let p = p.finish().unwrap();
-        let seen = are_as_defined(&p);
+        let seen = are_as_defined(&both_ways(&conv, [24, 13, 4, 5], [2, 3], 1));
         assert!(["conv", "conv_transpose"].iter().all(|k| seen.contains(k)), "{seen:?}");
+    }
+}
+
+/// Windows of three by three along the last two dimensions, of one tap, two and three along the first one: patches that are cut,
+/// rows of more than a task's, and channels in leaves.
+#[test]
+fn filtered_windows_are_as_they_are_defined() {
+    for (first, lo, sizes, channels, grain) in [
+        (3, [1, 1], [2, 5, 9, 12], [8, 16], 64),
+        (1, [0, 2], [1, 3, 11, 8], [33, 70], 8),
+        (2, [2, 0], [1, 2, 8, 300], [64, 9], 32),
+        (3, [1, 1], [1, 4, 8, 9], [40, 33], 5),
+    ] {
+        let last = [("y", lo[0]), ("z", lo[1])].map(|(d, lo)| Window::padded(d, 3, 1, lo, 1));
+        let windows = [Window::same("x", sizes[1], first, 1, 1)].into_iter().chain(last).collect();
+        let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
+        let p = both_ways(&conv, sizes, channels, grain);
+        let f = p.function("f").unwrap();
+        let filtered = f.nodes.iter().filter(|n| n.op.op().kernel_share(&f.input_types(n), &n.ty, None) < 1.0);
+        assert_eq!(filtered.count(), 2, "y and dx");
+        are_as_defined(&p);
     }
 }
 
@@ -563,7 +590,10 @@ fn convolutions_of_many_outputs_are_as_they_are_defined() {
 /// time, and what does not fit into the workspace.
 #[test]
 fn weight_gradients_are_as_they_are_defined() {
-    let cases: [([usize; 4], usize, usize, usize, [usize; 2]); 7] = [
+    let cases: [([usize; 4], usize, usize, usize, [usize; 2]); 10] = [
+        ([2, 3, 17, 19], 2, 3, 1, [20, 33]),
+        ([2, 1, 9, 34], 2, 3, 1, [8, 16]),
+        ([1, 5, 20, 22], 1, 3, 1, [24, 17]),
         ([1, 9, 10, 11], 1, 3, 1, [7, 18]),
         ([2, 24, 5, 21], 2, 3, 1, [16, 16]),
         ([3, 8, 8, 8], 8, 3, 1, [5, 17]),

@@ -98,7 +98,7 @@ impl Block {
         }
     }
 
-    fn all(&self) -> usize {
+    fn patches(&self) -> usize {
         self.counts[0] * self.counts[1]
     }
 
@@ -106,6 +106,28 @@ impl Block {
     fn read(&self, d: usize) -> Range<usize> {
         self.outputs[d].start..self.outputs[d].end + 2
     }
+}
+
+/// What is multiplied for a panel of outputs.
+struct Factors<'a> {
+    one: &'a [Vec<Combine>],
+    /// By tap along the first dimension: where it begins in the sums of inputs and in the packed weights.
+    taps: &'a [[u32; 2]],
+    sums: *const f32,
+    /// Floats from one product's to the next one's: of sums of inputs, and of products.
+    pitch: [usize; 2],
+    /// Floats between patches.
+    units: usize,
+    packed: *const f32,
+}
+
+/// What of a leaf's outputs is stored.
+struct Wanted {
+    /// Floats between outputs.
+    pitch: usize,
+    /// Those of a row.
+    across: Range<usize>,
+    columns: usize,
 }
 
 impl ConvPlan {
@@ -183,61 +205,48 @@ impl ConvPlan {
         place: impl Fn(usize, usize) -> *mut f32,
     ) {
         let (units, width) = (self.contracted.next_multiple_of(CHANNELS), self.width);
-        let patches = Block::new(w, [&at.rows, range]);
-        let (n, taps) = (patches.all(), &self.axes[0].taps[at.o1]);
+        let block = Block::new(w, [&at.rows, range]);
+        let taps = &self.axes[0].taps[at.o1];
         let room = self.room(self.block.0, self.block.1);
         let (sums, rest) = stage.split_at_mut(room.sums);
         let (products, stack) = rest.split_at_mut(room.products);
-        let (pitch, of_products) = (n * units + APART, n * width + APART);
-        debug_assert!(self.planes * PRODUCTS * pitch <= sums.len() && PRODUCTS * of_products <= products.len());
-        let place_of = |s1: usize, i1: usize| if self.run > 1 { i1 % self.planes } else { s1 };
+        let pitch = [block.patches() * units + APART, block.patches() * width + APART];
+        debug_assert!(self.planes * PRODUCTS * pitch[0] <= sums.len() && PRODUCTS * pitch[1] <= products.len());
+        let place_of = |s1: usize, i1: usize| {
+            let place = if self.run > 1 { i1 % self.planes } else { s1 };
+            place * PRODUCTS * pitch[0]
+        };
         // SAFETY: indices inside the held ranges, by the plan, and inside the parts of the workspace, by `room`.
         unsafe {
-            for (s1, (_, i1)) in taps.iter().enumerate().filter(|(_, (_, i1))| *i1 >= at.staged) {
-                let x = self.batches[at.batch] + i1 * self.axes[0].stride + self.x_channel;
-                let to = sums[place_of(s1, *i1) * PRODUCTS * pitch..].as_mut_ptr();
-                self.sum_inputs(w, &patches, p.x.cast::<f32>().wrapping_add(x), to, [pitch, units]);
-            }
             for (s1, (j1, i1)) in taps.iter().enumerate() {
-                list[s1] = [(place_of(s1, *i1) * PRODUCTS * pitch) as u32, (j1 * self.contracted * width) as u32];
+                if *i1 >= at.staged {
+                    let x = self.batches[at.batch] + i1 * self.axes[0].stride + self.x_channel;
+                    let to = sums[place_of(s1, *i1)..].as_mut_ptr();
+                    self.sum_inputs(w, &block, p.x.cast::<f32>().wrapping_add(x), to, [pitch[0], units]);
+                }
+                list[s1] = [place_of(s1, *i1) as u32, (j1 * self.contracted * width) as u32];
             }
             let positions = self.batches.len() * self.outputs.iter().product::<usize>();
             for panel in 0..self.panels() {
                 let columns = width.min(self.produced - panel * width);
-                let multiply = |leaf: usize, products: *mut f32| {
-                    for i in 0..PRODUCTS {
-                        let tile = Tile {
-                            x: sums.as_ptr().add(i * pitch),
-                            pairs: false,
-                            pitch: units,
-                            step: 1,
-                            taps: &list[..taps.len()],
-                            channels: std::slice::from_ref(&self.channels[leaf]),
-                            w: p.scratch.add(panel * self.panel() + i * self.taps[0] * self.contracted * width),
-                            nodes: &w.one,
-                            goes_on: false,
-                            out: products.add(i * of_products),
-                            out_pitch: width,
-                            node_pitch: 0,
-                            columns: width,
-                        };
-                        tile::run(self.isa, width, tile, n);
-                    }
+                let factors = Factors {
+                    one: &w.one,
+                    taps: &list[..taps.len()],
+                    sums: sums.as_ptr(),
+                    pitch,
+                    units,
+                    packed: p.scratch.add(panel * self.panel()),
                 };
                 for (node, program) in self.leaves.nodes.iter().enumerate() {
                     let row = |r: usize| {
-                        let r = r.checked_sub(patches.outputs[0].start).filter(|r| *r < at.rows.len())?;
+                        let r = r.checked_sub(block.outputs[0].start).filter(|r| *r < at.rows.len())?;
                         let first = place(r, at.rows.start + r).add(node * positions * self.produced + panel * width);
-                        Some(first.wrapping_sub(patches.outputs[1].start * self.produced))
+                        Some(first.wrapping_sub(block.outputs[1].start * self.produced))
                     };
+                    let [across, all] = [block.outputs[1].clone(), 0..2 * block.counts[1]];
                     if let [Combine::Leaf(l)] = program[..] {
-                        multiply(l, products.as_mut_ptr());
-                        for r in 0..patches.counts[0] {
-                            let to = [row(2 * r), row(2 * r + 1)].map(|p| p.unwrap_or(std::ptr::null_mut()));
-                            let to = Rows { to, pitch: self.produced, outputs: patches.outputs[1].clone(), columns };
-                            let from = products[r * patches.counts[1] * width..].as_ptr();
-                            minimal::outputs(self.isa, from, width, of_products, to);
-                        }
+                        let to = |r| row(r).unwrap_or(std::ptr::null_mut());
+                        self.leaf(l, &factors, &block, products, to, Wanted { pitch: self.produced, across, columns });
                         continue;
                     }
                     // Outputs of leaves, all of their patches, on a stack.
@@ -245,29 +254,23 @@ impl ConvPlan {
                     for c in program {
                         match *c {
                             Combine::Leaf(l) => {
-                                multiply(l, products.as_mut_ptr());
-                                let along = 2 * patches.counts[1];
-                                for r in 0..patches.counts[0] {
-                                    let first = stack[top * room.outputs + 2 * r * along * width..].as_mut_ptr();
-                                    let to = [first, first.add(along * width)];
-                                    let to = Rows { to, pitch: width, outputs: 0..along, columns: width };
-                                    let from = products[r * patches.counts[1] * width..].as_ptr();
-                                    minimal::outputs(self.isa, from, width, of_products, to);
-                                }
+                                let first = stack[top * room.outputs..].as_mut_ptr();
+                                let to = |r| first.wrapping_add(r * all.end * width);
+                                let wanted = Wanted { pitch: width, across: all.clone(), columns: width };
+                                self.leaf(l, &factors, &block, products, to, wanted);
                                 top += 1;
                             }
                             Combine::Add => {
                                 top -= 1;
                                 let (a, b) = stack.split_at_mut(top * room.outputs);
                                 let a = a[(top - 1) * room.outputs..].as_mut_ptr();
-                                tile::add(self.isa, a, b.as_ptr(), 4 * n * width);
+                                tile::add(self.isa, a, b.as_ptr(), 4 * block.patches() * width);
                             }
                         }
                     }
-                    for r in patches.outputs[0].clone() {
-                        let Some(to) = row(r) else { continue };
-                        for c in patches.outputs[1].clone() {
-                            let from = stack[(r * 2 * patches.counts[1] + c) * width..].as_ptr();
+                    for (r, to) in block.outputs[0].clone().filter_map(|r| Some((r, row(r)?))) {
+                        for c in across.clone() {
+                            let from = stack[(r * all.end + c) * width..].as_ptr();
                             std::ptr::copy_nonoverlapping(from, to.wrapping_add(c * self.produced), columns);
                         }
                     }
@@ -276,35 +279,76 @@ impl ConvPlan {
         }
     }
 
+    /// Computes a leaf's part of the outputs of a panel; `to(r)` is where the `r`-th row of the block goes, null if it is not
+    /// wanted.
+    unsafe fn leaf(
+        &self,
+        leaf: usize,
+        f: &Factors,
+        block: &Block,
+        products: &mut [f32],
+        to: impl Fn(usize) -> *mut f32,
+        wanted: Wanted,
+    ) {
+        // SAFETY: by the contract of `run`; products have room, by `room`.
+        unsafe {
+            for i in 0..PRODUCTS {
+                let tile = Tile {
+                    x: f.sums.add(i * f.pitch[0]),
+                    pairs: false,
+                    pitch: f.units,
+                    step: 1,
+                    taps: f.taps,
+                    channels: std::slice::from_ref(&self.channels[leaf]),
+                    w: f.packed.add(i * self.taps[0] * self.contracted * self.width),
+                    nodes: f.one,
+                    goes_on: false,
+                    out: products[i * f.pitch[1]..].as_mut_ptr(),
+                    out_pitch: self.width,
+                    node_pitch: 0,
+                    columns: self.width,
+                };
+                tile::run(self.isa, self.width, tile, block.patches());
+            }
+            for r in 0..block.counts[0] {
+                let Wanted { pitch, across, columns } = &wanted;
+                let to = [to(2 * r), to(2 * r + 1)];
+                let to = Rows { to, pitch: *pitch, outputs: across.clone(), columns: *columns };
+                let from = products[r * block.counts[1] * self.width..].as_ptr();
+                minimal::outputs(self.isa, from, self.width, f.pitch[1], to);
+            }
+        }
+    }
+
     /// `B' d B` of the patches of a plane, which begins at `plane`; zeros for what wanted outputs do not read.
     unsafe fn sum_inputs(
         &self,
         w: &Winograd,
-        patches: &Block,
+        block: &Block,
         plane: *const f32,
         to: *mut f32,
         [product, patch]: [usize; 2],
     ) {
         let [along, across] = &w.along;
-        let origin = [along.base + patches.first[0], across.base + patches.first[1]];
+        let origin = [along.base + block.first[0], across.base + block.first[1]];
         let inside = |from: isize, n: usize| (from.max(0) as usize).min(n);
-        let read = patches.read(1);
+        let read = block.read(1);
         // The columns of the input that are read, counted likewise.
         let end = read.end.min(inside(across.whole as isize - origin[1], read.end));
         let columns = read.start.max(inside(-origin[1], end))..end;
         let before = (origin[1] - across.held.start as isize) * across.stride as isize;
-        for row in 0..patches.counts[0] {
+        for row in 0..block.counts[0] {
             let mut rows = [std::ptr::null(); 4];
             for (r, to) in rows.iter_mut().enumerate() {
                 let (at, i) = (2 * row + r, origin[0] + (2 * row + r) as isize);
-                if patches.read(0).contains(&at) && (0..along.whole as isize).contains(&i) {
+                if block.read(0).contains(&at) && (0..along.whole as isize).contains(&i) {
                     let first = (i - along.held.start as isize) * along.stride as isize + before;
                     *to = plane.wrapping_offset(first);
                 }
             }
             let from = Patches::new(rows, across.stride, columns.clone(), self.contracted);
-            let to = to.wrapping_add(row * patches.counts[1] * patch);
-            let to = Places { to, product, channels: CHANNELS, patch, count: patches.counts[1] };
+            let to = to.wrapping_add(row * block.counts[1] * patch);
+            let to = Places { to, product, channels: CHANNELS, patch, count: block.counts[1] };
             // SAFETY: what is read is held; the sums have room, by `room`.
             unsafe { minimal::input_sums(self.isa, from, to) };
         }

@@ -121,9 +121,6 @@ impl WeightGradPlan {
 
     /// A leaf as pieces, in the order in which it is summed.
     fn pieces(&self, at: Box4, pieces: &mut Vec<Piece>) {
-        if self.is_minimal {
-            return self.patches(at, pieces);
-        }
         let unit = |d: usize| if d == 3 { self.unit() } else { 1 };
         let along = (0..4).find(|&d| at[d].len() > unit(d));
         let Some(d) = along.filter(|_| !self.is_piece(&at)) else {
@@ -139,20 +136,6 @@ impl WeightGradPlan {
         second[d].start = middle;
         self.pieces(first, pieces);
         self.pieces(second, pieces);
-    }
-
-    /// The same of a leaf whose patches are summed: its longest dimension is halved, between patches.
-    fn patches(&self, at: Box4, pieces: &mut Vec<Piece>) {
-        let longest = (0..4).max_by_key(|&d| (at[d].len(), 4 - d)).filter(|&d| at[d].len() > 2);
-        let Some(d) = longest.filter(|_| self.floats_of_sums(&at) > winograd::SUMS) else {
-            return pieces.push(self.piece(vec![at]));
-        };
-        let middle = at[d].start + (at[d].len() / 2).next_multiple_of(2);
-        let (mut first, mut second) = (at.clone(), at);
-        first[d].end = middle;
-        second[d].start = middle;
-        self.patches(first, pieces);
-        self.patches(second, pieces);
     }
 
     /// Leaves that are worked on together.
@@ -216,6 +199,9 @@ impl WeightGradPlan {
             program.push(Combine::Add);
             return;
         }
+        if self.is_minimal && leaves == 1 {
+            return self.halve(at, program);
+        }
         let (mut leaves, mut order) = (vec![], vec![]);
         for event in tree.events(node) {
             order.push(match event {
@@ -240,6 +226,24 @@ impl WeightGradPlan {
         }
         program.push(Combine::Leaf(self.blocks.len()));
         self.blocks.push(Block { pieces, program: order });
+    }
+
+    /// A leaf whose patches are summed, in blocks: its longest dimension is halved, between patches, as long as it is too large.
+    fn halve(&mut self, at: Box4, program: &mut Vec<Combine>) {
+        let unit = |d: usize| if d < 2 { 1 } else { 2 };
+        let longest = (0..4).filter(|&d| at[d].len() > unit(d)).max_by_key(|&d| (at[d].len(), 4 - d));
+        let Some(d) = longest.filter(|_| self.floats_of_sums(&at) > winograd::SUMS) else {
+            let block = Block { pieces: vec![self.piece(vec![at])], program: vec![Combine::Leaf(0)] };
+            program.push(Combine::Leaf(self.blocks.len()));
+            return self.blocks.push(block);
+        };
+        let middle = at[d].start + (at[d].len() / 2).next_multiple_of(unit(d));
+        let (mut first, mut second) = (at.clone(), at);
+        first[d].end = middle;
+        second[d].start = middle;
+        self.halve(first, program);
+        self.halve(second, program);
+        program.push(Combine::Add);
     }
 
     /// Makes tasks of the blocks that the nodes combine.

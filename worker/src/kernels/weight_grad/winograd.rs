@@ -87,68 +87,63 @@ impl WeightGradPlan {
         let (products, work) = work.split_at_mut(PRODUCTS * TILE * TILE);
         let (stack, work) = work.split_at_mut(DEPTH * GRADIENTS);
         let block = &self.blocks[block];
-        for (i, piece) in block.pieces.iter().enumerate() {
-            let sums = |at: &Box4| self.sums(at, taps.len());
-            let of_x = piece.leaves.iter().map(|l| sums(&l.0)[0].all()).sum();
-            let (x, dy) = work.split_at_mut(of_x);
-            let (mut to_x, mut to_dy) = (&mut x[..], &mut dy[..]);
-            for (at, _) in &piece.leaves {
-                let [of_x, of_dy] = sums(at);
-                // SAFETY: by the contract of `run`.
-                unsafe {
-                    self.sum_inputs(at, &taps, &of_x, p.x.cast(), to_x.as_mut_ptr());
-                    self.sum_gradients(at, &of_dy, p.dy.cast(), to_dy.as_mut_ptr());
-                }
-                (to_x, to_dy) = (&mut to_x[of_x.all()..], &mut to_dy[of_dy.all()..]);
+        let [piece] = &block.pieces[..] else { unreachable!("leaves that are too large are several blocks") };
+        let sums = |at: &Box4| self.sums(at, taps.len());
+        let of_x = piece.leaves.iter().map(|l| sums(&l.0)[0].all()).sum();
+        let (x, dy) = work.split_at_mut(of_x);
+        let (mut to_x, mut to_dy) = (&mut x[..], &mut dy[..]);
+        for (at, _) in &piece.leaves {
+            let [of_x, of_dy] = sums(at);
+            // SAFETY: by the contract of `run`.
+            unsafe {
+                self.sum_inputs(at, &taps, &of_x, p.x.cast(), to_x.as_mut_ptr());
+                self.sum_gradients(at, &of_dy, p.dy.cast(), to_dy.as_mut_ptr());
             }
-            let tiles = [self.cin, self.cout].map(|n| n.div_ceil(TILE));
-            for t in 0..taps.len() * tiles[0] * tiles[1] {
-                let (tap, ci, co) = (t / (tiles[0] * tiles[1]), t / tiles[1] % tiles[0], t % tiles[1]);
-                let (mut top, mut at, mut events) = (0, [0, 0], block.program.iter().peekable());
-                while let Some(event) = events.next() {
-                    // SAFETY: sums of the leaves lie one after the other, and each is as `Sums` says; so does the stack.
-                    unsafe {
-                        match *event {
-                            Combine::Leaf(l) => {
-                                let [of_x, of_dy] = sums(&piece.leaves[l].0);
-                                let factors = Factors {
-                                    x: x[at[0] + ci * of_x.tile() + tap * of_x.plane()..].as_ptr(),
-                                    dy: dy[at[1] + co * of_dy.tile()..].as_ptr(),
-                                    pitch: [of_x.pitch(), of_dy.pitch()],
-                                    batch: [of_x.batch(), of_dy.batch()],
-                                    batches: of_x.batches,
-                                    count: of_dy.batch() / TILE,
-                                };
-                                multiply(self.isa, factors, products.as_mut_ptr());
-                                // Two neighbours are added up as the second one is made.
-                                let adds = top > 0 && events.next_if(|e| **e == Combine::Add).is_some();
-                                let place = stack[(top - usize::from(adds)) * GRADIENTS..].as_mut_ptr();
-                                gradients(self.isa, products.as_ptr(), TILE, place, adds);
-                                top += usize::from(!adds);
-                                at = [at[0] + of_x.all(), at[1] + of_dy.all()];
-                            }
-                            Combine::Add => {
-                                top -= 1;
-                                let (a, b) = stack.split_at_mut(top * GRADIENTS);
-                                add(self.isa, a[(top - 1) * GRADIENTS..].as_mut_ptr(), b.as_ptr(), GRADIENTS);
-                            }
+            (to_x, to_dy) = (&mut to_x[of_x.all()..], &mut to_dy[of_dy.all()..]);
+        }
+        let tiles = [self.cin, self.cout].map(|n| n.div_ceil(TILE));
+        for t in 0..taps.len() * tiles[0] * tiles[1] {
+            let (tap, ci, co) = (t / (tiles[0] * tiles[1]), t / tiles[1] % tiles[0], t % tiles[1]);
+            let (mut top, mut at, mut events) = (0, [0, 0], block.program.iter().peekable());
+            while let Some(event) = events.next() {
+                // SAFETY: sums of the leaves lie one after the other, and each is as `Sums` says; so does the stack.
+                unsafe {
+                    match *event {
+                        Combine::Leaf(l) => {
+                            let [of_x, of_dy] = sums(&piece.leaves[l].0);
+                            let factors = Factors {
+                                x: x[at[0] + ci * of_x.tile() + tap * of_x.plane()..].as_ptr(),
+                                dy: dy[at[1] + co * of_dy.tile()..].as_ptr(),
+                                pitch: [of_x.pitch(), of_dy.pitch()],
+                                batch: [of_x.batch(), of_dy.batch()],
+                                batches: of_x.batches,
+                                count: of_dy.batch() / TILE,
+                            };
+                            multiply(self.isa, factors, products.as_mut_ptr());
+                            // Two neighbours are added up as the second one is made.
+                            let adds = top > 0 && events.next_if(|e| **e == Combine::Add).is_some();
+                            let place = stack[(top - usize::from(adds)) * GRADIENTS..].as_mut_ptr();
+                            gradients(self.isa, products.as_ptr(), TILE, place, adds);
+                            top += usize::from(!adds);
+                            at = [at[0] + of_x.all(), at[1] + of_dy.all()];
+                        }
+                        Combine::Add => {
+                            top -= 1;
+                            let (a, b) = stack.split_at_mut(top * GRADIENTS);
+                            add(self.isa, a[(top - 1) * GRADIENTS..].as_mut_ptr(), b.as_ptr(), GRADIENTS);
                         }
                     }
                 }
-                let first = ((taps.start + tap) * WINDOW * self.cin + ci * TILE) * self.cout + co * TILE;
-                let [rows, columns] = [self.cin - ci * TILE, self.cout - co * TILE].map(|n| n.min(TILE));
-                // SAFETY: there is room for every weight.
-                unsafe {
-                    for k in 0..WINDOW {
-                        for row in 0..rows {
-                            let from = stack[(k * TILE + row) * TILE..].as_ptr();
-                            let to = to.add(first + (k * self.cin + row) * self.cout);
-                            if i == 0 {
-                                std::ptr::copy_nonoverlapping(from, to, columns);
-                            } else {
-                                (0..columns).for_each(|c| *to.add(c) += *from.add(c));
-                            }
-                        }
+            }
+            let first = ((taps.start + tap) * WINDOW * self.cin + ci * TILE) * self.cout + co * TILE;
+            let [rows, columns] = [self.cin - ci * TILE, self.cout - co * TILE].map(|n| n.min(TILE));
+            // SAFETY: there is room for every weight.
+            unsafe {
+                for k in 0..WINDOW {
+                    for row in 0..rows {
+                        let from = stack[(k * TILE + row) * TILE..].as_ptr();
+                        let to = to.add(first + (k * self.cin + row) * self.cout);
+                        std::ptr::copy_nonoverlapping(from, to, columns);
                     }
                 }
             }
