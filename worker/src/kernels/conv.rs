@@ -36,10 +36,10 @@ use winograd::Winograd;
 /// what the second-level cache holds.
 const STAGED: usize = 64 << 10;
 
-/// Outputs along the first dimension that a task goes through at most, for the same sake, and tasks that there are to be
-/// nevertheless.
+/// Outputs along the first dimension that a task goes through at most, for the same sake, and tasks that there are to be for
+/// each thread nevertheless.
 const RUN: usize = 8;
-const TASKS: usize = 64;
+const TASKS: usize = 8;
 
 /// The outputs that a task computes: some of the rows along the second dimension, and a part of each phase along the
 /// innermost one.
@@ -50,6 +50,8 @@ struct Outputs {
     range: Range<usize>,
     /// Planes of x before this one are staged, by the output before along the first dimension.
     staged: usize,
+    /// Whether planes take turns in their places, for outputs one after the other.
+    in_turns: bool,
 }
 
 /// A convolution or transposed convolution, prepared.
@@ -88,8 +90,8 @@ pub struct ConvPlan {
     /// Weight strides: tap, contracted channel, produced channel; first element.
     w_strides: [usize; 3],
     w_first: usize,
-    /// Outputs along the first dimension that a task goes through: one after the other, which share what they read of x.
-    run: usize,
+    /// Whether outputs along the first dimension share what they read of x, one after the other.
+    slides: bool,
     /// Planes of x that one of them reads at most.
     planes: usize,
     /// Rows of the second dimension and outputs of a phase that a task stages.
@@ -179,7 +181,7 @@ impl ConvPlan {
             taps,
             w_strides: [tap_stride, w_from_stride, w_to_stride],
             w_first,
-            run: 1,
+            slides: false,
             planes: 1,
             block: (1, 1),
             winograd: conv.is_minimal(&x.ty, from, &out.ty).then(|| Winograd::new(&spatial[k - 2..], transposed)),
@@ -189,7 +191,11 @@ impl ConvPlan {
             std::array::from_fn(|i| {
                 let Some(d) = (i + k).checked_sub(3) else { return 0..1 };
                 let first = spatial[d].outputs.start;
-                region.get(&conv.windows[d].dim).map_or(0..0, |r| r.start - first..r.end - first)
+                let range = region.get(&conv.windows[d].dim).map_or(0..0, |r| r.start - first..r.end - first);
+                match &plan.winograd {
+                    Some(w) if i == 1 => w.whole_patches(range, outputs[1]),
+                    _ => range,
+                }
             })
         };
         let all = [0..outputs[0], 0..outputs[1]];
@@ -221,19 +227,20 @@ impl ConvPlan {
         self.panels() * self.panel() * self.groups * 4
     }
 
-    /// Rows along the second dimension and outputs along the innermost one such that what a task stages fits, and how many
-    /// outputs along the first one.
+    /// Rows along the second dimension and outputs along the innermost one such that what a task stages fits.
     fn choose_block(&mut self) {
         let budget = WORKSPACE_BYTES / 4 - epilogue::registers(&self.epilogue);
         let budget = budget.saturating_sub(self.all_taps() * 2 + 64);
         self.planes = self.axes[0].taps.iter().map(Vec::len).max().unwrap_or(1).max(1);
         self.block = if self.winograd.is_some() { self.choose_patches(budget) } else { self.choose_rows(budget) };
-        // Planes take turns in as many places.
+        self.slides = self.phases.len() == 1 && self.axes[0].slides();
+    }
+
+    /// Outputs along the first dimension that a task of so many threads goes through.
+    fn run_of(&self, threads: usize) -> usize {
         let parts = self.outputs[1].div_ceil(self.block.0) * self.longest().div_ceil(self.block.1);
-        let tasks = self.batches.len() * parts * self.groups;
-        if self.phases.len() == 1 && self.axes[0].slides() {
-            self.run = (tasks * self.outputs[0] / TASKS).clamp(1, RUN);
-        }
+        let tasks = self.batches.len() * parts * self.groups * self.outputs[0];
+        if self.slides { (tasks / (TASKS * threads)).clamp(1, RUN) } else { 1 }
     }
 
     fn choose_rows(&self, budget: usize) -> (usize, usize) {
@@ -282,12 +289,11 @@ impl ConvPlan {
             // SAFETY: every panel is a part of the scratch of its own.
             unsafe { self.pack(t, p) }
         });
-        let along = 0..self.longest();
+        let (along, run) = (0..self.longest(), self.run_of(pool.threads()));
         let blocks = |within: &Range<usize>, before: usize, size: usize| (before + within.len()).div_ceil(size);
         let parts = blocks(&along, self.before(1, 0), self.block.1);
-        let counts = |b: &[Range<usize>; 2]| {
-            [blocks(&b[0], 0, self.run), blocks(&b[1], self.before(0, b[1].start), self.block.0)]
-        };
+        let counts =
+            |b: &[Range<usize>; 2]| [blocks(&b[0], 0, run), blocks(&b[1], self.before(0, b[1].start), self.block.0)];
         let tasks =
             |b: &[Range<usize>; 2]| self.batches.len() * counts(b).iter().product::<usize>() * parts * self.groups;
         let block = |within: &Range<usize>, before: usize, n: usize, size: usize| {
@@ -310,8 +316,8 @@ impl ConvPlan {
             let (range, t) = (block(&along, self.before(1, 0), t % parts, self.block.1), t / parts);
             let before = self.before(0, within[1].start);
             let (rows, t) = (block(&within[1], before, t % row_blocks, self.block.0), t / row_blocks);
-            let firsts = block(&within[0], 0, t % runs, self.run);
-            let mut at = Outputs { batch: t / runs, o1: firsts.start, rows, range, staged: 0 };
+            let firsts = block(&within[0], 0, t % runs, run);
+            let mut at = Outputs { batch: t / runs, o1: firsts.start, rows, range, staged: 0, in_turns: run > 1 };
             for o1 in firsts {
                 at.o1 = o1;
                 // SAFETY: tasks write disjoint outputs.
@@ -433,7 +439,8 @@ impl ConvPlan {
         let start = phase.base + (range.start * phase.in_step) as isize;
         let row_size = length * units;
         let height = high - low;
-        let place_of = |s1: usize, i1: usize| if self.run > 1 { i1 % self.planes } else { s1 };
+        // There are as many places as an output reads planes.
+        let place_of = |s1: usize, i1: usize| if at.in_turns { i1 % self.planes } else { s1 };
         debug_assert!(taps1.len() * height * row_size <= stage.len());
         // SAFETY: indices inside the held ranges, by the plan.
         unsafe {

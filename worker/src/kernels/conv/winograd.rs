@@ -58,6 +58,14 @@ impl Winograd {
     pub(super) fn before(&self, d: usize, output: usize) -> usize {
         (output + self.along[d].odd) % 2
     }
+
+    /// What of a range of outputs along the first one of those dimensions is to be computed before the others: patches that are
+    /// cut would be computed twice.
+    pub(super) fn whole_patches(&self, range: Range<usize>, outputs: usize) -> Range<usize> {
+        let start = if range.start == 0 { 0 } else { range.start + self.before(0, range.start) }.min(range.end);
+        let end = if range.end == outputs { outputs } else { range.end - self.before(0, range.end).min(range.end) };
+        start..end.max(start)
+    }
 }
 
 /// What a task has in its workspace, in floats.
@@ -213,7 +221,7 @@ impl ConvPlan {
         let pitch = [block.patches() * units + APART, block.patches() * width + APART];
         debug_assert!(self.planes * PRODUCTS * pitch[0] <= sums.len() && PRODUCTS * pitch[1] <= products.len());
         let place_of = |s1: usize, i1: usize| {
-            let place = if self.run > 1 { i1 % self.planes } else { s1 };
+            let place = if at.in_turns { i1 % self.planes } else { s1 };
             place * PRODUCTS * pitch[0]
         };
         // SAFETY: indices inside the held ranges, by the plan, and inside the parts of the workspace, by `room`.
