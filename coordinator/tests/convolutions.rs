@@ -80,7 +80,7 @@ fn is_the_same(draw: &mut Draws, case: &Case) -> bool {
         let [x, filter] = [0, 1].map(|i| t[i].cast(*dtype));
         let y = match transposed {
             true => x.conv_transpose(&filter, &ConvTranspose { conv: op.clone(), sizes: sizes.clone() }),
-            false => x.conv(&filter, &op),
+            false => x.conv(&filter, op),
         };
         y.cast(DType::F32)
     });
