@@ -166,3 +166,22 @@ fn windows_of_three_by_three() {
         done += usize::from(is_the_same(&mut draw, &case));
     }
 }
+
+/// What a device has beside a halo is read where it lies, so nothing may be written there meanwhile.
+#[test]
+fn residual_convolutions() {
+    let [x, y, channel] = [dim("x", 16), dim("y", 12), dim("c", 12)];
+    let window = |name: &str, n| Window::same(name, n, 3, 1, 1);
+    let op =
+        Conv { windows: vec![window("x", 16), window("y", 12)], input: "c".into(), output: "c.out".into(), groups: 1 };
+    let filter = [dim("k.x", 3), dim("k.y", 3), channel.clone(), dim("c.out", 12)];
+    let feeds = [f32s(&[dim("batch", 2), x, y, channel], 1), f32s(&filter, 2)];
+    let layouts = [("m=2", "x:m"), ("m=4", "x:m"), ("m=2", "y:m"), ("mx=2,my=2", "x:mx,y:my")];
+    for gradients in [false, true] {
+        let p = program(&feeds, gradients, |_, t| {
+            let x = (&t[0] * 2.0).relu();
+            &x.conv(&t[1], &op).rename("c.out", "c") + &x
+        });
+        same_everywhere("a residual convolution", &p, &feeds, &layouts, 1e-4);
+    }
+}

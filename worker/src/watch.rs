@@ -112,8 +112,10 @@ fn computed(work: &Work) -> (Vec<DType>, Vec<Result>) {
         Work::Op(op) if matches!(op.share, Share::Interior(_)) => (vec![], vec![]),
         Work::Op(op) => {
             // A window that lies in the padding has the maximum of nothing.
-            let by = (!matches!(op.op, Prim::MaxPool(_))).then(|| (0..op.inputs.len()).collect());
+            let by = (!matches!(op.op, Prim::MaxPool(_))).then(|| (0..op.reads()).collect());
             let mut operands: Vec<DType> = op.inputs.iter().map(|part| part.ty.dtype).collect();
+            // The device's own part of the first one.
+            operands.extend((!op.pieces.is_empty()).then(|| operands[0]));
             let Some(nest) = &op.epilogue else {
                 return (operands, vec![(op.output.ty.dtype, by)]);
             };

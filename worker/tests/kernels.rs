@@ -19,6 +19,7 @@ use mesh::plan::{At, Backend, OpWork, Part, PlanOptions, Share, SliceStep, Work,
 use mesh::program::{Program, ProgramBuilder};
 use mesh::rng::Stream;
 use std::collections::{BTreeMap, BTreeSet};
+use worker::kernels::copy::CopyPlan;
 use worker::kernels::isa::Isa;
 use worker::kernels::kernel::{CpuBackend, Kernel, Operands};
 use worker::kernels::vm::StepContext;
@@ -96,6 +97,7 @@ fn dtypes(work: &Work) -> Vec<DType> {
         Work::Reduce(r) => r.nest.operands.iter().map(|o| o.dtype).collect(),
         Work::Op(op) => {
             let mut types: Vec<DType> = op.inputs.iter().map(|p| p.ty.dtype).collect();
+            types.resize(op.reads(), types[0]);
             if let Some(nest) = &op.epilogue {
                 types.extend(nest.operands[..nest.operands.len() - 1].iter().map(|o| o.dtype));
             }
@@ -173,7 +175,7 @@ fn in_steps(work: &Work) -> Vec<Work> {
 /// What an op with an epilogue gives if the op stores its result and a map reads it.
 fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize]) -> Option<Vec<Vec<u8>>> {
     let nest = op.epilogue.clone()?;
-    let mut others = inputs.split_off(op.inputs.len());
+    let mut others = inputs.split_off(op.reads());
     let alone = Work::Op(Box::new(OpWork { epilogue: None, share: Share::Whole, ..op.clone() }));
     let bytes = op.output.region.elements() * op.output.ty.dtype.bytes();
     let product = run(&alone, Isa::detect(), pool, inputs, &[bytes]).remove(0);
@@ -183,6 +185,24 @@ fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize])
     let bits = run(&Work::Map(nest), Isa::detect(), pool, &mut others, results);
     others.pop();
     inputs.extend(others);
+    Some(bits)
+}
+
+/// What an op gives whose first input is in pieces if that is put together first.
+fn together(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize]) -> Option<Vec<Vec<u8>>> {
+    let element = op.inputs[0].ty.dtype.bytes();
+    let mut whole = Guarded::new(op.inputs[0].region.elements() * element);
+    for piece in &op.pieces {
+        let copy = CopyPlan::new(&piece.into_whole(&op.inputs[0].region), element);
+        // SAFETY: a piece lies in its input, and has its place in the whole.
+        unsafe { copy.run(pool, inputs[piece.input].at().add(piece.first), whole.at()) };
+    }
+    let own = (!op.pieces.is_empty()).then(|| inputs.remove(op.inputs.len()))?;
+    std::mem::swap(&mut inputs[0], &mut whole);
+    let one = Work::Op(Box::new(OpWork { share: Share::Whole, pieces: vec![], ..op.clone() }));
+    let bits = run(&one, Isa::detect(), pool, inputs, results);
+    std::mem::swap(&mut inputs[0], &mut whole);
+    inputs.insert(op.inputs.len(), own);
     Some(bits)
 }
 
@@ -217,7 +237,11 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
                 let whole = Work::Op(Box::new(OpWork { share: Share::Whole, ..OpWork::clone(op) }));
                 let bits = apart(op, &pools[0], &mut inputs, &results);
                 let whole = || run(&whole, Isa::detect(), &pools[0], &mut inputs, &results);
-                first[arithmetic(Isa::detect())] = Some(bits.unwrap_or_else(whole));
+                let bits = bits.unwrap_or_else(whole);
+                let pieces = together(op, &pools[0], &mut inputs, &results);
+                assert!(pieces.as_ref().is_none_or(|whole| *whole == bits), "other bits in pieces: {:?}", step.work);
+                seen.extend(pieces.map(|_| "in pieces"));
+                first[arithmetic(Isa::detect())] = Some(bits);
                 seen.extend(matches!(op.share, Share::Rim(_)).then_some("rim"));
             }
             for isa in Isa::available() {
@@ -290,6 +314,7 @@ fn network_holds(dtype: DType) {
         "max_pool_grad",
         "reduce",
         "rim",
+        "in pieces",
     ];
     for kernel in all {
         assert!(seen.contains(kernel), "{kernel}: not in {seen:?}");

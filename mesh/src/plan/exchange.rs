@@ -1,13 +1,14 @@
 //! Makes the moves and all-reduces of one device: who sends which bytes to whom.
 
 use super::body::strides;
-use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Segments, Wire};
+use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Piece, Segments, Wire};
 use crate::chunk;
-use crate::dim::DType;
+use crate::dim::{DType, Name};
 use crate::layout::Mesh;
 use crate::ops::reduce::ReduceFn;
 use crate::region::Region;
 use crate::spmd::{Sum, Value, sources};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// A box of one array copied into another: `piece` in global indices, `from` and `to` what the arrays hold.
@@ -93,22 +94,43 @@ impl Moves {
         self.of[device].is_empty()
     }
 
+    /// The dimensions along which some device gets less in one box than it holds in the end.
+    pub fn cut(&self, to: &[Region]) -> BTreeSet<Name> {
+        let all = self.pieces.iter().zip(to).flat_map(|(pieces, to)| pieces.iter().map(move |(_, piece)| (piece, to)));
+        let dims = all.flat_map(|(piece, to)| piece.0.iter().zip(&to.0));
+        dims.filter(|((_, piece), (_, to))| piece != to).map(|((name, _), _)| name.clone()).collect()
+    }
+
+    /// What a device gets from others, each box an array of its own behind the one before, and the bytes of all.
+    pub fn apart(&self, device: usize, element: usize) -> (Vec<Piece>, usize) {
+        let (mut pieces, mut bytes) = (vec![], 0);
+        for (_, region) in self.pieces[device].iter().filter(|(sender, _)| *sender != device) {
+            pieces.push(Piece { region: region.clone(), input: 0, first: bytes });
+            bytes += (region.elements() * element).next_multiple_of(super::ALIGN);
+        }
+        (pieces, bytes)
+    }
+
     /// The move of a device, of a value's parts to `to`, and the scratch it needs. Of a sum that is not finished all nodes of a
     /// part move, to where there is nothing else of it. Messages between a pair are listed in
-    /// the receiver's order of boxes.
-    pub fn on(&self, value: &Value, to: &[Region], device: usize) -> (Exchange, usize) {
+    /// the receiver's order of boxes. If boxes lie `apart` ([`Moves::apart`]), what the device has stays where it is.
+    pub fn on(&self, value: &Value, to: &[Region], device: usize, apart: bool) -> (Exchange, usize) {
         let from = &value.regions;
         let element = value.ty.dtype.bytes();
         let mut scratch = 0;
         let mut out =
             Exchange { kind: self.kind, element, local: vec![], sends: vec![], recvs: vec![], under_way: None };
+        let mut places = self.apart(device, element).0.into_iter();
         let mut message = |peer: usize, piece: &Region, sending: bool| {
             let nodes = value.nodes[if sending { device } else { peer }];
             let bytes = nodes * piece.elements() * element;
             let held = if sending { &from[device] } else { &to[device] };
             debug_assert!(nodes == 1 || piece == held, "nodes of a sum move together");
             let copy = if sending { box_copy(piece, held, piece) } else { box_copy(piece, piece, held) };
-            let at = if contiguous(piece, held) {
+            let place = if apart && !sending { places.next() } else { None };
+            let at = if let Some(place) = place {
+                Wire::InPlace(place.first)
+            } else if contiguous(piece, held) {
                 Wire::InPlace(element * if sending { copy.from } else { copy.to })
             } else {
                 let at = scratch;
@@ -120,6 +142,7 @@ impl Moves {
         for &(receiver, i) in &self.of[device] {
             let (sender, piece) = &self.pieces[receiver][i];
             match (*sender == device, receiver == device) {
+                (true, true) if apart => {}
                 (true, true) => out.local.push(box_copy(piece, &from[device], &to[device])),
                 (true, false) => out.sends.push(message(receiver, piece, true)),
                 (false, _) => out.recvs.push(message(*sender, piece, false)),

@@ -7,6 +7,7 @@ use super::copies::copies;
 use super::exchange::{Moves, SEGMENTED, Together, all_reduce};
 use super::fuse::{Fused, Group, Kind};
 use super::overlap::{Moment, Phase};
+use super::pieces::in_pieces;
 use super::step::{Backend, Buffer, DevicePlan, Join, OpWork, Part, Share, Work};
 use super::timeline::Timeline;
 use crate::body::{Loop, Reduction};
@@ -15,7 +16,7 @@ use crate::ops::Prim;
 use crate::program::{Function, VarId, Variable};
 use crate::region::Region;
 use crate::spmd::{Instr, SpmdOp, SpmdProgram, ValueId};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -62,14 +63,17 @@ pub(super) struct Context<'a> {
 
 /// Plans the function for some devices.
 pub(super) fn plan(cx: &Context, devices: Range<usize>) -> Vec<(DevicePlan, Timeline)> {
-    let fused = Fused::new(cx.spmd, if cx.apart { 0 } else { cx.backend.threads() });
+    let mut fused = Fused::new(cx.spmd, if cx.apart { 0 } else { cx.backend.threads() });
+    let moves = moves(cx);
+    let in_pieces = in_pieces(&mut fused, &moves);
     let mut p = Planner {
         cx,
         fused: &fused,
+        in_pieces,
         moments: vec![],
         root: (0..cx.spmd.values.len() as u32).map(|v| fused.root(ValueId(v))).collect(),
         nests: HashMap::new(),
-        moves: HashMap::new(),
+        moves,
         sums: HashMap::new(),
         homes: vec![None; cx.spmd.values.len()],
         lives: vec![],
@@ -82,6 +86,24 @@ pub(super) fn plan(cx: &Context, devices: Range<usize>) -> Vec<(DevicePlan, Time
     p.devices_plans(devices)
 }
 
+/// By what devices hold before and after a move: who sends what to whom.
+pub(super) type AllMoves = HashMap<[usize; 2], Moves>;
+
+/// The moves of a function.
+fn moves(cx: &Context) -> AllMoves {
+    let mut all = HashMap::new();
+    for instr in cx.spmd.instrs.iter().filter(|i| matches!(i.op, SpmdOp::Move)) {
+        let [from, to] = held(cx.spmd, instr);
+        all.entry([number(from), number(to)]).or_insert_with(|| Moves::new(cx.mesh, from, to));
+    }
+    all
+}
+
+/// What devices hold before and after a move.
+pub(super) fn held<'a>(spmd: &'a SpmdProgram, instr: &Instr) -> [&'a [Region]; 2] {
+    [instr.inputs[0], instr.output].map(|v| &*spmd.values[v.index()].regions)
+}
+
 /// A function as it is planned: all that devices have in common.
 pub(super) struct Planner<'a> {
     pub cx: &'a Context<'a>,
@@ -92,8 +114,9 @@ pub(super) struct Planner<'a> {
     root: Vec<ValueId>,
     /// By the first instruction of loops: their nest.
     nests: HashMap<usize, Nest>,
-    /// By what devices hold before and after a move: who sends what to whom.
-    moves: HashMap<[usize; 2], Moves>,
+    moves: AllMoves,
+    /// Results of moves of which each box is an array of its own.
+    pub(super) in_pieces: HashSet<ValueId>,
     /// By sum and group of devices: what they have in common to finish it.
     sums: HashMap<[usize; 2], Together>,
     homes: Vec<Option<Home>>,
@@ -107,7 +130,7 @@ pub(super) struct Planner<'a> {
 }
 
 /// What tells a list from others that are there.
-fn number<T>(list: &[T]) -> usize {
+pub(super) fn number<T>(list: &[T]) -> usize {
     list.as_ptr() as usize
 }
 
@@ -128,24 +151,14 @@ impl Planner<'_> {
         self.root[v.index()]
     }
 
-    /// What devices have in common: loop nests, moves and sums, each once.
+    /// What devices have in common: loop nests and sums, each once.
     fn alike(&mut self) {
         let spmd = self.cx.spmd;
         for instr in &spmd.instrs {
-            let value = |v: ValueId| &spmd.values[v.index()].regions;
-            match &instr.op {
-                SpmdOp::Move => {
-                    let (from, to) = (value(instr.inputs[0]), value(instr.output));
-                    let moves = || Moves::new(self.cx.mesh, from, to);
-                    self.moves.entry([number(from), number(to)]).or_insert_with(moves);
-                }
-                SpmdOp::AllReduce { sum, groups, .. } => {
-                    for group in groups.iter() {
-                        let together = || Together::new(sum, group);
-                        self.sums.entry([number(&sum.owned), number(group)]).or_insert_with(together);
-                    }
-                }
-                SpmdOp::Compute { .. } | SpmdOp::Join { .. } => {}
+            let SpmdOp::AllReduce { sum, groups, .. } = &instr.op else { continue };
+            for group in groups.iter() {
+                let together = || Together::new(sum, group);
+                self.sums.entry([number(&sum.owned), number(group)]).or_insert_with(together);
             }
         }
         for group in &self.fused.groups {
@@ -366,8 +379,7 @@ impl Planner<'_> {
     }
 
     fn own(&mut self, v: ValueId, from: usize) {
-        let value = &self.cx.spmd.values[v.index()];
-        let bytes = (0..self.devices()).map(|d| value.bytes(d)).collect();
+        let bytes = (0..self.devices()).map(|d| self.bytes(v, d)).collect();
         let to = self.last[v.index()].unwrap_or(from);
         self.homes[v.index()] = Some(Home::Own(self.lives.len()));
         self.lives.push(Life { bytes, from, to, value: v, before: vec![] });
@@ -381,7 +393,7 @@ impl Planner<'_> {
         let (a, b) = (&values[old.index()], &values[new.index()]);
         let by_op = match group.kind {
             Kind::Map => false,
-            Kind::Epilogue => self.first(group).inputs.iter().any(|v| self.root(*v) == old),
+            Kind::Epilogue => self.product_reads(group).iter().any(|v| self.root(*v) == old),
             // Element by element, of all nodes.
             Kind::Instr if matches!(self.first(group).op, SpmdOp::Join { .. }) => {
                 return (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d));
@@ -438,8 +450,13 @@ impl Planner<'_> {
     }
 
     pub(super) fn moves(&self, instr: &Instr) -> &Moves {
-        let [from, to] = [instr.inputs[0], instr.output].map(|v| number(&self.cx.spmd.values[v.index()].regions));
-        &self.moves[&[from, to]]
+        &self.moves[&held(self.cx.spmd, instr).map(number)]
+    }
+
+    /// What an op that is no loop reads, in its order; and the device's own part of an input that is in pieces.
+    fn product_reads(&self, group: &Group) -> Vec<ValueId> {
+        let inputs = &self.first(group).inputs;
+        inputs.iter().copied().chain(self.own_piece(inputs)).collect()
     }
 
     /// The values that a group's work reads, in its order.
@@ -448,10 +465,10 @@ impl Planner<'_> {
         match (&group.kind, &instr.op) {
             (Kind::Map | Kind::Reduce, _) => self.nests[&group.instrs[0]].loaded.clone(),
             (Kind::Epilogue, _) => {
-                let loaded = self.nests[&group.instrs[0]].loaded.iter().filter(|v| **v != instr.output);
-                instr.inputs.iter().chain(loaded).copied().collect()
+                let loaded = self.nests[&group.instrs[0]].loaded.iter().copied().filter(|v| *v != instr.output);
+                self.product_reads(group).into_iter().chain(loaded).collect()
             }
-            (Kind::Instr, SpmdOp::Compute { .. } | SpmdOp::Join { .. }) => instr.inputs.clone(),
+            (Kind::Instr, SpmdOp::Compute { .. } | SpmdOp::Join { .. }) => self.product_reads(group),
             (Kind::Instr, SpmdOp::Move | SpmdOp::AllReduce { .. }) | (Kind::Band(..), _) => group.inputs.clone(),
         }
     }
@@ -485,7 +502,8 @@ impl Planner<'_> {
             (Kind::Band(members, cuts), _) => self.band(group, members, cuts, device),
             (_, SpmdOp::Move) => {
                 let moves = self.moves(instr);
-                let (work, scratch) = moves.on(&spmd.values[instr.inputs[0].index()], &out.regions, device);
+                let apart = self.in_pieces.contains(&instr.output);
+                let (work, scratch) = moves.on(&spmd.values[instr.inputs[0].index()], &out.regions, device, apart);
                 return Some((Work::Exchange(Arc::new(work)), scratch));
             }
             (_, SpmdOp::AllReduce { f, sum, groups }) => {
@@ -520,6 +538,7 @@ impl Planner<'_> {
                             sum,
                             epilogue,
                             share: Share::Whole,
+                            pieces: self.pieces(instr, device),
                         }))
                     }
                 }

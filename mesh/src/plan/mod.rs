@@ -21,6 +21,7 @@ pub mod fuse;
 pub mod html;
 pub mod memory;
 mod overlap;
+pub(crate) mod pieces;
 pub mod recompute;
 pub mod report;
 pub mod step;

@@ -340,7 +340,9 @@ fn level(tensor: Tensor, devices: &[DevicePlan]) -> Level {
             && e.kind == ExchangeKind::Halo
         {
             halo_bytes += sent(step);
-            given += step.outputs.iter().map(|b| b.bytes).sum::<usize>();
+            // A device's own part, and what comes.
+            given += step.inputs.iter().map(|b| b.bytes).sum::<usize>();
+            given += e.recvs.iter().map(|m| m.bytes).sum::<usize>();
         }
     }
     Level { tensor, sent_bytes, halo_bytes, halo_share: halo_bytes as f64 / given.max(1) as f64 }

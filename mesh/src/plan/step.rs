@@ -1,5 +1,6 @@
 //! What a device executes: steps over one arena, everything resolved to offsets.
 
+use super::exchange::box_copy;
 use crate::body::{Loop, Reduction};
 use crate::chunk::{self, ChunkBox, Tree};
 use crate::dim::{DType, Name, Type};
@@ -191,9 +192,35 @@ pub struct OpWork {
     pub epilogue: Option<Loop>,
     /// Which elements of its result it computes.
     pub share: Share,
+    /// Where its first input lies, if it is not one array: what came from other devices is the step's first input, and what
+    /// the device has itself is read where it lies, an input behind the op's.
+    pub pieces: Vec<Piece>,
+}
+
+/// A box of an op's input that is an array of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Piece {
+    /// The box.
+    pub region: Region,
+    /// Which of the step's inputs it lies in.
+    pub input: usize,
+    /// Its first byte there.
+    pub first: usize,
+}
+
+impl Piece {
+    /// Its place in an array of what is held.
+    pub fn into_whole(&self, held: &Region) -> BoxCopy {
+        box_copy(&self.region, &self.region, held)
+    }
 }
 
 impl OpWork {
+    /// How many of a step's inputs are the op's; an epilogue's are behind them.
+    pub fn reads(&self) -> usize {
+        self.inputs.len() + usize::from(!self.pieces.is_empty())
+    }
+
     /// Which part of its result's elements it computes: 1 for all of them.
     pub fn computed(&self) -> f64 {
         let inside = |r: &Region| r.elements() as f64 / self.output.region.elements().max(1) as f64;

@@ -7,6 +7,7 @@ use super::step::ALIGN;
 use crate::error::Place;
 use crate::graph::NodeId;
 use crate::spmd::{Instr, SpmdOp, ValueId};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// A device's memory over a function's steps.
@@ -69,21 +70,39 @@ impl Planner<'_> {
     /// Which values are inside of blocks, or kept in place of being sent again.
     pub(super) fn blocks(&self) -> Blocks {
         let mut found = vec![];
+        let beside = self.beside_kept();
         for (i, life) in self.lives.iter().enumerate() {
             let mut from = life.from;
             for (to, value) in life.before.iter().copied().chain([(life.to + 1, life.value)]) {
                 let node = self.origin(value);
                 let blocks = self.cx.function.blocks.iter().enumerate();
                 let inside = blocks.filter(|(_, b)| b.inside.binary_search(&node).is_ok()).map(|(b, _)| b);
-                let kept = self.cx.spmd.kept.contains(&value);
-                let counts = if kept { Counts::Kept } else { Counts::Blocks(inside.collect()) };
-                if !matches!(&counts, Counts::Blocks(none) if none.is_empty()) {
-                    found.push((i, from..to, counts));
-                }
+                let until = match beside.get(&value) {
+                    _ if self.cx.spmd.kept.contains(&value) => from,
+                    Some(last) => (last + 1).clamp(from, to),
+                    None => to,
+                };
+                let inside: Vec<usize> = inside.collect();
+                found.extend((from < until && !inside.is_empty()).then_some((i, from..until, Counts::Blocks(inside))));
+                found.extend((until < to).then_some((i, until..to, Counts::Kept)));
                 from = to;
             }
         }
         Blocks(found)
+    }
+
+    /// What lies beside a halo that is kept in place of being sent again, and the last moment that reads it for anything else.
+    fn beside_kept(&self) -> HashMap<ValueId, usize> {
+        let (mut last, mut beside) = (HashMap::new(), HashSet::new());
+        for (m, moment) in self.moments.iter().enumerate() {
+            let inputs = &self.first(&self.groups()[moment.group]).inputs;
+            let kept = inputs.first().is_some_and(|v| self.cx.spmd.kept.contains(v));
+            let own = self.own_piece(inputs).filter(|_| kept).map(|v| self.root(v));
+            beside.extend(own);
+            last.extend(self.looks_at(*moment).iter().filter(|v| Some(**v) != own).map(|v| (*v, m)));
+        }
+        last.extend(self.cx.spmd.outputs.iter().map(|(_, v)| (self.root(*v), self.end())));
+        beside.into_iter().map(|v| (v, last.get(&v).copied().unwrap_or(0))).collect()
     }
 
     /// The timeline of devices that have these tenants, without what is alive at the fullest step.
@@ -152,7 +171,11 @@ impl Planner<'_> {
             let nodes = value.nodes[device];
             let sums = if nodes > 1 { format!(", {nodes} partial sums") } else { String::new() };
             let moved = self.fused.producer[v.index()].is_some_and(|p| matches!(spmd.instrs[p].op, SpmdOp::Move));
-            let moved = if moved { "block and halo for " } else { "" };
+            let moved = match moved {
+                true if self.in_pieces.contains(&v) => "halo for ",
+                true => "block and halo for ",
+                false => "",
+            };
             let op = self.cx.function.node(value.node).op.op().name();
             (value, format!("{moved}{op} {}{sums}", value.regions[device].local(&value.ty)))
         } else if i < parts.scratch {

@@ -12,6 +12,7 @@ use crate::machine::Machine;
 use crate::ops::Prim;
 use crate::plan::cost::Cost;
 use crate::plan::exchange::SEGMENTED;
+use crate::plan::pieces::rows_are_whole;
 use crate::region::Region;
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
@@ -166,7 +167,7 @@ impl<'a> Prices<'a> {
     fn move_of(&self, kind: usize, held: &Held, wanted: &Wanted) -> f64 {
         let kind = &self.outline.kinds[kind];
         let (shape, beside) = (&kind.own.shape, self.beside(kind));
-        let (crosses, wanted) = (wanted.crosses(held.split), &wanted.region);
+        let (crosses, apart, wanted) = (wanted.crosses(held.split), wanted.apart, &wanted.region);
         let bytes = 2.0 * (wanted.elements() * shape.element) as f64;
         if crosses {
             // The device that stands for all may have what it needs, being as far along one axis as along another. Of others,
@@ -181,7 +182,10 @@ impl<'a> Prices<'a> {
         }
         let received = self.site.received(shape, held.split, wanted);
         let messages = received.map(|b| usize::from(b > 0.0));
-        self.collective(exchange(held, wanted), Cost { flops: 0.0, bytes }, messages, received, beside)
+        let class = exchange(held, wanted);
+        // A halo that is read where it comes has nothing copied beside it.
+        let bytes = if apart && class == "halo" { 2.0 * (received[0] + received[1]) } else { bytes };
+        self.collective(class, Cost { flops: 0.0, bytes }, messages, received, beside)
     }
 
     /// How many others differ from the device along those axes only: on its host, and on others.
@@ -287,10 +291,13 @@ impl<'a> Prices<'a> {
         let take = |(i, source): (usize, &Source)| {
             let held = self.held(source, way);
             let wanted = match &priced.along {
-                Along::Lying => Wanted { region: priced.held.region.clone(), split: priced.held.split },
+                Along::Lying => Wanted { region: priced.held.region.clone(), split: priced.held.split, apart: false },
                 Along::Sum(sum) => {
                     let region = self.regions.one(k.op.op().needs(i, &types, &k.ty, &priced.at));
-                    Wanted { split: split_of(k, i, sum, &region), region }
+                    let dims = held.region.0.iter().zip(&region.0);
+                    let grows = dims.filter(|((_, held), (_, needed))| held != needed).map(|((name, _), _)| name);
+                    let apart = i == 0 && rows_are_whole(types[0], &k.op, grows);
+                    Wanted { split: split_of(k, i, sum, &region), region, apart }
                 }
             };
             let lies = match priced.along {

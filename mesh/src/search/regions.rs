@@ -15,6 +15,8 @@ pub struct Wanted {
     pub region: Rc<Region>,
     /// Over which axes the dimensions of that are split, as far as the node has them too.
     pub split: Splits,
+    /// Whether what the device does not have is read where it comes.
+    pub apart: bool,
 }
 
 impl Hash for Wanted {
@@ -22,6 +24,7 @@ impl Hash for Wanted {
         // Of regions alike there is one.
         Rc::as_ptr(&self.region).hash(state);
         self.split.hash(state);
+        self.apart.hash(state);
     }
 }
 

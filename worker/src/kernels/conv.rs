@@ -24,7 +24,7 @@ use super::tile::{self, Combine, Leaves, Tile, panel_width};
 use super::vm::StepContext;
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use geometry::{Axis, Geometry, Phase, around};
-pub(super) use geometry::{axis_of, batch_offsets, strides};
+pub(super) use geometry::{Input, axis_of, batch_offsets, strides};
 use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::plan::{OpWork, Share};
@@ -57,8 +57,9 @@ struct Outputs {
 /// A convolution or transposed convolution, prepared.
 pub struct ConvPlan {
     isa: Isa,
-    /// Element offsets of the batches in x.
-    batches: Vec<usize>,
+    /// Where x lies, and how many of the step's inputs x and the weights are.
+    x: Input,
+    reads: usize,
     axes: [Axis; 2],
     phases: Vec<Phase>,
     /// Global range held of the innermost dimension, its stride, and the whole input's size.
@@ -120,7 +121,7 @@ impl ConvPlan {
         // One to three dimensions as three: missing ones in front have one output that reads one input.
         let outer = |i: usize| match (i + k).checked_sub(3) {
             Some(d) => spatial[d].axis(),
-            None => Axis { taps: vec![vec![(0, 0)]], stride: 0 },
+            None => Axis { taps: vec![vec![(0, 0)]] },
         };
         let last = &spatial[k - 1];
         let taps: [usize; 3] = std::array::from_fn(|i| (i + k).checked_sub(3).map_or(1, |d| conv.windows[d].size));
@@ -160,7 +161,8 @@ impl ConvPlan {
         let contracted = end - start;
         let mut plan = ConvPlan {
             isa,
-            batches: batch_offsets(conv, x, out, to),
+            x: Input::new(work, conv, out, to),
+            reads: work.reads(),
             axes,
             phases: last.phases(),
             inner: (last.held.clone(), last.stride, last.whole),
@@ -239,7 +241,7 @@ impl ConvPlan {
     /// Outputs along the first dimension that a task of so many threads goes through.
     fn run_of(&self, threads: usize) -> usize {
         let parts = self.outputs[1].div_ceil(self.block.0) * self.longest().div_ceil(self.block.1);
-        let tasks = self.batches.len() * parts * self.groups * self.outputs[0];
+        let tasks = self.x.batches() * parts * self.groups * self.outputs[0];
         if self.slides { (tasks / (TASKS * threads)).clamp(1, RUN) } else { 1 }
     }
 
@@ -280,9 +282,8 @@ impl ConvPlan {
     /// The operands are buffers of the plan's parts and of the scratch asked for; they overlap only where the plan lets the
     /// epilogue write in place.
     pub unsafe fn run(&self, pool: &Pool, o: &Operands, cx: StepContext) {
-        let (inputs, operands) = o.inputs.split_at(2);
-        let (x, w) = (inputs[0], inputs[1]);
-        let p = Pointers { x, w, operands, results: o.outputs, scratch: o.scratch.cast(), cx };
+        let (inputs, operands) = o.inputs.split_at(self.reads);
+        let p = Pointers { inputs, w: inputs[1], operands, results: o.outputs, scratch: o.scratch.cast(), cx };
         let panels = if self.packed { 0 } else { self.panels() * self.groups };
         pool.run(panels, &|t, _| {
             let p = p;
@@ -295,7 +296,7 @@ impl ConvPlan {
         let counts =
             |b: &[Range<usize>; 2]| [blocks(&b[0], 0, run), blocks(&b[1], self.before(0, b[1].start), self.block.0)];
         let tasks =
-            |b: &[Range<usize>; 2]| self.batches.len() * counts(b).iter().product::<usize>() * parts * self.groups;
+            |b: &[Range<usize>; 2]| self.x.batches() * counts(b).iter().product::<usize>() * parts * self.groups;
         let block = |within: &Range<usize>, before: usize, n: usize, size: usize| {
             let first = within.start + n * size;
             first.saturating_sub(before).max(within.start)..(first + size - before).min(within.end)
@@ -446,17 +447,14 @@ impl ConvPlan {
         unsafe {
             for (s1, (_, i1)) in taps1.iter().enumerate().filter(|(_, (_, i1))| *i1 >= at.staged) {
                 for i2 in low..high {
-                    let x = self.batches[at.batch]
-                        + i1 * self.axes[0].stride
-                        + i2 * self.axes[1].stride
-                        + self.x_channel
-                        + group * if self.groups > 1 { self.contracted } else { 0 };
+                    let x = self.x.row(p.inputs, at.batch, [*i1, i2]);
+                    let channel = self.x_channel + group * if self.groups > 1 { self.contracted } else { 0 };
                     let row = &mut stage[(place_of(s1, *i1) * height + i2 - low) * row_size..][..row_size];
-                    self.stage(p.x, x, start, length, row);
+                    self.stage(x, channel, start, length, row);
                 }
             }
             let channels = self.produced * self.groups;
-            let positions = self.batches.len() * self.outputs.iter().product::<usize>();
+            let positions = self.x.batches() * self.outputs.iter().product::<usize>();
             for panel in 0..self.panels() {
                 for (r, o2) in at.rows.clone().enumerate() {
                     let mut n = 0;
@@ -492,8 +490,7 @@ impl ConvPlan {
         }
     }
 
-    /// Copies `length` input positions from the global index `start` on, zeros outside the input; `first` is the place of
-    /// their first channel where the innermost dimension begins.
+    /// Copies `length` input positions of a row from the global index `start` on, from that channel on, zeros outside the input.
     unsafe fn stage(&self, x: *const u8, first: usize, start: isize, length: usize, row: &mut [f32]) {
         let (held, stride, whole) = &self.inner;
         let units = self.units();
@@ -574,7 +571,8 @@ pub(super) fn in_units(
 /// Inputs are of either dtype.
 #[derive(Clone, Copy)]
 struct Pointers<'a> {
-    x: *const u8,
+    /// Those in which x lies, and the weights.
+    inputs: &'a [*const u8],
     w: *const u8,
     /// What an epilogue reads besides.
     operands: &'a [*const u8],

@@ -24,7 +24,8 @@ mod span;
 mod tile;
 mod winograd;
 
-use super::conv::{axis_of, batch_offsets};
+use super::conv::{Input, axis_of, batch_offsets};
+use super::copy::CopyPlan;
 use super::isa::Isa;
 use super::kernel::Operands;
 use super::tile::{Combine, add};
@@ -32,7 +33,7 @@ use crate::pool::{Pool, Workspace};
 use blocks::{Block, Piece};
 use mesh::dim::DType;
 use mesh::ops::Prim;
-use mesh::plan::OpWork;
+use mesh::plan::{ALIGN, OpWork};
 use pack::{PANEL, Packing};
 use span::{PRODUCT, Product, SPAN, Span, View, Walk};
 use std::ops::Range;
@@ -93,6 +94,11 @@ pub struct WeightGradPlan {
     nodes: Vec<Vec<Combine>>,
     /// The most results of blocks that a task has at a time.
     depth: usize,
+    /// Where the rows of x lie.
+    x: Input,
+    /// What x is put together of in the scratch first, if it is in pieces and read by other than rows: which input it lies in,
+    /// its first byte, and the copy. And the bytes of all.
+    together: (Vec<(usize, usize, CopyPlan)>, usize),
     /// Element offsets of batches in x and dy.
     batches: Vec<[usize; 2]>,
     axes: [Axis; 3],
@@ -105,8 +111,9 @@ pub struct WeightGradPlan {
 
 /// Inputs are of either dtype.
 #[derive(Clone, Copy)]
-struct Pointers {
-    x: *const u8,
+struct Pointers<'a> {
+    /// Those in which x lies.
+    inputs: &'a [*const u8],
     dy: *const u8,
     out: *mut f32,
     stacks: *mut f32,
@@ -114,9 +121,9 @@ struct Pointers {
 }
 
 // SAFETY: tasks write disjoint parts and only read inputs.
-unsafe impl Sync for Pointers {}
+unsafe impl Sync for Pointers<'_> {}
 // SAFETY: as above.
-unsafe impl Send for Pointers {}
+unsafe impl Send for Pointers<'_> {}
 
 impl WeightGradPlan {
     /// Prepares a `conv_weight_grad` for the best instruction set; None for another op.
@@ -188,8 +195,17 @@ impl WeightGradPlan {
             true => Packing::Nothing,
             false => WeightGradPlan::packing(isa, dtype, &axes, groups, cout),
         };
+        // That does not depend on the instruction set, as bytes of scratch do not.
+        let by_rows = is_minimal || dtype.is_half();
+        let one = OpWork { pieces: vec![], ..work.clone() };
+        let pieces = work.pieces.iter().filter(|p| !by_rows && !p.region.is_empty());
+        let copies: Vec<_> =
+            pieces.map(|p| (p.input, p.first, CopyPlan::new(&p.into_whole(&x.region), dtype.bytes()))).collect();
+        let bytes = if copies.is_empty() { 0 } else { x.region.elements() * dtype.bytes() };
         let mut plan = WeightGradPlan {
             isa,
+            x: Input::new(if by_rows { work } else { &one }, conv, &at, &conv.output),
+            together: (copies, bytes),
             dtype,
             packing,
             is_minimal,
@@ -244,9 +260,14 @@ impl WeightGradPlan {
         self.axes.iter().map(|a| a.taps).product::<usize>() * self.cin * self.cout * self.groups
     }
 
-    /// Bytes of scratch: the stacks of the threads but for their first rows, and the results of the tasks, which are those.
+    /// Bytes of scratch: the stacks of the threads but for their first rows, and the results of the tasks, which are those;
+    /// and x put together.
     pub fn scratch_bytes(&self, threads: usize) -> usize {
-        (threads * (self.depth - 1) + self.tasks.len()) * self.weights() * 4
+        self.results_bytes(threads) + self.together.1
+    }
+
+    fn results_bytes(&self, threads: usize) -> usize {
+        ((threads * (self.depth - 1) + self.tasks.len()) * self.weights() * 4).next_multiple_of(ALIGN)
     }
 
     /// Runs it; the result is `[nodes, k.., cin, cout]`.
@@ -257,7 +278,14 @@ impl WeightGradPlan {
         let size = self.weights();
         let stacks: *mut f32 = o.scratch.cast();
         let results = stacks.wrapping_add(pool.threads() * (self.depth - 1) * size);
-        let p = Pointers { x: o.inputs[0], dy: o.inputs[1], out: o.outputs[0].cast(), stacks, results };
+        let x = o.scratch.wrapping_add(self.results_bytes(pool.threads()));
+        for (input, first, copy) in &self.together.0 {
+            // SAFETY: by this function's contract.
+            unsafe { copy.run(pool, o.inputs[*input].add(*first), x) };
+        }
+        let whole = [x.cast_const()];
+        let inputs = if self.together.0.is_empty() { o.inputs } else { &whole };
+        let p = Pointers { inputs, dy: o.inputs[1], out: o.outputs[0].cast(), stacks, results };
         let taps: usize = self.axes.iter().map(|a| a.taps).product();
         // Few tasks are shared out by tap as well: what is packed by the outermost one, so that tasks hardly pack the same of x.
         let outermost = || self.axes.iter().map(|a| a.taps).find(|n| *n > 1).unwrap_or(1);
@@ -356,7 +384,7 @@ impl WeightGradPlan {
             let (dy, x) = work.split_at_mut(if is_packed { of_dy } else { 0 });
             let [a1, a2, a3] = &self.axes;
             let next = [a1, a2, a3].map(|a| [a.stride * a.x_stride, a.dy_stride]);
-            let mut view = View { x: p.x.cast(), dy: p.dy.cast(), packed: None, next };
+            let mut view = View { x: p.inputs[0].cast(), dy: p.dy.cast(), packed: None, next };
             if is_packed {
                 let [[_, x2, x3], [_, dy2, dy3]] = [packed.x_rows, packed.rows];
                 // Units along the innermost dimension are packed in the order in which they are multiplied.
@@ -369,7 +397,7 @@ impl WeightGradPlan {
                 match piece.packing {
                     Packing::Nothing => {}
                     Packing::Units => self.pack_dy(piece, p.dy.cast(), dy),
-                    Packing::Panels => self.pack_panels(piece, &packed, [p.x.cast(), p.dy.cast()], [x, dy]),
+                    Packing::Panels => self.pack_panels(piece, &packed, [p.inputs[0].cast(), p.dy.cast()], [x, dy]),
                 }
             }
             // Units of x are packed for each tap along the innermost dimension.
@@ -377,7 +405,7 @@ impl WeightGradPlan {
             for turn in 0..turns {
                 if piece.packing == Packing::Units {
                     // SAFETY: as above.
-                    unsafe { self.pack_x(piece, &packed, turn, p.x.cast(), x) };
+                    unsafe { self.pack_x(piece, &packed, turn, p.inputs, x) };
                 }
                 for tap in range.clone().filter(|tap| tap % turns == turn) {
                     let at = [tap / (t2 * t3), tap / t3 % t2, tap % t3];

@@ -3,7 +3,8 @@
 use mesh::dim::Name;
 use mesh::ops::conv::Conv;
 use mesh::ops::window::Window;
-use mesh::plan::Part;
+use mesh::plan::{OpWork, Part};
+use mesh::region::Region;
 use std::ops::Range;
 
 /// Row-major strides of what is held of a tensor.
@@ -24,12 +25,10 @@ pub fn axis_of(part: &Part, name: &Name) -> (Range<usize>, usize) {
     }
 }
 
-/// One spatial dimension of the outputs computed here.
+/// One spatial dimension of the outputs computed here: by output, taps and the (held-local) input indices they read, for taps
+/// inside the input.
 pub struct Axis {
-    /// By output: taps and the (held-local) input indices they read, for taps inside the input.
     pub taps: Vec<Vec<(usize, usize)>>,
-    /// Elements between input indices.
-    pub stride: usize,
 }
 
 /// Outputs along the innermost dimension that share their taps: every `out_step`-th.
@@ -111,7 +110,7 @@ impl Geometry<'_> {
                 taps.collect()
             })
             .collect();
-        Axis { taps, stride: self.stride }
+        Axis { taps }
     }
 
     pub fn phases(&self) -> Vec<Phase> {
@@ -151,6 +150,70 @@ pub fn batch_offsets(conv: &Conv, x: &Part, out: &Part, channel: &Name) -> Vec<u
             .collect();
     }
     offsets
+}
+
+/// Where the rows of a convolution's input lie: positions along its innermost dimension, with their channels. One array has
+/// them all, or a device's own part some, and what came from other devices the others.
+pub struct Input(Vec<Rows>);
+
+/// An array of rows.
+struct Rows {
+    /// Which of the step's inputs it lies in, and its first byte there.
+    input: usize,
+    first: usize,
+    bytes: usize,
+    /// Indices that it has along the two outer dimensions, counted from the first ones held.
+    held: [Range<usize>; 2],
+    /// Elements between them.
+    strides: [usize; 2],
+    /// Element offsets of the batches.
+    batches: Vec<usize>,
+}
+
+impl Input {
+    /// That of a convolution, of the batches of `out`, whose channels are those of that name.
+    pub fn new(work: &OpWork, conv: &Conv, out: &Part, channel: &Name) -> Input {
+        let x = &work.inputs[0];
+        let rows = |region: &Region, input: usize, first: usize| {
+            let part = Part { ty: x.ty.clone(), region: region.clone() };
+            // One to three dimensions as three: a missing one in front has one index.
+            let outer = |i: usize| (i + conv.windows.len()).checked_sub(3).map(|d| &conv.windows[d].dim);
+            let along = [0, 1].map(|i| match outer(i) {
+                None => (0..1, 0),
+                Some(name) => {
+                    let ((from, _), (here, stride)) = (axis_of(x, name), axis_of(&part, name));
+                    (here.start - from.start..here.end - from.start, stride)
+                }
+            });
+            let strides = [along[0].1, along[1].1];
+            let batches = batch_offsets(conv, &part, out, channel);
+            Rows { input, first, bytes: x.ty.dtype.bytes(), held: along.map(|(held, _)| held), strides, batches }
+        };
+        match &work.pieces[..] {
+            [] => Input(vec![rows(&x.region, 0, 0)]),
+            pieces => {
+                let there = pieces.iter().filter(|p| !p.region.is_empty());
+                Input(there.map(|p| rows(&p.region, p.input, p.first)).collect())
+            }
+        }
+    }
+
+    /// How many batches there are.
+    pub fn batches(&self) -> usize {
+        self.0.first().map_or(0, |rows| rows.batches.len())
+    }
+
+    /// The first element held of a row, by indices along the two outer dimensions. Some array has it.
+    #[inline]
+    pub fn row(&self, inputs: &[*const u8], batch: usize, at: [usize; 2]) -> *const u8 {
+        let has = |rows: &&Rows| rows.held[0].contains(&at[0]) && rows.held[1].contains(&at[1]);
+        let rows = match &self.0[..] {
+            [all] => all,
+            several => several.iter().find(has).expect("what is read is held"),
+        };
+        let along = |d: usize| (at[d] - rows.held[d].start) * rows.strides[d];
+        inputs[rows.input].wrapping_add(rows.first + (rows.batches[batch] + along(0) + along(1)) * rows.bytes)
+    }
 }
 
 /// What lies outside of a box inside of another one, in boxes.

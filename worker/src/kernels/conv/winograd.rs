@@ -228,13 +228,13 @@ impl ConvPlan {
         unsafe {
             for (s1, (j1, i1)) in taps.iter().enumerate() {
                 if *i1 >= at.staged {
-                    let x = self.batches[at.batch] + i1 * self.axes[0].stride + self.x_channel;
                     let to = sums[place_of(s1, *i1)..].as_mut_ptr();
-                    self.sum_inputs(w, &block, p.x.cast::<f32>().wrapping_add(x), to, [pitch[0], units]);
+                    let row = |i2: usize| self.x.row(p.inputs, at.batch, [*i1, i2]).cast::<f32>();
+                    self.sum_inputs(w, &block, row, to, [pitch[0], units]);
                 }
                 list[s1] = [place_of(s1, *i1) as u32, (j1 * self.contracted * width) as u32];
             }
-            let positions = self.batches.len() * self.outputs.iter().product::<usize>();
+            let positions = self.x.batches() * self.outputs.iter().product::<usize>();
             for panel in 0..self.panels() {
                 let columns = width.min(self.produced - panel * width);
                 let factors = Factors {
@@ -328,12 +328,13 @@ impl ConvPlan {
         }
     }
 
-    /// `B' d B` of the patches of a plane, which begins at `plane`; zeros for what wanted outputs do not read.
+    /// `B' d B` of the patches of a plane, of which `row` gives the first element held of each row; zeros for what wanted outputs
+    /// do not read.
     unsafe fn sum_inputs(
         &self,
         w: &Winograd,
         block: &Block,
-        plane: *const f32,
+        row: impl Fn(usize) -> *const f32,
         to: *mut f32,
         [product, patch]: [usize; 2],
     ) {
@@ -344,18 +345,17 @@ impl ConvPlan {
         // The columns of the input that are read, counted likewise.
         let end = read.end.min(inside(across.whole as isize - origin[1], read.end));
         let columns = read.start.max(inside(-origin[1], end))..end;
-        let before = (origin[1] - across.held.start as isize) * across.stride as isize;
-        for row in 0..block.counts[0] {
+        let before = (origin[1] - across.held.start as isize) * across.stride as isize + self.x_channel as isize;
+        for patches in 0..block.counts[0] {
             let mut rows = [std::ptr::null(); 4];
             for (r, to) in rows.iter_mut().enumerate() {
-                let (at, i) = (2 * row + r, origin[0] + (2 * row + r) as isize);
+                let (at, i) = (2 * patches + r, origin[0] + (2 * patches + r) as isize);
                 if block.read(0).contains(&at) && (0..along.whole as isize).contains(&i) {
-                    let first = (i - along.held.start as isize) * along.stride as isize + before;
-                    *to = plane.wrapping_offset(first);
+                    *to = row(i as usize - along.held.start).wrapping_offset(before);
                 }
             }
             let from = Patches::new(rows, across.stride, columns.clone(), self.contracted);
-            let to = to.wrapping_add(row * block.counts[1] * patch);
+            let to = to.wrapping_add(patches * block.counts[1] * patch);
             let to = Places { to, product, channels: CHANNELS, patch, count: block.counts[1] };
             // SAFETY: what is read is held; the sums have room, by `room`.
             unsafe { minimal::input_sums(self.isa, from, to) };

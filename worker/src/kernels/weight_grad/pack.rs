@@ -116,17 +116,23 @@ impl WeightGradPlan {
     ///
     /// # Safety
     /// As for [`WeightGradPlan::pack_dy`].
-    pub(super) unsafe fn pack_x(&self, piece: &Piece, packed: &Packed, j3: usize, x: *const u16, to: &mut [f32]) {
-        let [a1, a2, _] = &self.axes;
+    pub(super) unsafe fn pack_x(
+        &self,
+        piece: &Piece,
+        packed: &Packed,
+        j3: usize,
+        inputs: &[*const u8],
+        to: &mut [f32],
+    ) {
         let channels = self.cin * self.groups;
         let mut rows = to.chunks_exact_mut((piece.dy.len() * channels).max(1));
         for b in piece.around[0].clone() {
             for i1 in 0..packed.x_rows[0] {
                 for (i2, row) in (0..packed.x_rows[1]).zip(&mut rows) {
                     let (i1, i2) = (packed.x_first[0] + i1, packed.x_first[1] + i2);
-                    let at = self.batches[b][0] + self.x_channel + i1 * a1.x_stride + i2 * a2.x_stride;
+                    let x = self.x.row(inputs, b, [i1, i2]).cast::<u16>();
                     // SAFETY: by this function's contract.
-                    unsafe { self.pack_row(x.add(at), &piece.x[j3], channels, row) };
+                    unsafe { self.pack_row(x.add(self.x_channel), &piece.x[j3], channels, row) };
                 }
             }
         }

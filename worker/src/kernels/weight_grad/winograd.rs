@@ -96,7 +96,7 @@ impl WeightGradPlan {
             let [of_x, of_dy] = sums(at);
             // SAFETY: by the contract of `run`.
             unsafe {
-                self.sum_inputs(at, &taps, &of_x, p.x.cast(), to_x.as_mut_ptr());
+                self.sum_inputs(at, &taps, &of_x, p.inputs, to_x.as_mut_ptr());
                 self.sum_gradients(at, &of_dy, p.dy.cast(), to_dy.as_mut_ptr());
             }
             (to_x, to_dy) = (&mut to_x[of_x.all()..], &mut to_dy[of_dy.all()..]);
@@ -151,7 +151,7 @@ impl WeightGradPlan {
     }
 
     /// `B' d B` of the patches of a leaf, for taps along the first dimension.
-    unsafe fn sum_inputs(&self, at: &Box4, taps: &Range<usize>, sums: &Sums, x: *const f32, to: *mut f32) {
+    unsafe fn sum_inputs(&self, at: &Box4, taps: &Range<usize>, sums: &Sums, inputs: &[*const u8], to: *mut f32) {
         let [a1, a2, a3] = &self.axes;
         // The inputs along the innermost dimension that are read, counted from the first patch's first one.
         let origin = a3.first + at[3].start;
@@ -161,16 +161,15 @@ impl WeightGradPlan {
         for plane in 0..sums.batches * sums.planes {
             let (b, i1) = (plane / sums.planes, at[1].start + taps.start + plane % sums.planes);
             let is_inside = |a: &Axis, i: usize| (a.first + i).checked_sub(a.lo).filter(|i| *i < a.whole);
-            let first = is_inside(a1, i1).map(|i| (i - a1.x_start) * a1.x_stride);
+            let first = is_inside(a1, i1).map(|i| i - a1.x_start);
             for row in 0..sums.counts[0] {
                 let mut rows = [std::ptr::null(); 4];
                 for (r, to) in rows.iter_mut().enumerate() {
                     let i2 = at[2].start + 2 * row + r;
                     let Some((first, i)) = first.zip(is_inside(a2, i2)) else { continue };
                     if i2 < at[2].end + 2 {
-                        let of_batch = self.batches[at[0].start + b][0] + self.x_channel;
-                        let row = of_batch + first + (i - a2.x_start) * a2.x_stride;
-                        *to = x.wrapping_add(row).wrapping_offset(before);
+                        let row = self.x.row(inputs, at[0].start + b, [first, i - a2.x_start]);
+                        *to = row.cast::<f32>().wrapping_add(self.x_channel).wrapping_offset(before);
                     }
                 }
                 let from = Patches::new(rows, a3.x_stride, columns.clone(), self.cin);
