@@ -5,7 +5,7 @@
 //! gradients that are added up, and what each micro-batch in flight has between its forward and its backward pass.
 
 use super::looks::Seen;
-use super::price::Prices;
+use super::price::{Prices, Taken};
 use super::segments::Content;
 use super::split::Pipeline;
 
@@ -60,13 +60,12 @@ pub fn bytes(prices: &mut Prices, seen: &mut Seen, content: &Content, way: usize
         for (step, phase, by) in &value.readers {
             let mut copied = false;
             if let Some((kind, input)) = by {
-                let taken = seen.taken(prices, *kind, way, *input);
-                if taken.moved {
-                    let need = taken.needs;
+                let Taken { needs: need, moved, .. } = *seen.taken(prices, *kind, way, *input);
+                if moved {
                     match copies.iter_mut().find(|(r, ..)| *r == need) {
                         Some((_, _, to)) => {
                             *to = (*to).max((*step, *phase));
-                            copied = true;
+                            copied = !prices.is_apart(need);
                         }
                         None => copies.push((need, (*step, *phase), (*step, *phase))),
                     }
@@ -79,7 +78,12 @@ pub fn bytes(prices: &mut Prices, seen: &mut Seen, content: &Content, way: usize
         let bytes = |elements: usize| (elements * element) as f64;
         let held = seen.node(prices, value.kind, way).held.region.elements();
         alive((value.from, value.phase), last, bytes(held), value.inside);
-        copies.iter().for_each(|(r, from, to)| alive(*from, *to, bytes(prices.elements(*r)), value.inside));
+        // What lies apart from what the device has is there without that.
+        let copied = |need: usize| match prices.elements(need) {
+            all if prices.is_apart(need) && held < all => all - held,
+            all => all,
+        };
+        copies.iter().for_each(|(r, from, to)| alive(*from, *to, bytes(copied(*r)), value.inside));
     }
     let (mut now, mut most) = (0.0, 0.0f64);
     for c in change {

@@ -153,6 +153,11 @@ impl<'a> Prices<'a> {
         seconds
     }
 
+    /// Whether what is needed beyond what the device has lies apart from that, by number.
+    pub fn is_apart(&self, wanted: usize) -> bool {
+        self.regions.wanted(wanted).apart
+    }
+
     /// Seconds until the device has `wanted` of what a node of that kind gives, which lies so.
     pub fn moved(&mut self, kind: usize, held: &Held, wanted: usize) -> f64 {
         let key = (kind, held.split, wanted);
@@ -184,7 +189,7 @@ impl<'a> Prices<'a> {
         let messages = received.map(|b| usize::from(b > 0.0));
         let class = exchange(held, wanted);
         // A halo that is read where it comes has nothing copied beside it.
-        let bytes = if apart && class == "halo" { 2.0 * (received[0] + received[1]) } else { bytes };
+        let bytes = if apart { 2.0 * (received[0] + received[1]) } else { bytes };
         self.collective(class, Cost { flops: 0.0, bytes }, messages, received, beside)
     }
 
@@ -290,16 +295,17 @@ impl<'a> Prices<'a> {
         let types: Vec<_> = k.types.iter().collect();
         let take = |(i, source): (usize, &Source)| {
             let held = self.held(source, way);
-            let wanted = match &priced.along {
+            let mut wanted = match &priced.along {
                 Along::Lying => Wanted { region: priced.held.region.clone(), split: priced.held.split, apart: false },
                 Along::Sum(sum) => {
                     let region = self.regions.one(k.op.op().needs(i, &types, &k.ty, &priced.at));
                     let dims = held.region.0.iter().zip(&region.0);
                     let grows = dims.filter(|((_, held), (_, needed))| held != needed).map(|((name, _), _)| name);
-                    let apart = i == 0 && rows_are_whole(types[0], &k.op, grows);
+                    let apart = i == 0 && exchange(&held, &region) == "halo" && rows_are_whole(types[0], &k.op, grows);
                     Wanted { split: split_of(k, i, sum, &region), region, apart }
                 }
             };
+            wanted.apart &= !wanted.crosses(held.split);
             let lies = match priced.along {
                 Along::Lying => held.region == wanted.region,
                 Along::Sum(_) => held.region.contains(&wanted.region),
