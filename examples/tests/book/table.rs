@@ -254,7 +254,7 @@ pub const SHOWN: &[(&str, &str, &str, Shown)] = &[
                 "conv              decoder.0/conv.0",
                 "conv_transpose    decoder.0/conv.0",
                 "k.x:3 k.y:3",
-                "batch:1 x:16",
+                "batch:1 x:61",
             ],
         ),
     ),
@@ -268,7 +268,7 @@ pub const SHOWN: &[(&str, &str, &str, Shown)] = &[
         "search ",
         Printed(
             "unet3d plan --size 512 --base 32 --dtype bf16 --machine h100x8 --layout auto",
-            &["677.6 ms, planned in 3.7 s"],
+            &["193.7 ms, planned in 752.8 ms"],
         ),
     ),
     ("docs/security.md", "text", "WARN audit", By("coordinator/tests/access.rs")),
