@@ -83,7 +83,9 @@ fn convolutions_read_halos_where_they_come() {
             Work::Op(op) if !op.pieces.is_empty() => Some((s, op)),
             _ => None,
         });
+        let mut read = 0;
         for (step, op) in ops {
+            read += 1;
             let bytes = |n: usize| n * op.inputs[0].ty.dtype.bytes();
             let own = &op.pieces[0];
             assert_eq!((own.input, own.first, op.reads()), (2, 0, 3));
@@ -91,6 +93,7 @@ fn convolutions_read_halos_where_they_come() {
             let all: usize = op.pieces.iter().map(|p| p.region.elements()).sum();
             assert_eq!(all, op.inputs[0].region.elements(), "pieces are all that is read, each once");
         }
+        assert!(read >= halos(&plan).len(), "{read} convolutions read halos");
     }
     // Rows that are cut are put together.
     for (mesh, layout) in [("z=2", "z:z"), ("x=2,z=2", "x:x,z:z")] {

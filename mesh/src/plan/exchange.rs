@@ -120,14 +120,14 @@ impl Moves {
         let mut scratch = 0;
         let mut out =
             Exchange { kind: self.kind, element, local: vec![], sends: vec![], recvs: vec![], under_way: None };
-        let mut places = self.apart(device, element).0.into_iter();
+        let mut places = if apart { self.apart(device, element).0 } else { vec![] }.into_iter();
         let mut message = |peer: usize, piece: &Region, sending: bool| {
             let nodes = value.nodes[if sending { device } else { peer }];
             let bytes = nodes * piece.elements() * element;
             let held = if sending { &from[device] } else { &to[device] };
             debug_assert!(nodes == 1 || piece == held, "nodes of a sum move together");
             let copy = if sending { box_copy(piece, held, piece) } else { box_copy(piece, piece, held) };
-            let place = if apart && !sending { places.next() } else { None };
+            let place = if sending { None } else { places.next() };
             let at = if let Some(place) = place {
                 Wire::InPlace(place.first)
             } else if contiguous(piece, held) {

@@ -242,16 +242,16 @@ impl<'a> Fused<'a> {
                 _ => Kind::Instr,
             };
             let mut group = Group { kind, instrs: vec![i], inputs: vec![], outputs: vec![instr.output] };
-            group.inputs = self.loads(&group);
+            group.inputs = self.loads(&group.instrs);
             self.groups.push(group);
         }
     }
 
-    /// The stored values that a group reads.
-    fn loads(&self, group: &Group) -> Vec<ValueId> {
-        let made: Vec<ValueId> = group.instrs.iter().map(|i| self.spmd.instrs[*i].output).collect();
+    /// The stored values that instructions read.
+    pub(super) fn loads(&self, instrs: &[usize]) -> Vec<ValueId> {
+        let made: Vec<ValueId> = instrs.iter().map(|i| self.spmd.instrs[*i].output).collect();
         let mut found = Vec::new();
-        for &i in &group.instrs {
+        for &i in instrs {
             for &v in &self.spmd.instrs[i].inputs {
                 self.collect_loads(v, &made, &mut found);
             }
@@ -318,7 +318,7 @@ impl<'a> Fused<'a> {
                     earlier.instrs.extend(&group.instrs);
                     earlier.outputs.extend(&group.outputs);
                     let merged = earlier.clone();
-                    let inputs = self.loads(&merged);
+                    let inputs = self.loads(&merged.instrs);
                     if let Some(g) = groups[at].as_mut() {
                         g.inputs = inputs;
                     }
@@ -380,7 +380,7 @@ impl<'a> Fused<'a> {
                 |u: &ValueId| results.contains(u) || readers.get(u).is_some_and(|r| r.iter().any(|g| *g != m));
             group.outputs.retain(read_on);
             group.outputs.extend(keeps.then_some(v));
-            group.inputs = self.loads(&group);
+            group.inputs = self.loads(&group.instrs);
             group.outputs.iter().for_each(|u| {
                 made.insert(*u, k);
             });

@@ -42,7 +42,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 pub use step::{
     ALIGN, AllReduce, At, Backend, Band, Begun, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Join,
-    Label, Message, OpWork, Part, Segments, Share, SliceStep, Slices, Step, Wire, Work,
+    Label, Message, OpWork, Part, Piece, Segments, Share, SliceStep, Slices, Step, Wire, Work,
 };
 pub use timeline::{Alive, Timeline};
 

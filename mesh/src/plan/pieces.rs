@@ -30,8 +30,8 @@ fn reader<'a>(fused: &'a Fused, group: &Group, v: ValueId) -> Option<&'a Prim> {
     let SpmdOp::Compute { prim, .. } = &instr.op else { return None };
     let (first, others) = instr.inputs.split_first()?;
     let alone = *first == v && others.iter().all(|other| fused.root(*other) != v);
-    let in_epilogue = group.instrs[1..].iter().any(|i| fused.spmd.instrs[*i].inputs.contains(&v));
-    (matches!(group.kind, Kind::Instr | Kind::Epilogue) && alone && !in_epilogue).then_some(prim)
+    let is_product = matches!(group.kind, Kind::Instr | Kind::Epilogue);
+    (is_product && alone && !fused.loads(&group.instrs[1..]).contains(&v)).then_some(prim)
 }
 
 /// Whether rows of a convolution's input are whole, and lie alike, in boxes that are cut along some dimensions.

@@ -161,7 +161,7 @@ impl ConvPlan {
         let contracted = end - start;
         let mut plan = ConvPlan {
             isa,
-            x: Input::new(work, conv, out, to),
+            x: Input::new(x, &work.pieces, conv, out, to),
             reads: work.reads(),
             axes,
             phases: last.phases(),

@@ -197,14 +197,14 @@ impl WeightGradPlan {
         };
         // That does not depend on the instruction set, as bytes of scratch do not.
         let by_rows = is_minimal || dtype.is_half();
-        let one = OpWork { pieces: vec![], ..work.clone() };
-        let pieces = work.pieces.iter().filter(|p| !by_rows && !p.region.is_empty());
+        let (rows, others) = if by_rows { (&work.pieces[..], &[][..]) } else { (&[][..], &work.pieces[..]) };
+        let pieces = others.iter().filter(|p| !p.region.is_empty());
         let copies: Vec<_> =
             pieces.map(|p| (p.input, p.first, CopyPlan::new(&p.into_whole(&x.region), dtype.bytes()))).collect();
         let bytes = if copies.is_empty() { 0 } else { x.region.elements() * dtype.bytes() };
         let mut plan = WeightGradPlan {
             isa,
-            x: Input::new(if by_rows { work } else { &one }, conv, &at, &conv.output),
+            x: Input::new(x, rows, conv, &at, &conv.output),
             together: (copies, bytes),
             dtype,
             packing,

@@ -3,7 +3,7 @@
 use mesh::dim::Name;
 use mesh::ops::conv::Conv;
 use mesh::ops::window::Window;
-use mesh::plan::{OpWork, Part};
+use mesh::plan::{Part, Piece};
 use mesh::region::Region;
 use std::ops::Range;
 
@@ -171,9 +171,8 @@ struct Rows {
 }
 
 impl Input {
-    /// That of a convolution, of the batches of `out`, whose channels are those of that name.
-    pub fn new(work: &OpWork, conv: &Conv, out: &Part, channel: &Name) -> Input {
-        let x = &work.inputs[0];
+    /// That of a convolution of `x`, in pieces if there are any, of the batches of `out`, whose channels are those of that name.
+    pub fn new(x: &Part, pieces: &[Piece], conv: &Conv, out: &Part, channel: &Name) -> Input {
         let rows = |region: &Region, input: usize, first: usize| {
             let part = Part { ty: x.ty.clone(), region: region.clone() };
             // One to three dimensions as three: a missing one in front has one index.
@@ -189,7 +188,7 @@ impl Input {
             let batches = batch_offsets(conv, &part, out, channel);
             Rows { input, first, bytes: x.ty.dtype.bytes(), held: along.map(|(held, _)| held), strides, batches }
         };
-        match &work.pieces[..] {
+        match pieces {
             [] => Input(vec![rows(&x.region, 0, 0)]),
             pieces => {
                 let there = pieces.iter().filter(|p| !p.region.is_empty());
