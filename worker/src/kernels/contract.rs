@@ -59,10 +59,8 @@ enum Step {
 /// A contraction, prepared.
 pub struct ContractPlan {
     isa: Isa,
-    /// Whether the factors are `bf16`.
-    pairs: bool,
-    /// Whether they are `f16`.
-    widens: bool,
+    /// Of the factors.
+    dtype: DType,
     /// By batch: offsets in a, b and the result.
     batches: Vec<[usize; 3]>,
     a_rows: Side,
@@ -241,7 +239,7 @@ impl ContractPlan {
                 .map(|d| &d.name)
                 .filter(|n| op.over.contains(n))
                 .collect();
-        let (pairs, widens) = (a.ty.dtype == DType::Bf16, a.ty.dtype == DType::F16);
+        let (dtype, pairs, widens) = (a.ty.dtype, a.ty.dtype == DType::Bf16, a.ty.dtype == DType::F16);
         let unit = 1 + usize::from(pairs);
         let (mut depth, mut channels) = (Vec::new(), Vec::new());
         for leaf in &leaves.boxes {
@@ -281,8 +279,7 @@ impl ContractPlan {
         let elements = out.region.elements();
         Some(ContractPlan {
             isa,
-            pairs,
-            widens,
+            dtype,
             batches,
             a_rows,
             a_depth,
@@ -302,13 +299,18 @@ impl ContractPlan {
         })
     }
 
+    /// Whether the factors are multiplied by pairs.
+    fn pairs(&self) -> bool {
+        self.dtype == DType::Bf16
+    }
+
     fn panels(&self) -> usize {
         self.b_columns.len().div_ceil(self.width)
     }
 
     /// Contracted units.
     fn units(&self) -> usize {
-        self.b_depth.len() / (1 + usize::from(self.pairs))
+        self.b_depth.len() / (1 + usize::from(self.pairs()))
     }
 
     /// Bytes of scratch: b, packed, of all batches.
@@ -374,30 +376,13 @@ impl ContractPlan {
     unsafe fn pack_b(&self, p: Pointers, batch: usize, panel: usize, depth: Range<usize>) {
         let first = panel * self.width;
         let columns = first..(first + self.width).min(self.b_columns.len());
+        let sides = [&self.b_depth, &self.b_columns];
         // SAFETY: offsets lie inside b; the panel is a part of the scratch.
         unsafe {
-            let at = self.batches[batch][1];
+            let from = p.b.add(self.batches[batch][1] * self.dtype.bytes());
             let to = p.scratch.add((batch * self.panels() + panel) * self.width * self.units());
             let to = to.add(depth.start * self.width);
-            if columns.len() < self.width {
-                std::ptr::write_bytes(to, 0, depth.len() * self.width);
-            }
-            let (floats, halves, pitch) = (p.b.cast::<f32>(), p.b.cast::<u16>(), self.width);
-            let (k, n) = (&self.b_depth, &self.b_columns);
-            match (self.pairs, n.run() >= k.run()) {
-                (false, true) if self.widens => {
-                    pack::copy_wide(self.isa, halves.add(at), [k, n], [depth, columns], to, pitch)
-                }
-                (false, false) if self.widens => {
-                    pack::transpose_wide(self.isa, halves.add(at), [n, k], [columns, depth], to, pitch)
-                }
-                (false, true) => pack::copy(floats.add(at), [k, n], [depth, columns], to, pitch),
-                (false, false) => pack::transpose(self.isa, floats.add(at), [n, k], [columns, depth], to, pitch),
-                (true, true) => pack::copy_pairs(self.isa, halves.add(at), [k, n], [depth, columns], to.cast(), pitch),
-                (true, false) => {
-                    pack::transpose_pairs(self.isa, halves.add(at), [n, k], [columns, depth], to.cast(), pitch)
-                }
-            }
+            pack::panel(self.isa, self.dtype, from, sides, [depth, columns], to, self.width);
         }
     }
 
@@ -413,22 +398,22 @@ impl ContractPlan {
     ) -> (*const f32, [usize; 2]) {
         let (floats, halves, at) = (a.cast::<f32>(), a.cast::<u16>(), self.batches[batch][0]);
         if let Some(pitch) = self.a_pitch {
-            let unit = 1 + usize::from(self.pairs);
+            let unit = 1 + usize::from(self.pairs());
             let first = (at + self.a_rows.at(rows.start) + self.a_depth.at(0)) / unit + depth.start;
             // SAFETY: as below.
             return (unsafe { floats.add(first) }, [pitch, 1]);
         }
         let (x, m, k) = (packed.as_mut_ptr(), &self.a_rows, &self.a_depth);
-        let by_rows = k.run() >= m.run();
+        let (by_rows, widens) = (k.run() >= m.run(), self.dtype == DType::F16);
         // Matrix tiles want a row's units behind each other.
-        let turned = self.pairs && self.isa == Isa::Amx;
+        let turned = self.pairs() && self.isa == Isa::Amx;
         // SAFETY: by the callers' contract the offsets lie inside a, and `packed` has room for a piece of a block's rows.
         unsafe {
-            match (self.pairs, by_rows) {
-                (false, true) if self.widens => {
+            match (self.pairs(), by_rows) {
+                (false, true) if widens => {
                     pack::copy_wide(self.isa, halves.add(at), [m, k], [rows, depth], x, PITCH)
                 }
-                (false, false) if self.widens => {
+                (false, false) if widens => {
                     pack::copy_wide(self.isa, halves.add(at), [k, m], [depth, rows], x, BLOCK_ROWS)
                 }
                 (false, true) => pack::copy(floats.add(at), [m, k], [rows, depth], x, PITCH),
@@ -485,7 +470,7 @@ impl ContractPlan {
                         };
                         let tile = Tile {
                             x,
-                            pairs: self.pairs,
+                            pairs: self.pairs(),
                             pitch: x_pitch,
                             step: x_step,
                             taps: &[[0, 0]],

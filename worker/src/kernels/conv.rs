@@ -15,11 +15,11 @@ mod geometry;
 mod winograd;
 
 use super::epilogue::{self, Epilogue};
-use super::half::{self, Element, F16};
+use super::half;
 use super::isa::Isa;
 use super::kernel::Operands;
 use super::minimal::PRODUCTS;
-use super::pack::NOTHING;
+use super::pack::{self, NOTHING, Side};
 use super::tile::{self, Combine, Leaves, Tile, panel_width};
 use super::vm::StepContext;
 use crate::pool::{Pool, WORKSPACE_BYTES};
@@ -75,8 +75,8 @@ pub struct ConvPlan {
     x_channel: usize,
     /// Of `bf16`: the pairs of them, by number.
     pairs: Option<Vec<[usize; 2]>>,
-    /// Whether x and weights are `f16`.
-    widens: bool,
+    /// Of x and weights.
+    dtype: DType,
     /// Whether the units are the channels as they lie in x.
     as_they_lie: bool,
     /// Output channels in a group, groups.
@@ -88,8 +88,11 @@ pub struct ConvPlan {
     epilogue: Option<Epilogue>,
     width: usize,
     taps: [usize; 3],
-    /// Weight strides: tap, contracted channel, produced channel; first element.
-    w_strides: [usize; 3],
+    /// Where weights lie: units and output channels of a tap, elements between taps and between groups, and the first one.
+    w_units: Side,
+    w_columns: Side,
+    w_tap: usize,
+    w_group: usize,
     w_first: usize,
     /// Whether outputs along the first dimension share what they read of x, one after the other.
     slides: bool,
@@ -159,6 +162,11 @@ impl ConvPlan {
         };
         let produced = produced_range.len() / groups;
         let contracted = end - start;
+        let unit = |c: usize| if c == NOTHING { NOTHING } else { c * w_from_stride };
+        let w_units = Side::new(match &pairs {
+            Some(pairs) => pairs.iter().flatten().map(|c| unit(*c)).collect(),
+            None => (0..contracted).map(unit).collect(),
+        });
         let mut plan = ConvPlan {
             isa,
             x: Input::new(x, &work.pieces, conv, out, to),
@@ -172,7 +180,7 @@ impl ConvPlan {
             contracted,
             x_channel: x_first,
             pairs,
-            widens: x.ty.dtype == DType::F16,
+            dtype: x.ty.dtype,
             as_they_lie,
             produced,
             groups,
@@ -181,7 +189,11 @@ impl ConvPlan {
             epilogue: work.epilogue.as_ref().map(|nest| Epilogue::new(nest, isa)),
             width: panel_width(isa, produced),
             taps,
-            w_strides: [tap_stride, w_from_stride, w_to_stride],
+            w_units,
+            w_columns: Side::new((0..produced).map(|n| n * w_to_stride).collect()),
+            w_tap: tap_stride,
+            // `conv` numbers outputs through and inputs in a group; `conv_transpose` the other way round.
+            w_group: if transposed { contracted } else { produced },
             w_first,
             slides: false,
             planes: 1,
@@ -285,10 +297,10 @@ impl ConvPlan {
         let (inputs, operands) = o.inputs.split_at(self.reads);
         let p = Pointers { inputs, w: inputs[1], operands, results: o.outputs, scratch: o.scratch.cast(), cx };
         let panels = if self.packed { 0 } else { self.panels() * self.groups };
-        pool.run(panels, &|t, _| {
+        pool.run(panels * self.taps[0], &|t, _| {
             let p = p;
-            // SAFETY: every panel is a part of the scratch of its own.
-            unsafe { self.pack(t, p) }
+            // SAFETY: every tap of a panel is a part of the scratch of its own.
+            unsafe { self.pack(t / self.taps[0], t % self.taps[0], p) }
         });
         let (along, run) = (0..self.longest(), self.run_of(pool.threads()));
         let blocks = |within: &Range<usize>, before: usize, size: usize| (before + within.len()).div_ceil(size);
@@ -334,50 +346,31 @@ impl ConvPlan {
         self.phases.iter().map(|p| p.count).max().unwrap_or(0)
     }
 
-    unsafe fn pack(&self, panel: usize, p: Pointers) {
+    /// Packs the weights of a panel for a tap along the first dimension.
+    unsafe fn pack(&self, panel: usize, tap: usize, p: Pointers) {
         if let Some(w) = &self.winograd {
             // SAFETY: by the contract of `run`.
-            return unsafe { self.pack_products(w, panel, p) };
+            return unsafe { self.pack_products(w, panel, tap, p) };
         }
-        let (group, local) = (panel / self.panels(), panel % self.panels());
-        let first = local * self.width;
-        let columns = self.width.min(self.produced - first);
-        let [tap, from, to] = self.w_strides;
-        // With groups, `conv` numbers outputs through and inputs in a group; `conv_transpose` the other way round.
-        let base = self.w_first + if self.groups > 1 { group * self.group_stride() } else { 0 };
-        // SAFETY: panels lie one after another in the scratch; the weights' buffer holds every index.
-        unsafe {
-            let mut out = p.scratch.add(panel * self.panel());
-            for t in 0..self.all_taps() {
-                for u in 0..self.units() {
-                    let at = |c: usize| base + t * tap + c * from + first * to;
-                    match &self.pairs {
-                        None if self.widens => {
-                            let row = p.w.cast::<F16>().add(at(u));
-                            (0..columns).for_each(|n| *out.add(n) = (*row.add(n * to)).wide());
-                        }
-                        None => {
-                            let row = p.w.cast::<f32>().add(at(u));
-                            (0..columns).for_each(|n| *out.add(n) = *row.add(n * to));
-                        }
-                        Some(pairs) => {
-                            let w = p.w.cast::<u16>();
-                            let half = |c: usize, n: usize| if c == NOTHING { 0 } else { *w.add(at(c) + n * to) };
-                            let pair = |n: usize| [half(pairs[u][0], n), half(pairs[u][1], n)].map(u32::from);
-                            let pair = |n: usize| f32::from_bits(pair(n)[0] | pair(n)[1] << 16);
-                            (0..columns).for_each(|n| *out.add(n) = pair(n));
-                        }
-                    }
-                    std::ptr::write_bytes(out.add(columns), 0, self.width - columns);
-                    out = out.add(self.width);
-                }
+        let (group, local, each) = (panel / self.panels(), panel % self.panels(), self.all_taps() / self.taps[0]);
+        for t in tap * each..(tap + 1) * each {
+            // SAFETY: panels lie one after another in the scratch.
+            unsafe {
+                let to = p.scratch.add(panel * self.panel() + t * self.units() * self.width);
+                self.pack_tap(p, group * self.w_group, t, 0..self.units(), local, to);
             }
         }
     }
 
-    /// Elements from a group's weights to the next one's: the output channels of a group, which lie innermost.
-    fn group_stride(&self) -> usize {
-        if self.w_strides[2] == 1 { self.produced } else { self.contracted }
+    /// Packs some units of a tap's weights for a panel of outputs; those of its group begin `first` elements behind all.
+    unsafe fn pack_tap(&self, p: Pointers, first: usize, tap: usize, units: Range<usize>, panel: usize, to: *mut f32) {
+        let columns = panel * self.width..((panel + 1) * self.width).min(self.produced);
+        let sides = [&self.w_units, &self.w_columns];
+        // SAFETY: the weights' buffer holds every index; there is room for the units, by the contract of those that ask.
+        unsafe {
+            let from = p.w.add((self.w_first + first + tap * self.w_tap) * self.dtype.bytes());
+            pack::panel(self.isa, self.dtype, from, sides, [units, columns], to, self.width);
+        }
     }
 
     /// Computes a block of outputs, phase by phase.
@@ -504,7 +497,7 @@ impl ConvPlan {
             let from = first + (a as usize).saturating_sub(held.start) * stride;
             let to = row.as_mut_ptr().add(skip);
             match &self.pairs {
-                None if self.widens => {
+                None if self.dtype == DType::F16 => {
                     let from = x.cast::<u16>().add(from);
                     if *stride == self.contracted {
                         half::widen_to(self.isa, from, n * self.contracted, to);

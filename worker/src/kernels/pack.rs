@@ -8,6 +8,7 @@
 use super::half;
 use super::isa::Isa;
 use crate::dispatch;
+use mesh::dim::DType;
 
 /// The offset of a point that is not there: a zero.
 pub const NOTHING: usize = usize::MAX;
@@ -103,6 +104,37 @@ pub unsafe fn copy(
     for (l, i) in rows.enumerate() {
         // SAFETY: by this function's contract.
         unsafe { points.copy(from.add(lines.offsets[i]), columns.clone(), to.add(l * pitch)) };
+    }
+}
+
+/// Packs a part of a panel: `to[(k - depth.start) * width + (n - columns.start)]` is unit `k` of column `n`, one of `width` at
+/// the most; those that are not there are zeros.
+///
+/// # Safety
+/// `from` holds all elements of the block, of that dtype; `to` has room for the panel's units.
+pub unsafe fn panel(
+    isa: Isa,
+    dtype: DType,
+    from: *const u8,
+    [k, n]: [&Side; 2],
+    [depth, columns]: [std::ops::Range<usize>; 2],
+    to: *mut f32,
+    width: usize,
+) {
+    let (floats, halves, by_units) = (from.cast::<f32>(), from.cast::<u16>(), n.run() >= k.run());
+    // SAFETY: by this function's contract.
+    unsafe {
+        if columns.len() < width {
+            std::ptr::write_bytes(to, 0, depth.len() * width);
+        }
+        match (dtype, by_units) {
+            (DType::Bf16, true) => copy_pairs(isa, halves, [k, n], [depth, columns], to.cast(), width),
+            (DType::Bf16, false) => transpose_pairs(isa, halves, [n, k], [columns, depth], to.cast(), width),
+            (DType::F16, true) => copy_wide(isa, halves, [k, n], [depth, columns], to, width),
+            (DType::F16, false) => transpose_wide(isa, halves, [n, k], [columns, depth], to, width),
+            (_, true) => copy(floats, [k, n], [depth, columns], to, width),
+            (_, false) => transpose(isa, floats, [n, k], [columns, depth], to, width),
+        }
     }
 }
 

@@ -174,28 +174,26 @@ impl ConvPlan {
         (rows, columns)
     }
 
-    /// Packs a panel of weights: by product, tap along the first dimension, and channel.
-    pub(super) unsafe fn pack_products(&self, w: &Winograd, panel: usize, p: Pointers) {
-        let first = panel * self.width;
-        let columns = self.width.min(self.produced - first);
-        let [tap, from, to] = self.w_strides;
-        let size = self.taps[0] * self.contracted * self.width;
-        let mut window = [[0.0f32; 32]; 9];
-        // SAFETY: panels lie one after another in the scratch; the weights' buffer holds every index.
+    /// Packs the weights of a panel for a tap along the first dimension: a panel has them by product, tap and channel.
+    pub(super) unsafe fn pack_products(&self, w: &Winograd, panel: usize, tap: usize, p: Pointers) {
+        let size = self.contracted * self.width;
+        // Some channels of windows, before their sums.
+        let mut windows = [[[0.0f32; 32]; CHANNELS]; 9];
+        let apart = windows[0].len() * windows[0][0].len();
+        // SAFETY: panels lie one after another in the scratch; a window's element has room for some channels of a panel.
         unsafe {
-            let mut out = p.scratch.add(panel * self.panel());
-            for t in 0..self.taps[0] {
-                for c in 0..self.contracted {
-                    for (k, g) in window.iter_mut().enumerate() {
-                        let k = if w.flipped { 8 - k } else { k };
-                        let row = p.w.cast::<f32>().add(self.w_first + (t * 9 + k) * tap + c * from + first * to);
-                        (0..columns).for_each(|n| g[n] = *row.add(n * to));
-                    }
-                    for v in (0..self.width).step_by(CHANNELS) {
-                        let to = Places { to: out.add(v), product: size, channels: 0, patch: 0, count: 1 };
-                        minimal::window_sums(self.isa, window[0][v..].as_ptr(), window[0].len(), to);
-                    }
-                    out = out.add(self.width);
+            let to = p.scratch.add(panel * self.panel() + tap * size);
+            for first in (0..self.contracted).step_by(CHANNELS) {
+                let channels = first..(first + CHANNELS).min(self.contracted);
+                for (k, to) in windows.iter_mut().enumerate() {
+                    let tap = tap * 9 + if w.flipped { 8 - k } else { k };
+                    self.pack_tap(p, 0, tap, channels.clone(), panel, to.as_mut_ptr().cast());
+                }
+                for at in (0..channels.len() * self.width).step_by(CHANNELS) {
+                    let from = windows.as_ptr().cast::<f32>().add(at);
+                    let to = to.add(first * self.width + at);
+                    let to = Places { to, product: self.taps[0] * size, channels: 0, patch: 0, count: 1 };
+                    minimal::window_sums(self.isa, from, apart, to);
                 }
             }
         }
