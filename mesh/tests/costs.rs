@@ -71,9 +71,13 @@ fn the_products_of_all_devices_are_those_of_the_function() {
 fn windows_of_three_by_three_take_four_ninths_of_their_products() {
     let backward = ["conv", "conv_transpose"];
     let all = ["conv", "conv_transpose", "conv_weight_grad"];
-    for (channels, dtype, chunks, minimal) in
-        [(8, DType::F32, 2, &all[..]), (8, DType::F32, 8, &backward), (7, DType::F32, 2, &[]), (8, DType::Bf16, 2, &[])]
-    {
+    for (channels, dtype, chunks, minimal) in [
+        (8, DType::F32, 2, &all[..]),
+        (8, DType::F32, 8, &backward),
+        (7, DType::F32, 2, &[]),
+        (8, DType::F16, 2, &all[..]),
+        (8, DType::Bf16, 2, &[]),
+    ] {
         let program = program(|g, _| {
             let dims = |channel: &str| [dim("batch", 4), dim("x", 16), dim("y", 12), dim(channel, channels)];
             let filter = [dim("k.x", 3), dim("k.y", 3), dim("i", channels), dim("o", channels)];

@@ -524,6 +524,9 @@ fn are_as_defined(p: &Program) -> BTreeSet<&'static str> {
     for step in plan.functions.values().flatten().flat_map(|device| &device.steps) {
         let Work::Op(op) = &step.work else { continue };
         seen.insert(name(&step.work));
+        // What is summed of 16-bit floats is not rounded to them here.
+        let op = OpWork { epilogue: None, ..OpWork::clone(op) };
+        let work = Work::Op(Box::new(op.clone()));
         let draw = |stream: &Stream, i: usize| (stream.uniform(i as u64) * 9.0).floor() - 4.0;
         let values = |(key, part): (usize, &Part)| -> Vec<f32> {
             let stream = Stream { seed: 3, step: 0, key: key as u32 };
@@ -550,7 +553,7 @@ fn are_as_defined(p: &Program) -> BTreeSet<&'static str> {
         };
         let mut inputs: Vec<Guarded> = op.inputs.iter().zip(&values).map(buffer).collect();
         for isa in Isa::available() {
-            let found = run(&step.work, isa, &Pool::new(2, None), &mut inputs, &[defined.len()]);
+            let found = run(&work, isa, &Pool::new(2, None), &mut inputs, &[defined.len()]);
             assert!(found[0] == defined, "{isa:?}: {:?}", op.op);
         }
     }
@@ -558,7 +561,7 @@ fn are_as_defined(p: &Program) -> BTreeSet<&'static str> {
 }
 
 /// A convolution of inputs of these sizes, of batch and space, and so many channels, in leaves of some; and the gradient by them.
-fn both_ways(conv: &Conv, sizes: [usize; 4], channels: [usize; 2], grain: usize) -> Program {
+fn both_ways(conv: &Conv, sizes: [usize; 4], channels: [usize; 2], grain: usize, dtype: DType) -> Program {
     let mut p = ProgramBuilder::new();
     p.function("f", |g: &Graph| {
         ["i", "o"].iter().for_each(|d| g.grain(*d, grain));
@@ -566,9 +569,9 @@ fn both_ways(conv: &Conv, sizes: [usize; 4], channels: [usize; 2], grain: usize)
         let dims: Vec<Dim> = space.chain([dim("i", channels[0])]).collect();
         let kernel = conv.windows.iter().map(|w| dim(w.kernel(), w.size));
         let kernel: Vec<Dim> = kernel.chain([dim("i", channels[0]), dim("o", channels[1])]).collect();
-        let (x, w) = (g.input("x", DType::F32, &dims), g.input("w", DType::F32, &kernel));
+        let (x, w) = (g.input("x", dtype, &dims), g.input("w", dtype, &kernel));
         let y = x.conv(&w, conv);
-        let dy = g.input("dy", DType::F32, &y.ty().dims);
+        let dy = g.input("dy", dtype, &y.ty().dims);
         g.output("dx", &g.gradients(&y.mul(&dy).sum_all(), &[&x])[0]);
         g.output("y", &y);
     })
@@ -585,7 +588,7 @@ fn convolutions_of_many_outputs_are_as_they_are_defined() {
         let window = Window::padded("x", size, stride, lo, lo).dilated(dilation);
         let windows = vec![window, Window::same("y", 4, 3, 1, 1), Window::same("z", 5, 2, 1, 1)];
         let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
-        let seen = are_as_defined(&both_ways(&conv, [24, 13, 4, 5], [2, 3], 1));
+        let seen = are_as_defined(&both_ways(&conv, [24, 13, 4, 5], [2, 3], 1, DType::F32));
         assert!(["conv", "conv_transpose"].iter().all(|k| seen.contains(k)), "{seen:?}");
     }
 }
@@ -603,11 +606,13 @@ fn filtered_windows_are_as_they_are_defined() {
         let last = [("y", lo[0]), ("z", lo[1])].map(|(d, lo)| Window::padded(d, 3, 1, lo, 1));
         let windows = [Window::same("x", sizes[1], first, 1, 1)].into_iter().chain(last).collect();
         let conv = Conv { windows, input: "i".into(), output: "o".into(), groups: 1 };
-        let p = both_ways(&conv, sizes, channels, grain);
-        let f = p.function("f").unwrap();
-        let filtered = f.nodes.iter().filter(|n| n.op.op().kernel_share(&f.input_types(n), &n.ty, None) < 1.0);
-        assert_eq!(filtered.count(), 2, "y and dx");
-        are_as_defined(&p);
+        for dtype in [DType::F32, DType::F16] {
+            let p = both_ways(&conv, sizes, channels, grain, dtype);
+            let f = p.function("f").unwrap();
+            let filtered = f.nodes.iter().filter(|n| n.op.op().kernel_share(&f.input_types(n), &n.ty, None) < 1.0);
+            assert_eq!(filtered.count(), 2, "y and dx");
+            are_as_defined(&p);
+        }
     }
 }
 

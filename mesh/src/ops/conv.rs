@@ -166,15 +166,15 @@ impl Conv {
 
     /// Whether kernels make its outputs by minimal filtering, F(2 x 2, 3 x 3) along the last two of its dimensions: with 4/9 of
     /// the products, those of sums of inputs and of sums of weights (Winograd, "Arithmetic complexity of computations", 1980). Of
-    /// windows of three by three whose inputs `x` (channels `contracted`) and outputs are many enough, and of `f32`: 16-bit
-    /// floats would round those sums. It depends on whole tensors alone, since it decides how results are rounded.
+    /// windows of three by three whose inputs `x` (channels `contracted`) and outputs are many enough, and that are multiplied as
+    /// `f32`: sums of `bf16` would be rounded. It depends on whole tensors alone, since it decides how results are rounded.
     pub fn is_minimal(&self, x: &Type, contracted: &Name, out: &Type) -> bool {
         let n = self.windows.len();
         let Some(last) = n.checked_sub(2).map(|first| &self.windows[first..]) else { return false };
         let patches: usize = last.iter().map(|w| out.size_of(&w.dim).unwrap_or(0).div_ceil(2)).product();
         last.iter().all(|w| [w.size, w.stride, w.dilation] == [3, 1, 1])
             && self.groups <= 1
-            && x.dtype == DType::F32
+            && x.dtype != DType::Bf16
             && (8..=4096).contains(&x.size_of(contracted).unwrap_or(0))
             && patches >= 16
     }

@@ -13,8 +13,10 @@
 //!
 //! Roofline: the bytes that are read and written; sums of inputs are four times as many as inputs.
 
+use super::half::F16;
 use super::tile::{Lanes, store_row};
 use crate::over_lanes;
+use mesh::dim::DType;
 use std::ops::Range;
 
 /// Products of a patch.
@@ -33,35 +35,52 @@ const MOST: usize = 4096;
 /// A row of zeros.
 static ZEROS: [f32; MOST] = [0.0; MOST];
 
-/// Patches along rows of a channel-last tensor: four rows of inputs, or two of gradients.
+/// Patches along rows of a channel-last tensor of `f32`, or of `f16`: four rows of inputs, or two of gradients.
 pub struct Patches<const ROWS: usize> {
-    rows: [*const f32; ROWS],
-    /// Floats between neighbours.
+    dtype: DType,
+    rows: [*const u8; ROWS],
+    /// Bytes between neighbours.
     strides: [usize; ROWS],
     inside: Range<usize>,
     channels: usize,
 }
 
 impl<const ROWS: usize> Patches<ROWS> {
-    /// Patches along rows whose first elements would be at `rows`, null for one of zeros, and neighbours `stride` floats apart;
+    /// Patches along rows whose first elements would be at `rows`, null for one of zeros, and neighbours `stride` elements apart;
     /// only those inside are read.
-    pub fn new(rows: [*const f32; ROWS], stride: usize, inside: Range<usize>, channels: usize) -> Patches<ROWS> {
+    pub fn new(
+        dtype: DType,
+        rows: [*const u8; ROWS],
+        stride: usize,
+        inside: Range<usize>,
+        channels: usize,
+    ) -> Patches<ROWS> {
         debug_assert!(channels <= MOST);
-        let strides = rows.map(|r| if r.is_null() { 0 } else { stride });
-        let rows = rows.map(|r| if r.is_null() { ZEROS.as_ptr() } else { r });
-        Patches { rows, strides, inside, channels }
+        let strides = rows.map(|r| if r.is_null() { 0 } else { stride * dtype.bytes() });
+        let rows = rows.map(|r| if r.is_null() { ZEROS.as_ptr().cast() } else { r });
+        Patches { dtype, rows, strides, inside, channels }
     }
 
     /// Sixteen channels of a column of elements from one of them on; zeros where there are fewer.
     #[inline(always)]
-    unsafe fn column<V: Lanes, const WHOLE: bool>(&self, column: usize, channel: usize) -> [V; ROWS] {
+    unsafe fn column<V: Lanes, const WHOLE: bool, const WIDENS: bool>(
+        &self,
+        column: usize,
+        channel: usize,
+    ) -> [V; ROWS] {
         // SAFETY: by the contract of those that ask.
         unsafe {
             let mut all = [V::zero(); ROWS];
             if column >= self.inside.start && column < self.inside.end {
                 for r in 0..ROWS {
-                    let at = self.rows[r].wrapping_add(column * self.strides[r] + channel);
-                    all[r] = if WHOLE { V::load(at) } else { V::load_first(at, self.channels - channel) };
+                    let (at, left) = (self.rows[r].wrapping_add(column * self.strides[r]), self.channels - channel);
+                    let (float, half) = (at.cast::<f32>().wrapping_add(channel), at.cast::<F16>().wrapping_add(channel));
+                    all[r] = match (WIDENS, WHOLE) {
+                        (false, true) => V::load(float),
+                        (false, false) => V::load_first(float, left),
+                        (true, true) => V::load_wide(half),
+                        (true, false) => V::load_wide_first(half, left),
+                    };
                 }
             }
             all
@@ -116,25 +135,36 @@ over_lanes! {
 unsafe fn inputs<V: Lanes>(from: Patches<4>, to: Places) {
     // SAFETY: by the contract of `input_sums`.
     unsafe {
-        for c in 0..from.channels / CHANNELS {
-            some_inputs::<V, true>(&from, &to, c);
-        }
-        if !from.channels.is_multiple_of(CHANNELS) {
-            some_inputs::<V, false>(&from, &to, from.channels / CHANNELS);
+        match from.dtype {
+            DType::F16 => inputs_of::<V, true>(from, to),
+            _ => inputs_of::<V, false>(from, to),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn some_inputs<V: Lanes, const WHOLE: bool>(from: &Patches<4>, to: &Places, c: usize) {
+unsafe fn inputs_of<V: Lanes, const WIDENS: bool>(from: Patches<4>, to: Places) {
+    // SAFETY: by the contract of `input_sums`.
+    unsafe {
+        for c in 0..from.channels / CHANNELS {
+            some_inputs::<V, true, WIDENS>(&from, &to, c);
+        }
+        if !from.channels.is_multiple_of(CHANNELS) {
+            some_inputs::<V, false, WIDENS>(&from, &to, from.channels / CHANNELS);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn some_inputs<V: Lanes, const WHOLE: bool, const WIDENS: bool>(from: &Patches<4>, to: &Places, c: usize) {
     // SAFETY: by the contract of `input_sums`.
     unsafe {
         let (channel, mut first) = (c * CHANNELS, to.to.add(c * to.channels));
-        let mut left = of_inputs(from.column::<V, WHOLE>(0, channel));
-        let mut right = of_inputs(from.column::<V, WHOLE>(1, channel));
+        let mut left = of_inputs(from.column::<V, WHOLE, WIDENS>(0, channel));
+        let mut right = of_inputs(from.column::<V, WHOLE, WIDENS>(1, channel));
         for patch in 0..to.count {
-            let third = of_inputs(from.column::<V, WHOLE>(2 * patch + 2, channel));
-            let last = of_inputs(from.column::<V, WHOLE>(2 * patch + 3, channel));
+            let third = of_inputs(from.column::<V, WHOLE, WIDENS>(2 * patch + 2, channel));
+            let last = of_inputs(from.column::<V, WHOLE, WIDENS>(2 * patch + 3, channel));
             for i in 0..4 {
                 to.store(first, i, of_inputs([left[i], right[i], third[i], last[i]]));
             }
@@ -202,23 +232,34 @@ over_lanes! {
 unsafe fn gradients_of_outputs<V: Lanes>(from: Patches<2>, to: Places) {
     // SAFETY: by the contract of `gradient_sums`.
     unsafe {
-        for c in 0..from.channels / CHANNELS {
-            some_gradients::<V, true>(&from, &to, c);
-        }
-        if !from.channels.is_multiple_of(CHANNELS) {
-            some_gradients::<V, false>(&from, &to, from.channels / CHANNELS);
+        match from.dtype {
+            DType::F16 => gradients_of_outputs_of::<V, true>(from, to),
+            _ => gradients_of_outputs_of::<V, false>(from, to),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn some_gradients<V: Lanes, const WHOLE: bool>(from: &Patches<2>, to: &Places, c: usize) {
+unsafe fn gradients_of_outputs_of<V: Lanes, const WIDENS: bool>(from: Patches<2>, to: Places) {
+    // SAFETY: by the contract of `gradient_sums`.
+    unsafe {
+        for c in 0..from.channels / CHANNELS {
+            some_gradients::<V, true, WIDENS>(&from, &to, c);
+        }
+        if !from.channels.is_multiple_of(CHANNELS) {
+            some_gradients::<V, false, WIDENS>(&from, &to, from.channels / CHANNELS);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn some_gradients<V: Lanes, const WHOLE: bool, const WIDENS: bool>(from: &Patches<2>, to: &Places, c: usize) {
     // SAFETY: by the contract of `gradient_sums`.
     unsafe {
         let (channel, mut first) = (c * CHANNELS, to.to.add(c * to.channels));
         for patch in 0..to.count {
-            let left = of_gradients(from.column::<V, WHOLE>(2 * patch, channel));
-            let right = of_gradients(from.column::<V, WHOLE>(2 * patch + 1, channel));
+            let left = of_gradients(from.column::<V, WHOLE, WIDENS>(2 * patch, channel));
+            let right = of_gradients(from.column::<V, WHOLE, WIDENS>(2 * patch + 1, channel));
             for i in 0..4 {
                 to.store(first, i, of_gradients([left[i], right[i]]));
             }

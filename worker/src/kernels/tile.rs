@@ -10,6 +10,7 @@
 //! Roofline: 2 * M * N flops for M broadcasts and N loads from the cache; with M x N = 14 x 32 the multiply-add units
 //! bind (16 lanes a cycle on the machine at hand).
 
+use super::half::{Element, F16};
 use super::isa::Isa;
 use crate::dispatch;
 use mesh::chunk::{Event, Tree};
@@ -114,6 +115,28 @@ pub(super) trait Lanes: Copy {
         unsafe {
             std::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
             Self::load(buffer.as_ptr())
+        }
+    }
+    /// Sixteen `f16`, as the floats that they are.
+    #[inline(always)]
+    unsafe fn load_wide(p: *const F16) -> Self {
+        let mut buffer = [0.0f32; 16];
+        // SAFETY: by the caller's contract sixteen elements lie at `p`.
+        unsafe {
+            for (i, float) in buffer.iter_mut().enumerate() {
+                *float = (*p.add(i)).wide();
+            }
+            Self::load(buffer.as_ptr())
+        }
+    }
+    /// The first `n` of them, fewer than sixteen; zeros in the other lanes.
+    #[inline(always)]
+    unsafe fn load_wide_first(p: *const F16, n: usize) -> Self {
+        let mut buffer = [F16(0); 16];
+        // SAFETY: by the caller's contract `n` elements lie at `p`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
+            Self::load_wide(buffer.as_ptr())
         }
     }
     /// Stores the first `n` floats, fewer than sixteen.
@@ -225,7 +248,7 @@ impl Lanes for PortablePairs {
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
-    use super::Lanes;
+    use super::{F16, Lanes};
     use std::arch::x86_64::*;
 
     #[derive(Clone, Copy)]
@@ -252,6 +275,11 @@ pub(super) mod x86 {
         unsafe fn load_first(p: *const f32, n: usize) -> Self {
             // SAFETY: as above; lanes that are masked out are not touched.
             Avx512(unsafe { _mm512_maskz_loadu_ps((1u16 << n).wrapping_sub(1), p) })
+        }
+        #[inline(always)]
+        unsafe fn load_wide(p: *const F16) -> Self {
+            // SAFETY: as above.
+            Avx512(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
         }
         #[inline(always)]
         unsafe fn store_first(self, p: *mut f32, n: usize) {

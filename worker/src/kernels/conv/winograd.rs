@@ -227,7 +227,7 @@ impl ConvPlan {
             for (s1, (j1, i1)) in taps.iter().enumerate() {
                 if *i1 >= at.staged {
                     let to = sums[place_of(s1, *i1)..].as_mut_ptr();
-                    let row = |i2: usize| self.x.row(p.inputs, at.batch, [*i1, i2]).cast::<f32>();
+                    let row = |i2: usize| self.x.row(p.inputs, at.batch, [*i1, i2]);
                     self.sum_inputs(w, &block, row, to, [pitch[0], units]);
                 }
                 list[s1] = [place_of(s1, *i1) as u32, (j1 * self.contracted * width) as u32];
@@ -332,7 +332,7 @@ impl ConvPlan {
         &self,
         w: &Winograd,
         block: &Block,
-        row: impl Fn(usize) -> *const f32,
+        row: impl Fn(usize) -> *const u8,
         to: *mut f32,
         [product, patch]: [usize; 2],
     ) {
@@ -344,6 +344,7 @@ impl ConvPlan {
         let end = read.end.min(inside(across.whole as isize - origin[1], read.end));
         let columns = read.start.max(inside(-origin[1], end))..end;
         let before = (origin[1] - across.held.start as isize) * across.stride as isize + self.x_channel as isize;
+        let before = before * self.dtype.bytes() as isize;
         for patches in 0..block.counts[0] {
             let mut rows = [std::ptr::null(); 4];
             for (r, to) in rows.iter_mut().enumerate() {
@@ -352,7 +353,7 @@ impl ConvPlan {
                     *to = row(i as usize - along.held.start).wrapping_offset(before);
                 }
             }
-            let from = Patches::new(rows, across.stride, columns.clone(), self.contracted);
+            let from = Patches::new(self.dtype, rows, across.stride, columns.clone(), self.contracted);
             let to = to.wrapping_add(patches * block.counts[1] * patch);
             let to = Places { to, product, channels: CHANNELS, patch, count: block.counts[1] };
             // SAFETY: what is read is held; the sums have room, by `room`.

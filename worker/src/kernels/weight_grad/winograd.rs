@@ -97,7 +97,7 @@ impl WeightGradPlan {
             // SAFETY: by the contract of `run`.
             unsafe {
                 self.sum_inputs(at, &taps, &of_x, p.inputs, to_x.as_mut_ptr());
-                self.sum_gradients(at, &of_dy, p.dy.cast(), to_dy.as_mut_ptr());
+                self.sum_gradients(at, &of_dy, p.dy, to_dy.as_mut_ptr());
             }
             (to_x, to_dy) = (&mut to_x[of_x.all()..], &mut to_dy[of_dy.all()..]);
         }
@@ -158,6 +158,7 @@ impl WeightGradPlan {
         let end = (a3.whole + a3.lo).saturating_sub(origin).min(at[3].len() + 2);
         let columns = a3.lo.saturating_sub(origin).min(end)..end;
         let before = (origin as isize - (a3.lo + a3.x_start) as isize) * a3.x_stride as isize;
+        let before = (before + self.x_channel as isize) * self.dtype.bytes() as isize;
         for plane in 0..sums.batches * sums.planes {
             let (b, i1) = (plane / sums.planes, at[1].start + taps.start + plane % sums.planes);
             let is_inside = |a: &Axis, i: usize| (a.first + i).checked_sub(a.lo).filter(|i| *i < a.whole);
@@ -169,10 +170,10 @@ impl WeightGradPlan {
                     let Some((first, i)) = first.zip(is_inside(a2, i2)) else { continue };
                     if i2 < at[2].end + 2 {
                         let row = self.x.row(inputs, at[0].start + b, [first, i - a2.x_start]);
-                        *to = row.cast::<f32>().wrapping_add(self.x_channel).wrapping_offset(before);
+                        *to = row.wrapping_offset(before);
                     }
                 }
-                let from = Patches::new(rows, a3.x_stride, columns.clone(), self.cin);
+                let from = Patches::new(self.dtype, rows, a3.x_stride, columns.clone(), self.cin);
                 // SAFETY: rows inside of x, and of those the columns inside, are held if a tap reads them.
                 unsafe { input_sums(self.isa, from, sums.places(to, plane, row)) };
             }
@@ -180,7 +181,7 @@ impl WeightGradPlan {
     }
 
     /// `G dy G'` of the patches of a leaf.
-    unsafe fn sum_gradients(&self, at: &Box4, sums: &Sums, dy: *const f32, to: *mut f32) {
+    unsafe fn sum_gradients(&self, at: &Box4, sums: &Sums, dy: *const u8, to: *mut f32) {
         let [a1, a2, a3] = &self.axes;
         for plane in 0..sums.batches * sums.planes {
             let (b, i1) = (plane / sums.planes, at[1].start + plane % sums.planes);
@@ -189,11 +190,11 @@ impl WeightGradPlan {
                 let rows = [2 * row, 2 * row + 1].map(|i2| match i2 < at[2].len() {
                     true => {
                         let row = of_batch + i1 * a1.dy_stride + (at[2].start + i2) * a2.dy_stride;
-                        dy.wrapping_add(row + at[3].start * a3.dy_stride)
+                        dy.wrapping_add((row + at[3].start * a3.dy_stride) * self.dtype.bytes())
                     }
                     false => std::ptr::null(),
                 });
-                let from = Patches::new(rows, a3.dy_stride, 0..at[3].len(), self.cout);
+                let from = Patches::new(self.dtype, rows, a3.dy_stride, 0..at[3].len(), self.cout);
                 // SAFETY: the leaf's elements are held.
                 unsafe { gradient_sums(self.isa, from, sums.places(to, plane, row)) };
             }
