@@ -56,9 +56,7 @@ impl Stream {
                 let pair = box_muller(u(index & !1), u(index | 1));
                 if index.is_multiple_of(2) { pair.0 } else { pair.1 }
             }
-            Distribution::TruncatedNormal => {
-                normal_quantile(BELOW_MINUS_TWO + u(index) * (1.0 - 2.0 * BELOW_MINUS_TWO))
-            }
+            Distribution::TruncatedNormal => normal_quantile(between_twos(u(index))),
             Distribution::Bernoulli(p) => f64::from(self.uniform(index) < p),
         }
     }
@@ -81,8 +79,18 @@ pub fn box_muller(u0: f64, u1: f64) -> (f64, f64) {
 /// The probability that a standard normal number is below -2.
 pub const BELOW_MINUS_TWO: f64 = 0.022_750_131_948_179_21;
 
-/// The inverse of the standard normal distribution function, to 1e-9 (Acklam's rational approximation).
-pub fn normal_quantile(p: f64) -> f64 {
+/// The probability that a standard normal number is below one between -2 and 2, of a uniform number.
+#[inline(always)]
+pub fn between_twos(u: f64) -> f64 {
+    BELOW_MINUS_TWO + u * (1.0 - 2.0 * BELOW_MINUS_TWO)
+}
+
+/// Probabilities up to which, from either end, the normal quantile is made of a logarithm.
+const TAIL: f64 = 0.02425;
+
+/// [`normal_quantile`] of a probability that is neither small nor large, without branches.
+#[inline(always)]
+fn central_quantile(p: f64) -> f64 {
     const A: [f64; 6] = [
         -3.969_683_028_665_376e1,
         2.209_460_984_245_205e2,
@@ -98,6 +106,32 @@ pub fn normal_quantile(p: f64) -> f64 {
         6.680_131_188_771_972e1,
         -1.328_068_155_288_572e1,
     ];
+    let (q, r) = (p - 0.5, (p - 0.5) * (p - 0.5));
+    polynomial(&A, r) * q / (polynomial(&B, r) * r + 1.0)
+}
+
+#[inline(always)]
+fn polynomial(c: &[f64], x: f64) -> f64 {
+    c.iter().fold(0.0, |s, c| s * x + c)
+}
+
+/// [`normal_quantile`] of each of some probabilities, most of which are neither small nor large.
+#[inline(always)]
+pub fn normal_quantiles<const N: usize>(p: [f64; N]) -> [f64; N] {
+    let mut all = [0.0; N];
+    for i in 0..N {
+        all[i] = central_quantile(p[i]);
+    }
+    for i in 0..N {
+        if !(TAIL..=1.0 - TAIL).contains(&p[i]) {
+            all[i] = normal_quantile(p[i]);
+        }
+    }
+    all
+}
+
+/// The inverse of the standard normal distribution function, to 1e-9 (Acklam's rational approximation).
+pub fn normal_quantile(p: f64) -> f64 {
     const C: [f64; 6] = [
         -7.784_894_002_430_293e-3,
         -3.223_964_580_411_365e-1,
@@ -108,15 +142,13 @@ pub fn normal_quantile(p: f64) -> f64 {
     ];
     const D: [f64; 4] =
         [7.784_695_709_041_462e-3, 3.224_671_290_700_398e-1, 2.445_134_137_142_996, 3.754_408_661_907_416];
-    let poly = |c: &[f64], x: f64| c.iter().fold(0.0, |s, c| s * x + c);
-    let tail = |q: f64| poly(&C, q) / (poly(&D, q) * q + 1.0);
-    if p < 0.02425 {
+    let tail = |q: f64| polynomial(&C, q) / (polynomial(&D, q) * q + 1.0);
+    if p < TAIL {
         tail((-2.0 * p.ln()).sqrt())
-    } else if p > 1.0 - 0.02425 {
+    } else if p > 1.0 - TAIL {
         -tail((-2.0 * (1.0 - p).ln()).sqrt())
     } else {
-        let (q, r) = (p - 0.5, (p - 0.5) * (p - 0.5));
-        poly(&A, r) * q / (poly(&B, r) * r + 1.0)
+        central_quantile(p)
     }
 }
 

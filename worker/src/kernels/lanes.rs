@@ -11,7 +11,7 @@ use mesh::ops::binary::BinaryFn;
 use mesh::ops::compare::CompareFn;
 use mesh::ops::source::Distribution;
 use mesh::ops::unary::UnaryFn;
-use mesh::rng::{Stream, philox, unit};
+use mesh::rng::{Stream, between_twos, box_muller, normal_quantiles, philox, unit};
 
 /// How an operand's block of rows x columns lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -334,29 +334,52 @@ pub fn constant(c: f64, dtype: DType) -> u32 {
 /// Random numbers of elements `start`, `start + stride`, ..
 pub fn random(isa: Isa, stream: Stream, distribution: Distribution, start: u64, stride: u64, out: &mut [u32]) {
     dispatch!(isa, fn(stream: Stream, distribution: Distribution, start: u64, stride: u64, out: &mut [u32]) {
+        if stride == 1 {
+            bits(stream, start, out);
+        } else {
+            out.iter_mut().enumerate().for_each(|(i, o)| *o = stream.bits(start + i as u64 * stride));
+        }
         match distribution {
-            Distribution::Normal | Distribution::TruncatedNormal => {
-                for (i, o) in out.iter_mut().enumerate() {
-                    *o = (stream.draw(distribution, start + i as u64 * stride) as f32).to_bits();
-                }
+            Distribution::Bernoulli(p) => {
+                out.iter_mut().for_each(|o| *o = if unit(*o) < p { 1.0f32.to_bits() } else { 0 });
             }
-            Distribution::Uniform | Distribution::Bernoulli(_) => {
-                if stride == 1 {
-                    bits(stream, start, out);
-                } else {
-                    for (i, o) in out.iter_mut().enumerate() {
-                        *o = stream.bits(start + i as u64 * stride);
-                    }
-                }
-                match distribution {
-                    Distribution::Bernoulli(p) => {
-                        out.iter_mut().for_each(|o| *o = if unit(*o) < p { 1.0f32.to_bits() } else { 0 });
-                    }
-                    _ => out.iter_mut().for_each(|o| *o = unit(*o).to_bits()),
-                }
-            }
+            Distribution::Uniform => out.iter_mut().for_each(|o| *o = unit(*o).to_bits()),
+            Distribution::TruncatedNormal => truncated_normals(out),
+            Distribution::Normal => normals(stream, start, stride, out),
         }
     });
+}
+
+/// Normal numbers between -2 and 2 of random bits.
+#[inline(always)]
+fn truncated_normals(out: &mut [u32]) {
+    const LANES: usize = 16;
+    for some in out.chunks_mut(LANES) {
+        let mut p = [0.5; LANES];
+        p.iter_mut().zip(&*some).for_each(|(p, bits)| *p = between_twos(f64::from(unit(*bits))));
+        some.iter_mut().zip(normal_quantiles(p)).for_each(|(o, x)| *o = (x as f32).to_bits());
+    }
+}
+
+/// Normal numbers of random bits: neighbours are pairs, of which both are made at once.
+#[inline(always)]
+fn normals(stream: Stream, start: u64, stride: u64, out: &mut [u32]) {
+    let single = |i: usize| (stream.draw(Distribution::Normal, start + i as u64 * stride) as f32).to_bits();
+    if stride != 1 {
+        return out.iter_mut().enumerate().for_each(|(i, o)| *o = single(i));
+    }
+    let mut i = 0;
+    while i < out.len() {
+        let whole = (start + i as u64).is_multiple_of(2) && i + 1 < out.len();
+        if !whole {
+            out[i] = single(i);
+            i += 1;
+            continue;
+        }
+        let pair = box_muller(f64::from(unit(out[i])), f64::from(unit(out[i + 1])));
+        (out[i], out[i + 1]) = ((pair.0 as f32).to_bits(), (pair.1 as f32).to_bits());
+        i += 2;
+    }
 }
 
 /// The random bits of consecutive elements, sixteen Philox blocks at a time.
@@ -416,4 +439,26 @@ pub unsafe fn store(isa: Isa, dtype: DType, from: *const u32, to: *mut u8, n: us
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_numbers_are_those_that_their_indices_draw() {
+        let stream = Stream { seed: 11, step: 3, key: 5 };
+        let normal = [Distribution::Normal, Distribution::TruncatedNormal];
+        for distribution in normal.into_iter().chain([Distribution::Uniform, Distribution::Bernoulli(0.3)]) {
+            for (start, stride, n) in [(0, 1, 3000), (7, 1, 66), (2, 1, 1), (5, 3, 40)] {
+                let draw = |i: u64| (stream.draw(distribution, start + i * stride) as f32).to_bits();
+                let expected: Vec<u32> = (0..n).map(draw).collect();
+                for isa in Isa::available() {
+                    let mut found = vec![0; n as usize];
+                    random(isa, stream, distribution, start, stride, &mut found);
+                    assert!(found == expected, "{distribution:?} from {start} by {stride} on {isa:?}");
+                }
+            }
+        }
+    }
 }
