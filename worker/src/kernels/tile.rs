@@ -99,6 +99,13 @@ pub(super) const DEPTH: usize = 16;
 
 /// Sixteen lanes.
 pub(super) trait Lanes: Copy {
+    /// Lanes that give what these are to give where they do not.
+    type Careful: Lanes;
+    /// Whether some sums may be other ones than they are to be.
+    #[inline(always)]
+    unsafe fn is_odd<const MR: usize, const NV: usize>(_: &Sums<Self, MR, NV>) -> bool {
+        false
+    }
     /// How many of them the registers hold; 0 where products are not held back by what a sum costs.
     const REGISTERS: usize;
     /// Zeros.
@@ -167,6 +174,7 @@ pub(super) trait Lanes: Copy {
 pub(super) struct Portable([f32; 16]);
 
 impl Lanes for Portable {
+    type Careful = Portable;
     const REGISTERS: usize = 0;
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -207,6 +215,7 @@ pub(super) fn normal(x: f32) -> f32 {
 }
 
 impl Lanes for PortablePairs {
+    type Careful = PortablePairs;
     const REGISTERS: usize = 0;
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -248,13 +257,21 @@ impl Lanes for PortablePairs {
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
-    use super::{F16, Lanes};
+    use super::{F16, Lanes, PortablePairs, Sums};
+    use std::arch::asm;
     use std::arch::x86_64::*;
+
+    /// Exceptions that the processor has noted since they were forgotten: a subnormal factor or term, and a result that was
+    /// rounded to one or near one.
+    const ODD: u32 = 1 << 1 | 1 << 4;
+    /// All of the exceptions.
+    const NOTED: u32 = 0x3f;
 
     #[derive(Clone, Copy)]
     pub struct Avx512(__m512);
 
     impl Lanes for Avx512 {
+        type Careful = Avx512;
         const REGISTERS: usize = 32;
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -308,6 +325,7 @@ pub(super) mod x86 {
     pub struct Avx512Pairs(Avx512);
 
     impl Lanes for Avx512Pairs {
+        type Careful = Avx512Pairs;
         const REGISTERS: usize = 32;
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -375,6 +393,7 @@ pub(super) mod x86 {
     pub struct Avx2(__m256, __m256);
 
     impl Lanes for Avx2 {
+        type Careful = Avx2;
         const REGISTERS: usize = 8;
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -411,6 +430,91 @@ pub(super) mod x86 {
         unsafe fn sub(self, other: Self) -> Self {
             // SAFETY: as above.
             unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+        }
+    }
+
+    /// Pairs of `bf16` by two multiply-adds each. Those keep subnormal numbers, which the instruction for pairs does not: where
+    /// the processor has noted one, the sums are odd.
+    #[derive(Clone, Copy)]
+    pub struct Avx2Pairs(Avx2);
+
+    impl Avx2Pairs {
+        /// The first halves and the second ones, as floats.
+        #[inline(always)]
+        unsafe fn halves(pairs: __m256) -> [__m256; 2] {
+            // SAFETY: only used by functions compiled for AVX2.
+            unsafe {
+                let pairs = _mm256_castps_si256(pairs);
+                let second = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
+                [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(second)]
+            }
+        }
+    }
+
+    impl Lanes for Avx2Pairs {
+        type Careful = PortablePairs;
+        const REGISTERS: usize = 0;
+        #[inline]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn is_odd<const MR: usize, const NV: usize>(sums: &Sums<Self, MR, NV>) -> bool {
+            let mut state = 0u32;
+            // SAFETY: only used by functions compiled for AVX2; the state is that of before but for the exceptions.
+            unsafe {
+                for row in sums {
+                    for Avx2Pairs(Avx2(a, b)) in row {
+                        // A sum that is subnormal itself is a term here.
+                        asm!(
+                            "vaddps {t}, {a}, {a}",
+                            "vaddps {t}, {b}, {b}",
+                            a = in(ymm_reg) *a, b = in(ymm_reg) *b, t = out(ymm_reg) _, options(nomem, nostack),
+                        );
+                    }
+                }
+                asm!("stmxcsr dword ptr [{state}]", state = in(reg) &raw mut state, options(nostack));
+                let odd = state & ODD != 0;
+                if odd {
+                    state &= !NOTED;
+                    asm!("ldmxcsr dword ptr [{state}]", state = in(reg) &raw const state, options(nostack));
+                }
+                odd
+            }
+        }
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: as all of this impl, only used by functions compiled for AVX2 and FMA; pointers by the callers' contracts.
+            Avx2Pairs(unsafe { Avx2::zero() })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above.
+            Avx2Pairs(unsafe { Avx2::load(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe { self.0.store(p) }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, x: f32, w: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let [x0, x1] = Avx2Pairs::halves(_mm256_set1_ps(x));
+                let ([a0, a1], [b0, b1]) = (Avx2Pairs::halves(w.0.0), Avx2Pairs::halves(w.0.1));
+                Avx2Pairs(Avx2(
+                    _mm256_fmadd_ps(x0, a0, _mm256_fmadd_ps(x1, a1, self.0.0)),
+                    _mm256_fmadd_ps(x0, b0, _mm256_fmadd_ps(x1, b1, self.0.1)),
+                ))
+            }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Avx2Pairs(unsafe { self.0.add(other.0) })
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Avx2Pairs(unsafe { self.0.sub(other.0) })
         }
     }
 }
@@ -577,17 +681,32 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(t: &Tile) {
     unsafe {
         for (n, program) in t.nodes.iter().enumerate() {
             let out = t.out.add(n * t.node_pitch);
-            let mut first = [[V::zero(); NV]; MR];
-            if t.goes_on {
-                for (m, row) in first.iter_mut().enumerate() {
-                    *row = std::array::from_fn(|v| V::load(out.add(m * t.out_pitch + v * 16)));
-                }
-            }
-            let sums = combined::<V, Tile, MR, NV, DEPTH>(t, program, first);
-            for (m, row) in sums.into_iter().enumerate() {
-                store_row(row, out.add(m * t.out_pitch), t.columns);
+            if !node::<V, MR, NV>(t, program, out) {
+                node::<V::Careful, MR, NV>(t, program, out);
             }
         }
+    }
+}
+
+/// Sums a node; gives whether it has, or the sums are odd.
+#[inline(always)]
+unsafe fn node<V: Lanes, const MR: usize, const NV: usize>(t: &Tile, program: &[Combine], out: *mut f32) -> bool {
+    // SAFETY: by the contract of `run`.
+    unsafe {
+        let mut first = [[V::zero(); NV]; MR];
+        if t.goes_on {
+            for (m, row) in first.iter_mut().enumerate() {
+                *row = std::array::from_fn(|v| V::load(out.add(m * t.out_pitch + v * 16)));
+            }
+        }
+        let sums = combined::<V, Tile, MR, NV, DEPTH>(t, program, first);
+        if V::is_odd(&sums) {
+            return false;
+        }
+        for (m, row) in sums.into_iter().enumerate() {
+            store_row(row, out.add(m * t.out_pitch), t.columns);
+        }
+        true
     }
 }
 
@@ -616,7 +735,7 @@ tiles! {
     pairs_avx512: x86::Avx512Pairs;
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,bmi2")]
-    pairs_avx2: PortablePairs;
+    pairs_avx2: x86::Avx2Pairs;
     pairs_portable: PortablePairs;
 }
 

@@ -258,6 +258,17 @@ impl<V: Lanes, const NV: usize, const N: usize> Products<V, NV, N> {
 unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
     // SAFETY: by the contract of `WeightGradPlan::run`.
     unsafe {
+        if !all::<V, MR, NV>(job) {
+            all::<V::Careful, MR, NV>(job);
+        }
+    }
+}
+
+/// Sums a job; gives whether it has, or the sums are odd.
+#[inline(always)]
+unsafe fn all<V: Lanes, const MR: usize, const NV: usize>(job: &Job) -> bool {
+    // SAFETY: by the contract of `WeightGradPlan::run`.
+    unsafe {
         let mut first = [[V::zero(); NV]; MR];
         if job.goes_on {
             for (m, row) in first.iter_mut().enumerate() {
@@ -269,9 +280,13 @@ unsafe fn tile<V: Lanes, const MR: usize, const NV: usize>(job: &Job) {
             Walk::Listed => combined::<V, _, MR, NV, DEPTH>(&Listed(job), job.program, first),
             Walk::Groups => combined::<V, _, MR, NV, DEPTH>(&Groups(job), job.program, first),
         };
+        if V::is_odd(&sums) {
+            return false;
+        }
         for (m, row) in sums.into_iter().enumerate() {
             store_row(row, job.out.add(m * job.out_pitch), job.columns);
         }
+        true
     }
 }
 
@@ -300,7 +315,7 @@ tiles! {
     pairs_avx512: crate::kernels::tile::x86::Avx512Pairs;
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,bmi2")]
-    pairs_avx2: PortablePairs;
+    pairs_avx2: crate::kernels::tile::x86::Avx2Pairs;
     pairs_portable: PortablePairs;
 }
 
