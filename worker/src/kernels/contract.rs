@@ -410,9 +410,7 @@ impl ContractPlan {
         // SAFETY: by the callers' contract the offsets lie inside a, and `packed` has room for a piece of a block's rows.
         unsafe {
             match (self.pairs(), by_rows) {
-                (false, true) if widens => {
-                    pack::copy_wide(self.isa, halves.add(at), [m, k], [rows, depth], x, PITCH)
-                }
+                (false, true) if widens => pack::copy_wide(self.isa, halves.add(at), [m, k], [rows, depth], x, PITCH),
                 (false, false) if widens => {
                     pack::copy_wide(self.isa, halves.add(at), [k, m], [depth, rows], x, BLOCK_ROWS)
                 }

@@ -74,7 +74,8 @@ impl<const ROWS: usize> Patches<ROWS> {
             if column >= self.inside.start && column < self.inside.end {
                 for r in 0..ROWS {
                     let (at, left) = (self.rows[r].wrapping_add(column * self.strides[r]), self.channels - channel);
-                    let (float, half) = (at.cast::<f32>().wrapping_add(channel), at.cast::<F16>().wrapping_add(channel));
+                    let (float, half) =
+                        (at.cast::<f32>().wrapping_add(channel), at.cast::<F16>().wrapping_add(channel));
                     all[r] = match (WIDENS, WHOLE) {
                         (false, true) => V::load(float),
                         (false, false) => V::load_first(float, left),

@@ -5,7 +5,8 @@
 //!
 //! Of `bf16`, a channel is a pair of neighbours ([`super::pack`]): first the products of their second halves are added,
 //! then those of the first ones, each a fused multiply-add that takes subnormal factors for zeros and gives zeros for
-//! subnormal results, as the instruction for it does.
+//! subnormal results, as the instruction for it does. Where there is no such instruction, usual ones sum a tile, and again one by
+//! one with those zeros where the processor has seen a subnormal number.
 //!
 //! Roofline: 2 * M * N flops for M broadcasts and N loads from the cache; with M x N = 14 x 32 the multiply-add units
 //! bind (16 lanes a cycle on the machine at hand).
@@ -835,6 +836,53 @@ pub unsafe fn run(isa: Isa, width: usize, mut t: Tile, mut count: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Products that are subnormal, exactly or rounded, factors that are, and sums that become so.
+    #[test]
+    fn pairs_are_summed_alike_where_numbers_are_subnormal() {
+        let some = [1.0f32, -1.0, 3.0, 0.0, 1.5e-30, -1.5e-30, 1e-38, -1.25e-38, 1e-39, 1e30, 7e-9, f32::MIN_POSITIVE];
+        let stream = mesh::rng::Stream { seed: 5, step: 0, key: 0 };
+        let half = |i: usize| some[stream.bits(i as u64) as usize % some.len()].to_bits() >> 16;
+        let pair = |i: usize| f32::from_bits(half(2 * i) | half(2 * i + 1) << 16);
+        for (case, units) in [1, 1, 1, 2, 3, 5].into_iter().cycle().take(120).enumerate() {
+            let (count, width) = (6, if case % 2 == 0 { 16 } else { 32 });
+            let x: Vec<f32> = (0..count * units).map(|i| pair(case * 10_000 + i)).collect();
+            let w: Vec<f32> = (0..units * width).map(|i| pair(case * 10_000 + 5_000 + i)).collect();
+            let (nodes, all) = ([vec![Combine::Leaf(0)]], 0..units);
+            let sums = |isa: Isa| {
+                let panels = width / panel_width(isa, width);
+                let mut out = vec![0.0f32; count * width];
+                for panel in 0..panels {
+                    let columns = width / panels;
+                    let w: Vec<f32> =
+                        w.chunks(width).flat_map(|row| row[panel * columns..][..columns].to_vec()).collect();
+                    let tile = Tile {
+                        x: x.as_ptr(),
+                        pairs: true,
+                        pitch: units,
+                        step: 1,
+                        taps: &[[0, 0]],
+                        channels: std::slice::from_ref(&all),
+                        w: w.as_ptr(),
+                        nodes: &nodes,
+                        goes_on: false,
+                        out: out[panel * columns..].as_mut_ptr(),
+                        out_pitch: width,
+                        node_pitch: 0,
+                        columns,
+                    };
+                    // SAFETY: the factors are as long as the tile says, and so are the outputs.
+                    unsafe { run(isa, columns, tile, count) };
+                }
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let expected = sums(Isa::Portable);
+            // Matrix tiles sum in another order.
+            for isa in Isa::available().into_iter().filter(|isa| *isa != Isa::Amx) {
+                assert!(sums(isa) == expected, "case {case} on {isa:?}");
+            }
+        }
+    }
 
     #[test]
     fn outputs_are_computed_by_tiles_that_keep_the_units_busy() {
