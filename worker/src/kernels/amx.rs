@@ -276,7 +276,7 @@ unsafe fn add(left: *mut f32, right: *const f32, outputs: usize) {
 mod tests {
     use super::*;
     use crate::kernels::isa::Isa;
-    use crate::kernels::tile::{self, normal};
+    use crate::kernels::tile::{self, lanes::normal};
     use proptest::prelude::*;
     use std::ops::Range;
 
