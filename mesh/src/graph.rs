@@ -742,10 +742,25 @@ impl State {
         roots
     }
 
-    /// Whether a node is a product in fewer bits: that is kept instead of the product.
+    /// Whether a node is a product in fewer bits, as it is or with something small, such as a bias, added: that is kept
+    /// instead of the product.
     fn narrows_product(&self, node: &Node) -> bool {
-        let of_product = |i: &NodeId| self.nodes[i.index()].op.is_product() && !self.is_cheap(*i);
-        matches!(node.op, Prim::Cast(_)) && node.ty.dtype.is_half() && node.inputs.iter().all(of_product)
+        if !matches!(node.op, Prim::Cast(_)) || !node.ty.dtype.is_half() {
+            return false;
+        }
+        let operand = |of: &Node| {
+            let mut large = of.inputs.iter().filter(|i| self.nodes[i.index()].ty.elements() == node.ty.elements());
+            large.next().filter(|i| large.next().is_none() && self.nodes[i.index()].ty.dtype == DType::F32).copied()
+        };
+        let mut at = operand(node);
+        while let Some(id) = at {
+            let input = &self.nodes[id.index()];
+            if input.op.is_product() {
+                return !self.is_cheap(id);
+            }
+            at = if input.op.op().elementwise() { operand(input) } else { None };
+        }
+        false
     }
 }
 

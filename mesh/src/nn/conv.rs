@@ -2,7 +2,7 @@
 
 use super::dense::{input_name, raise_grains};
 use super::init;
-use crate::dim::{Dim, Name, dim};
+use crate::dim::{DType, Dim, Name, dim};
 use crate::error::{Cause, Error, Place};
 use crate::graph::Tensor;
 use crate::ops::conv::{Conv, ConvTranspose};
@@ -189,12 +189,11 @@ fn renamed(x: &Tensor, own: Dim, channel: &Dim) -> (Tensor, Dim) {
     (x.rename(&own.name, &inner), own.named(inner))
 }
 
-fn biased(y: Tensor, kernel: &Kernel, channel: &Dim) -> Tensor {
-    if !kernel.bias {
-        return y;
-    }
-    let bias = y.graph().variable("bias", std::slice::from_ref(channel), Init::zeros());
-    y.add(&bias.cast(y.ty().dtype))
+/// What was summed up, with a layer's bias, in the layer's dtype.
+fn biased(sums: Tensor, dtype: DType, kernel: &Kernel, channel: &Dim) -> Tensor {
+    let bias = || sums.graph().variable("bias", std::slice::from_ref(channel), Init::zeros());
+    let y = if kernel.bias { sums.add(&bias()) } else { sums };
+    y.cast(dtype)
 }
 
 /// The convolution of x `[.., spatial.., channels]` to `channel`: `[.., spatial.., channel]`.
@@ -212,7 +211,7 @@ pub fn conv(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) -> Tensor {
         let each = dim(&input.name, input.size / kernel.groups);
         let filter = kernel.filter(&x, &each, channel, kernel.taps() * each.size);
         let op = Conv { windows, input: input.name, output: channel.name.clone(), groups: kernel.groups };
-        biased(x.conv(&filter, &op), kernel, channel)
+        biased(x.conv_wide(&filter, &op), x.ty().dtype, kernel, channel)
     })
 }
 
@@ -234,6 +233,7 @@ pub fn conv_transpose(x: &Tensor, name: &str, kernel: &Kernel, channel: &Dim) ->
         let met = kernel.taps().div_ceil(kernel.stride.pow(kernel.sizes.len() as u32));
         let filter = kernel.filter(&x, &each, &input, met * input.size / kernel.groups);
         let conv = Conv { windows, input: channel.name.clone(), output: input.name, groups: kernel.groups };
-        biased(x.conv_transpose(&filter, &ConvTranspose { conv, sizes }), kernel, channel)
+        let op = ConvTranspose { conv, sizes };
+        biased(x.conv_transpose_wide(&filter, &op), x.ty().dtype, kernel, channel)
     })
 }

@@ -409,14 +409,24 @@ impl Tensor {
     /// their dtype; summed in `f32`.
     #[track_caller]
     pub fn conv(&self, filter: &Tensor, conv: &Conv) -> Tensor {
+        self.conv_wide(filter, conv).cast(self.ty().dtype)
+    }
+    /// [`Tensor::conv`] as it was summed: `f32`, of 16-bit factors too.
+    #[track_caller]
+    pub fn conv_wide(&self, filter: &Tensor, conv: &Conv) -> Tensor {
         let x = ordered(self, &conv.order(&self.ty(), &conv.input));
-        self.graph().apply(conv.clone(), &[&x, filter]).cast(x.ty().dtype)
+        self.graph().apply(conv.clone(), &[&x, filter])
     }
     /// The transposed convolution of `[.., spatial.., output]` with the same filter: `[.., spatial.., input]`.
     #[track_caller]
     pub fn conv_transpose(&self, filter: &Tensor, op: &ConvTranspose) -> Tensor {
+        self.conv_transpose_wide(filter, op).cast(self.ty().dtype)
+    }
+    /// [`Tensor::conv_transpose`] as it was summed: `f32`, of 16-bit factors too.
+    #[track_caller]
+    pub fn conv_transpose_wide(&self, filter: &Tensor, op: &ConvTranspose) -> Tensor {
         let y = ordered(self, &op.conv.order(&self.ty(), &op.conv.output));
-        self.graph().apply(op.clone(), &[&y, filter]).cast(y.ty().dtype)
+        self.graph().apply(op.clone(), &[&y, filter])
     }
     /// The gradient of `self.conv(filter, conv)` by the filter, given that of the result.
     #[track_caller]

@@ -127,23 +127,35 @@ impl<'a> Fused<'a> {
         let spmd = self.spmd;
         // Length of the chain below each value, and the places where chains are cut for their length.
         let mut length = vec![0usize; spmd.values.len()];
-        let narrowed = self.narrowed();
+        let uses = self.uses();
+        let narrowed = self.narrowed(&uses);
         for instr in &spmd.instrs {
             if let Some(prim) = self.elementwise(instr.output) {
                 let below: usize = instr.inputs.iter().map(|i| length[i.index()]).sum();
                 // What is rounded takes another instruction for that.
                 let own = if self.ty(instr.output).dtype.is_half() { 2 } else { 1 };
                 let n = below + if is_free(prim) { 0 } else { own };
-                // What is rounded next is cut behind that, where it takes half of the memory.
-                let cut = n > LONGEST && !narrowed.contains(&instr.output);
-                length[instr.output.index()] = if cut { 0 } else { n };
-                if cut {
-                    self.stored.insert(instr.output);
+                if n <= LONGEST {
+                    length[instr.output.index()] = n;
+                    continue;
+                }
+                // What is rounded next is cut behind that, and what is made wide again before: there it takes half of the memory.
+                match prim {
+                    Prim::Cast(_) if self.ty(instr.inputs[0]).dtype.is_half() => {
+                        self.stored.insert(instr.inputs[0]);
+                        length[instr.output.index()] = own;
+                    }
+                    _ if narrowed.contains(&instr.output) => length[instr.output.index()] = n,
+                    _ => {
+                        self.stored.insert(instr.output);
+                    }
                 }
             }
         }
         let sums: Vec<ValueId> = spmd.sums.iter().copied().filter(|v| self.elementwise(*v).is_some()).collect();
         self.stored.extend(sums);
+        let rounded: HashSet<ValueId> =
+            spmd.instrs.iter().map(|i| i.output).filter(|v| self.narrows_product(*v, &uses)).collect();
         // From the end: how a value is used decides whether it is stored.
         let mut uses = vec![Uses::default(); spmd.values.len()];
         spmd.outputs.iter().for_each(|(_, v)| uses[v.index()].hard = true);
@@ -175,7 +187,7 @@ impl<'a> Fused<'a> {
             let elements = self.ty(out).elements();
             let store = self.stored.contains(&out)
                 || u.hard
-                || self.narrows_product(out)
+                || rounded.contains(&out)
                 || !is_free(&prim) && (u.points > elements || u.count.saturating_sub(1) * cost(&prim) > AGAIN);
             if store {
                 self.stored.insert(out);
@@ -193,14 +205,19 @@ impl<'a> Fused<'a> {
         });
     }
 
-    /// Values that are used once, to be rounded.
-    fn narrowed(&self) -> HashSet<ValueId> {
-        let mut uses: HashMap<ValueId, usize> = HashMap::new();
+    /// By value: how often it is read, or is a result.
+    fn uses(&self) -> Vec<usize> {
+        let mut uses = vec![0; self.spmd.values.len()];
         let results = self.spmd.outputs.iter().map(|(_, v)| v).chain(self.spmd.assigns.iter().map(|(_, v)| v));
-        self.spmd.instrs.iter().flat_map(|i| &i.inputs).chain(results).for_each(|v| *uses.entry(*v).or_default() += 1);
+        self.spmd.instrs.iter().flat_map(|i| &i.inputs).chain(results).for_each(|v| uses[v.index()] += 1);
+        uses
+    }
+
+    /// Values that are used once, to be rounded.
+    fn narrowed(&self, uses: &[usize]) -> HashSet<ValueId> {
         let rounds = |v: ValueId| matches!(self.elementwise(v), Some(Prim::Cast(_))) && self.ty(v).dtype.is_half();
         let rounded = self.spmd.instrs.iter().filter(|i| rounds(i.output)).flat_map(|i| &i.inputs);
-        rounded.filter(|v| uses[*v] == 1 && self.ty(**v).dtype == DType::F32).copied().collect()
+        rounded.filter(|v| uses[v.index()] == 1 && self.ty(**v).dtype == DType::F32).copied().collect()
     }
 
     /// Whether two values are the same bytes on every device.
@@ -338,11 +355,27 @@ impl<'a> Fused<'a> {
             && value.nodes.iter().all(|n| *n == 1)
     }
 
-    /// Whether a value is a product in fewer bits, which its epilogue stores in place of the product.
-    fn narrows_product(&self, v: ValueId) -> bool {
-        matches!(self.elementwise(v), Some(Prim::Cast(_)))
-            && self.ty(v).dtype.is_half()
-            && self.producer[v.index()].is_some_and(|i| self.is_whole_product(self.spmd.instrs[i].inputs[0]))
+    /// Whether a value is a product in fewer bits, which its epilogue stores in place of the product: as it is, or after
+    /// something that nobody else needs, such as the addition of a bias.
+    fn narrows_product(&self, v: ValueId, uses: &[usize]) -> bool {
+        if !matches!(self.elementwise(v), Some(Prim::Cast(_))) || !self.ty(v).dtype.is_half() {
+            return false;
+        }
+        let elements = self.ty(v).elements();
+        let operand = |v: ValueId| {
+            let inputs = &self.spmd.instrs[self.producer[v.index()]?].inputs;
+            let mut whole = inputs.iter().filter(|u| self.ty(**u).elements() == elements);
+            whole.next().copied().filter(|u| whole.next().is_none() && self.ty(*u).dtype == DType::F32)
+        };
+        let mut at = operand(v);
+        while let Some(u) = at {
+            if self.is_whole_product(u) {
+                return true;
+            }
+            let inside = uses[u.index()] == 1 && self.elementwise(u).is_some() && !self.stored.contains(&u);
+            at = if inside { operand(u) } else { None };
+        }
+        false
     }
 
     /// Makes the first map of what a product gives its epilogue: it is taken from the cache then, and is stored itself only
