@@ -63,9 +63,10 @@ impl Op for Contract {
         Ok(Type::new(DType::F32, all).without(&self.over))
     }
     fn grad(&self, cx: &GradContext) -> Vec<Option<Tensor>> {
+        // Of one dtype, so that both products take what is stored once.
+        let gradient = cx.dy.cast(cx.inputs[0].ty().dtype);
         let side = |own: &Tensor, other: &Tensor| {
             let (ty, other_ty) = (own.ty(), other.ty());
-            let gradient = cx.dy.cast(ty.dtype);
             let dy = gradient.ty();
             let all = union(&[&dy, &other_ty]);
             let over: Vec<&str> = all.iter().filter(|d| !ty.has(&d.name)).map(|d| &*d.name).collect();

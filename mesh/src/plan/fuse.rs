@@ -125,31 +125,15 @@ impl<'a> Fused<'a> {
 
     fn decide(&mut self) {
         let spmd = self.spmd;
-        // Length of the chain below each value, and the places where chains are cut for their length.
-        let mut length = vec![0usize; spmd.values.len()];
         let uses = self.uses();
         let narrowed = self.narrowed(&uses);
+        // Where chains are cut for their length: behind what is rounded next, and before what is made wide again, since
+        // there it takes half of the memory.
         for instr in &spmd.instrs {
-            if let Some(prim) = self.elementwise(instr.output) {
-                let below: usize = instr.inputs.iter().map(|i| length[i.index()]).sum();
-                // What is rounded takes another instruction for that.
-                let own = if self.ty(instr.output).dtype.is_half() { 2 } else { 1 };
-                let n = below + if is_free(prim) { 0 } else { own };
-                if n <= LONGEST {
-                    length[instr.output.index()] = n;
-                    continue;
-                }
-                // What is rounded next is cut behind that, and what is made wide again before: there it takes half of the memory.
-                match prim {
-                    Prim::Cast(_) if self.ty(instr.inputs[0]).dtype.is_half() => {
-                        self.stored.insert(instr.inputs[0]);
-                        length[instr.output.index()] = own;
-                    }
-                    _ if narrowed.contains(&instr.output) => length[instr.output.index()] = n,
-                    _ => {
-                        self.stored.insert(instr.output);
-                    }
-                }
+            let Some(prim) = self.elementwise(instr.output).filter(|_| !narrowed.contains(&instr.output)) else { continue };
+            let widens = matches!(prim, Prim::Cast(_)) && self.ty(instr.inputs[0]).dtype.is_half();
+            if self.chain(instr.output) > LONGEST {
+                self.stored.insert(if widens { instr.inputs[0] } else { instr.output });
             }
         }
         let sums: Vec<ValueId> = spmd.sums.iter().copied().filter(|v| self.elementwise(*v).is_some()).collect();
@@ -203,6 +187,23 @@ impl<'a> Fused<'a> {
         spmd.reads.iter().for_each(|(_, v)| {
             self.stored.insert(*v);
         });
+    }
+
+    /// How many instructions compute a value from what is stored, as far as more than [`LONGEST`].
+    fn chain(&self, v: ValueId) -> usize {
+        let (mut open, mut seen, mut length) = (vec![v], vec![], 0);
+        while let Some(v) = open.pop() {
+            if length > LONGEST || seen.contains(&v) || self.stored.contains(&v) {
+                continue;
+            }
+            let Some(prim) = self.elementwise(v) else { continue };
+            seen.push(v);
+            // What is rounded takes another instruction for that.
+            let own = if self.ty(v).dtype.is_half() { 2 } else { 1 };
+            length += if is_free(prim) { 0 } else { own };
+            open.extend(self.producer[v.index()].iter().flat_map(|i| &self.spmd.instrs[*i].inputs));
+        }
+        length
     }
 
     /// By value: how often it is read, or is a result.
