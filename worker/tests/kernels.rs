@@ -4,6 +4,7 @@
 //! The pieces of work are those of planned programs, on one device and split, so that regions, halos, leaves and fused
 //! bodies are as they come.
 
+use mesh::body::{Body, Loop, Reduction};
 use mesh::dim::{DType, Dim, dim};
 use mesh::graph::{Graph, Tensor};
 use mesh::nn::{self, Attention, BatchNorm, Dense, Kernel as Filter, Mode};
@@ -188,6 +189,20 @@ fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize])
     Some(bits)
 }
 
+/// What a reduction gives that stores values besides, if it only reduces and a map stores.
+fn sums_apart(r: &Reduction, pool: &Pool, inputs: &mut [Guarded], results: &[usize]) -> Option<Vec<Vec<u8>>> {
+    let sums = r.nest.body.results.len() - r.stored;
+    let of = |slots: &[usize]| {
+        let body = Body { results: slots.to_vec(), ..Body::clone(&r.nest.body) };
+        Loop { body: body.into(), ..r.nest.clone() }
+    };
+    let (summed, stored) = r.nest.body.results.split_at_checked(sums).filter(|(_, stored)| !stored.is_empty())?;
+    let reduce = Work::Reduce(Box::new(Reduction { nest: of(summed), stored: 0, ..r.clone() }));
+    let mut bits = run(&reduce, Isa::detect(), pool, inputs, &results[..sums]);
+    bits.extend(run(&Work::Map(of(stored)), Isa::detect(), pool, inputs, &results[sums..]));
+    Some(bits)
+}
+
 /// What an op gives whose first input is in pieces if that is put together first.
 fn together(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize]) -> Option<Vec<Vec<u8>>> {
     let element = op.inputs[0].ty.dtype.bytes();
@@ -233,6 +248,10 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
                     && types.contains(&DType::Bf16);
             let arithmetic = |isa: Isa| usize::from(tiled && isa == Isa::Amx);
             let mut first = [None, None];
+            if let Work::Reduce(r) = &step.work {
+                first[0] = sums_apart(r, &pools[0], &mut inputs, &results);
+                seen.extend(first[0].as_ref().map(|_| "sums that store"));
+            }
             if let Work::Op(op) = &step.work {
                 let whole = Work::Op(Box::new(OpWork { share: Share::Whole, ..OpWork::clone(op) }));
                 let bits = apart(op, &pools[0], &mut inputs, &results);
@@ -313,6 +332,7 @@ fn network_holds(dtype: DType) {
         "max_pool",
         "max_pool_grad",
         "reduce",
+        "sums that store",
         "rim",
         "in pieces",
     ];

@@ -109,7 +109,7 @@ pub(super) fn cost(work: &Work, inputs: usize, outputs: usize) -> Cost {
 fn flops(work: &Work) -> f64 {
     match work {
         Work::Map(nest) => (arithmetic(nest) * points(nest)) as f64,
-        Work::Reduce(r) => ((arithmetic(&r.nest) + r.nest.body.results.len()) * points(&r.nest)) as f64,
+        Work::Reduce(r) => ((arithmetic(&r.nest) + r.nest.body.results.len() - r.stored) * points(&r.nest)) as f64,
         Work::Op(op) => op_flops(op) + op.epilogue.as_ref().map_or(0, |nest| arithmetic(nest) * points(nest)) as f64,
         Work::Band(b) => {
             let slice = |s: &Slices| s.steps.iter().map(|s| flops(&s.work)).sum::<f64>();

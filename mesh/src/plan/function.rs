@@ -185,8 +185,12 @@ impl Planner<'_> {
                 Some(nest.with_last(result))
             }
             Kind::Reduce => {
-                let roots: Vec<ValueId> = group.instrs.iter().map(|i| spmd.instrs[*i].inputs[0]).collect();
-                Some(Nest::new(self.fused, &self.fused.ty(roots[0]).dims, &roots, &[]))
+                let (sums, stored) = self.fused.sums_of(group);
+                let stored: Vec<ValueId> = stored.iter().map(|i| spmd.instrs[*i].output).collect();
+                let mut roots: Vec<ValueId> = sums.iter().map(|i| spmd.instrs[*i].inputs[0]).collect();
+                let dims = &self.fused.ty(roots[0]).dims;
+                roots.extend(stored.iter().filter(|v| group.outputs.contains(v)));
+                Some(Nest::new(self.fused, dims, &roots, &stored))
             }
             Kind::Instr | Kind::Band(..) => None,
         }
@@ -398,7 +402,9 @@ impl Planner<'_> {
             Kind::Instr if matches!(self.first(group).op, SpmdOp::Join { .. }) => {
                 return (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d));
             }
-            Kind::Reduce | Kind::Instr | Kind::Band(..) => true,
+            // What it stores besides.
+            Kind::Reduce => self.fused.sums_of(group).0.iter().any(|i| self.cx.spmd.instrs[*i].output == new),
+            Kind::Instr | Kind::Band(..) => true,
         };
         if by_op || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
             return false;
@@ -406,7 +412,7 @@ impl Planner<'_> {
         let nest = &self.nests[&group.instrs[0]];
         let own: Vec<usize> = (0..nest.loaded.len()).filter(|o| nest.loaded[*o] == old).collect();
         let in_place = |d: usize| {
-            let at = &values[group.outputs[0].index()].regions[d];
+            let at = &b.regions[d];
             own.iter().all(|o| nest.access(*o, self.view(d), at).is_whole(&at.shape()))
         };
         (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d) && (b.bytes(d) == 0 || in_place(d)))
@@ -565,6 +571,7 @@ impl Planner<'_> {
         }
         Reduction {
             nest: self.nests[&group.instrs[0]].on(view, &at.of(&x.ty)),
+            stored: group.outputs.len() - self.fused.sums_of(group).0.len(),
             reduced: x.ty.dims.iter().map(|d| r.over.contains(&d.name)).collect(),
             f: r.f,
             tree: sum.map(|s| s.tree.clone()).unwrap_or_default(),

@@ -2,8 +2,8 @@
 //!
 //! An elementwise value is inlined into its users unless something needs it in memory (a kernel, a collective, a fetch),
 //! it would be broadcast there (and so computed again for every repetition), or computing it several times costs
-//! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass. A map of what
-//! a product gives is the product's epilogue.
+//! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass, and so does a map
+//! with the reductions of what it stores. A map of what a product gives is the product's epilogue.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
 use super::band::{self, View};
@@ -22,7 +22,7 @@ use std::collections::{HashMap, HashSet};
 pub enum Kind {
     /// A loop that stores these values.
     Map,
-    /// A loop whose body is reduced to these values.
+    /// A loop whose body is reduced to these values. Behind the reductions there may be maps, whose values it stores.
     Reduce,
     /// One instruction of the SPMD program.
     Instr,
@@ -93,8 +93,15 @@ impl<'a> Fused<'a> {
                 *members = fused.epilogues(std::mem::take(members), &group.outputs.iter().copied().collect());
             }
         }
-        fused.groups = fused.epilogues(groups, &results);
+        let groups = fused.epilogues(groups, &results);
+        fused.groups = fused.sums_with_maps(groups, &results);
         fused
+    }
+
+    /// The instructions of a reduction's group that reduce, and those of maps whose values it stores.
+    pub fn sums_of<'g>(&self, group: &'g Group) -> (&'g [usize], &'g [usize]) {
+        let reduces = |i: &usize| matches!(self.spmd.instrs[*i].op, SpmdOp::Compute { prim: Prim::Reduce(_), .. });
+        group.instrs.split_at(group.instrs.iter().take_while(|i| reduces(i)).count())
     }
 
     /// The values that a group's loop computes, in memory or not.
@@ -130,7 +137,9 @@ impl<'a> Fused<'a> {
         // Where chains are cut for their length: behind what is rounded next, and before what is made wide again, since
         // there it takes half of the memory.
         for instr in &spmd.instrs {
-            let Some(prim) = self.elementwise(instr.output).filter(|_| !narrowed.contains(&instr.output)) else { continue };
+            let Some(prim) = self.elementwise(instr.output).filter(|_| !narrowed.contains(&instr.output)) else {
+                continue;
+            };
             let widens = matches!(prim, Prim::Cast(_)) && self.ty(instr.inputs[0]).dtype.is_half();
             if self.chain(instr.output) > LONGEST {
                 self.stored.insert(if widens { instr.inputs[0] } else { instr.output });
@@ -422,6 +431,65 @@ impl<'a> Fused<'a> {
             groups[m] = None;
         }
         groups.into_iter().flatten().collect()
+    }
+
+    /// Lets a map share its pass with the reductions of what it stores, which others may need or not.
+    fn sums_with_maps(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
+        let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
+        let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, usize>) = Default::default();
+        for (g, group) in groups.iter().flatten().enumerate() {
+            made.extend(group.outputs.iter().map(|v| (*v, g)));
+            group.inputs.iter().for_each(|v| *readers.entry(*v).or_default() += 1);
+        }
+        for j in 0..groups.len() {
+            let Some(sums) = groups[j].clone().filter(|g| g.kind == Kind::Reduce) else { continue };
+            let from = |g: &usize| sums.inputs.iter().any(|v| made.get(v) == Some(g));
+            let Some(m) = (j.saturating_sub(WINDOW)..j).rev().find(from) else { continue };
+            let Some(map) = groups[m].clone().filter(|g| g.kind == Kind::Map) else { continue };
+            // What it reads besides was there before the map.
+            let ready = sums.inputs.iter().all(|v| made.get(v).is_none_or(|g| *g <= m));
+            if !ready || !self.may_store(&sums, &map) {
+                continue;
+            }
+            let read_on = |v: &ValueId| {
+                results.contains(v) || readers.get(v).copied().unwrap_or(0) > usize::from(sums.inputs.contains(v))
+            };
+            let stored = map.outputs.iter().copied().filter(read_on);
+            let mut group = Group {
+                kind: Kind::Reduce,
+                instrs: [&sums.instrs[..], &map.instrs].concat(),
+                inputs: vec![],
+                outputs: sums.outputs.iter().copied().chain(stored).collect(),
+            };
+            group.inputs = self.loads(&group.instrs);
+            sums.outputs.iter().for_each(|v| {
+                made.insert(*v, m);
+            });
+            groups[m] = Some(group);
+            groups[j] = None;
+        }
+        groups.into_iter().flatten().collect()
+    }
+
+    /// Whether a pass of reductions may store what a map of its points gives: on every device it goes through each of them
+    /// once, in their own dimensions.
+    fn may_store(&self, sums: &Group, map: &Group) -> bool {
+        let instr = &self.spmd.instrs[sums.instrs[0]];
+        let SpmdOp::Compute { sum, .. } = &instr.op else { return false };
+        let [x, y] = [instr.inputs[0], instr.output].map(|v| &self.spmd.values[v.index()]);
+        let out = &self.spmd.values[map.outputs[0].index()];
+        let reshaped = self.reads_reshaped(instr.inputs[0], &map.outputs);
+        let whole = |device: usize| {
+            let reduced = x.ty.dims.iter().filter(|d| !y.ty.has(&d.name));
+            let owned = sum.as_ref().map(|s| s.tree.elements(&s.owned[device])).unwrap_or_default();
+            let at = reduced.zip(owned).fold(y.regions[device].clone(), |at, (d, range)| at.with(&d.name, range));
+            at.of(&x.ty) == out.regions[device]
+        };
+        !reshaped
+            && x.ty.dims == out.ty.dims
+            && sums.instrs.iter().all(|i| self.ty(self.spmd.instrs[*i].inputs[0]).dims == x.ty.dims)
+            && self.instructions(sums) + self.instructions(map) <= MAX_INSTRS
+            && (0..out.regions.len()).all(whole)
     }
 
     /// Whether a map reads `v` once, at each of its points just the element that lies there, and, if `v` is to be stored

@@ -65,6 +65,7 @@ pub struct ReducePlan {
 struct Pointers<'a> {
     operands: &'a [*const u8],
     results: &'a [*mut u8],
+    stored: &'a [*mut u8],
     scratch: *mut f32,
 }
 
@@ -75,6 +76,9 @@ unsafe impl Send for Pointers<'_> {}
 
 /// Kept points that a leaf's partial sums may have, so that leaves are done in parallel.
 const FEW: usize = 8192;
+/// Strips that there are to be for each thread, and kept points of the widest one.
+const STRIPS: usize = 8;
+const WIDEST: usize = 8 * BLOCK;
 /// Rows to sum that are shared out to threads as they are, several to a block.
 const MANY: usize = 64;
 
@@ -86,7 +90,8 @@ impl ReducePlan {
 
     /// Prepares a reduction for one instruction set.
     pub fn with_isa(r: &Reduction, isa: Isa) -> ReducePlan {
-        let (machine, merged) = Machine::new(&r.nest, isa, Use::Reduce, |i| !r.reduced[i] && !r.reduced[i + 1]);
+        let of = Use::Reduce { sums: r.nest.body.results.len() - r.stored };
+        let (machine, merged) = Machine::new(&r.nest, isa, of, |i| !r.reduced[i] && !r.reduced[i + 1]);
         // A collapsed loop is reduced as its parts are; loops of one point that the machine added in front are kept.
         let mut reduced = Vec::new();
         let mut original = 0;
@@ -128,14 +133,14 @@ impl ReducePlan {
         let kept: Vec<usize> =
             (0..d - usize::from(!reduced[d - 1])).filter(|&l| !reduced[l]).map(|l| machine.extents[l]).collect();
         let points = kept.iter().product::<usize>() * inner;
-        let few =
-            points * machine.results.len() <= FEW && points * machine.results.len() * 4 * 2 <= WORKSPACE_BYTES / 4;
+        let few = points * machine.sums <= FEW && points * machine.sums * 4 * 2 <= WORKSPACE_BYTES / 4;
         let rows = reduced[d - 1] && !reduced[d - 2] && points >= MANY;
         ReducePlan { isa, machine, f: r.f, reduced, leaves, runs, nodes, kept, inner, by_leaf: few && !rows, depth }
     }
 
-    fn results(&self) -> usize {
-        self.machine.results.len()
+    /// How many results are reduced.
+    fn sums(&self) -> usize {
+        self.machine.sums
     }
 
     fn kept_points(&self) -> usize {
@@ -144,13 +149,14 @@ impl ReducePlan {
 
     /// Bytes of scratch.
     pub fn scratch_bytes(&self) -> usize {
-        if self.by_leaf { self.leaves.len() * self.results() * self.kept_points() * 4 } else { 0 }
+        if self.by_leaf { self.leaves.len() * self.sums() * self.kept_points() * 4 } else { 0 }
     }
 
-    /// Runs the reduction: result `r` goes to `results[r]` as `[nodes, kept..]`.
+    /// Runs the reduction: result `r` goes to `results[r]` as `[nodes, kept..]`, and one that is stored as it lies in the nest.
     ///
     /// # Safety
-    /// Operands, results and scratch are buffers large enough for the nest and do not overlap.
+    /// Operands, results and scratch are buffers large enough for the nest and do not overlap, but for results that are
+    /// stored: those as [`super::map::MapPlan::run`] allows.
     pub unsafe fn run(
         &self,
         pool: &Pool,
@@ -159,8 +165,9 @@ impl ReducePlan {
         scratch: *mut u8,
         cx: StepContext,
     ) {
-        let p = Pointers { operands, results, scratch: scratch.cast() };
-        let (points, count) = (self.kept_points(), self.results());
+        let (results, stored) = results.split_at(self.sums());
+        let p = Pointers { operands, results, stored, scratch: scratch.cast() };
+        let (points, count) = (self.kept_points(), self.sums());
         if self.by_leaf {
             let row = count * if self.reduced[self.reduced.len() - 1] { LANES } else { self.inner };
             let most = self.runs.iter().map(|r| r.len()).max().unwrap_or(1);
@@ -176,7 +183,7 @@ impl ReducePlan {
                     )
                 };
                 for k in 0..self.kept.iter().product() {
-                    self.leaves(run.clone(), k, 0, self.inner, &mut e, sums);
+                    self.leaves(run.clone(), k, 0, self.inner, p, &mut e, sums);
                     for (leaf, out) in out.chunks_exact_mut(count * points).enumerate() {
                         for r in 0..count {
                             let from = &sums[leaf * row + r * self.inner..][..self.inner];
@@ -191,8 +198,9 @@ impl ReducePlan {
             }
             return;
         }
-        // Kept points are shared out in blocks along the innermost kept loop.
-        let width = BLOCK.min(self.inner.max(1));
+        // Kept points are shared out in strips along the innermost kept loop: wide ones, since their rows lie apart.
+        let strips = (pool.threads() * STRIPS).div_ceil(self.kept.iter().product::<usize>().max(1));
+        let width = self.inner.div_ceil(strips).next_multiple_of(BLOCK).min(WIDEST).min(self.inner.max(1));
         let per_row = self.inner.div_ceil(width.max(1));
         let blocks = self.kept.iter().product::<usize>() * per_row;
         if self.rows_are_kept() {
@@ -237,7 +245,7 @@ impl ReducePlan {
     }
 
     unsafe fn combine_leaves(&self, program: &[Combine], node: usize, p: Pointers) {
-        let (points, count) = (self.kept_points(), self.results());
+        let (points, count) = (self.kept_points(), self.sums());
         let size = points * count;
         let mut stack = [0usize; 64];
         let mut top = 0;
@@ -325,7 +333,7 @@ impl ReducePlan {
         at
     }
 
-    /// Sums a run of leaves for the kept points `start .. start + width` along the innermost loop (or for the one kept
+    /// Sums a run of leaves, and stores what is stored of them, for the kept points `start .. start + width` along the innermost loop (or for the one kept
     /// point, if that loop is reduced), at kept point `k` of the others: leaf after leaf a row of sums a result.
     fn leaves(
         &self,
@@ -333,13 +341,14 @@ impl ReducePlan {
         k: usize,
         start: usize,
         width: usize,
+        p: Pointers,
         evaluation: &mut Evaluation,
         sums: &mut [f32],
     ) {
         let d = self.reduced.len();
         let inner_reduced = self.reduced[d - 1];
         let row = if inner_reduced { LANES } else { width };
-        let count = self.results();
+        let count = self.sums();
         sums[..run.len() * count * row].fill(self.identity());
         let leaves = &self.leaves[run];
         let box_ = &leaves[0];
@@ -382,8 +391,9 @@ impl ReducePlan {
                     let columns = BLOCK.min(ranges[d - 1].end - c);
                     (at[d - 2], at[d - 1]) = (m, c);
                     let lane = c - ranges[d - 1].start;
-                    evaluation.block(&at[..d], rows, columns);
-                    for (r, (slot, _)) in self.machine.results.iter().enumerate() {
+                    // SAFETY: by the contract of `run`; every point is evaluated once.
+                    unsafe { evaluation.block(&at[..d], rows, columns, p.stored) };
+                    for (r, (slot, _)) in self.machine.results[..count].iter().enumerate() {
                         // SAFETY: the block has that many points.
                         let v: &[f32] =
                             unsafe { std::slice::from_raw_parts(evaluation.pointer(*slot).cast(), rows * columns) };
@@ -505,19 +515,19 @@ impl ReducePlan {
 
     /// Floats of the stack of sums of `width` kept points.
     fn stack(&self, width: usize) -> usize {
-        (self.depth + 1) * self.results() * width.max(LANES)
+        (self.depth + 1) * self.sums() * width.max(LANES)
     }
 
     /// All nodes of the kept points `start .. start + width` at kept point `k`, one leaf after another.
     unsafe fn points(&self, k: usize, start: usize, width: usize, p: Pointers, e: &mut Evaluation, stack: &mut [f32]) {
-        let count = self.results();
+        let count = self.sums();
         let row = count * width.max(LANES);
         for (n, program) in self.nodes.iter().enumerate() {
             let mut top = 0;
             for c in program {
                 match *c {
                     Combine::Leaf(l) => {
-                        self.leaves(l..l + 1, k, start, width, e, &mut stack[top * row..]);
+                        self.leaves(l..l + 1, k, start, width, p, e, &mut stack[top * row..]);
                         top += 1;
                     }
                     Combine::Add => {
@@ -541,7 +551,7 @@ impl ReducePlan {
     unsafe fn rows(&self, k: usize, rows: usize, p: Pointers, e: &mut Evaluation, room: &mut [f32]) {
         let d = self.reduced.len();
         let n = self.machine.extents[d - 1];
-        let count = self.results();
+        let count = self.sums();
         // With further reduced loops, or rows longer than a block, points go one by one.
         if self.reduced[..d - 1].iter().any(|r| *r) || n > BLOCK {
             for i in 0..rows {
@@ -552,8 +562,9 @@ impl ReducePlan {
         }
         let at = self.kept_at(k);
         let mut sums = [0.0f32; 128];
-        e.block(&at[..d], rows, n);
-        for (r, (slot, _)) in self.machine.results.iter().enumerate().take(count) {
+        // SAFETY: by the contract of `run`; every point is evaluated once.
+        unsafe { e.block(&at[..d], rows, n, p.stored) };
+        for (r, (slot, _)) in self.machine.results[..count].iter().enumerate() {
             // SAFETY: the block has that many points.
             let v = unsafe { std::slice::from_raw_parts(e.pointer(*slot).cast::<f32>(), rows * n) };
             for (node, program) in self.nodes.iter().enumerate() {

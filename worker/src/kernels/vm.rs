@@ -54,14 +54,18 @@ pub enum Use {
     Map,
     /// They are stored, and the last operand does not lie in memory: each block is given its elements.
     Epilogue,
-    /// They are summed up by the caller.
-    Reduce,
+    /// The caller sums up the first ones, so many, and the others are stored.
+    Reduce {
+        /// How many.
+        sums: usize,
+    },
 }
 
 /// A body prepared for evaluation over a loop nest, whose last two loops make the rows and columns of blocks.
 pub struct Machine {
     isa: Isa,
-    of: Use,
+    /// How many of the results, the first ones, are summed up; the others are stored.
+    pub sums: usize,
     /// Extents of the loops, at least two.
     pub extents: Vec<usize>,
     origin: Vec<usize>,
@@ -169,6 +173,7 @@ impl Machine {
         }
         let d = extents.len();
         let in_memory = operands.len() - usize::from(of == Use::Epilogue);
+        let sums = if let Use::Reduce { sums } = of { sums } else { 0 };
         let operands: Vec<Operand> = operands
             .into_iter()
             .enumerate()
@@ -204,14 +209,14 @@ impl Machine {
             moving: &moving,
             uniform: &uniform,
             results: &results,
-            stores: of != Use::Reduce,
+            sums,
             columns: extents[d - 1],
         };
         let compiled = if isa >= Isa::Avx512 { source.compile() } else { None };
         let (native, before) = compiled.map_or((None, vec![true; instrs.len()]), |(n, before)| (Some(n), before));
         // A result that is merely loaded is copied to a register first: its memory may be another result's.
         let mut operands = operands;
-        for (r, _) in results.iter().filter(|_| native.is_none() && of != Use::Reduce) {
+        for (r, _) in results.iter().filter(|_| native.is_none() && sums < results.len()) {
             if let Instr::Load(o) = instrs[*r].0
                 && operands[o].mode != Mode::Given
             {
@@ -221,7 +226,7 @@ impl Machine {
         let place = |i: usize| match (&native, before[i]) {
             (None, _) if depends[i] == Depends::Moving => Place::Shared,
             (_, true) => Place::Own,
-            _ if of == Use::Reduce && results.iter().any(|r| r.0 == i) => Place::Own,
+            _ if results[..sums].iter().any(|r| r.0 == i) => Place::Own,
             _ => Place::None,
         };
         let places: Vec<Place> = (0..instrs.len()).map(place).collect();
@@ -230,7 +235,7 @@ impl Machine {
         let [uniform, fixed, moving] = [Depends::Uniform, Depends::Fixed, Depends::Moving].map(by);
         let machine = Machine {
             isa,
-            of,
+            sums,
             extents,
             origin,
             within,
@@ -296,22 +301,33 @@ impl Machine {
 }
 
 impl Evaluation<'_> {
-    /// Evaluates `rows x columns` points (at most [`BLOCK`]) of what is to be summed up, from the point `at` (local loop
-    /// indices) on; more than one row only of whole rows.
-    pub fn block(&mut self, at: &[usize], rows: usize, columns: usize) {
-        let m = self.machine;
-        assert!(m.of == Use::Reduce, "the results are stored");
+    /// Evaluates `rows x columns` points (at most [`BLOCK`]) from the point `at` (local loop indices) on; more than one row
+    /// only of whole rows. What is to be summed up waits in registers; the other results are stored where they lie in `to`.
+    ///
+    /// # Safety
+    /// The results that are stored have room for every point, and no operand's memory that is still to be read lies there.
+    pub unsafe fn block(&mut self, at: &[usize], rows: usize, columns: usize, to: &[*mut u8]) {
+        let (m, n) = (self.machine, rows * columns);
         self.begin(at, rows, columns);
-        if let Some(native) = &m.native {
-            let base = self.registers.as_mut_ptr().cast::<u32>();
-            // SAFETY: a result has a register of its own.
-            let register = |r: usize| unsafe { base.add(m.instrs[r].2 * BLOCK) };
-            let results = m.results.iter().map(|(r, _)| register(*r).cast());
-            // SAFETY: registers have room for a block.
-            unsafe { self.compiled(native, at, [rows, columns], results) };
-            // Only now: what was merely loaded may have lain where the operand lies.
-            m.results.iter().for_each(|(r, _)| self.pointers[*r] = register(*r));
-        }
+        let (summed, stored) = m.results.split_at(m.sums);
+        let first = at.iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);
+        // SAFETY: by this function's contract.
+        let places = to.iter().zip(stored).map(|(to, (_, dtype))| unsafe { to.add(first * dtype.bytes()) });
+        let Some(native) = &m.native else {
+            for (to, (slot, dtype)) in places.zip(stored) {
+                // SAFETY: as above; what is merely loaded has a register of its own where anything is stored.
+                unsafe { store(m.isa, *dtype, self.pointers[*slot], to, n) };
+            }
+            return;
+        };
+        let base = self.registers.as_mut_ptr().cast::<u32>();
+        // SAFETY: a result that is summed up has a register of its own.
+        let register = |r: usize| unsafe { base.add(m.instrs[r].2 * BLOCK) };
+        let results = summed.iter().map(|(r, _)| register(*r).cast()).chain(places);
+        // SAFETY: registers have room for a block, and results by this function's contract.
+        unsafe { self.compiled(native, at, [rows, columns], results) };
+        // Only now: what was merely loaded may have lain where the operand lies.
+        summed.iter().for_each(|(r, _)| self.pointers[*r] = register(*r));
     }
 
     /// Evaluates points as [`Evaluation::block`] does, and stores the results: the elements from `first` on.
@@ -320,7 +336,7 @@ impl Evaluation<'_> {
     /// The results have room for them, and no operand's memory that is still to be read lies there.
     pub unsafe fn store(&mut self, at: &[usize], rows: usize, columns: usize, first: usize, to: &[*mut u8]) {
         let (m, n) = (self.machine, rows * columns);
-        assert!(m.of != Use::Reduce, "the results are summed up");
+        assert!(m.sums == 0, "results are summed up");
         self.begin(at, rows, columns);
         // SAFETY: by this function's contract.
         let places = to.iter().zip(&m.results).map(|(to, (_, dtype))| unsafe { to.add(first * dtype.bytes()) });

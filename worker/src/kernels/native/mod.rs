@@ -75,8 +75,8 @@ pub struct Moving<'a> {
     pub uniform: &'a [bool],
     /// The results, and their dtypes.
     pub results: &'a [(usize, DType)],
-    /// Whether results are stored as elements of their dtypes; otherwise as lanes.
-    pub stores: bool,
+    /// How many of the results, the first ones, are stored as lanes; the others as elements of their dtypes.
+    pub sums: usize,
     /// Points along the innermost loop.
     pub columns: usize,
 }
@@ -95,7 +95,7 @@ impl Moving<'_> {
         let entries = inputs.len() + source.results.len();
         // What only stores values that the machine has computed gains nothing, nor what only loads them.
         let computes = source.ops.iter().any(|op| !emit::arguments(op).is_empty());
-        let copies = self.stores && inputs.iter().any(|i| matches!(i, Origin::Operand(_)));
+        let copies = self.sums < self.results.len() && inputs.iter().any(|i| matches!(i, Origin::Operand(_)));
         if entries > TABLE || !computes && !copies {
             return None;
         }
@@ -103,8 +103,8 @@ impl Moving<'_> {
             Origin::Operand(o) if self.operands[*o].mode != Mode::Given => self.operands[*o].dtype.bytes(),
             _ => 4,
         };
-        let stored = |(_, dtype): &(usize, DType)| if self.stores { dtype.bytes() } else { 4 };
-        let bytes = inputs.iter().map(element).chain(self.results.iter().map(stored)).collect();
+        let stored = |(r, (_, dtype)): (usize, &(usize, DType))| if r < self.sums { 4 } else { dtype.bytes() };
+        let bytes = inputs.iter().map(element).chain(self.results.iter().enumerate().map(stored)).collect();
         let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
         let compiled = compiled.get_or_insert_default();
         let code = match compiled.get(&source) {
@@ -182,12 +182,15 @@ impl Lowering<'_> {
             values[i] = Some(self.lower(i, &values));
         }
         let mut results = Vec::new();
-        for (r, dtype) in self.of.results {
+        for (i, (r, dtype)) in self.of.results.iter().enumerate() {
             if self.before[*r] {
                 self.given(*r, &mut values);
             }
             let value = values[*r].expect("every result is computed");
-            results.push(self.stored(*r, value, *dtype));
+            results.push(match i < self.of.sums {
+                true => (value, Format::Lanes),
+                false => self.stored(*r, value, *dtype),
+            });
         }
         (Source { ops: self.tape.finish(), inputs: self.formats, results }, self.inputs)
     }
@@ -294,11 +297,8 @@ impl Lowering<'_> {
         }
     }
 
-    /// A result and how it is stored.
+    /// A result that is stored, and how.
     fn stored(&self, r: usize, value: Value, dtype: DType) -> (Value, Format) {
-        if !self.of.stores {
-            return (value, Format::Lanes);
-        }
         match dtype {
             DType::F32 | DType::I32 => (value, Format::Lanes),
             DType::Bool => (value, Format::Byte),
