@@ -521,6 +521,16 @@ fn workers_that_cannot_share_the_devices_out_are_refused_before_any_starts() {
     assert!(!out.join("metrics.jsonl").exists());
 }
 
+#[test]
+fn an_instruction_set_that_there_is_not_is_refused() {
+    let place = Place::of(env!("CARGO_BIN_EXE_unet3d"));
+    let mut command = place.command("train --data phantom --crop 16 --mesh 1 --steps 1");
+    let r = ran(command.env("MESH_ISA", "avx3").output().unwrap());
+    assert_ne!(r.code, 0, "{}", r.out);
+    let says = |text: &str| assert!(r.err.contains(text), "it does not say `{text}`:\n{}", r.err);
+    ["W0034", "MESH_ISA=avx3", "avx512 or amx"].into_iter().for_each(says);
+}
+
 /// A process that ends with the test.
 struct Running(std::process::Child);
 

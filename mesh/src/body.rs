@@ -101,7 +101,7 @@ pub struct Loop {
     pub body: Arc<Body>,
 }
 
-/// A loop nest whose results are reduced over some of the loops; the last of them may be stored as a map's besides.
+/// A loop nest whose results are reduced over some of the loops; the first of them may be stored, as a map's.
 ///
 /// Results are stored as `[nodes, kept loops..]` for the nodes of `tree` that `owned` holds completely. Sums run in the
 /// canonical order: within a leaf row-major over the reduced loops, one accumulator per kept point; but where the
@@ -113,7 +113,7 @@ pub struct Reduction {
     pub nest: Loop,
     /// Which loops are reduced.
     pub reduced: Vec<bool>,
-    /// How many of the results, the last ones, are stored and not reduced.
+    /// How many of the results, the first ones, are stored and not reduced.
     pub stored: usize,
     /// How.
     pub f: ReduceFn,

@@ -4,7 +4,7 @@
 //! list: nothing is allocated, planned or looked up by name in it.
 
 use crate::arena::Arena;
-use crate::kernels::isa::Isa;
+use crate::kernels::isa::{Isa, UnknownIsa};
 use crate::kernels::kernel::{Kernel, Operands};
 use crate::kernels::vm::StepContext;
 use crate::pool::{Cores, Pool, WORKSPACE_BYTES};
@@ -112,6 +112,9 @@ pub enum DeviceError {
     /// Something between devices.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// An instruction set that there is not.
+    #[error(transparent)]
+    Isa(#[from] UnknownIsa),
 }
 
 impl Device {

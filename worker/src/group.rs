@@ -84,8 +84,9 @@ impl DeviceGroup {
     /// All devices of a plan's mesh, with `threads` threads each.
     ///
     /// # Errors
-    /// A device for which there is no memory.
+    /// A device for which there is no memory, or a `MESH_ISA` that is no instruction set.
     pub fn embedded(plan: &ProgramPlan, threads: usize, seed: u64) -> Result<DeviceGroup, DeviceError> {
+        Isa::asked()?;
         let most = |counts: fn(usize) -> usize| {
             plan.functions.values().flatten().map(|p| p.most_posted(counts)).max().unwrap_or(0)
         };

@@ -1,7 +1,7 @@
 //! A worker's life: it offers its devices to a coordinator and stays for as long as that wants it.
 
 use crate::access;
-use crate::kernels::isa::Isa;
+use crate::kernels::isa::{Isa, UnknownIsa};
 use crate::service::{Offer, WorkerService};
 use crate::store::Store;
 use crate::tls::{self, Role, Tls, TlsError};
@@ -84,6 +84,9 @@ pub enum NodeError {
         /// What to do.
         help: &'static str,
     },
+    /// An instruction set that there is not.
+    #[error(transparent)]
+    Isa(#[from] UnknownIsa),
     /// Certificates that are not good, or an address that contradicts them.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -93,7 +96,7 @@ impl NodeError {
     /// The process's exit code: 2 configuration, 75 try again.
     pub fn exit_code(&self) -> u8 {
         match self {
-            NodeError::Refused { .. } | NodeError::Options { .. } | NodeError::Tls(_) => 2,
+            NodeError::Refused { .. } | NodeError::Options { .. } | NodeError::Tls(_) | NodeError::Isa(_) => 2,
             NodeError::Gone { .. } => 75,
             NodeError::System(_) => 1,
         }
@@ -155,6 +158,7 @@ pub fn run(options: &NodeOptions) -> Result<(), NodeError> {
 pub fn run_telling(options: &NodeOptions, bound: impl FnOnce(&WorkerHello)) -> Result<(), NodeError> {
     let system = |e: &dyn std::fmt::Display| NodeError::System(e.to_string());
     check_bind(options.bind, options.tls.is_some(), options.insecure)?;
+    Isa::asked()?;
     let runtime = connector::runtime().map_err(|e| system(&e))?;
     let listen = ListenOptions {
         bind: SocketAddr::new(options.bind.ip(), 0),

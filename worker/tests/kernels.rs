@@ -191,15 +191,15 @@ fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize])
 
 /// What a reduction gives that stores values besides, if it only reduces and a map stores.
 fn sums_apart(r: &Reduction, pool: &Pool, inputs: &mut [Guarded], results: &[usize]) -> Option<Vec<Vec<u8>>> {
-    let sums = r.nest.body.results.len() - r.stored;
     let of = |slots: &[usize]| {
         let body = Body { results: slots.to_vec(), ..Body::clone(&r.nest.body) };
         Loop { body: body.into(), ..r.nest.clone() }
     };
-    let (summed, stored) = r.nest.body.results.split_at_checked(sums).filter(|(_, stored)| !stored.is_empty())?;
+    let (stored, summed) = r.nest.body.results.split_at(r.stored);
     let reduce = Work::Reduce(Box::new(Reduction { nest: of(summed), stored: 0, ..r.clone() }));
-    let mut bits = run(&reduce, Isa::detect(), pool, inputs, &results[..sums]);
-    bits.extend(run(&Work::Map(of(stored)), Isa::detect(), pool, inputs, &results[sums..]));
+    let map = (!stored.is_empty()).then(|| Work::Map(of(stored)))?;
+    let mut bits = run(&map, Isa::detect(), pool, inputs, &results[..r.stored]);
+    bits.extend(run(&reduce, Isa::detect(), pool, inputs, &results[r.stored..]));
     Some(bits)
 }
 

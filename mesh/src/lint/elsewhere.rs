@@ -124,6 +124,10 @@ pub(super) const CODES: &[(&str, &str)] = &[
     ("W0031", "The coordinator is not there. Start it, or name another one."),
     ("W0032", "A worker cannot be set up."),
     ("W0033", "An option of a worker makes no sense, or not with the others."),
+    (
+        "W0034",
+        "`MESH_ISA` names no instruction set: it is `portable`, `avx2`, `avx512` or `amx`, of which the machine takes what it has.",
+    ),
     ("W0040", "A text that is no place for checkpoints: give a folder, `s3://bucket/prefix` or `memory://name`."),
     ("W0041", "A name that a file in a store cannot have."),
     ("W0042", "A file is not in the store."),

@@ -187,10 +187,10 @@ impl Planner<'_> {
             Kind::Reduce => {
                 let (sums, stored) = self.fused.sums_of(group);
                 let stored: Vec<ValueId> = stored.iter().map(|i| spmd.instrs[*i].output).collect();
-                let mut roots: Vec<ValueId> = sums.iter().map(|i| spmd.instrs[*i].inputs[0]).collect();
-                let dims = &self.fused.ty(roots[0]).dims;
-                roots.extend(stored.iter().filter(|v| group.outputs.contains(v)));
-                Some(Nest::new(self.fused, dims, &roots, &stored))
+                let summed = sums.iter().map(|i| spmd.instrs[*i].inputs[0]);
+                let roots: Vec<ValueId> =
+                    group.outputs[..group.outputs.len() - sums.len()].iter().copied().chain(summed).collect();
+                Some(Nest::new(self.fused, &self.fused.ty(roots[0]).dims, &roots, &stored))
             }
             Kind::Instr | Kind::Band(..) => None,
         }
@@ -402,7 +402,7 @@ impl Planner<'_> {
             Kind::Instr if matches!(self.first(group).op, SpmdOp::Join { .. }) => {
                 return (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d));
             }
-            // What it stores besides.
+            // What it stores of them may.
             Kind::Reduce => self.fused.sums_of(group).0.iter().any(|i| self.cx.spmd.instrs[*i].output == new),
             Kind::Instr | Kind::Band(..) => true,
         };

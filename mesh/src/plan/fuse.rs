@@ -22,7 +22,8 @@ use std::collections::{HashMap, HashSet};
 pub enum Kind {
     /// A loop that stores these values.
     Map,
-    /// A loop whose body is reduced to these values. Behind the reductions there may be maps, whose values it stores.
+    /// A loop whose body is reduced to these values. Behind the reductions there may be maps, whose values it stores: they are
+    /// its first outputs.
     Reduce,
     /// One instruction of the SPMD program.
     Instr,
@@ -147,8 +148,10 @@ impl<'a> Fused<'a> {
         }
         let sums: Vec<ValueId> = spmd.sums.iter().copied().filter(|v| self.elementwise(*v).is_some()).collect();
         self.stored.extend(sums);
-        let rounded: HashSet<ValueId> =
-            spmd.instrs.iter().map(|i| i.output).filter(|v| self.narrows_product(*v, &uses)).collect();
+        let ends = self.end_in_updates();
+        let narrows = |i: &Instr| Some((i.output, self.narrows(i.output, &uses)?));
+        let rounded = spmd.instrs.iter().filter_map(narrows).filter(|(v, product)| *product || !ends[v.index()]);
+        let rounded: HashMap<ValueId, bool> = rounded.collect();
         // From the end: how a value is used decides whether it is stored.
         let mut uses = vec![Uses::default(); spmd.values.len()];
         spmd.outputs.iter().for_each(|(_, v)| uses[v.index()].hard = true);
@@ -180,7 +183,7 @@ impl<'a> Fused<'a> {
             let elements = self.ty(out).elements();
             let store = self.stored.contains(&out)
                 || u.hard
-                || rounded.contains(&out)
+                || rounded.get(&out).is_some_and(|product| *product || u.count > 1)
                 || !is_free(&prim) && (u.points > elements || u.count.saturating_sub(1) * cost(&prim) > AGAIN);
             if store {
                 self.stored.insert(out);
@@ -221,6 +224,22 @@ impl<'a> Fused<'a> {
         let results = self.spmd.outputs.iter().map(|(_, v)| v).chain(self.spmd.assigns.iter().map(|(_, v)| v));
         self.spmd.instrs.iter().flat_map(|i| &i.inputs).chain(results).for_each(|v| uses[v.index()] += 1);
         uses
+    }
+
+    /// By value: whether nothing but new values of variables, and scalars, are made of it, element by element. It is read for
+    /// those at once and then no more.
+    fn end_in_updates(&self) -> Vec<bool> {
+        let mut ends = vec![true; self.spmd.values.len()];
+        self.spmd.outputs.iter().for_each(|(_, v)| ends[v.index()] = false);
+        for instr in self.spmd.instrs.iter().rev() {
+            let goes_on = match &instr.op {
+                SpmdOp::Compute { prim: Prim::Reduce(_), .. } => self.ty(instr.output).elements() == 1,
+                SpmdOp::Compute { .. } => ends[instr.output.index()] && self.elementwise(instr.output).is_some(),
+                SpmdOp::Move | SpmdOp::AllReduce { .. } | SpmdOp::Join { .. } => ends[instr.output.index()],
+            };
+            instr.inputs.iter().for_each(|v| ends[v.index()] &= goes_on);
+        }
+        ends
     }
 
     /// Values that are used once, to be rounded.
@@ -365,11 +384,12 @@ impl<'a> Fused<'a> {
             && value.nodes.iter().all(|n| *n == 1)
     }
 
-    /// Whether a value is a product in fewer bits, which its epilogue stores in place of the product: as it is, or after
-    /// something that nobody else needs, such as the addition of a bias.
-    fn narrows_product(&self, v: ValueId, uses: &[usize]) -> bool {
+    /// Whether a value is one in fewer bits of what a product gives on a device alone (true), which its epilogue stores in place
+    /// of the product, or of what devices have summed up together (false): as it is, or after something that nobody else needs,
+    /// such as the addition of a bias.
+    fn narrows(&self, v: ValueId, uses: &[usize]) -> Option<bool> {
         if !matches!(self.elementwise(v), Some(Prim::Cast(_))) || !self.ty(v).dtype.is_half() {
-            return false;
+            return None;
         }
         let elements = self.ty(v).elements();
         let operand = |v: ValueId| {
@@ -380,12 +400,16 @@ impl<'a> Fused<'a> {
         let mut at = operand(v);
         while let Some(u) = at {
             if self.is_whole_product(u) {
-                return true;
+                return Some(true);
+            }
+            let instr = self.producer[u.index()].map(|i| &self.spmd.instrs[i].op);
+            if matches!(instr, Some(SpmdOp::AllReduce { .. })) {
+                return (uses[u.index()] == 1).then_some(false);
             }
             let inside = uses[u.index()] == 1 && self.elementwise(u).is_some() && !self.stored.contains(&u);
             at = if inside { operand(u) } else { None };
         }
-        false
+        None
     }
 
     /// Makes the first map of what a product gives its epilogue: it is taken from the cache then, and is stored itself only
@@ -459,7 +483,7 @@ impl<'a> Fused<'a> {
                 kind: Kind::Reduce,
                 instrs: [&sums.instrs[..], &map.instrs].concat(),
                 inputs: vec![],
-                outputs: sums.outputs.iter().copied().chain(stored).collect(),
+                outputs: stored.chain(sums.outputs.iter().copied()).collect(),
             };
             group.inputs = self.loads(&group.instrs);
             sums.outputs.iter().for_each(|v| {

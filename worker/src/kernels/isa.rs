@@ -15,19 +15,35 @@ pub enum Isa {
     Amx,
 }
 
+/// What `MESH_ISA` may say.
+const NAMED: [(&str, Isa); 4] =
+    [("portable", Isa::Portable), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512), ("amx", Isa::Amx)];
+
+/// A `MESH_ISA` that names no instruction set.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error(
+    "W0034: MESH_ISA={0} names no instruction set; let it be portable, avx2, avx512 or amx, or leave it out for the best one"
+)]
+pub struct UnknownIsa(String);
+
 impl Isa {
     /// The best one this machine has, or what `MESH_ISA` (`portable`, `avx2`, `avx512`, `amx`) says if the machine has it.
     pub fn detect() -> Isa {
         static CHOSEN: OnceLock<Isa> = OnceLock::new();
         *CHOSEN.get_or_init(|| {
             let best = Isa::best();
-            match std::env::var("MESH_ISA").as_deref() {
-                Ok("portable") => Isa::Portable,
-                Ok("avx2") => Isa::Avx2.min(best),
-                Ok("avx512") => Isa::Avx512.min(best),
-                _ => best,
-            }
+            Isa::asked().ok().flatten().map_or(best, |isa| isa.min(best))
         })
+    }
+
+    /// What `MESH_ISA` says, if it says anything.
+    ///
+    /// # Errors
+    /// It names no instruction set.
+    pub fn asked() -> Result<Option<Isa>, UnknownIsa> {
+        let Some(asked) = std::env::var_os("MESH_ISA").filter(|asked| !asked.is_empty()) else { return Ok(None) };
+        let named = NAMED.iter().find(|(name, _)| asked == *name);
+        named.map(|(_, isa)| Some(*isa)).ok_or_else(|| UnknownIsa(asked.to_string_lossy().into_owned()))
     }
 
     fn best() -> Isa {

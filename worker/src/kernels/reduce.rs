@@ -90,7 +90,7 @@ impl ReducePlan {
 
     /// Prepares a reduction for one instruction set.
     pub fn with_isa(r: &Reduction, isa: Isa) -> ReducePlan {
-        let of = Use::Reduce { sums: r.nest.body.results.len() - r.stored };
+        let of = Use::Reduce { stored: r.stored };
         let (machine, merged) = Machine::new(&r.nest, isa, of, |i| !r.reduced[i] && !r.reduced[i + 1]);
         // A collapsed loop is reduced as its parts are; loops of one point that the machine added in front are kept.
         let mut reduced = Vec::new();
@@ -133,14 +133,15 @@ impl ReducePlan {
         let kept: Vec<usize> =
             (0..d - usize::from(!reduced[d - 1])).filter(|&l| !reduced[l]).map(|l| machine.extents[l]).collect();
         let points = kept.iter().product::<usize>() * inner;
-        let few = points * machine.sums <= FEW && points * machine.sums * 4 * 2 <= WORKSPACE_BYTES / 4;
+        let few =
+            points * machine.summed().len() <= FEW && points * machine.summed().len() * 4 * 2 <= WORKSPACE_BYTES / 4;
         let rows = reduced[d - 1] && !reduced[d - 2] && points >= MANY;
         ReducePlan { isa, machine, f: r.f, reduced, leaves, runs, nodes, kept, inner, by_leaf: few && !rows, depth }
     }
 
     /// How many results are reduced.
     fn sums(&self) -> usize {
-        self.machine.sums
+        self.machine.summed().len()
     }
 
     fn kept_points(&self) -> usize {
@@ -165,7 +166,7 @@ impl ReducePlan {
         scratch: *mut u8,
         cx: StepContext,
     ) {
-        let (results, stored) = results.split_at(self.sums());
+        let (stored, results) = results.split_at(results.len() - self.sums());
         let p = Pointers { operands, results, stored, scratch: scratch.cast() };
         let (points, count) = (self.kept_points(), self.sums());
         if self.by_leaf {
@@ -278,7 +279,7 @@ impl ReducePlan {
 
     /// How elements are combined.
     fn combine(&self) -> (ReduceFn, bool) {
-        (self.f, self.machine.results[0].1.is_float())
+        (self.f, self.machine.summed()[0].1.is_float())
     }
 
     /// a = a + b, each in its dtype (the bits of an `i32` or `bool` lie in the float's).
@@ -290,7 +291,7 @@ impl ReducePlan {
     }
 
     unsafe fn store(&self, r: usize, at: usize, sum: &[f32], p: Pointers) {
-        match self.machine.results[r].1 {
+        match self.machine.summed()[r].1 {
             DType::Bool => {
                 for (i, v) in sum.iter().enumerate() {
                     // SAFETY: the result has room for every kept point of every node.
@@ -309,7 +310,7 @@ impl ReducePlan {
     }
 
     fn identity(&self) -> f32 {
-        let float = self.machine.results[0].1.is_float();
+        let float = self.machine.summed()[0].1.is_float();
         match (self.f, float) {
             (f, true) => f.identity(),
             (ReduceFn::Sum, false) => 0.0,
@@ -393,7 +394,7 @@ impl ReducePlan {
                     let lane = c - ranges[d - 1].start;
                     // SAFETY: by the contract of `run`; every point is evaluated once.
                     unsafe { evaluation.block(&at[..d], rows, columns, p.stored) };
-                    for (r, (slot, _)) in self.machine.results[..count].iter().enumerate() {
+                    for (r, (slot, _)) in self.machine.summed().iter().enumerate() {
                         // SAFETY: the block has that many points.
                         let v: &[f32] =
                             unsafe { std::slice::from_raw_parts(evaluation.pointer(*slot).cast(), rows * columns) };
@@ -447,7 +448,7 @@ impl ReducePlan {
 
     /// Adds rows of values to a row of sums, one after the other.
     fn fold(&self, acc: &mut [f32], v: &[f32]) {
-        let float = self.machine.results[0].1.is_float();
+        let float = self.machine.summed()[0].1.is_float();
         if self.f != ReduceFn::Sum || !float {
             v.chunks_exact(acc.len()).for_each(|v| self.add(acc, v));
             return;
@@ -551,7 +552,6 @@ impl ReducePlan {
     unsafe fn rows(&self, k: usize, rows: usize, p: Pointers, e: &mut Evaluation, room: &mut [f32]) {
         let d = self.reduced.len();
         let n = self.machine.extents[d - 1];
-        let count = self.sums();
         // With further reduced loops, or rows longer than a block, points go one by one.
         if self.reduced[..d - 1].iter().any(|r| *r) || n > BLOCK {
             for i in 0..rows {
@@ -564,7 +564,7 @@ impl ReducePlan {
         let mut sums = [0.0f32; 128];
         // SAFETY: by the contract of `run`; every point is evaluated once.
         unsafe { e.block(&at[..d], rows, n, p.stored) };
-        for (r, (slot, _)) in self.machine.results[..count].iter().enumerate() {
+        for (r, (slot, _)) in self.machine.summed().iter().enumerate() {
             // SAFETY: the block has that many points.
             let v = unsafe { std::slice::from_raw_parts(e.pointer(*slot).cast::<f32>(), rows * n) };
             for (node, program) in self.nodes.iter().enumerate() {

@@ -54,18 +54,18 @@ pub enum Use {
     Map,
     /// They are stored, and the last operand does not lie in memory: each block is given its elements.
     Epilogue,
-    /// The caller sums up the first ones, so many, and the others are stored.
+    /// The first ones are stored, so many, and the caller sums up the others.
     Reduce {
         /// How many.
-        sums: usize,
+        stored: usize,
     },
 }
 
 /// A body prepared for evaluation over a loop nest, whose last two loops make the rows and columns of blocks.
 pub struct Machine {
     isa: Isa,
-    /// How many of the results, the first ones, are summed up; the others are stored.
-    pub sums: usize,
+    /// How many of the results, the first ones, are stored; the others are summed up.
+    stored: usize,
     /// Extents of the loops, at least two.
     pub extents: Vec<usize>,
     origin: Vec<usize>,
@@ -173,7 +173,6 @@ impl Machine {
         }
         let d = extents.len();
         let in_memory = operands.len() - usize::from(of == Use::Epilogue);
-        let sums = if let Use::Reduce { sums } = of { sums } else { 0 };
         let operands: Vec<Operand> = operands
             .into_iter()
             .enumerate()
@@ -200,6 +199,7 @@ impl Machine {
         }
         let results: Vec<(usize, DType)> =
             results.into_iter().zip(&nest.body.results).map(|(r, of)| (r, nest.body.instrs[*of].1)).collect();
+        let stored = if let Use::Reduce { stored } = of { stored } else { results.len() };
         let [uniform, moving] =
             [Depends::Uniform, Depends::Moving].map(|d| depends.iter().map(|of| *of == d).collect::<Vec<_>>());
         let source = Moving {
@@ -209,14 +209,14 @@ impl Machine {
             moving: &moving,
             uniform: &uniform,
             results: &results,
-            sums,
+            stored,
             columns: extents[d - 1],
         };
         let compiled = if isa >= Isa::Avx512 { source.compile() } else { None };
         let (native, before) = compiled.map_or((None, vec![true; instrs.len()]), |(n, before)| (Some(n), before));
         // A result that is merely loaded is copied to a register first: its memory may be another result's.
         let mut operands = operands;
-        for (r, _) in results.iter().filter(|_| native.is_none() && sums < results.len()) {
+        for (r, _) in results.iter().filter(|_| native.is_none() && stored > 0) {
             if let Instr::Load(o) = instrs[*r].0
                 && operands[o].mode != Mode::Given
             {
@@ -226,7 +226,7 @@ impl Machine {
         let place = |i: usize| match (&native, before[i]) {
             (None, _) if depends[i] == Depends::Moving => Place::Shared,
             (_, true) => Place::Own,
-            _ if results[..sums].iter().any(|r| r.0 == i) => Place::Own,
+            _ if results[stored..].iter().any(|r| r.0 == i) => Place::Own,
             _ => Place::None,
         };
         let places: Vec<Place> = (0..instrs.len()).map(place).collect();
@@ -235,7 +235,7 @@ impl Machine {
         let [uniform, fixed, moving] = [Depends::Uniform, Depends::Fixed, Depends::Moving].map(by);
         let machine = Machine {
             isa,
-            sums,
+            stored,
             extents,
             origin,
             within,
@@ -257,6 +257,11 @@ impl Machine {
             Instr::Load(o) => self.operands[o].mode == Mode::Given,
             _ => false,
         })
+    }
+
+    /// The values that are summed up.
+    pub fn summed(&self) -> &[(usize, DType)] {
+        &self.results[self.stored..]
     }
 
     /// Floats of workspace that evaluation needs.
@@ -309,7 +314,7 @@ impl Evaluation<'_> {
     pub unsafe fn block(&mut self, at: &[usize], rows: usize, columns: usize, to: &[*mut u8]) {
         let (m, n) = (self.machine, rows * columns);
         self.begin(at, rows, columns);
-        let (summed, stored) = m.results.split_at(m.sums);
+        let (stored, summed) = m.results.split_at(m.stored);
         let first = at.iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);
         // SAFETY: by this function's contract.
         let places = to.iter().zip(stored).map(|(to, (_, dtype))| unsafe { to.add(first * dtype.bytes()) });
@@ -323,7 +328,7 @@ impl Evaluation<'_> {
         let base = self.registers.as_mut_ptr().cast::<u32>();
         // SAFETY: a result that is summed up has a register of its own.
         let register = |r: usize| unsafe { base.add(m.instrs[r].2 * BLOCK) };
-        let results = summed.iter().map(|(r, _)| register(*r).cast()).chain(places);
+        let results = places.chain(summed.iter().map(|(r, _)| register(*r).cast()));
         // SAFETY: registers have room for a block, and results by this function's contract.
         unsafe { self.compiled(native, at, [rows, columns], results) };
         // Only now: what was merely loaded may have lain where the operand lies.
@@ -336,7 +341,7 @@ impl Evaluation<'_> {
     /// The results have room for them, and no operand's memory that is still to be read lies there.
     pub unsafe fn store(&mut self, at: &[usize], rows: usize, columns: usize, first: usize, to: &[*mut u8]) {
         let (m, n) = (self.machine, rows * columns);
-        assert!(m.sums == 0, "results are summed up");
+        assert!(m.stored == m.results.len(), "results are summed up");
         self.begin(at, rows, columns);
         // SAFETY: by this function's contract.
         let places = to.iter().zip(&m.results).map(|(to, (_, dtype))| unsafe { to.add(first * dtype.bytes()) });

@@ -75,8 +75,8 @@ pub struct Moving<'a> {
     pub uniform: &'a [bool],
     /// The results, and their dtypes.
     pub results: &'a [(usize, DType)],
-    /// How many of the results, the first ones, are stored as lanes; the others as elements of their dtypes.
-    pub sums: usize,
+    /// How many of the results, the first ones, are stored as elements of their dtypes; the others as lanes.
+    pub stored: usize,
     /// Points along the innermost loop.
     pub columns: usize,
 }
@@ -95,7 +95,7 @@ impl Moving<'_> {
         let entries = inputs.len() + source.results.len();
         // What only stores values that the machine has computed gains nothing, nor what only loads them.
         let computes = source.ops.iter().any(|op| !emit::arguments(op).is_empty());
-        let copies = self.sums < self.results.len() && inputs.iter().any(|i| matches!(i, Origin::Operand(_)));
+        let copies = self.stored > 0 && inputs.iter().any(|i| matches!(i, Origin::Operand(_)));
         if entries > TABLE || !computes && !copies {
             return None;
         }
@@ -103,7 +103,7 @@ impl Moving<'_> {
             Origin::Operand(o) if self.operands[*o].mode != Mode::Given => self.operands[*o].dtype.bytes(),
             _ => 4,
         };
-        let stored = |(r, (_, dtype)): (usize, &(usize, DType))| if r < self.sums { 4 } else { dtype.bytes() };
+        let stored = |(r, (_, dtype)): (usize, &(usize, DType))| if r < self.stored { dtype.bytes() } else { 4 };
         let bytes = inputs.iter().map(element).chain(self.results.iter().enumerate().map(stored)).collect();
         let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
         let compiled = compiled.get_or_insert_default();
@@ -187,9 +187,9 @@ impl Lowering<'_> {
                 self.given(*r, &mut values);
             }
             let value = values[*r].expect("every result is computed");
-            results.push(match i < self.of.sums {
-                true => (value, Format::Lanes),
-                false => self.stored(*r, value, *dtype),
+            results.push(match i < self.of.stored {
+                true => self.stored(*r, value, *dtype),
+                false => (value, Format::Lanes),
             });
         }
         (Source { ops: self.tape.finish(), inputs: self.formats, results }, self.inputs)
