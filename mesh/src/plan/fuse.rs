@@ -6,9 +6,9 @@
 //! with the reductions of what it stores. A map of what a product gives is the product's epilogue.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
-use super::band::{self, View};
-use super::body::Nest;
-use crate::body::MAX_INSTRS;
+mod share;
+
+use super::band;
 use crate::dim::{DType, Name, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
@@ -73,8 +73,6 @@ pub struct Fused<'a> {
 const LONGEST: usize = 40;
 /// Computing a value in one more place may cost this many simple operations an element, before storing it is better.
 const AGAIN: usize = 24;
-/// How far apart loops may be that share a pass; farther ones would keep their inputs alive for too long.
-const WINDOW: usize = 12;
 
 impl<'a> Fused<'a> {
     /// Decides what is stored and groups the rest around it; for a backend with so many threads, 0 for no bands.
@@ -267,16 +265,6 @@ impl<'a> Fused<'a> {
         }
     }
 
-    /// Whether the loops that compute `v` read one of `outputs` with its dimensions split or merged.
-    fn reads_reshaped(&self, v: ValueId, outputs: &[ValueId]) -> bool {
-        let Some(instr) = self.producer[v.index()].map(|i| &self.spmd.instrs[i]) else { return false };
-        match self.alias.contains_key(&v) && self.elementwise(v).is_none() {
-            true => outputs.contains(&self.root(v)),
-            false if self.stored.contains(&v) => false,
-            false => instr.inputs.iter().any(|&v| self.reads_reshaped(v, outputs)),
-        }
-    }
-
     fn group(&mut self) {
         for (i, instr) in self.spmd.instrs.iter().enumerate() {
             if !self.stored.contains(&instr.output) {
@@ -321,60 +309,6 @@ impl<'a> Fused<'a> {
         }
     }
 
-    /// Instructions at each point of a loop, at the most: loads, operations, and roundings.
-    fn instructions(&self, group: &Group) -> usize {
-        let rounded = |v: ValueId| if self.ty(v).dtype.is_half() { 2 } else { 1 };
-        let loads: usize = group.inputs.iter().map(|v| rounded(*v)).sum();
-        let mut inside: HashSet<usize> = HashSet::new();
-        let mut open = group.instrs.clone();
-        while let Some(i) = open.pop() {
-            if inside.insert(i) {
-                let inputs = self.spmd.instrs[i].inputs.iter();
-                open.extend(
-                    inputs.filter(|v| !self.stored.contains(&self.root(**v))).filter_map(|v| self.producer[v.index()]),
-                );
-            }
-        }
-        loads + inside.iter().map(|i| rounded(self.spmd.instrs[*i].output)).sum::<usize>()
-    }
-
-    /// Lets loops over the same points share a pass: reductions with one another, and maps with the maps whose
-    /// results they read (an optimizer's slots and variable).
-    fn merge(&mut self) {
-        let mut groups: Vec<Option<Group>> = std::mem::take(&mut self.groups).into_iter().map(Some).collect();
-        let mut made: HashMap<ValueId, usize> = HashMap::new();
-        let set: HashSet<ValueId> = self.spmd.assigns.iter().map(|(_, v)| self.root(*v)).collect();
-        for j in 0..groups.len() {
-            let Some(group) = groups[j].take() else { continue };
-            let mut target = None;
-            if group.kind != Kind::Instr {
-                for i in (j.saturating_sub(WINDOW)..j).rev() {
-                    if groups[i].as_ref().is_some_and(|g| self.may_share(g, &group, i, &made, &set)) {
-                        target = Some(i);
-                        break;
-                    }
-                }
-            }
-            let at = target.unwrap_or(j);
-            group.outputs.iter().for_each(|v| {
-                made.insert(*v, at);
-            });
-            match groups[at].as_mut() {
-                Some(earlier) => {
-                    earlier.instrs.extend(&group.instrs);
-                    earlier.outputs.extend(&group.outputs);
-                    let merged = earlier.clone();
-                    let inputs = self.loads(&merged.instrs);
-                    if let Some(g) = groups[at].as_mut() {
-                        g.inputs = inputs;
-                    }
-                }
-                None => groups[j] = Some(group),
-            }
-        }
-        self.groups = groups.into_iter().flatten().collect();
-    }
-
     /// Whether a product's result is complete on every device, so that an epilogue may take it.
     fn is_whole_product(&self, v: ValueId) -> bool {
         let Some(i) = self.producer[v.index()] else { return false };
@@ -410,166 +344,6 @@ impl<'a> Fused<'a> {
             at = if inside { operand(u) } else { None };
         }
         None
-    }
-
-    /// Makes the first map of what a product gives its epilogue: it is taken from the cache then, and is stored itself only
-    /// if others read it, or if it is one of the `results` of these steps.
-    fn epilogues(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
-        let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
-        let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, Vec<usize>>) = Default::default();
-        for (g, group) in groups.iter().enumerate() {
-            for v in group.iter().flat_map(|g| &g.outputs) {
-                made.insert(*v, g);
-            }
-            for v in group.iter().flat_map(|g| &g.inputs) {
-                readers.entry(*v).or_default().push(g);
-            }
-        }
-        for k in 0..groups.len() {
-            let Some(product) = groups[k].clone().filter(|g| g.kind == Kind::Instr) else { continue };
-            let v = product.outputs[0];
-            let Some(&[m, ref others @ ..]) = readers.get(&v).map(Vec::as_slice) else { continue };
-            let ready = |u: &ValueId| *u == v || made.get(u).is_none_or(|g| *g < k);
-            let Some(map) = groups[m].clone().filter(|g| g.kind == Kind::Map && g.inputs.iter().all(ready)) else {
-                continue;
-            };
-            let keeps = !others.is_empty() || results.contains(&v);
-            if !self.is_whole_product(v) || !self.takes(&map, v, keeps) {
-                continue;
-            }
-            let mut group = Group {
-                kind: Kind::Epilogue,
-                instrs: product.instrs.iter().chain(&map.instrs).copied().collect(),
-                inputs: vec![],
-                outputs: map.outputs.clone(),
-            };
-            let read_on =
-                |u: &ValueId| results.contains(u) || readers.get(u).is_some_and(|r| r.iter().any(|g| *g != m));
-            group.outputs.retain(read_on);
-            group.outputs.extend(keeps.then_some(v));
-            group.inputs = self.loads(&group.instrs);
-            group.outputs.iter().for_each(|u| {
-                made.insert(*u, k);
-            });
-            groups[k] = Some(group);
-            groups[m] = None;
-        }
-        groups.into_iter().flatten().collect()
-    }
-
-    /// Lets a map share its pass with the reductions of what it stores, which others may need or not.
-    fn sums_with_maps(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
-        let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
-        let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, usize>) = Default::default();
-        for (g, group) in groups.iter().flatten().enumerate() {
-            made.extend(group.outputs.iter().map(|v| (*v, g)));
-            group.inputs.iter().for_each(|v| *readers.entry(*v).or_default() += 1);
-        }
-        for j in 0..groups.len() {
-            let Some(sums) = groups[j].clone().filter(|g| g.kind == Kind::Reduce) else { continue };
-            let from = |g: &usize| sums.inputs.iter().any(|v| made.get(v) == Some(g));
-            let Some(m) = (j.saturating_sub(WINDOW)..j).rev().find(from) else { continue };
-            let Some(map) = groups[m].clone().filter(|g| g.kind == Kind::Map) else { continue };
-            // What it reads besides was there before the map.
-            let ready = sums.inputs.iter().all(|v| made.get(v).is_none_or(|g| *g <= m));
-            if !ready || !self.may_store(&sums, &map) {
-                continue;
-            }
-            let read_on = |v: &ValueId| {
-                results.contains(v) || readers.get(v).copied().unwrap_or(0) > usize::from(sums.inputs.contains(v))
-            };
-            let stored = map.outputs.iter().copied().filter(read_on);
-            let mut group = Group {
-                kind: Kind::Reduce,
-                instrs: [&sums.instrs[..], &map.instrs].concat(),
-                inputs: vec![],
-                outputs: stored.chain(sums.outputs.iter().copied()).collect(),
-            };
-            group.inputs = self.loads(&group.instrs);
-            sums.outputs.iter().for_each(|v| {
-                made.insert(*v, m);
-            });
-            groups[m] = Some(group);
-            groups[j] = None;
-        }
-        groups.into_iter().flatten().collect()
-    }
-
-    /// Whether a pass of reductions may store what a map of its points gives: on every device it goes through each of them
-    /// once, in their own dimensions.
-    fn may_store(&self, sums: &Group, map: &Group) -> bool {
-        let instr = &self.spmd.instrs[sums.instrs[0]];
-        let SpmdOp::Compute { sum, .. } = &instr.op else { return false };
-        let [x, y] = [instr.inputs[0], instr.output].map(|v| &self.spmd.values[v.index()]);
-        let out = &self.spmd.values[map.outputs[0].index()];
-        let reshaped = self.reads_reshaped(instr.inputs[0], &map.outputs);
-        let whole = |device: usize| {
-            let reduced = x.ty.dims.iter().filter(|d| !y.ty.has(&d.name));
-            let owned = sum.as_ref().map(|s| s.tree.elements(&s.owned[device])).unwrap_or_default();
-            let at = reduced.zip(owned).fold(y.regions[device].clone(), |at, (d, range)| at.with(&d.name, range));
-            at.of(&x.ty) == out.regions[device]
-        };
-        !reshaped
-            && x.ty.dims == out.ty.dims
-            && sums.instrs.iter().all(|i| self.ty(self.spmd.instrs[*i].inputs[0]).dims == x.ty.dims)
-            && self.instructions(sums) + self.instructions(map) <= MAX_INSTRS
-            && (0..out.regions.len()).all(whole)
-    }
-
-    /// Whether a map reads `v` once, at each of its points just the element that lies there, and, if `v` is to be stored
-    /// as well, in its own dimensions.
-    fn takes(&self, map: &Group, v: ValueId, keeps: bool) -> bool {
-        let (value, out) = (&self.spmd.values[v.index()], &self.spmd.values[map.outputs[0].index()]);
-        if keeps && value.ty.dims != out.ty.dims {
-            return false;
-        }
-        let nest = Nest::new(self, &out.ty.dims, &map.outputs, &map.outputs);
-        let mut own = nest.loaded.iter().enumerate().filter(|(_, u)| **u == v).map(|(o, _)| o);
-        let (Some(own), None) = (own.next(), own.next()) else { return false };
-        out.regions.iter().enumerate().all(|(device, at)| {
-            if at.is_empty() {
-                return value.regions[device].is_empty();
-            }
-            let view = View { fused: self, device, slice: None };
-            nest.access(own, view, at).is_whole(&at.shape()) && at.elements() == value.regions[device].elements()
-        })
-    }
-
-    fn may_share(
-        &self,
-        earlier: &Group,
-        later: &Group,
-        at: usize,
-        made: &HashMap<ValueId, usize>,
-        set: &HashSet<ValueId>,
-    ) -> bool {
-        let (a, b) = (&self.spmd.instrs[earlier.instrs[0]], &self.spmd.instrs[later.instrs[0]]);
-        let reads_earlier = later.inputs.iter().any(|v| earlier.outputs.contains(v));
-        let ready = later.inputs.iter().all(|v| earlier.outputs.contains(v) || made.get(v).is_none_or(|&m| m < at));
-        // Within one pass a value is at hand point by point, in its own dimensions only.
-        let reshaped = || b.inputs.iter().any(|&v| self.reads_reshaped(v, &earlier.outputs));
-        if earlier.kind != later.kind || !ready || earlier.outputs.len() >= 4 || reads_earlier && reshaped() {
-            return false;
-        }
-        let alike = match (&a.op, &b.op) {
-            (SpmdOp::Compute { prim: Prim::Reduce(f), sum: s }, SpmdOp::Compute { prim: Prim::Reduce(g), sum: t }) => {
-                let space = |i: &Instr| {
-                    // Of one dtype too: a pass has one way to combine.
-                    (self.ty(i.inputs[0]).clone(), self.spmd.values[i.output.index()].regions.clone())
-                };
-                !reads_earlier && f.f == g.f && f.over == g.over && s == t && space(a) == space(b)
-            }
-            _ if earlier.kind == Kind::Map => {
-                let (x, y) = (&self.spmd.values[a.output.index()], &self.spmd.values[b.output.index()]);
-                // What an optimizer sets lies in memory anyway, so it costs none to set it sooner.
-                let sets = |g: &Group| g.outputs.iter().all(|v| set.contains(v));
-                let reads_same = || later.inputs.iter().any(|v| earlier.inputs.contains(v) && *self.ty(*v) == *x.ty);
-                let gains = reads_earlier || sets(earlier) && sets(later) && reads_same();
-                gains && x.ty.dims == y.ty.dims && x.regions == y.regions
-            }
-            _ => false,
-        };
-        alike && self.instructions(earlier) + self.instructions(later) <= MAX_INSTRS
     }
 }
 
