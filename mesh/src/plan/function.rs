@@ -188,8 +188,7 @@ impl Planner<'_> {
                 let (sums, stored) = self.fused.sums_of(group);
                 let stored: Vec<ValueId> = stored.iter().map(|i| spmd.instrs[*i].output).collect();
                 let summed = sums.iter().map(|i| spmd.instrs[*i].inputs[0]);
-                let roots: Vec<ValueId> =
-                    group.outputs[..group.outputs.len() - sums.len()].iter().copied().chain(summed).collect();
+                let roots: Vec<ValueId> = self.fused.stored_of(group).iter().copied().chain(summed).collect();
                 Some(Nest::new(self.fused, &self.fused.ty(roots[0]).dims, &roots, &stored))
             }
             Kind::Instr | Kind::Band(..) => None,
@@ -403,7 +402,7 @@ impl Planner<'_> {
                 return (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d));
             }
             // What it stores of them may.
-            Kind::Reduce => self.fused.sums_of(group).0.iter().any(|i| self.cx.spmd.instrs[*i].output == new),
+            Kind::Reduce => !self.fused.stored_of(group).contains(&new),
             Kind::Instr | Kind::Band(..) => true,
         };
         if by_op || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
@@ -562,17 +561,12 @@ impl Planner<'_> {
         sum: Option<&crate::spmd::Sum>,
     ) -> Reduction {
         let instr = self.first(group);
-        let [x, y] = [instr.inputs[0], instr.output].map(|v| &self.cx.spmd.values[v.index()]);
-        let reduced = x.ty.dims.iter().filter(|d| !y.ty.has(&d.name));
-        let owned = sum.map(|s| s.tree.elements(&s.owned[view.device])).unwrap_or_default();
-        let mut at: Region = view.region(instr.output).into_owned();
-        for (d, range) in reduced.zip(owned) {
-            at = at.with(&d.name, range);
-        }
+        let x = self.fused.ty(instr.inputs[0]);
+        let at = self.fused.points_of(instr, view.region(instr.output).into_owned(), view.device);
         Reduction {
-            nest: self.nests[&group.instrs[0]].on(view, &at.of(&x.ty)),
-            stored: group.outputs.len() - self.fused.sums_of(group).0.len(),
-            reduced: x.ty.dims.iter().map(|d| r.over.contains(&d.name)).collect(),
+            nest: self.nests[&group.instrs[0]].on(view, &at),
+            stored: self.fused.stored_of(group).len(),
+            reduced: x.dims.iter().map(|d| r.over.contains(&d.name)).collect(),
             f: r.f,
             tree: sum.map(|s| s.tree.clone()).unwrap_or_default(),
             owned: sum.map(|s| s.owned[view.device].clone()).unwrap_or_default(),

@@ -103,6 +103,22 @@ impl<'a> Fused<'a> {
         group.instrs.split_at(group.instrs.iter().take_while(|i| reduces(i)).count())
     }
 
+    /// The values that a reduction's group stores besides.
+    pub fn stored_of<'g>(&self, group: &'g Group) -> &'g [ValueId] {
+        &group.outputs[..group.outputs.len() - self.sums_of(group).0.len()]
+    }
+
+    /// The points that a device's reduction goes over, of which it gives the region `at`.
+    pub fn points_of(&self, reduction: &Instr, at: Region, device: usize) -> Region {
+        let [x, y] = [reduction.inputs[0], reduction.output].map(|v| self.ty(v));
+        let reduced = x.dims.iter().filter(|d| !y.has(&d.name));
+        let owned = match &reduction.op {
+            SpmdOp::Compute { sum: Some(sum), .. } => sum.tree.elements(&sum.owned[device]),
+            _ => Vec::new(),
+        };
+        reduced.zip(owned).fold(at, |at, (d, range)| at.with(&d.name, range)).of(x)
+    }
+
     /// The values that a group's loop computes, in memory or not.
     pub fn inside(&self, group: &Group) -> Vec<ValueId> {
         let first = usize::from(group.kind == Kind::Epilogue);

@@ -201,7 +201,10 @@ impl ReducePlan {
         }
         // Kept points are shared out in strips along the innermost kept loop: wide ones, since their rows lie apart.
         let strips = (pool.threads() * STRIPS).div_ceil(self.kept.iter().product::<usize>().max(1));
-        let width = self.inner.div_ceil(strips).next_multiple_of(BLOCK).min(WIDEST).min(self.inner.max(1));
+        // Their stack takes half of the workspace at most.
+        let room = WORKSPACE_BYTES / 4 / 2 / self.stack(1).div_ceil(LANES) / BLOCK * BLOCK;
+        let widest = room.clamp(BLOCK, WIDEST).min(self.inner.max(1));
+        let width = self.inner.div_ceil(strips).next_multiple_of(BLOCK).min(widest);
         let per_row = self.inner.div_ceil(width.max(1));
         let blocks = self.kept.iter().product::<usize>() * per_row;
         if self.rows_are_kept() {

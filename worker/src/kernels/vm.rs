@@ -313,6 +313,7 @@ impl Evaluation<'_> {
     /// The results that are stored have room for every point, and no operand's memory that is still to be read lies there.
     pub unsafe fn block(&mut self, at: &[usize], rows: usize, columns: usize, to: &[*mut u8]) {
         let (m, n) = (self.machine, rows * columns);
+        assert!(to.len() == m.stored, "as many places as results that are stored");
         self.begin(at, rows, columns);
         let (stored, summed) = m.results.split_at(m.stored);
         let first = at.iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);

@@ -89,16 +89,8 @@ impl Fused<'_> {
     /// Makes the first map of what a product gives its epilogue: it is taken from the cache then, and is stored itself only
     /// if others read it, or if it is one of the `results` of these steps.
     pub(super) fn epilogues(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
+        let (mut made, readers) = made_and_read(&groups);
         let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
-        let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, Vec<usize>>) = Default::default();
-        for (g, group) in groups.iter().enumerate() {
-            for v in group.iter().flat_map(|g| &g.outputs) {
-                made.insert(*v, g);
-            }
-            for v in group.iter().flat_map(|g| &g.inputs) {
-                readers.entry(*v).or_default().push(g);
-            }
-        }
         for k in 0..groups.len() {
             let Some(product) = groups[k].clone().filter(|g| g.kind == Kind::Instr) else { continue };
             let v = product.outputs[0];
@@ -152,12 +144,8 @@ impl Fused<'_> {
 
     /// Lets a map share its pass with the reductions of what it stores, which others may need or not.
     pub(super) fn sums_with_maps(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
+        let (mut made, readers) = made_and_read(&groups);
         let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
-        let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, usize>) = Default::default();
-        for (g, group) in groups.iter().flatten().enumerate() {
-            made.extend(group.outputs.iter().map(|v| (*v, g)));
-            group.inputs.iter().for_each(|v| *readers.entry(*v).or_default() += 1);
-        }
         for j in 0..groups.len() {
             let Some(sums) = groups[j].clone().filter(|g| g.kind == Kind::Reduce) else { continue };
             let from = |g: &usize| sums.inputs.iter().any(|v| made.get(v) == Some(g));
@@ -168,9 +156,8 @@ impl Fused<'_> {
             if !ready || !self.may_store(&sums, &map) {
                 continue;
             }
-            let read_on = |v: &ValueId| {
-                results.contains(v) || readers.get(v).copied().unwrap_or(0) > usize::from(sums.inputs.contains(v))
-            };
+            let read_on =
+                |v: &ValueId| results.contains(v) || readers.get(v).is_some_and(|r| r.iter().any(|g| *g != j));
             let stored = map.outputs.iter().copied().filter(read_on);
             let mut group = Group {
                 kind: Kind::Reduce,
@@ -192,16 +179,10 @@ impl Fused<'_> {
     /// once, in their own dimensions.
     fn may_store(&self, sums: &Group, map: &Group) -> bool {
         let instr = &self.spmd.instrs[sums.instrs[0]];
-        let SpmdOp::Compute { sum, .. } = &instr.op else { return false };
-        let [x, y] = [instr.inputs[0], instr.output].map(|v| &self.spmd.values[v.index()]);
+        let given = &self.spmd.values[instr.output.index()].regions;
         let out = &self.spmd.values[map.outputs[0].index()];
         let summed = || sums.instrs.iter().map(|i| self.spmd.instrs[*i].inputs[0]);
-        let whole = |device: usize| {
-            let reduced = x.ty.dims.iter().filter(|d| !y.ty.has(&d.name));
-            let owned = sum.as_ref().map(|s| s.tree.elements(&s.owned[device])).unwrap_or_default();
-            let at = reduced.zip(owned).fold(y.regions[device].clone(), |at, (d, range)| at.with(&d.name, range));
-            at.of(&x.ty) == out.regions[device]
-        };
+        let whole = |device: usize| self.points_of(instr, given[device].clone(), device) == out.regions[device];
         summed().all(|v| self.ty(v).dims == out.ty.dims && !self.reads_reshaped(v, &map.outputs))
             && self.instructions(sums) + self.instructions(map) <= MAX_INSTRS
             && (0..out.regions.len()).all(whole)
@@ -233,4 +214,14 @@ impl Fused<'_> {
             false => instr.inputs.iter().any(|&v| self.reads_reshaped(v, outputs)),
         }
     }
+}
+
+/// By value: the step that makes it, and those that read it.
+fn made_and_read(groups: &[Group]) -> (HashMap<ValueId, usize>, HashMap<ValueId, Vec<usize>>) {
+    let (mut made, mut readers): (HashMap<ValueId, usize>, HashMap<ValueId, Vec<usize>>) = Default::default();
+    for (g, group) in groups.iter().enumerate() {
+        made.extend(group.outputs.iter().map(|v| (*v, g)));
+        group.inputs.iter().for_each(|v| readers.entry(*v).or_default().push(g));
+    }
+    (made, readers)
 }
