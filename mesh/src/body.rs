@@ -3,13 +3,14 @@
 //! The planner makes bodies out of chains of elementwise ops; a backend runs them over blocks of points, either to
 //! store results ([`Loop`] as a map) or to reduce them ([`Reduction`]).
 
-use crate::chunk::{ChunkBox, Tree};
+use crate::chunk::{ChunkBox, Tree, TreeDim};
 use crate::dim::DType;
 use crate::ops::binary::BinaryFn;
 use crate::ops::compare::CompareFn;
 use crate::ops::reduce::ReduceFn;
 use crate::ops::source::Distribution;
 use crate::ops::unary::UnaryFn;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Index of an earlier instruction of the body, whose value is meant.
@@ -104,9 +105,10 @@ pub struct Loop {
 /// A loop nest whose results are reduced over some of the loops; the first of them may be stored, as a map's.
 ///
 /// Results are stored as `[nodes, kept loops..]` for the nodes of `tree` that `owned` holds completely. Sums run in the
-/// canonical order: within a leaf row-major over the reduced loops, one accumulator per kept point; but where the
-/// innermost loop is a reduced one, 16 lanes (lane = index in the leaf's run along that loop, modulo 16) that last for
-/// the whole leaf and are added at its end as a binary tree (lane l with lane l + 8, then + 4, + 2, + 1).
+/// canonical order: a leaf loop by loop, first each run along the last reduced loop, one element after the other, then the
+/// sums of those along the reduced loop before, and so on, one accumulator per kept point and loop; but where the innermost
+/// loop is a reduced one, 16 lanes (lane = index in the leaf's run along that loop, modulo 16) that last for the whole leaf,
+/// row-major over the reduced loops, and are added at its end as a binary tree (lane l with lane l + 8, then + 4, + 2, + 1).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reduction {
     /// The loop nest; the reduced loops run over just what `owned` holds.
@@ -121,4 +123,48 @@ pub struct Reduction {
     pub tree: Tree,
     /// The chunks reduced here.
     pub owned: ChunkBox,
+}
+
+impl Reduction {
+    /// How many of the results, the last ones, are reduced.
+    pub fn sums(&self) -> usize {
+        self.nest.body.results.len() - self.stored
+    }
+
+    /// The local indices of each chunk that is reduced here, by reduced loop.
+    pub fn chunks(&self) -> Vec<Vec<Range<usize>>> {
+        let origins = self.nest.origin.iter().zip(&self.reduced).filter(|(_, reduced)| **reduced).map(|(o, _)| *o);
+        let of_loop = |((dim, owned), origin): ((&TreeDim, &Range<usize>), usize)| {
+            let edge = |chunk: usize| chunk * dim.size / dim.chunks - origin;
+            owned.clone().map(|chunk| edge(chunk)..edge(chunk + 1)).collect()
+        };
+        self.tree.dims.iter().zip(&self.owned).zip(origins).map(of_loop).collect()
+    }
+
+    /// What is left to do where each leaf's sums over the last `loops` reduced loops are there, for each point of the others:
+    /// operand `r` has those of result `r` that is reduced, with an element for each chunk where the nest has its points.
+    pub fn rest(&self, loops: usize) -> Reduction {
+        let mut rest = Reduction { stored: 0, ..self.clone() };
+        let reduced = (0..self.reduced.len()).filter(|l| self.reduced[*l]);
+        for (dim, l) in reduced.enumerate().skip(self.tree.dims.len() - loops) {
+            (rest.nest.extents[l], rest.nest.origin[l]) = (self.owned[dim].len(), self.owned[dim].start);
+            rest.tree.dims[dim].size = self.tree.dims[dim].chunks;
+        }
+        let access = |dtype| Access { dtype, offset: 0, strides: strides(&rest.nest.extents) };
+        let dtype = |slot: &Slot| self.nest.body.instrs[*slot].1;
+        let dtypes: Vec<DType> = self.nest.body.results[self.stored..].iter().map(dtype).collect();
+        rest.nest.operands = dtypes.iter().copied().map(access).collect();
+        let instrs = dtypes.iter().enumerate().map(|(r, dtype)| (Instr::Load(r), *dtype)).collect();
+        rest.nest.body = Body { instrs, results: (0..dtypes.len()).collect() }.into();
+        rest
+    }
+}
+
+/// Row-major strides of an array of those extents.
+pub(crate) fn strides(shape: &[usize]) -> Vec<usize> {
+    let mut out = vec![1; shape.len()];
+    for i in (1..shape.len()).rev() {
+        out[i - 1] = out[i] * shape[i];
+    }
+    out
 }

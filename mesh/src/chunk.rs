@@ -61,7 +61,7 @@ pub struct Node {
 /// One instruction of the stack machine that evaluates a node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// Sum this box of *elements* (global indices, one range a reduced dimension) in row-major order and push it.
+    /// Sum this box of *elements* (global indices, one range a reduced dimension), in the order of the op, and push it.
     Leaf(Vec<Range<usize>>),
     /// Pop right, then left; push left + right.
     Combine,

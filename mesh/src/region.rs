@@ -61,6 +61,10 @@ impl Region {
                     r.start <= s.start && s.end <= r.end
                 })
     }
+    /// Whether both are the same ranges, maybe under other names.
+    pub fn same_ranges(&self, other: &Region) -> bool {
+        self.0.iter().map(|(_, r)| r).eq(other.0.iter().map(|(_, r)| r))
+    }
     /// Whether there is an element that both hold (dimensions in the same order).
     pub fn overlaps(&self, other: &Region) -> bool {
         let mut ranges = self.0.iter().zip(&other.0);

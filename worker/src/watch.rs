@@ -12,7 +12,7 @@ use mesh::body::{Body, Instr, Loop};
 use mesh::dim::DType;
 use mesh::ops::Prim;
 use mesh::ops::reduce::ReduceFn;
-use mesh::plan::{self, At, Band, Begun, Buffer, Segments, Share, Work};
+use mesh::plan::{self, At, Band, Begun, Buffer, Epilogue, Segments, Share, Work};
 use std::collections::BTreeMap;
 
 /// What first was not finite.
@@ -116,7 +116,7 @@ fn computed(work: &Work) -> (Vec<DType>, Vec<Result>) {
             let mut operands: Vec<DType> = op.inputs.iter().map(|part| part.ty.dtype).collect();
             // The device's own part of the first one.
             operands.extend((!op.pieces.is_empty()).then(|| operands[0]));
-            let Some(nest) = &op.epilogue else {
+            let Some(nest) = op.epilogue.as_ref().map(Epilogue::nest) else {
                 return (operands, vec![(op.output.ty.dtype, by)]);
             };
             // In place of the op's result, the loop's last operand, there are the op's operands.

@@ -16,7 +16,7 @@ use mesh::ops::source::Distribution;
 use mesh::ops::unary::{Unary, UnaryFn};
 use mesh::ops::window::Window;
 use mesh::optim::Optimizer;
-use mesh::plan::{At, Backend, OpWork, Part, PlanOptions, Share, SliceStep, Work, plan_program};
+use mesh::plan::{At, Backend, Epilogue, OpWork, Part, PlanOptions, Share, SliceStep, Work, plan_program};
 use mesh::program::{Program, ProgramBuilder};
 use mesh::rng::Stream;
 use std::collections::{BTreeMap, BTreeSet};
@@ -99,8 +99,9 @@ fn dtypes(work: &Work) -> Vec<DType> {
         Work::Op(op) => {
             let mut types: Vec<DType> = op.inputs.iter().map(|p| p.ty.dtype).collect();
             types.resize(op.reads(), types[0]);
-            if let Some(nest) = &op.epilogue {
-                types.extend(nest.operands[..nest.operands.len() - 1].iter().map(|o| o.dtype));
+            if let Some(epilogue) = &op.epilogue {
+                let operands = &epilogue.nest().operands;
+                types.extend(operands[..operands.len() - 1].iter().map(|o| o.dtype));
             }
             types
         }
@@ -173,9 +174,9 @@ fn in_steps(work: &Work) -> Vec<Work> {
     interior.map(|op| Work::Op(Box::new(op))).into_iter().chain([work.clone()]).collect()
 }
 
-/// What an op with an epilogue gives if the op stores its result and a map reads it.
+/// What an op with an epilogue gives if the op stores its result and a loop of its own reads it.
 fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize]) -> Option<Vec<Vec<u8>>> {
-    let nest = op.epilogue.clone()?;
+    let then = Work::from(op.epilogue.clone()?);
     let mut others = inputs.split_off(op.reads());
     let alone = Work::Op(Box::new(OpWork { epilogue: None, share: Share::Whole, ..op.clone() }));
     let bytes = op.output.region.elements() * op.output.ty.dtype.bytes();
@@ -183,7 +184,7 @@ fn apart(op: &OpWork, pool: &Pool, inputs: &mut Vec<Guarded>, results: &[usize])
     let mut given = Guarded::new(bytes);
     given.fill(&product);
     others.push(given);
-    let bits = run(&Work::Map(nest), Isa::detect(), pool, &mut others, results);
+    let bits = run(&then, Isa::detect(), pool, &mut others, results);
     others.pop();
     inputs.extend(others);
     Some(bits)
@@ -262,6 +263,7 @@ fn hold(p: &Program, mesh: &str, layout: &str, seen: &mut BTreeSet<&'static str>
                 seen.extend(pieces.map(|_| "in pieces"));
                 first[arithmetic(Isa::detect())] = Some(bits);
                 seen.extend(matches!(op.share, Share::Rim(_)).then_some("rim"));
+                seen.extend(matches!(op.epilogue, Some(Epilogue::Reduce(_))).then_some("an epilogue that sums"));
             }
             for isa in Isa::available() {
                 for pool in &pools {
@@ -333,6 +335,7 @@ fn network_holds(dtype: DType) {
         "max_pool_grad",
         "reduce",
         "sums that store",
+        "an epilogue that sums",
         "rim",
         "in pieces",
     ];
@@ -374,6 +377,34 @@ fn an_epilogue_gives_the_bits_of_its_product_and_its_loop() {
         for (mesh, layout) in [("m=2", "model:m"), ("m=2,n=3", "batch:m,head:n"), ("m=3", "seq:m")] {
             hold(&products(dtype), mesh, layout, &mut seen);
         }
+    }
+}
+
+/// Rows that tasks have in several parts, which end within chunks, and rows of more channels than a block has points.
+#[test]
+fn an_epilogue_sums_up_what_tasks_have_in_parts() {
+    for (dtype, [y, z, first, then]) in [
+        (DType::F32, [4, 83, 160, 9]),
+        (DType::Bf16, [4, 400, 160, 9]),
+        (DType::F32, [11, 5, 3, 530]),
+        (DType::F16, [1, 7, 3, 70]),
+    ] {
+        let dims = [dim("batch", 2), dim("x", 2), dim("y", y), dim("z", z), dim("channel", first)];
+        let mut p = ProgramBuilder::new();
+        p.function("train", |g| {
+            let space = ["x", "y", "z"];
+            let x = g.input("image", DType::F32, &dims).cast(dtype);
+            let filter = Filter::new(&space, 3);
+            let y = nn::conv(&x, "a", &filter, &dim("channel", then));
+            let y = nn::instance_norm(&y, "a", "channel", &space, 1e-5).relu();
+            let y = nn::conv(&y, "b", &Filter::new(&space, 1), &dim("channel", 5));
+            g.output("loss", &y.cast(DType::F32).square().mean_all());
+            Optimizer::adam(0.1).apply(g, &y.cast(DType::F32).square().mean_all());
+        })
+        .unwrap();
+        let mut seen = BTreeSet::new();
+        hold(&p.finish().unwrap(), "1", "", &mut seen);
+        assert!(seen.contains("an epilogue that sums"));
     }
 }
 

@@ -441,7 +441,7 @@ impl Planner<'_> {
                     Work::Reduce(r) => along(&r.nest, operand),
                     Work::Op(op) => match (op.inputs.get(operand), &op.epilogue) {
                         (Some(part), _) => strides_of(&part.region, &cuts, part.ty.dtype.bytes()),
-                        (None, Some(nest)) => along(nest, operand - op.inputs.len()),
+                        (None, Some(epilogue)) => along(epilogue.nest(), operand - op.inputs.len()),
                         (None, None) => unreachable!("an op without an epilogue reads its inputs"),
                     },
                     other => unreachable!("a band has no such step: {other:?}"),
@@ -518,7 +518,7 @@ fn replaced(work: &Work, read: &[ValueId], ends: impl Fn(ValueId) -> bool) -> Op
 
 /// Bytes between neighbours along each of the dimensions in an array that holds a region.
 fn strides_of(held: &Region, dims: &[&Name], element: usize) -> Vec<usize> {
-    let strides = super::body::strides(&held.shape());
+    let strides = crate::body::strides(&held.shape());
     let stride =
         |n: &&Name| held.0.iter().zip(&strides).find(|((name, _), _)| name == *n).map_or(0, |(_, s)| s * element);
     dims.iter().map(stride).collect()

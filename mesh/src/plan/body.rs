@@ -2,8 +2,8 @@
 
 use super::band::View;
 use super::fuse::Fused;
-use crate::body::{Access, Body, Instr, Loop, Slot};
-use crate::dim::{DType, Dim, Name};
+use crate::body::{Access, Body, Instr, Loop, Slot, strides};
+use crate::dim::{DType, Name};
 use crate::ops::Prim;
 use crate::ops::binary::BinaryFn;
 use crate::ops::unary::UnaryFn;
@@ -11,15 +11,6 @@ use crate::region::Region;
 use crate::spmd::{SpmdOp, ValueId};
 use std::collections::HashMap;
 use std::sync::Arc;
-
-/// Row-major strides of an array of those extents.
-pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
-    let mut out = vec![1; shape.len()];
-    for i in (1..shape.len()).rev() {
-        out[i - 1] = out[i] * shape[i];
-    }
-    out
-}
 
 /// The loop nest of a fused step: what is the same on every device.
 pub(super) struct Nest {
@@ -31,13 +22,15 @@ pub(super) struct Nest {
 }
 
 impl Nest {
-    /// The nest over dimensions of these names whose results are `roots`: values of just those dimensions, in memory or
-    /// not. Stored values are loaded, except those in `inside`, which the nest computes.
-    pub fn new(fused: &Fused, dims: &[Dim], roots: &[ValueId], inside: &[ValueId]) -> Nest {
+    /// The nest whose results are `roots`: values in memory or not, each of as many dimensions as there are loops, in order,
+    /// maybe under other names. Stored values are loaded, except those in `inside`, which the nest computes.
+    pub fn new(fused: &Fused, roots: &[ValueId], inside: &[ValueId]) -> Nest {
         let (body, made) = (Body::default(), HashMap::new());
-        let mut b = Builder { fused, inside, depth: dims.len(), loads: vec![], loaded: vec![], body, made };
-        let names: Vec<(Name, usize)> = dims.iter().enumerate().map(|(i, d)| (d.name.clone(), i)).collect();
-        b.body.results = roots.iter().map(|&v| b.emit(v, &names)).collect();
+        let depth = roots.first().map_or(0, |v| fused.ty(*v).dims.len());
+        let mut b = Builder { fused, inside, depth, loads: vec![], loaded: vec![], body, made };
+        let names =
+            |v: ValueId| fused.ty(v).dims.iter().enumerate().map(|(i, d)| (d.name.clone(), i)).collect::<Vec<_>>();
+        b.body.results = roots.iter().map(|&v| b.emit(v, &names(v))).collect();
         Nest { loads: b.loads, loaded: b.loaded, body: b.body.into() }
     }
 

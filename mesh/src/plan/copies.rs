@@ -1,8 +1,8 @@
 //! Ops that only move elements within a device, as copies of boxes.
 
-use super::body::strides;
 use super::exchange::box_copy;
 use super::step::{CopyWork, Part};
+use crate::body::strides;
 use crate::dim::{DType, Name};
 use crate::ops::Prim;
 use crate::ops::split::{boxes as split_boxes, steps};

@@ -3,7 +3,7 @@
 //! Both are of one device and count nothing twice: an element that is used again is read once. A profile divides them by
 //! the time that the step took.
 
-use super::step::{AllReduce, Begun, BoxCopy, Buffer, Exchange, OpWork, Part, Segments, Slices, Step, Work};
+use super::step::{AllReduce, Begun, BoxCopy, Buffer, Epilogue, Exchange, OpWork, Part, Segments, Slices, Step, Work};
 use crate::body::{Access, Instr, Loop};
 use crate::chunk::{ChunkBox, Tree};
 use crate::dim::{DType, Type};
@@ -85,7 +85,7 @@ pub(super) fn cost(work: &Work, inputs: usize, outputs: usize) -> Cost {
         Work::Reduce(r) => loads(&r.nest) + outputs,
         Work::Op(op) => {
             // The op's result, an epilogue's last operand, does not come from memory.
-            let epilogue = |nest: &Loop| loads(nest) - points(nest) * op.output.ty.dtype.bytes();
+            let epilogue = |e: &Epilogue| loads(e.nest()) - points(e.nest()) * op.output.ty.dtype.bytes();
             op_reads(op) + op.epilogue.as_ref().map_or(0, epilogue) + outputs
         }
         Work::Copy(c) => {
@@ -108,9 +108,16 @@ pub(super) fn cost(work: &Work, inputs: usize, outputs: usize) -> Cost {
 
 fn flops(work: &Work) -> f64 {
     match work {
-        Work::Map(nest) => (arithmetic(nest) * points(nest)) as f64,
-        Work::Reduce(r) => ((arithmetic(&r.nest) + r.nest.body.results.len() - r.stored) * points(&r.nest)) as f64,
-        Work::Op(op) => op_flops(op) + op.epilogue.as_ref().map_or(0, |nest| arithmetic(nest) * points(nest)) as f64,
+        Work::Map(nest) => loop_flops(nest, 0),
+        Work::Reduce(r) => loop_flops(&r.nest, r.sums()),
+        Work::Op(op) => {
+            op_flops(op)
+                + match &op.epilogue {
+                    None => 0.0,
+                    Some(Epilogue::Map(nest)) => loop_flops(nest, 0),
+                    Some(Epilogue::Reduce(r)) => loop_flops(&r.nest, r.sums()),
+                }
+        }
         Work::Band(b) => {
             let slice = |s: &Slices| s.steps.iter().map(|s| flops(&s.work)).sum::<f64>();
             b.slices.iter().map(|s| s.at.len() as f64 * slice(s)).sum()
@@ -120,6 +127,11 @@ fn flops(work: &Work) -> f64 {
         Work::AllReduce(a) | Work::Combine(a) => combined(a).0 as f64,
         Work::Join(j) => ((j.nodes().0 - j.nodes().1) * j.elements) as f64,
     }
+}
+
+/// Of a loop that reduces so many of its results.
+fn loop_flops(nest: &Loop, sums: usize) -> f64 {
+    ((arithmetic(nest) + sums) * points(nest)) as f64
 }
 
 fn points(nest: &Loop) -> usize {

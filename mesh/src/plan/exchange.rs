@@ -1,7 +1,7 @@
 //! Makes the moves and all-reduces of one device: who sends which bytes to whom.
 
-use super::body::strides;
 use super::step::{AllReduce, BoxCopy, Exchange, ExchangeKind, Message, Piece, Segments, Wire};
+use crate::body::strides;
 use crate::chunk;
 use crate::dim::{DType, Name};
 use crate::layout::Mesh;

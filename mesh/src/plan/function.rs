@@ -8,7 +8,7 @@ use super::exchange::{Moves, SEGMENTED, Together, all_reduce};
 use super::fuse::{Fused, Group, Kind};
 use super::overlap::{Moment, Phase};
 use super::pieces::in_pieces;
-use super::step::{Backend, Buffer, DevicePlan, Join, OpWork, Part, Share, Work};
+use super::step::{Backend, Buffer, DevicePlan, Epilogue, Join, OpWork, Part, Share, Work};
 use super::timeline::Timeline;
 use crate::body::{Loop, Reduction};
 use crate::layout::Mesh;
@@ -167,31 +167,8 @@ impl Planner<'_> {
                 _ => std::slice::from_ref(group),
             };
             for member in members {
-                self.nests.extend(self.nest(member).map(|nest| (member.instrs[0], nest)));
+                self.nests.extend(self.fused.nest(member).map(|nest| (member.instrs[0], nest)));
             }
-        }
-    }
-
-    /// The loop nest of a group that has one. That of an epilogue has the product's result behind what it reads beside it.
-    fn nest(&self, group: &Group) -> Option<Nest> {
-        let spmd = self.cx.spmd;
-        let map =
-            || Nest::new(self.fused, &self.fused.ty(group.outputs[0]).dims, &group.outputs, &self.fused.inside(group));
-        match group.kind {
-            Kind::Map => Some(map()),
-            Kind::Epilogue => {
-                let (nest, product) = (map(), self.first(group).output);
-                let result = nest.loaded.iter().position(|v| *v == product).expect("it takes the result");
-                Some(nest.with_last(result))
-            }
-            Kind::Reduce => {
-                let (sums, stored) = self.fused.sums_of(group);
-                let stored: Vec<ValueId> = stored.iter().map(|i| spmd.instrs[*i].output).collect();
-                let summed = sums.iter().map(|i| spmd.instrs[*i].inputs[0]);
-                let roots: Vec<ValueId> = self.fused.stored_of(group).iter().copied().chain(summed).collect();
-                Some(Nest::new(self.fused, &self.fused.ty(roots[0]).dims, &roots, &stored))
-            }
-            Kind::Instr | Kind::Band(..) => None,
         }
     }
 
@@ -394,15 +371,15 @@ impl Planner<'_> {
         let group = &self.fused.groups[g];
         let values = &self.cx.spmd.values;
         let (a, b) = (&values[old.index()], &values[new.index()]);
+        // What a loop stores may, not what it reduces.
+        let reduced = || !self.fused.stored_of(group).contains(&new);
         let by_op = match group.kind {
-            Kind::Map => false,
-            Kind::Epilogue => self.product_reads(group).iter().any(|v| self.root(*v) == old),
+            Kind::Map | Kind::Reduce => reduced(),
+            Kind::Epilogue => reduced() || self.product_reads(group).iter().any(|v| self.root(*v) == old),
             // Element by element, of all nodes.
             Kind::Instr if matches!(self.first(group).op, SpmdOp::Join { .. }) => {
                 return (0..self.devices()).all(|d| a.bytes(d) == b.bytes(d));
             }
-            // What it stores of them may.
-            Kind::Reduce => !self.fused.stored_of(group).contains(&new),
             Kind::Instr | Kind::Band(..) => true,
         };
         if by_op || a.ty.dtype.bytes() != b.ty.dtype.bytes() {
@@ -525,9 +502,7 @@ impl Planner<'_> {
                 order: order[device].clone(),
                 places: out.nodes[device],
             }),
-            (_, SpmdOp::Compute { prim: Prim::Reduce(r), sum }) => {
-                Work::Reduce(Box::new(self.reduction(group, view, r, sum.as_deref())))
-            }
+            (Kind::Reduce, _) => Work::Reduce(Box::new(self.reduction(group, view)?)),
             (_, SpmdOp::Compute { prim, sum }) => {
                 let inputs: Vec<Part> = instr.inputs.iter().map(|v| self.part(*v, view)).collect();
                 let output = self.part(instr.output, view);
@@ -535,7 +510,9 @@ impl Planner<'_> {
                     Some(copy) => Work::Copy(copy),
                     None => {
                         let sum = sum.as_ref().map(|s| (s.tree.clone(), s.owned[device].clone()));
-                        let epilogue = (group.kind == Kind::Epilogue).then(|| self.map(group, view));
+                        let sums = || self.reduction(group, view).map(|r| Epilogue::Reduce(Box::new(r)));
+                        let map = || Epilogue::Map(self.map(group, view));
+                        let epilogue = (group.kind == Kind::Epilogue).then(|| sums().unwrap_or_else(map));
                         Work::Op(Box::new(OpWork {
                             op: prim.clone(),
                             inputs,
@@ -553,23 +530,19 @@ impl Planner<'_> {
         Some((work, scratch))
     }
 
-    fn reduction(
-        &self,
-        group: &Group,
-        view: View,
-        r: &crate::ops::reduce::Reduce,
-        sum: Option<&crate::spmd::Sum>,
-    ) -> Reduction {
-        let instr = self.first(group);
+    /// The reduction of a group that reduces.
+    fn reduction(&self, group: &Group, view: View) -> Option<Reduction> {
+        let instr = &self.cx.spmd.instrs[*self.fused.sums_of(group).0.first()?];
+        let SpmdOp::Compute { prim: Prim::Reduce(r), sum } = &instr.op else { return None };
         let x = self.fused.ty(instr.inputs[0]);
         let at = self.fused.points_of(instr, view.region(instr.output).into_owned(), view.device);
-        Reduction {
+        Some(Reduction {
             nest: self.nests[&group.instrs[0]].on(view, &at),
             stored: self.fused.stored_of(group).len(),
             reduced: x.dims.iter().map(|d| r.over.contains(&d.name)).collect(),
             f: r.f,
-            tree: sum.map(|s| s.tree.clone()).unwrap_or_default(),
-            owned: sum.map(|s| s.owned[view.device].clone()).unwrap_or_default(),
-        }
+            tree: sum.as_ref().map(|s| s.tree.clone()).unwrap_or_default(),
+            owned: sum.as_ref().map(|s| s.owned[view.device].clone()).unwrap_or_default(),
+        })
     }
 }

@@ -3,12 +3,14 @@
 //! An elementwise value is inlined into its users unless something needs it in memory (a kernel, a collective, a fetch),
 //! it would be broadcast there (and so computed again for every repetition), or computing it several times costs
 //! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass, and so does a map
-//! with the reductions of what it stores. A map of what a product gives is the product's epilogue.
+//! with the reductions of what it stores. A map of what a product gives is the product's epilogue, and so are, behind a
+//! convolution, reductions over its innermost spatial dimension.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
 mod share;
 
 use super::band;
+use super::body::Nest;
 use crate::dim::{DType, Name, Type};
 use crate::ops::Prim;
 use crate::ops::source::Distribution;
@@ -27,7 +29,7 @@ pub enum Kind {
     Reduce,
     /// One instruction of the SPMD program.
     Instr,
-    /// One instruction, the first one, and a loop that takes its result and stores the values.
+    /// One instruction, the first one, and a loop as one of these that takes its result.
     Epilogue,
     /// Steps that are done slice by slice along some dimensions.
     Band(Vec<Group>, Vec<Cut>),
@@ -93,19 +95,42 @@ impl<'a> Fused<'a> {
             }
         }
         let groups = fused.epilogues(groups, &results);
+        let groups = fused.sums_in_epilogues(groups, &results);
         fused.groups = fused.sums_with_maps(groups, &results);
         fused
     }
 
-    /// The instructions of a reduction's group that reduce, and those of maps whose values it stores.
+    /// The instructions that a group's loop computes: those that reduce, and maps whose values it stores.
     pub fn sums_of<'g>(&self, group: &'g Group) -> (&'g [usize], &'g [usize]) {
+        let of_loop = &group.instrs[usize::from(group.kind == Kind::Epilogue)..];
         let reduces = |i: &usize| matches!(self.spmd.instrs[*i].op, SpmdOp::Compute { prim: Prim::Reduce(_), .. });
-        group.instrs.split_at(group.instrs.iter().take_while(|i| reduces(i)).count())
+        of_loop.split_at(of_loop.iter().take_while(|i| reduces(i)).count())
     }
 
-    /// The values that a reduction's group stores besides.
+    /// The values that a group stores as they are and does not reduce.
     pub fn stored_of<'g>(&self, group: &'g Group) -> &'g [ValueId] {
         &group.outputs[..group.outputs.len() - self.sums_of(group).0.len()]
+    }
+
+    /// The loop nest of a group that has one: what it stores, then what it reduces. That of an epilogue has the product's
+    /// result behind what it reads beside it.
+    pub(super) fn nest(&self, group: &Group) -> Option<Nest> {
+        let (sums, maps) = match group.kind {
+            Kind::Map | Kind::Reduce | Kind::Epilogue => self.sums_of(group),
+            Kind::Instr | Kind::Band(..) => return None,
+        };
+        let [made, summed] = [
+            maps.iter().map(|i| self.spmd.instrs[*i].output).collect::<Vec<_>>(),
+            sums.iter().map(|i| self.spmd.instrs[*i].inputs[0]).collect(),
+        ];
+        let roots = [self.stored_of(group), &summed].concat();
+        let nest = Nest::new(self, &roots, &made);
+        if group.kind != Kind::Epilogue {
+            return Some(nest);
+        }
+        let product = self.spmd.instrs[group.instrs[0]].output;
+        let result = nest.loaded.iter().position(|v| *v == product).expect("it takes the result");
+        Some(nest.with_last(result))
     }
 
     /// The points that a device's reduction goes over, of which it gives the region `at`.
@@ -117,12 +142,6 @@ impl<'a> Fused<'a> {
             _ => Vec::new(),
         };
         reduced.zip(owned).fold(at, |at, (d, range)| at.with(&d.name, range)).of(x)
-    }
-
-    /// The values that a group's loop computes, in memory or not.
-    pub fn inside(&self, group: &Group) -> Vec<ValueId> {
-        let first = usize::from(group.kind == Kind::Epilogue);
-        group.instrs[first..].iter().map(|i| self.spmd.instrs[*i].output).collect()
     }
 
     /// The stored value that a value is, following aliases.
@@ -266,8 +285,7 @@ impl<'a> Fused<'a> {
     /// Whether two values are the same bytes on every device.
     fn same_part(&self, a: ValueId, b: ValueId) -> bool {
         let (a, b) = (&self.spmd.values[a.index()], &self.spmd.values[b.index()]);
-        let same = |(r, s): (&Region, &Region)| r.0.iter().map(|(_, r)| r).eq(s.0.iter().map(|(_, s)| s));
-        a.nodes == b.nodes && a.regions.iter().zip(&*b.regions).all(same)
+        a.nodes == b.nodes && a.regions.iter().zip(&*b.regions).all(|(r, s)| r.same_ranges(s))
     }
 
     /// Whether an instruction splits or merges dimensions whose bytes stay the same on every device.

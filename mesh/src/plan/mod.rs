@@ -41,8 +41,8 @@ pub(crate) use exchange::{Together, all_reduce, kind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 pub use step::{
-    ALIGN, AllReduce, At, Backend, Band, Begun, BoxCopy, Buffer, CopyWork, DevicePlan, Exchange, ExchangeKind, Join,
-    Label, Message, OpWork, Part, Piece, Segments, Share, SliceStep, Slices, Step, Wire, Work,
+    ALIGN, AllReduce, At, Backend, Band, Begun, BoxCopy, Buffer, CopyWork, DevicePlan, Epilogue, Exchange,
+    ExchangeKind, Join, Label, Message, OpWork, Part, Piece, Segments, Share, SliceStep, Slices, Step, Wire, Work,
 };
 pub use timeline::{Alive, Timeline};
 

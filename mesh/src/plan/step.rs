@@ -187,14 +187,44 @@ pub struct OpWork {
     /// For an op that sums over dimensions: its tree and the chunks summed here. The output then is
     /// `[nodes, region..]` for the tree's nodes inside those chunks.
     pub sum: Option<(Tree, ChunkBox)>,
-    /// A loop that takes the result where it is made, block by block, so that only the loop's results are stored. Its last
-    /// operand is the op's result, whose elements are its points, in order; the step reads the others after the op's inputs.
-    pub epilogue: Option<Loop>,
+    /// What takes the result where it is made, block by block, so that only its own results are stored.
+    pub epilogue: Option<Epilogue>,
     /// Which elements of its result it computes.
     pub share: Share,
     /// Where its first input lies, if it is not one array: what came from other devices is the step's first input, and what
     /// the device has itself is read where it lies, an input behind the op's.
     pub pieces: Vec<Piece>,
+}
+
+/// A loop that takes an op's result where it is made. Its last operand is that result, whose elements are its points, in
+/// order; the step reads the others after the op's inputs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Epilogue {
+    /// Its results are stored.
+    Map(Loop),
+    /// Some are reduced: over the two loops before the innermost one, which is kept, and maybe others. Of a convolution of as
+    /// many spatial dimensions.
+    Reduce(Box<Reduction>),
+}
+
+impl Epilogue {
+    /// The loop.
+    pub fn nest(&self) -> &Loop {
+        match self {
+            Epilogue::Map(nest) => nest,
+            Epilogue::Reduce(r) => &r.nest,
+        }
+    }
+}
+
+/// The same loop by itself, of a result that lies in memory.
+impl From<Epilogue> for Work {
+    fn from(epilogue: Epilogue) -> Work {
+        match epilogue {
+            Epilogue::Map(nest) => Work::Map(nest),
+            Epilogue::Reduce(r) => Work::Reduce(r),
+        }
+    }
 }
 
 /// A box of an op's input that is an array of its own.

@@ -256,7 +256,7 @@ impl ContractPlan {
         let slots = nodes.iter().map(|n| deepest(n)).max().unwrap_or(0).max(1);
         let at_once = nodes.iter().all(|n| n.len() == 1) && out_columns.run() == out_columns.len().max(1);
         let row_stride = out_rows.stride();
-        let epilogue = work.epilogue.as_ref().map(|nest| Epilogue::new(nest, isa));
+        let epilogue = work.epilogue.as_ref().map(|of| Epilogue::new(of, isa));
         let direct = at_once && row_stride.is_some_and(|n| n <= DIRECT) && epilogue.is_none();
         let width = panel_width(isa, b_columns.len());
         let batches = offsets(&batch);
@@ -496,7 +496,9 @@ impl ContractPlan {
                     for (offset, n) in self.out_columns.runs(columns.clone()) {
                         let (to, n) = (start + self.out_rows.at(row) + offset, n * at_once);
                         match &mut e {
-                            Some((epilogue, evaluation)) => epilogue.take(evaluation, to, from, n, p.results),
+                            Some((epilogue, evaluation)) => {
+                                epilogue.take(evaluation, to, from, n, p.results, std::ptr::null_mut())
+                            }
                             None => std::ptr::copy_nonoverlapping(from, p.results[0].cast::<f32>().add(to), n),
                         }
                         from = from.add(n);

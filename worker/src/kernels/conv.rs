@@ -6,7 +6,8 @@
 //! each other share what is staged. Weights are packed into panels once a run.
 //!
 //! Contracted channels are counted in units: elements of `f32`, pairs of `bf16` (the last one of a leaf may have a zero for
-//! its second half). `f16` is staged and packed as the `f32` that it is. An epilogue takes a task's outputs from the workspace.
+//! its second half). `f16` is staged and packed as the `f32` that it is. An epilogue takes a task's outputs from the workspace;
+//! where it sums them up a task has whole rows.
 //!
 //! Roofline: 2 * taps * cin * cout flops an output against 4 * (cin + cout) bytes, or half of them; from 16 channels on the
 //! multiply-add units bind. Staging costs a few percent.
@@ -21,13 +22,13 @@ use super::kernel::Operands;
 use super::minimal::PRODUCTS;
 use super::pack::{self, NOTHING, Side};
 use super::tile::{self, Combine, Leaves, Tile, panel_width};
-use super::vm::StepContext;
+use super::vm::{Evaluation, StepContext};
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use geometry::{Axis, Geometry, Phase, around};
 pub(super) use geometry::{Input, axis_of, batch_offsets, strides};
 use mesh::dim::DType;
 use mesh::ops::Prim;
-use mesh::plan::{OpWork, Share};
+use mesh::plan::{ALIGN, OpWork, Share};
 use mesh::region::Region;
 use std::ops::Range;
 use winograd::Winograd;
@@ -54,6 +55,24 @@ struct Outputs {
     in_turns: bool,
 }
 
+/// A box of outputs along the first two dimensions.
+struct Outer {
+    firsts: Range<usize>,
+    /// What of the second one tasks have.
+    rows: Vec<Range<usize>>,
+}
+
+/// How many blocks of so many there are, where they begin `before` the first one.
+fn blocks(n: usize, before: usize, size: usize) -> usize {
+    (before + n).div_ceil(size)
+}
+
+/// Which part of a range block `n` is.
+fn block(within: &Range<usize>, before: usize, n: usize, size: usize) -> Range<usize> {
+    let first = within.start + n * size;
+    first.saturating_sub(before).max(within.start)..(first + size - before).min(within.end)
+}
+
 /// A convolution or transposed convolution, prepared.
 pub struct ConvPlan {
     isa: Isa,
@@ -66,8 +85,8 @@ pub struct ConvPlan {
     inner: (Range<usize>, usize, usize),
     /// Outputs along the three dimensions.
     outputs: [usize; 3],
-    /// Boxes of outputs along the first two dimensions that are computed.
-    boxes: Vec<[Range<usize>; 2]>,
+    /// What is computed.
+    boxes: Vec<Outer>,
     /// Whether a step before, which has the rest of the boxes, has packed the weights.
     packed: bool,
     /// Channels contracted in a group, and their offset in x.
@@ -186,7 +205,7 @@ impl ConvPlan {
             groups,
             leaves,
             channels,
-            epilogue: work.epilogue.as_ref().map(|nest| Epilogue::new(nest, isa)),
+            epilogue: work.epilogue.as_ref().map(|of| Epilogue::new(of, isa)),
             width: panel_width(isa, produced),
             taps,
             w_units,
@@ -213,11 +232,13 @@ impl ConvPlan {
             })
         };
         let all = [0..outputs[0], 0..outputs[1]];
-        plan.boxes = match &work.share {
+        let boxes = match &work.share {
             Share::Whole => vec![all],
             Share::Interior(region) => vec![inside(region)],
             Share::Rim(region) => around(all, inside(region)),
         };
+        let outer = |[firsts, rows]: [Range<usize>; 2]| Outer { firsts, rows: plan.rows_of_tasks(rows) };
+        plan.boxes = boxes.into_iter().map(outer).collect();
         Some(plan)
     }
 
@@ -236,9 +257,12 @@ impl ConvPlan {
     fn units(&self) -> usize {
         self.pairs.as_ref().map_or(self.contracted, Vec::len)
     }
-    /// Bytes of scratch: the packed weights.
+    /// Bytes of scratch: the packed weights, and what the epilogue has.
     pub fn scratch_bytes(&self) -> usize {
-        self.panels() * self.panel() * self.groups * 4
+        self.weight_bytes() + epilogue::scratch_bytes(&self.epilogue)
+    }
+    fn weight_bytes(&self) -> usize {
+        (self.panels() * self.panel() * self.groups * 4).next_multiple_of(ALIGN)
     }
 
     /// Rows along the second dimension and outputs along the innermost one such that what a task stages fits.
@@ -252,8 +276,9 @@ impl ConvPlan {
 
     /// Outputs along the first dimension that a task of so many threads goes through.
     fn run_of(&self, threads: usize) -> usize {
-        let parts = self.outputs[1].div_ceil(self.block.0) * self.longest().div_ceil(self.block.1);
-        let tasks = self.x.batches() * parts * self.groups * self.outputs[0];
+        let rows = self.boxes.iter().map(|b| b.rows.len()).max().unwrap_or(1);
+        let parts = if self.has_sums() { 1 } else { self.longest().div_ceil(self.block.1) };
+        let tasks = self.x.batches() * rows * parts * self.groups * self.outputs[0];
         if self.slides { (tasks / (TASKS * threads)).clamp(1, RUN) } else { 1 }
     }
 
@@ -295,7 +320,10 @@ impl ConvPlan {
     /// epilogue write in place.
     pub unsafe fn run(&self, pool: &Pool, o: &Operands, cx: StepContext) {
         let (inputs, operands) = o.inputs.split_at(self.reads);
-        let p = Pointers { inputs, w: inputs[1], operands, results: o.outputs, scratch: o.scratch.cast(), cx };
+        // SAFETY: the scratch is as large as was asked for.
+        let behind = unsafe { o.scratch.add(self.weight_bytes()) }.cast();
+        let scratch = o.scratch.cast();
+        let p = Pointers { inputs, w: inputs[1], operands, results: o.outputs, scratch, behind, cx };
         let panels = if self.packed { 0 } else { self.panels() * self.groups };
         pool.run(panels * self.taps[0], &|t, _| {
             let p = p;
@@ -303,16 +331,10 @@ impl ConvPlan {
             unsafe { self.pack(t / self.taps[0], t % self.taps[0], p) }
         });
         let (along, run) = (0..self.longest(), self.run_of(pool.threads()));
-        let blocks = |within: &Range<usize>, before: usize, size: usize| (before + within.len()).div_ceil(size);
-        let parts = blocks(&along, self.before(1, 0), self.block.1);
-        let counts =
-            |b: &[Range<usize>; 2]| [blocks(&b[0], 0, run), blocks(&b[1], self.before(0, b[1].start), self.block.0)];
-        let tasks =
-            |b: &[Range<usize>; 2]| self.x.batches() * counts(b).iter().product::<usize>() * parts * self.groups;
-        let block = |within: &Range<usize>, before: usize, n: usize, size: usize| {
-            let first = within.start + n * size;
-            first.saturating_sub(before).max(within.start)..(first + size - before).min(within.end)
-        };
+        let parts = blocks(along.len(), self.before(1, 0), self.block.1);
+        // A task has all parts of rows that are summed up.
+        let [parts, of_task] = if self.has_sums() { [1, parts] } else { [parts, 1] };
+        let tasks = |b: &Outer| self.x.batches() * blocks(b.firsts.len(), 0, run) * b.rows.len() * parts * self.groups;
         pool.run(self.boxes.iter().map(tasks).sum(), &|mut t, workspace| {
             let p = p;
             let mut boxes = self.boxes.iter();
@@ -324,21 +346,62 @@ impl ConvPlan {
                 }
                 t -= n;
             };
-            let [runs, row_blocks] = counts(within);
             let (group, t) = (t % self.groups, t / self.groups);
-            let (range, t) = (block(&along, self.before(1, 0), t % parts, self.block.1), t / parts);
-            let before = self.before(0, within[1].start);
-            let (rows, t) = (block(&within[1], before, t % row_blocks, self.block.0), t / row_blocks);
-            let firsts = block(&within[0], 0, t % runs, run);
-            let mut at = Outputs { batch: t / runs, o1: firsts.start, rows, range, staged: 0, in_turns: run > 1 };
-            for o1 in firsts {
-                at.o1 = o1;
-                // SAFETY: tasks write disjoint outputs.
-                unsafe { self.task(&at, group, p, workspace.floats()) };
-                let read = self.axes[0].taps[o1].iter().map(|t| t.1 + 1);
-                at.staged = read.max().unwrap_or(0).max(at.staged);
+            let (part, t) = (t % parts, t / parts);
+            let (all, t) = (&within.rows[t % within.rows.len()], t / within.rows.len());
+            let runs = blocks(within.firsts.len(), 0, run);
+            let firsts = block(&within.firsts, 0, t % runs, run);
+            let (registers, rest) = workspace.floats().split_at_mut(epilogue::registers(&self.epilogue));
+            // SAFETY: by this function's contract.
+            let mut e = self.epilogue.as_ref().map(|e| (e, unsafe { e.begin(p.cx, p.operands, registers) }));
+            for rows in self.blocks_of_rows(all) {
+                for part in part * of_task..(part + 1) * of_task {
+                    let range = block(&along, self.before(1, 0), part, self.block.1);
+                    let (rows, in_turns) = (rows.clone(), run > 1);
+                    let mut at = Outputs { batch: t / runs, o1: firsts.start, rows, range, staged: 0, in_turns };
+                    for o1 in firsts.clone() {
+                        at.o1 = o1;
+                        // SAFETY: tasks write disjoint outputs.
+                        unsafe { self.task(&at, group, p, &mut e, rest) };
+                        let read = self.axes[0].taps[o1].iter().map(|t| t.1 + 1);
+                        at.staged = read.max().unwrap_or(0).max(at.staged);
+                    }
+                }
             }
         });
+        if let Some(epilogue) = &self.epilogue {
+            // SAFETY: all outputs have been taken.
+            unsafe { epilogue.finish(pool, o.outputs, p.behind, cx) };
+        }
+    }
+
+    /// Whether the epilogue sums outputs up.
+    fn has_sums(&self) -> bool {
+        self.epilogue.as_ref().is_some_and(|e| e.chunks().is_some())
+    }
+
+    /// Which rows along the second dimension tasks have: a block of them, or, where they are summed up, all of some chunks.
+    fn rows_of_tasks(&self, within: Range<usize>) -> Vec<Range<usize>> {
+        let Some(chunks) = self.epilogue.as_ref().and_then(Epilogue::chunks) else {
+            return self.blocks_of_rows(&within).collect();
+        };
+        let mut rows: Vec<Range<usize>> = Vec::new();
+        for chunk in chunks {
+            match rows.last_mut().filter(|r| r.len() < self.block.0) {
+                Some(last) => last.end = chunk.end,
+                None => rows.push(chunk.clone()),
+            }
+        }
+        rows
+    }
+
+    /// Blocks of rows that are computed at a time.
+    fn blocks_of_rows(&self, rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, before) = (rows.clone(), self.before(0, rows.start));
+        let count = blocks(rows.len(), before, self.block.0);
+        let even = (before + rows.len()).div_ceil(count.max(1)).next_multiple_of(2);
+        let size = if self.has_sums() { even.min(self.block.0) } else { self.block.0 };
+        (0..count).map(move |n| block(&rows, before, n, size)).filter(|rows| !rows.is_empty())
     }
 
     /// Outputs of the longest phase.
@@ -374,9 +437,15 @@ impl ConvPlan {
     }
 
     /// Computes a block of outputs, phase by phase.
-    unsafe fn task(&self, at: &Outputs, group: usize, p: Pointers, workspace: &mut [f32]) {
+    unsafe fn task(
+        &self,
+        at: &Outputs,
+        group: usize,
+        p: Pointers,
+        epilogue: &mut Option<(&Epilogue, Evaluation)>,
+        workspace: &mut [f32],
+    ) {
         let (tap_list, rest) = workspace.split_at_mut((self.all_taps() * 2).next_multiple_of(16));
-        let (registers, rest) = rest.split_at_mut(epilogue::registers(&self.epilogue));
         let channels = self.produced * self.groups;
         // Phases take turns along the innermost dimension.
         let step = self.phases.len();
@@ -393,13 +462,12 @@ impl ConvPlan {
             // SAFETY: by the contract of `run`; results have places of their own in the result or the workspace.
             unsafe { self.phase(at, phase, range, group, p, tap_list, stage, place) };
         }
-        let Some(epilogue) = &self.epilogue else { return };
+        let Some((epilogue, evaluation)) = epilogue else { return };
         // SAFETY: as above.
         unsafe {
-            let mut evaluation = epilogue.begin(p.cx, p.operands, registers);
             for (r, row) in at.rows.clone().enumerate() {
                 let (to, from) = ((output(row) + along.start) * channels, result[r * row_result..].as_ptr());
-                epilogue.take(&mut evaluation, to, from, row_result, p.results);
+                epilogue.take(evaluation, to, from, row_result, p.results, p.behind);
             }
         }
     }
@@ -570,7 +638,10 @@ struct Pointers<'a> {
     /// What an epilogue reads besides.
     operands: &'a [*const u8],
     results: &'a [*mut u8],
+    /// Packed weights.
     scratch: *mut f32,
+    /// What the epilogue has of the scratch.
+    behind: *mut f32,
     cx: StepContext,
 }
 

@@ -31,7 +31,7 @@ impl MapPlan {
 
     /// Prepares a loop for one instruction set.
     pub fn with_isa(nest: &Loop, isa: Isa) -> MapPlan {
-        let (machine, _) = Machine::new(nest, isa, Use::Map, |_| true);
+        let (machine, _) = Machine::new(nest, isa, Use::default(), |_| true);
         let d = machine.extents.len();
         let (m, n) = (machine.extents[d - 2], machine.extents[d - 1]);
         let rows = machine.rows_per_block().min(m.max(1));
@@ -74,8 +74,7 @@ impl MapPlan {
         }
         let rows = self.rows.min(m.extents[d - 2] - rows_at);
         let columns = BLOCK.min(m.extents[d - 1] - columns_at);
-        let first = at[..d].iter().zip(&m.extents).fold(0, |i, (a, e)| i * e + a);
         // SAFETY: by the contract of `run`.
-        unsafe { evaluation.store(&at[..d], rows, columns, first, to) };
+        unsafe { evaluation.block(&at[..d], rows, columns, to) };
     }
 }

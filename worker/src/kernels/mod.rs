@@ -8,6 +8,7 @@ pub mod contract;
 pub mod conv;
 pub mod copy;
 mod epilogue;
+mod fold;
 pub mod gather;
 mod half;
 pub mod isa;

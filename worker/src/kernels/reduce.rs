@@ -4,48 +4,33 @@
 //! by block in the cache ([`super::vm`]).
 //!
 //! Leaves are summed one after another into rows of partial sums; where the innermost loop is kept a row is the kept
-//! points along it, where it is reduced a row is 16 lanes (see [`mesh::body::Reduction`]).
+//! points along it, and there is one for each reduced loop, since a leaf is summed up loop by loop; where it is reduced a
+//! row is 16 lanes (see [`mesh::body::Reduction`]).
 
+use super::fold::{Fold, Rows};
 use super::isa::Isa;
 use super::lanes::store;
-use super::math;
-use super::row_sums::{self, LANES, from_lanes, into_lanes};
+use super::row_sums::LANES;
 use super::tile::Combine;
 use super::vm::{BLOCK, Evaluation, Machine, StepContext, Use};
-use crate::dispatch;
 use crate::pool::{Pool, WORKSPACE_BYTES};
 use mesh::body::Reduction;
 use mesh::chunk::Event;
 use mesh::dim::DType;
-use mesh::ops::reduce::ReduceFn;
-
-/// Evaluates an expression with the function that combines two elements, known when it is compiled.
-macro_rules! with_function {
-    ($by:expr, |$f:ident| $body:expr) => {
-        match $by {
-            (ReduceFn::Sum, true) => with_function!(@ $f, $body, |a: f32, b: f32| a + b),
-            (ReduceFn::Max, true) => with_function!(@ $f, $body, |a: f32, b: f32| math::max(a, b)),
-            (ReduceFn::Min, true) => with_function!(@ $f, $body, |a: f32, b: f32| math::min(a, b)),
-            (by, false) => with_function!(@ $f, $body, |a: f32, b: f32| {
-                f32::from_bits(integer(by, a.to_bits() as i32, b.to_bits() as i32) as u32)
-            }),
-        }
-    };
-    (@ $f:ident, $body:expr, $function:expr) => {{
-        let $f = $function;
-        $body
-    }};
-}
 
 /// A fused reduction, prepared.
 pub struct ReducePlan {
     isa: Isa,
     machine: Machine,
-    f: ReduceFn,
+    fold: Fold,
     /// By loop of the machine: whether it is reduced.
     reduced: Vec<bool>,
     /// Leaves: by reduced loop the local range.
     leaves: Vec<Vec<std::ops::Range<usize>>>,
+    /// By leaf its range of the last reduced loop, along which it has runs.
+    along: Vec<std::ops::Range<usize>>,
+    /// Reduced loops between the first and the last one, if the innermost loop is kept: their sums last for some blocks.
+    between: Vec<usize>,
     /// Runs of leaves that differ only in where they lie along the innermost reduced loop, one behind the other: they
     /// share blocks.
     runs: Vec<std::ops::Range<usize>>,
@@ -90,8 +75,8 @@ impl ReducePlan {
 
     /// Prepares a reduction for one instruction set.
     pub fn with_isa(r: &Reduction, isa: Isa) -> ReducePlan {
-        let of = Use::Reduce { stored: r.stored };
-        let (machine, merged) = Machine::new(&r.nest, isa, of, |i| !r.reduced[i] && !r.reduced[i + 1]);
+        let (machine, merged) =
+            Machine::new(&r.nest, isa, Use { given: false, summed: r.sums() }, collapses(&r.reduced));
         // A collapsed loop is reduced as its parts are; loops of one point that the machine added in front are kept.
         let mut reduced = Vec::new();
         let mut original = 0;
@@ -123,20 +108,44 @@ impl ReducePlan {
             nodes.push(program);
         }
         let d = machine.extents.len();
-        let most = if reduced[d - 1] { BLOCK } else { usize::MAX };
+        let inner = if reduced[d - 1] { 1 } else { machine.extents[d - 1] };
+        let loops: Vec<usize> = (0..d).filter(|l| reduced[*l]).collect();
+        let between = match &loops[..] {
+            [_, between @ .., last] if *last < d - 1 => between.to_vec(),
+            _ => vec![],
+        };
+        let row = (between.len() + 1) * machine.summed().len() * if reduced[d - 1] { LANES } else { inner };
+        // The points of a block, or sums that fill half of the workspace.
+        let most =
+            if reduced[d - 1] { [BLOCK, usize::MAX] } else { [usize::MAX, WORKSPACE_BYTES / 4 / 2 / row.max(1)] };
         let runs = if reduced[d - 1] || reduced[d - 2] {
             gather_runs(&mut leaves, &mut nodes, most)
         } else {
             (0..leaves.len()).map(|l| l..l + 1).collect()
         };
-        let inner = if reduced[d - 1] { 1 } else { machine.extents[d - 1] };
         let kept: Vec<usize> =
             (0..d - usize::from(!reduced[d - 1])).filter(|&l| !reduced[l]).map(|l| machine.extents[l]).collect();
         let points = kept.iter().product::<usize>() * inner;
         let few =
             points * machine.summed().len() <= FEW && points * machine.summed().len() * 4 * 2 <= WORKSPACE_BYTES / 4;
         let rows = reduced[d - 1] && !reduced[d - 2] && points >= MANY;
-        ReducePlan { isa, machine, f: r.f, reduced, leaves, runs, nodes, kept, inner, by_leaf: few && !rows, depth }
+        let along = leaves.iter().map(|l| l.last().cloned().unwrap_or(0..1)).collect();
+        let fold = Fold::new(isa, r.f, machine.summed()[0].1);
+        ReducePlan {
+            isa,
+            machine,
+            fold,
+            reduced,
+            leaves,
+            along,
+            between,
+            runs,
+            nodes,
+            kept,
+            inner,
+            by_leaf: few && !rows,
+            depth,
+        }
     }
 
     /// How many results are reduced.
@@ -170,11 +179,11 @@ impl ReducePlan {
         let p = Pointers { operands, results, stored, scratch: scratch.cast() };
         let (points, count) = (self.kept_points(), self.sums());
         if self.by_leaf {
-            let row = count * if self.reduced[self.reduced.len() - 1] { LANES } else { self.inner };
+            let row = count * self.row(self.inner);
             let most = self.runs.iter().map(|r| r.len()).max().unwrap_or(1);
             pool.run(self.runs.len(), &|run, w| {
                 let (p, run) = (p, self.runs[run].clone());
-                let (sums, registers) = w.floats().split_at_mut((most * row).next_multiple_of(LANES));
+                let (sums, registers) = w.floats().split_at_mut((self.room(most) * row).next_multiple_of(LANES));
                 // SAFETY: by this function's contract; each leaf has its own part of the scratch.
                 let (mut e, out) = unsafe {
                     let out = p.scratch.add(run.start * count * points);
@@ -242,6 +251,16 @@ impl ReducePlan {
         });
     }
 
+    /// Sums of a leaf for so many kept points along the innermost loop: lanes, if that is reduced.
+    fn row(&self, width: usize) -> usize {
+        if self.reduced[self.reduced.len() - 1] { LANES } else { width }
+    }
+
+    /// Leaves whose sums there has to be room for, where so many are summed up.
+    fn room(&self, leaves: usize) -> usize {
+        (self.between.len() + 1) * leaves + 1
+    }
+
     /// Whether the innermost loop is reduced and the one before it kept: then a block's rows are kept points.
     fn rows_are_kept(&self) -> bool {
         let d = self.reduced.len();
@@ -267,7 +286,7 @@ impl ReducePlan {
                             std::slice::from_raw_parts(p.scratch.add(stack[top - 1] * size), size),
                         )
                     };
-                    self.add(a, b);
+                    self.fold.add(a, b);
                     top -= 1;
                 }
             }
@@ -278,19 +297,6 @@ impl ReducePlan {
             // SAFETY: as above.
             unsafe { self.store(r, node * points, sum, p) };
         }
-    }
-
-    /// How elements are combined.
-    fn combine(&self) -> (ReduceFn, bool) {
-        (self.f, self.machine.summed()[0].1.is_float())
-    }
-
-    /// a = a + b, each in its dtype (the bits of an `i32` or `bool` lie in the float's).
-    fn add(&self, a: &mut [f32], b: &[f32]) {
-        let by = self.combine();
-        dispatch!(self.isa, fn(by: (ReduceFn, bool), a: &mut [f32], b: &[f32]) {
-            with_function!(by, |f| a.iter_mut().zip(b).for_each(|(a, b)| *a = f(*a, *b)));
-        });
     }
 
     unsafe fn store(&self, r: usize, at: usize, sum: &[f32], p: Pointers) {
@@ -312,16 +318,6 @@ impl ReducePlan {
         }
     }
 
-    fn identity(&self) -> f32 {
-        let float = self.machine.summed()[0].1.is_float();
-        match (self.f, float) {
-            (f, true) => f.identity(),
-            (ReduceFn::Sum, false) => 0.0,
-            (ReduceFn::Max, false) => f32::from_bits(i32::MIN as u32),
-            (ReduceFn::Min, false) => f32::from_bits(i32::MAX as u32),
-        }
-    }
-
     /// The machine's loop indices of kept point `k` (without the innermost kept loop).
     fn kept_at(&self, mut k: usize) -> [usize; 16] {
         let d = self.reduced.len();
@@ -337,11 +333,12 @@ impl ReducePlan {
         at
     }
 
-    /// Sums a run of leaves, and stores what is stored of them, for the kept points `start .. start + width` along the innermost loop (or for the one kept
-    /// point, if that loop is reduced), at kept point `k` of the others: leaf after leaf a row of sums a result.
+    /// Sums some leaves, and stores what is stored of them, for the kept points `start .. start + width` along the innermost
+    /// loop (or for the one kept point, if that loop is reduced), at kept point `k` of the others: leaf after leaf a row of
+    /// sums a result. There is room for more of them ([`ReducePlan::room`]): for those over the loops behind the first one.
     fn leaves(
         &self,
-        run: std::ops::Range<usize>,
+        leaves: std::ops::Range<usize>,
         k: usize,
         start: usize,
         width: usize,
@@ -351,10 +348,15 @@ impl ReducePlan {
     ) {
         let d = self.reduced.len();
         let inner_reduced = self.reduced[d - 1];
-        let row = if inner_reduced { LANES } else { width };
+        let row = self.row(width);
         let count = self.sums();
-        sums[..run.len() * count * row].fill(self.identity());
-        let leaves = &self.leaves[run];
+        let (runs, leaves) = (&self.along[leaves.clone()], &self.leaves[leaves]);
+        let size = leaves.len() * count * row;
+        let (sums, open) = sums.split_at_mut((self.between.len() + 1) * size);
+        sums.fill(self.fold.identity());
+        // Where those are to which runs are added, and the loop along which runs go.
+        let inner = self.between.len() * size;
+        let last = (0..d).rev().find(|l| self.reduced[*l]);
         let box_ = &leaves[0];
         let mut at = self.kept_at(k);
         // The ranges of the machine's loops: the leaf's for reduced ones, a single point for kept ones.
@@ -369,10 +371,9 @@ impl ReducePlan {
             };
         }
         // Leaves that share blocks follow each other along the innermost reduced loop: that of rows, or of columns.
-        let last_of = |leaf: &Vec<std::ops::Range<usize>>| leaf[leaf.len() - 1].clone();
         if leaves.len() > 1 {
-            let along = if inner_reduced { d - 1 } else { d - 2 };
-            ranges[along] = last_of(box_).start..last_of(&leaves[leaves.len() - 1]).end;
+            let along = last.expect("several leaves have a dimension to lie along");
+            ranges[along] = runs[0].start..runs[runs.len() - 1].end;
         }
         if !inner_reduced {
             ranges[d - 1] = start..start + width;
@@ -401,27 +402,27 @@ impl ReducePlan {
                         // SAFETY: the block has that many points.
                         let v: &[f32] =
                             unsafe { std::slice::from_raw_parts(evaluation.pointer(*slot).cast(), rows * columns) };
-                        for (l, leaf) in leaves.iter().enumerate() {
-                            if inner_reduced {
-                                // Of several leaves all lie in this block.
-                                let own = last_of(leaf);
-                                let (part, first) = match leaves.len() {
-                                    1 => (0..columns, lane),
-                                    _ => (own.start - c..own.end - c, 0),
-                                };
-                                let acc = &mut sums[(l * count + r) * row..][..row];
-                                self.fold_lanes(acc, v, columns, part, first);
-                                continue;
-                            }
-                            let part = if leaves.len() > 1 { last_of(leaf) } else { m..m + rows };
-                            let (first, end) = (part.start.max(m), part.end.min(m + rows));
-                            if first < end {
-                                let acc = &mut sums[(l * count + r) * row..][..row];
-                                self.fold(
-                                    &mut acc[lane..lane + columns],
-                                    &v[(first - m) * columns..(end - m) * columns],
-                                );
-                            }
+                        if !inner_reduced {
+                            // The rows lie one after the other along a run, or are a point of one.
+                            let at = match last {
+                                Some(last) if last < d - 2 => at[last]..at[last] + 1,
+                                Some(_) => m..m + rows,
+                                None => 0..1,
+                            };
+                            let first = r * row + lane;
+                            let open = &mut open[first..][..columns];
+                            let rows = Rows { v, columns, at };
+                            self.fold.runs(rows, runs, &mut sums[inner + first..inner + size], count * row, open);
+                            continue;
+                        }
+                        for (l, own) in runs.iter().enumerate() {
+                            // Of several leaves all lie in this block.
+                            let (part, first) = match leaves.len() {
+                                1 => (0..columns, lane),
+                                _ => (own.start - c..own.end - c, 0),
+                            };
+                            let acc = &mut sums[(l * count + r) * row..][..row];
+                            self.fold.lanes(acc, v, columns, part, first);
                         }
                     }
                     c += columns;
@@ -433,8 +434,8 @@ impl ReducePlan {
             loop {
                 if l == 0 {
                     if inner_reduced {
-                        for sums in sums[..leaves.len() * count * row].chunks_exact_mut(count * row) {
-                            (0..count).for_each(|r| sums[r] = self.finish_lanes(&sums[r * LANES..][..LANES]));
+                        for sums in sums[..size].chunks_exact_mut(count * row) {
+                            (0..count).for_each(|r| sums[r] = self.fold.finish_lanes(&sums[r * LANES..][..LANES]));
                         }
                     }
                     return;
@@ -445,81 +446,18 @@ impl ReducePlan {
                     break;
                 }
                 at[l] = ranges[l].start;
+                if let Some(between) = self.between.iter().position(|b| *b == l) {
+                    let (outer, own) = sums[between * size..].split_at_mut(size);
+                    self.fold.add(outer, &own[..size]);
+                    own[..size].fill(self.fold.identity());
+                }
             }
         }
-    }
-
-    /// Adds rows of values to a row of sums, one after the other.
-    fn fold(&self, acc: &mut [f32], v: &[f32]) {
-        let float = self.machine.summed()[0].1.is_float();
-        if self.f != ReduceFn::Sum || !float {
-            v.chunks_exact(acc.len()).for_each(|v| self.add(acc, v));
-            return;
-        }
-        dispatch!(self.isa, fn(acc: &mut [f32], v: &[f32]) {
-            match acc.len() {
-                1 => add_rows::<1>(acc, v),
-                2 => add_rows::<2>(acc, v),
-                3 => add_rows::<3>(acc, v),
-                4 => add_rows::<4>(acc, v),
-                5 => add_rows::<5>(acc, v),
-                6 => add_rows::<6>(acc, v),
-                7 => add_rows::<7>(acc, v),
-                8 => add_rows::<8>(acc, v),
-                16 => add_rows::<16>(acc, v),
-                32 => add_rows::<32>(acc, v),
-                64 => add_rows::<64>(acc, v),
-                n => v.chunks_exact(n).for_each(|v| acc.iter_mut().zip(v).for_each(|(a, b)| *a += *b)),
-            }
-        });
-    }
-
-    /// Adds a part of each row of `columns` values to lanes, row after row; value `i` of a part goes to lane
-    /// `(first + i) % 16`, and `first` is a multiple of 16.
-    fn fold_lanes(&self, lanes: &mut [f32], v: &[f32], columns: usize, part: std::ops::Range<usize>, first: usize) {
-        debug_assert_eq!(first % LANES, 0);
-        let by = self.combine();
-        dispatch!(self.isa, fn(
-            by: (ReduceFn, bool),
-            lanes: &mut [f32],
-            v: &[f32],
-            columns: usize,
-            part: std::ops::Range<usize>,
-        ) {
-            let Ok(lanes) = <&mut [f32; LANES]>::try_from(lanes) else { return };
-            with_function!(by, |f| v.chunks_exact(columns).for_each(|v| into_lanes(lanes, &v[part.clone()], f)));
-        });
-    }
-
-    fn finish_lanes(&self, lanes: &[f32]) -> f32 {
-        let mut l = [0.0f32; LANES];
-        l.copy_from_slice(lanes);
-        with_function!(self.combine(), |f| from_lanes(l, f))
-    }
-
-    /// The sums of rows of `n` values each, by the stack machine of a node over leaves inside a row.
-    fn row_sums(&self, program: &[Combine], v: &[f32], n: usize, sums: &mut [f32]) {
-        let (by, leaves) = (self.combine(), self.leaves.as_slice());
-        if by.1 && n > row_sums::SHORT && row_sums::wide(self.isa, by.0, program, leaves, v, n, sums) {
-            return;
-        }
-        let identity = self.identity();
-        dispatch!(self.isa, fn(
-            by: (ReduceFn, bool),
-            program: &[Combine],
-            leaves: &[Vec<std::ops::Range<usize>>],
-            v: &[f32],
-            n: usize,
-            sums: &mut [f32],
-            identity: f32,
-        ) {
-            with_function!(by, |f| row_sums::rows(program, leaves, v, n, sums, identity, f));
-        });
     }
 
     /// Floats of the stack of sums of `width` kept points.
     fn stack(&self, width: usize) -> usize {
-        (self.depth + 1) * self.sums() * width.max(LANES)
+        (self.depth - 1 + self.room(1)) * self.sums() * width.max(LANES)
     }
 
     /// All nodes of the kept points `start .. start + width` at kept point `k`, one leaf after another.
@@ -537,7 +475,7 @@ impl ReducePlan {
                     Combine::Add => {
                         let (a, b) = stack.split_at_mut((top - 1) * row);
                         let used = count * if self.inner == 1 { 1 } else { width };
-                        self.add(&mut a[(top - 2) * row..][..used], &b[..used]);
+                        self.fold.add(&mut a[(top - 2) * row..][..used], &b[..used]);
                         top -= 1;
                     }
                 }
@@ -571,7 +509,7 @@ impl ReducePlan {
             // SAFETY: the block has that many points.
             let v = unsafe { std::slice::from_raw_parts(e.pointer(*slot).cast::<f32>(), rows * n) };
             for (node, program) in self.nodes.iter().enumerate() {
-                self.row_sums(program, v, n, &mut sums[..rows]);
+                self.fold.row_sums(program, &self.leaves, v, n, &mut sums[..rows]);
                 // SAFETY: by the contract of `run`.
                 unsafe { self.store(r, node * self.kept_points() + k, &sums[..rows], p) };
             }
@@ -579,12 +517,17 @@ impl ReducePlan {
     }
 }
 
-/// Brings leaves that differ only in the last loop, one behind the other, next to each other; gives their runs, of `most`
-/// points along that loop.
+/// Which neighbouring loops, by number of the first one, may become one: kept ones.
+pub(super) fn collapses(reduced: &[bool]) -> impl Fn(usize) -> bool {
+    |i| !reduced[i] && !reduced[i + 1]
+}
+
+/// Brings leaves that differ only in the last loop, one behind the other, next to each other; gives their runs, of at most so
+/// many points along that loop and so many leaves.
 fn gather_runs(
     leaves: &mut Vec<Vec<std::ops::Range<usize>>>,
     nodes: &mut [Vec<Combine>],
-    most: usize,
+    most: [usize; 2],
 ) -> Vec<std::ops::Range<usize>> {
     let key = |l: &[std::ops::Range<usize>]| l.iter().map(|r| (r.start, r.end)).collect::<Vec<_>>();
     let mut order: Vec<usize> = (0..leaves.len()).collect();
@@ -604,7 +547,8 @@ fn gather_runs(
             Some(r)
                 if leaves[at - 1][..last] == leaf[..last]
                     && leaves[at - 1][last].end == leaf[last].start
-                    && leaf[last].end - leaves[r.start][last].start <= most =>
+                    && leaf[last].end - leaves[r.start][last].start <= most[0]
+                    && at - r.start < most[1] =>
             {
                 r.end = at + 1;
             }
@@ -612,25 +556,4 @@ fn gather_runs(
         }
     }
     runs
-}
-
-/// Adds rows of N values to N sums, which stay in registers.
-#[inline(always)]
-fn add_rows<const N: usize>(acc: &mut [f32], v: &[f32]) {
-    let Ok(sums) = <&mut [f32; N]>::try_from(acc) else { return };
-    let mut local = *sums;
-    for row in v.as_chunks::<N>().0 {
-        for l in 0..N {
-            local[l] += row[l];
-        }
-    }
-    *sums = local;
-}
-
-fn integer(f: ReduceFn, x: i32, y: i32) -> i32 {
-    match f {
-        ReduceFn::Sum => x.wrapping_add(y),
-        ReduceFn::Max => x.max(y),
-        ReduceFn::Min => x.min(y),
-    }
 }

@@ -47,18 +47,13 @@ enum Depends {
     Moving,
 }
 
-/// What becomes of a body's results.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
-    /// They are stored.
-    Map,
-    /// They are stored, and the last operand does not lie in memory: each block is given its elements.
-    Epilogue,
-    /// The first ones are stored, so many, and the caller sums up the others.
-    Reduce {
-        /// How many.
-        stored: usize,
-    },
+/// What a body's last operand is, and what becomes of its results.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Use {
+    /// Whether the last operand does not lie in memory: each block is given its elements.
+    pub given: bool,
+    /// How many of the results, the last ones, the caller sums up; the others are stored.
+    pub summed: usize,
 }
 
 /// A body prepared for evaluation over a loop nest, whose last two loops make the rows and columns of blocks.
@@ -172,7 +167,7 @@ impl Machine {
             }
         }
         let d = extents.len();
-        let in_memory = operands.len() - usize::from(of == Use::Epilogue);
+        let in_memory = operands.len() - usize::from(of.given);
         let operands: Vec<Operand> = operands
             .into_iter()
             .enumerate()
@@ -199,7 +194,7 @@ impl Machine {
         }
         let results: Vec<(usize, DType)> =
             results.into_iter().zip(&nest.body.results).map(|(r, of)| (r, nest.body.instrs[*of].1)).collect();
-        let stored = if let Use::Reduce { stored } = of { stored } else { results.len() };
+        let stored = results.len() - of.summed;
         let [uniform, moving] =
             [Depends::Uniform, Depends::Moving].map(|d| depends.iter().map(|of| *of == d).collect::<Vec<_>>());
         let source = Moving {
@@ -253,10 +248,11 @@ impl Machine {
 
     /// Whether every result is the operand that blocks are given, at most in fewer bits.
     pub fn only_given(&self) -> bool {
-        self.results.iter().all(|(r, _)| match self.instrs[*r].0 {
-            Instr::Load(o) => self.operands[o].mode == Mode::Given,
-            _ => false,
-        })
+        self.summed().is_empty()
+            && self.results.iter().all(|(r, _)| match self.instrs[*r].0 {
+                Instr::Load(o) => self.operands[o].mode == Mode::Given,
+                _ => false,
+            })
     }
 
     /// The values that are summed up.
@@ -321,7 +317,8 @@ impl Evaluation<'_> {
         let places = to.iter().zip(stored).map(|(to, (_, dtype))| unsafe { to.add(first * dtype.bytes()) });
         let Some(native) = &m.native else {
             for (to, (slot, dtype)) in places.zip(stored) {
-                // SAFETY: as above; what is merely loaded has a register of its own where anything is stored.
+                // SAFETY: as above. All operands of a block are read before its results are stored: what is merely loaded has
+                // a register of its own.
                 unsafe { store(m.isa, *dtype, self.pointers[*slot], to, n) };
             }
             return;
@@ -334,28 +331,6 @@ impl Evaluation<'_> {
         unsafe { self.compiled(native, at, [rows, columns], results) };
         // Only now: what was merely loaded may have lain where the operand lies.
         summed.iter().for_each(|(r, _)| self.pointers[*r] = register(*r));
-    }
-
-    /// Evaluates points as [`Evaluation::block`] does, and stores the results: the elements from `first` on.
-    ///
-    /// # Safety
-    /// The results have room for them, and no operand's memory that is still to be read lies there.
-    pub unsafe fn store(&mut self, at: &[usize], rows: usize, columns: usize, first: usize, to: &[*mut u8]) {
-        let (m, n) = (self.machine, rows * columns);
-        assert!(m.stored == m.results.len(), "results are summed up");
-        self.begin(at, rows, columns);
-        // SAFETY: by this function's contract.
-        let places = to.iter().zip(&m.results).map(|(to, (_, dtype))| unsafe { to.add(first * dtype.bytes()) });
-        let Some(native) = &m.native else {
-            for (to, (slot, dtype)) in places.zip(&m.results) {
-                // SAFETY: as above. All operands of a block are read before its results are stored, and what is loaded in
-                // place is only read by instructions, which end before.
-                unsafe { store(m.isa, *dtype, self.pointers[*slot], to, n) };
-            }
-            return;
-        };
-        // SAFETY: as above.
-        unsafe { self.compiled(native, at, [rows, columns], places) };
     }
 
     /// Evaluates what the machine computes of a block.

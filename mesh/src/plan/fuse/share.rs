@@ -2,9 +2,12 @@
 
 use super::{Fused, Group, Kind};
 use crate::body::MAX_INSTRS;
+use crate::dim::Dim;
 use crate::ops::Prim;
+use crate::ops::conv::{Conv, ConvTranspose};
 use crate::plan::band::View;
 use crate::plan::body::Nest;
+use crate::region::Region;
 use crate::spmd::{Instr, SpmdOp, ValueId};
 use std::collections::{HashMap, HashSet};
 
@@ -127,19 +130,82 @@ impl Fused<'_> {
     /// as well, in its own dimensions.
     fn takes(&self, map: &Group, v: ValueId, keeps: bool) -> bool {
         let (value, out) = (&self.spmd.values[v.index()], &self.spmd.values[map.outputs[0].index()]);
-        if keeps && value.ty.dims != out.ty.dims {
-            return false;
-        }
-        let nest = Nest::new(self, &out.ty.dims, &map.outputs, &map.outputs);
-        let mut own = nest.loaded.iter().enumerate().filter(|(_, u)| **u == v).map(|(o, _)| o);
+        let has_its_dims = value.ty.dims == out.ty.dims;
+        (has_its_dims || !keeps) && self.nest(map).is_some_and(|nest| self.reads_as_it_lies(&nest, v, &out.regions))
+    }
+
+    /// Whether a nest over the points that each device has reads `v` once, at each point just the element that lies there.
+    fn reads_as_it_lies(&self, nest: &Nest, v: ValueId, points: &[Region]) -> bool {
+        let regions = &self.spmd.values[v.index()].regions;
+        let mut own = (0..nest.loaded.len()).filter(|o| nest.loaded[*o] == v);
         let (Some(own), None) = (own.next(), own.next()) else { return false };
-        out.regions.iter().enumerate().all(|(device, at)| {
+        points.iter().zip(&**regions).enumerate().all(|(device, (at, held))| {
             if at.is_empty() {
-                return value.regions[device].is_empty();
+                return held.is_empty();
             }
             let view = View { fused: self, device, slice: None };
-            nest.access(own, view, at).is_whole(&at.shape()) && at.elements() == value.regions[device].elements()
+            nest.access(own, view, at).is_whole(&at.shape()) && at.elements() == held.elements()
         })
+    }
+
+    /// Lets the epilogue of a convolution sum up what it stores, or what it takes: statistics for the norm behind it, and in
+    /// the backward pass the sums of that norm's gradient. One task does all that a leaf has of a plane. Not behind a halo,
+    /// where a plane's interior is done before its rim.
+    pub(super) fn sums_in_epilogues(&self, groups: Vec<Group>, results: &HashSet<ValueId>) -> Vec<Group> {
+        let (made, readers) = made_and_read(&groups);
+        let mut groups: Vec<Option<Group>> = groups.into_iter().map(Some).collect();
+        for j in 0..groups.len() {
+            let Some(sums) = groups[j].clone().filter(|g| g.kind == Kind::Reduce) else { continue };
+            // All that it reads was there before, or comes of this step.
+            let last = sums.inputs.iter().filter_map(|v| made.get(v)).max();
+            let Some((k, product)) = last.and_then(|k| Some((*k, groups[*k].clone()?))) else { continue };
+            let read_on =
+                |v: &ValueId| results.contains(v) || readers.get(v).is_some_and(|r| r.iter().any(|g| *g != j));
+            let stored: Vec<ValueId> = product.outputs.iter().copied().filter(read_on).collect();
+            let [first, maps @ ..] = &product.instrs[..] else { continue };
+            let mut group = Group {
+                kind: Kind::Epilogue,
+                instrs: [&[*first], &sums.instrs[..], maps].concat(),
+                inputs: vec![],
+                outputs: [&stored[..], &sums.outputs].concat(),
+            };
+            if stored.is_empty() || !self.may_sum(&product, &sums, &group) {
+                continue;
+            }
+            group.inputs = self.loads(&group.instrs);
+            groups[k] = Some(group);
+            groups[j] = None;
+        }
+        groups.into_iter().flatten().collect()
+    }
+
+    /// Whether a convolution's step, with an epilogue or not, may become `together`, which reduces besides.
+    fn may_sum(&self, product: &Group, sums: &Group, together: &Group) -> bool {
+        let is_one = matches!(product.kind, Kind::Instr | Kind::Epilogue) && self.sums_of(product).0.is_empty();
+        let conv = &self.spmd.instrs[product.instrs[0]];
+        let SpmdOp::Compute {
+            prim:
+                Prim::Conv(Conv { windows, .. }) | Prim::ConvTranspose(ConvTranspose { conv: Conv { windows, .. }, .. }),
+            ..
+        } = &conv.op
+        else {
+            return false;
+        };
+        let made = self.producer[self.root(conv.inputs[0]).index()].map(|i| &self.spmd.instrs[i].op);
+        let (instr, v) = (&self.spmd.instrs[sums.instrs[0]], conv.output);
+        let SpmdOp::Compute { prim: Prim::Reduce(r), .. } = &instr.op else { return false };
+        let over = |d: &Dim| r.over.contains(&d.name);
+        let planes = |dims: &[Dim]| matches!(dims, [.., a, b, kept] if over(a) && over(b) && !over(kept));
+        is_one
+            && windows.len() >= 2
+            && planes(&self.ty(instr.inputs[0]).dims)
+            && !matches!(made, Some(SpmdOp::Move))
+            && self.is_whole_product(v)
+            && self.ty(sums.outputs[0]).dtype.is_float()
+            && self.may_store(sums, product)
+            && self
+                .nest(together)
+                .is_some_and(|nest| self.reads_as_it_lies(&nest, v, &self.spmd.values[v.index()].regions))
     }
 
     /// Lets a map share its pass with the reductions of what it stores, which others may need or not.
@@ -175,15 +241,16 @@ impl Fused<'_> {
         groups.into_iter().flatten().collect()
     }
 
-    /// Whether a pass of reductions may store what a map of its points gives: on every device it goes through each of them
-    /// once, in their own dimensions.
+    /// Whether a pass of reductions may store what a step of its points gives: on every device it goes through each of them
+    /// once, in order.
     fn may_store(&self, sums: &Group, map: &Group) -> bool {
         let instr = &self.spmd.instrs[sums.instrs[0]];
         let given = &self.spmd.values[instr.output.index()].regions;
         let out = &self.spmd.values[map.outputs[0].index()];
         let summed = || sums.instrs.iter().map(|i| self.spmd.instrs[*i].inputs[0]);
-        let whole = |device: usize| self.points_of(instr, given[device].clone(), device) == out.regions[device];
-        summed().all(|v| self.ty(v).dims == out.ty.dims && !self.reads_reshaped(v, &map.outputs))
+        let points = |device: usize| self.points_of(instr, given[device].clone(), device);
+        let whole = |device: usize| points(device).same_ranges(&out.regions[device]);
+        summed().all(|v| self.ty(v).shape() == out.ty.shape() && !self.reads_reshaped(v, &map.outputs))
             && self.instructions(sums) + self.instructions(map) <= MAX_INSTRS
             && (0..out.regions.len()).all(whole)
     }
