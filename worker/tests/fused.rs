@@ -164,7 +164,7 @@ proptest! {
         length in 1usize..70,
         extents in prop::sample::select(vec![
             vec![1], vec![40], vec![1100], vec![5, 3], vec![7, 16], vec![3, 33], vec![9, 48], vec![2, 515], vec![3, 4, 17], vec![2, 5, 100],
-            vec![2, 3, 700],
+            vec![2, 3, 700], vec![70, 16], vec![3, 37, 32], vec![40, 8], vec![2, 9, 4],
         ]),
     ) {
         let mut c = Choices(seed);
@@ -199,6 +199,7 @@ proptest! {
             (vec![3, 4, 17], vec![true, true, true]), (vec![2, 70, 6], vec![true, false, true]), (vec![300, 3], vec![false, true]),
             (vec![3, 30, 7], vec![false, false, true]), (vec![70, 8], vec![false, true]), (vec![65, 1], vec![false, true]),
             (vec![70, 200], vec![false, true]), (vec![3, 9, 40, 16], vec![true, true, true, false]),
+            (vec![2, 3, 70, 32], vec![false, true, true, false]), (vec![4, 5, 6, 3, 2], vec![true, true, true, true, false]),
         ]),
         f in prop::sample::select(vec![ReduceFn::Sum, ReduceFn::Max, ReduceFn::Min]),
     ) {

@@ -63,6 +63,8 @@ impl Fold {
 
     /// Sums up rows of values, one after the other, by the runs that they belong to. `open` has the sums of the run that has
     /// begun; at its end they are added to its leaf's, those of run `n` at `sums[n * pitch..]`.
+    // Closures have the instruction set of what they stand in.
+    #[allow(clippy::redundant_closure)]
     pub(super) fn runs(&self, rows: Rows, runs: &[Range<usize>], sums: &mut [f32], pitch: usize, open: &mut [f32]) {
         let (by, identity) = (self.by, self.identity());
         dispatch!(self.isa, fn(
@@ -79,7 +81,6 @@ impl Fold {
                     combine_rows(run, v, begins.then_some(identity), leaf, f)
                 }));
             }
-            // Closures, since those have the instruction set of what they stand in.
             match rows.columns {
                 1 => each_run(rows, runs, sums, pitch, open, |r, v, b, l| add_rows::<1>(r, v, b, l)),
                 2 => each_run(rows, runs, sums, pitch, open, |r, v, b, l| add_rows::<2>(r, v, b, l)),

@@ -7,7 +7,7 @@
 
 use super::isa::Isa;
 use super::lanes::{Mode, Operand, binary, cast, compare, constant, load, random, select, store, unary};
-use super::native::{Moving, Native, Origin, TABLE};
+use super::native::{LANES, Moving, Native, Order, Origin, TABLE};
 use mesh::body::{Body, Instr, Loop, MAX_INSTRS};
 use mesh::dim::DType;
 use mesh::rng::Stream;
@@ -365,27 +365,52 @@ impl Evaluation<'_> {
         let m = self.machine;
         let (entries, inputs) = (native.bytes.len(), native.inputs.len());
         let (pointers, further) = self.table[..2 * entries].split_at_mut(entries);
+        let by_columns = native.order == Order::ByColumns;
+        // From a row to the next one, or from sixteen columns to the next ones.
+        let ahead = |row: usize, bytes: usize| if by_columns { LANES * bytes } else { row * bytes };
         for (i, input) in native.inputs.iter().enumerate() {
+            let bytes = native.bytes[i];
             (pointers[i], further[i]) = match *input {
-                Origin::Register(r) => (self.pointers[r].expose_provenance(), columns * 4),
+                Origin::Register(r) => (self.pointers[r].expose_provenance(), ahead(columns, bytes)),
                 Origin::Uniform(r) => (self.pointers[r].expose_provenance(), 0),
                 Origin::Operand(o) if m.operands[o].mode == Mode::Given => {
-                    (self.given.expose_provenance(), columns * 4)
+                    (self.given.expose_provenance(), ahead(columns, bytes))
                 }
                 Origin::Operand(o) => {
-                    let (operand, bytes) = (&m.operands[o], native.bytes[i]);
+                    let operand = &m.operands[o];
                     // SAFETY: by the contract of `Machine::evaluation` the operand's buffer holds every element of the block.
                     let first = unsafe { self.operands[o].add(operand.at(at) * bytes) };
-                    (first.expose_provenance(), operand.along()[0] * bytes)
+                    let step = if operand.mode == Mode::Splat { 0 } else { ahead(operand.along()[0], bytes) };
+                    (first.expose_provenance(), step)
                 }
             };
         }
         for (i, r) in (inputs..entries).zip(results) {
-            (pointers[i], further[i]) = (r.expose_provenance(), columns * native.bytes[i]);
+            (pointers[i], further[i]) = (r.expose_provenance(), ahead(columns, native.bytes[i]));
         }
-        let shape = if native.by_rows { [rows, columns] } else { [1, rows * columns] };
+        let table = &mut self.table[..2 * entries];
         // SAFETY: inputs and results have as many elements; the machine has the instruction set it was prepared for.
-        unsafe { native.run(&mut self.table[..2 * entries], shape) };
+        unsafe {
+            match native.order {
+                Order::AtOnce => native.run(table, [1, rows * columns]),
+                Order::ByRows => native.run(table, [rows, columns]),
+                Order::ByColumns if columns == m.extents[m.extents.len() - 1] => {
+                    native.run(table, [columns.div_ceil(LANES), rows * columns]);
+                }
+                // Of a part of a row sixteen lanes at a time.
+                Order::ByColumns => {
+                    for first in (0..columns).step_by(LANES) {
+                        let mut part = [0; 2 * TABLE];
+                        part[..entries].copy_from_slice(&table[..entries]);
+                        part[..entries]
+                            .iter_mut()
+                            .zip(&table[entries..])
+                            .for_each(|(p, step)| *p += first / LANES * step);
+                        native.run(&mut part[..2 * entries], [1, LANES.min(columns - first)]);
+                    }
+                }
+            }
+        }
     }
 
     /// Runs some of the instructions. What each does to its lanes is a function of its own: otherwise the constants of all

@@ -2,8 +2,8 @@
 //! between inputs and results in AVX-512 registers.
 //!
 //! `entry(table, columns, constants, rows)`: the table has where each input and then where each result begins, and behind
-//! that how many bytes the next row of each lies further on. What is the same along a row is computed once for it. Lanes
-//! that are left over after the last sixteen are done by the same code under a mask. Results are stored after everything is
+//! that how many bytes the next row of each lies further on. What is the same along a row is computed once for it, and
+//! stays in registers as far as there are some. Lanes that are left over after the last sixteen are done by the same code under a mask. Results are stored after everything is
 //! loaded, so that one may lie where an input lies.
 
 use super::tape::{One, Op, Test, Two, Value};
@@ -30,12 +30,14 @@ pub enum Format {
     F16,
     /// One `f16`.
     SplatF16,
+    /// Sixteen elements of 32 bits for a row, the same for each sixteen lanes.
+    Repeated,
 }
 
 impl Format {
     /// Whether a row has an element a lane.
     fn of_lanes(self) -> bool {
-        !matches!(self, Format::Splat | Format::SplatBf16 | Format::SplatF16)
+        !matches!(self, Format::Splat | Format::SplatBf16 | Format::SplatF16 | Format::Repeated)
     }
 }
 
@@ -46,8 +48,10 @@ pub struct Source {
     pub ops: Vec<Op>,
     /// The inputs.
     pub inputs: Vec<Format>,
-    /// The results, never a splat: which value, and how it is stored.
+    /// The results, each of lanes: which value, and how it is stored.
     pub results: Vec<(Value, Format)>,
+    /// From sixteen lanes to the next ones of a row.
+    pub step: usize,
 }
 
 /// A compiled loop.
@@ -117,7 +121,7 @@ fn rows_first(source: &Source) -> (Source, usize) {
     };
     let ops = order.iter().map(moved).collect();
     let results = source.results.iter().map(|(v, format)| (at(*v), *format)).collect();
-    (Source { ops, inputs: source.inputs.clone(), results }, count)
+    (Source { ops, inputs: source.inputs.clone(), results, ..*source }, count)
 }
 
 /// The most results.
@@ -137,10 +141,14 @@ const SAVED: [AsmRegister64; 6] = [rbx, rbp, r12, r13, r14, r15];
 const TRUTH: Register = Register::K1;
 /// The lanes that are left over.
 const REST: Register = Register::K7;
+/// The first sixteen lanes, as far as there are so many.
+const FIRST: Register = Register::K6;
 /// Bytes of a vector.
 const VECTOR: usize = 64;
 /// The last register is for values on their way to a store.
 const REGISTERS: usize = 31;
+/// Registers for what is the same along a row, at the most.
+const OF_ROWS: usize = 14;
 const LAST: Register = Register::ZMM31;
 const LAST_HALF: Register = Register::YMM31;
 /// Rounds floats to half a vector of `bf16`.
@@ -159,6 +167,8 @@ struct Emitter<'a> {
     /// By value: where it is used, the last use first. Stores come after all operations.
     uses: Vec<Vec<usize>>,
     registers: [Option<Value>; REGISTERS],
+    /// Values that stay in their registers for a whole row.
+    of_rows: Vec<Value>,
     /// By value: its place on the stack.
     spilled: Vec<Option<usize>>,
     slots: usize,
@@ -236,6 +246,7 @@ impl<'a> Emitter<'a> {
             body: Vec::new(),
             uses,
             registers: [None; REGISTERS],
+            of_rows: Vec::new(),
             spilled: vec![None; n],
             slots: 0,
         }
@@ -244,12 +255,24 @@ impl<'a> Emitter<'a> {
     /// The bytes of the function. The first operations are done once a row.
     fn function(&mut self, of_rows: usize) -> Result<Vec<u8>, IcedError> {
         self.operations(0..of_rows)?;
-        // What a row's lanes need of that waits on the stack.
+        // What a row's lanes need of that stays, or waits on the stack. Single elements are spread as they are read.
+        let whole = |op: &Op| match op {
+            Op::Input(i) => self.source.inputs[*i] == Format::Repeated,
+            Op::Constant(_) => false,
+            _ => true,
+        };
+        let needed = (0..of_rows).filter(|v| whole(&self.source.ops[*v]) && !self.uses[*v].is_empty());
+        let stays: Vec<Value> = needed.take(OF_ROWS).collect();
         for register in 0..REGISTERS {
-            if let Some(v) = self.registers[register].take() {
+            if let Some(v) = self.registers[register].filter(|v| !stays.contains(v)) {
                 self.spill(v, register)?;
+                self.registers[register] = None;
             }
         }
+        for v in &stays {
+            self.fetch(*v, of_rows, &stays)?;
+        }
+        self.of_rows = stays;
         let each_row = std::mem::take(&mut self.body);
         self.operations(of_rows..self.source.ops.len())?;
         self.stores()?;
@@ -273,6 +296,12 @@ impl<'a> Emitter<'a> {
         a.mov(eax, -1)?;
         a.bzhi(eax, eax, ecx)?;
         a.kmovw(k7, eax)?;
+        a.mov(ecx, 16)?;
+        a.cmp(esi, ecx)?;
+        a.cmovb(ecx, esi)?;
+        a.mov(eax, -1)?;
+        a.bzhi(eax, eax, ecx)?;
+        a.kmovw(k6, eax)?;
         a.mov(rcx, rsi)?;
         a.and(rcx, -16)?;
         let (mut row, mut again, mut rest, mut done): (CodeLabel, CodeLabel, CodeLabel, CodeLabel) =
@@ -288,7 +317,7 @@ impl<'a> Emitter<'a> {
         for (instruction, _) in &self.body {
             a.add_instruction(*instruction)?;
         }
-        a.add(rax, 16)?;
+        a.add(rax, self.source.step as i32)?;
         a.cmp(rax, rcx)?;
         a.jb(again)?;
         a.set_label(&mut rest)?;
@@ -434,7 +463,7 @@ impl<'a> Emitter<'a> {
 
     /// Whether an operation uses a value for the last time.
     fn ends(&self, v: Value, at: usize) -> bool {
-        self.uses[v].first().is_none_or(|last| *last <= at)
+        self.uses[v].first().is_none_or(|last| *last <= at) && !self.of_rows.contains(&v)
     }
 
     /// The instructions that store the results. Everything is loaded before anything is stored.
@@ -450,7 +479,7 @@ impl<'a> Emitter<'a> {
             let to = self.lanes_at(source.inputs.len() + r, *format)?;
             let instruction = match format {
                 Format::F16 => Instruction::with3(ROUND_F16, to, from, NEAREST)?,
-                Format::Lanes | Format::Splat | Format::SplatBf16 | Format::SplatF16 => {
+                Format::Lanes | Format::Splat | Format::SplatBf16 | Format::SplatF16 | Format::Repeated => {
                     Instruction::with2(Opcode::EVEX_Vmovups_zmmm512_k1z_zmm, to, from)?
                 }
                 Format::Bf16 => {
@@ -491,7 +520,7 @@ impl<'a> Emitter<'a> {
                 // Loaded once if it is used more than once.
                 Format::Lanes => self.uses[v].len() == 1,
                 Format::Bf16 | Format::ToBf16 | Format::Byte | Format::SplatBf16 => false,
-                Format::F16 | Format::SplatF16 => false,
+                Format::F16 | Format::SplatF16 | Format::Repeated => false,
             },
             _ => self.spilled[v].is_some(),
         };
@@ -542,7 +571,7 @@ impl<'a> Emitter<'a> {
     /// Sixteen elements of an input or result.
     fn lanes_at(&mut self, entry: usize, format: Format) -> Result<MemoryOperand, IcedError> {
         let scale = match format {
-            Format::Lanes | Format::Splat => 4,
+            Format::Lanes | Format::Splat | Format::Repeated => 4,
             Format::Bf16 | Format::ToBf16 | Format::SplatBf16 | Format::F16 | Format::SplatF16 => 2,
             Format::Byte => 1,
         };
@@ -566,13 +595,18 @@ impl<'a> Emitter<'a> {
                     Format::Byte => Opcode::EVEX_Vpmovzxbd_zmm_k1z_xmmm128,
                     Format::F16 => WIDEN_F16,
                     Format::SplatBf16 | Format::SplatF16 => Opcode::EVEX_Vpbroadcastw_zmm_k1z_xmmm16,
-                    Format::Lanes | Format::Splat => Opcode::EVEX_Vmovups_zmm_k1z_zmmm512,
+                    Format::Lanes | Format::Splat | Format::Repeated => Opcode::EVEX_Vmovups_zmm_k1z_zmmm512,
                 };
                 let from = match format.of_lanes() {
                     true => self.lanes_at(i, format)?,
                     false => self.memory(v, false)?,
                 };
-                self.body.push((Instruction::with2(code, to, from)?, format.of_lanes()));
+                let mut load = Instruction::with2(code, to, from)?;
+                if format == Format::Repeated {
+                    load.set_op_mask(FIRST);
+                    load.set_zeroing_masking(true);
+                }
+                self.body.push((load, format.of_lanes()));
                 if matches!(format, Format::Bf16 | Format::SplatBf16) {
                     let code = Opcode::EVEX_Vpslld_zmm_k1z_zmmm512b32_imm8;
                     self.push(Instruction::with3(code, to, to, 16u32)?);
@@ -608,8 +642,8 @@ impl<'a> Emitter<'a> {
                 u.pop();
             }
         });
-        let uses = &self.uses;
-        self.registers.iter_mut().for_each(|r| *r = r.filter(|v| !uses[*v].is_empty()));
+        let (uses, of_rows) = (&self.uses, &self.of_rows);
+        self.registers.iter_mut().for_each(|r| *r = r.filter(|v| !uses[*v].is_empty() || of_rows.contains(v)));
     }
 
     /// A free register; if there is none, that of the value whose next use is farthest away, but for those to keep.
@@ -619,7 +653,8 @@ impl<'a> Emitter<'a> {
         }
         let next = |v: Value| self.uses[v].iter().rev().find(|u| **u >= at).copied().unwrap_or(usize::MAX);
         let held = self.registers.iter().enumerate().filter_map(|(r, v)| v.map(|v| (r, v)));
-        let farthest = held.filter(|(_, v)| !keep.contains(v)).max_by_key(|(_, v)| next(*v));
+        let farthest =
+            held.filter(|(_, v)| !keep.contains(v) && !self.of_rows.contains(v)).max_by_key(|(_, v)| next(*v));
         let (register, v) = farthest.expect("an operation keeps at most four, and the stores `RESULTS`");
         self.spill(v, register)?;
         Ok(register)

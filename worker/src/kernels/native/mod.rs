@@ -43,8 +43,19 @@ pub struct Native {
     pub inputs: Vec<Origin>,
     /// Bytes of an element of each input in memory, and then of each result.
     pub bytes: Vec<usize>,
-    /// Whether a block goes row by row; otherwise it is one row.
-    pub by_rows: bool,
+    /// How it goes through a block.
+    pub order: Order,
+}
+
+/// How compiled code goes through a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// As one row.
+    AtOnce,
+    /// Row by row.
+    ByRows,
+    /// Sixteen columns of all rows, and then the next ones: what is the same in every row stays in registers.
+    ByColumns,
 }
 
 impl Native {
@@ -81,16 +92,20 @@ pub struct Moving<'a> {
     pub columns: usize,
 }
 
-/// Points of a row at least for a block to go row by row.
+/// Points of a row at least for a block to go row by row, and at most to go by columns: a block of these has more rows than a
+/// row has vectors.
 const LONG: usize = 32;
+const SHORT: usize = 32;
+/// Lanes of a vector.
+pub const LANES: usize = 16;
 
 impl Moving<'_> {
     /// The compiled code, and by instruction whether the machine still has to compute it. None if nothing can be compiled.
     pub fn compile(&self) -> Option<(Native, Vec<bool>)> {
-        let by_rows = self.columns >= LONG && (0..self.instrs.len()).any(|i| self.moving[i] && self.needs_rows(i));
-        let before = self.before(by_rows);
+        let order = self.order();
+        let before = self.before(order);
         let tape = Tape::new(self.isa.pairs());
-        let lowering = Lowering { of: self, before: &before, tape, formats: vec![], inputs: vec![] };
+        let lowering = Lowering { of: self, order, before: &before, tape, formats: vec![], inputs: vec![] };
         let (source, inputs) = lowering.source();
         let entries = inputs.len() + source.results.len();
         // What only stores values that the machine has computed gains nothing, nor what only loads them.
@@ -115,10 +130,35 @@ impl Moving<'_> {
                 code
             }
         };
-        Some((Native { code, inputs, bytes, by_rows }, before))
+        Some((Native { code, inputs, bytes, order }, before))
     }
 
-    /// Whether an instruction loads what can only be compiled row by row.
+    /// How the code is to go through a block.
+    fn order(&self) -> Order {
+        let moving = || (0..self.instrs.len()).filter(|i| self.moving[*i]);
+        let fits = LANES.is_multiple_of(self.columns.max(1)) || self.columns.is_multiple_of(LANES);
+        let repeats = |i: usize| !self.moving[i] && !self.uniform[i];
+        let gains = |i: usize| self.repeats(i) || super::vm::arguments(&self.instrs[i].0).into_iter().any(repeats);
+        let needs_rows = |i: usize| self.needs_rows(i) && !self.repeats(i);
+        let long = self.columns >= LONG;
+        if fits && self.columns <= SHORT && moving().any(gains) && !(long && moving().any(needs_rows)) {
+            Order::ByColumns
+        } else if long && moving().any(|i| self.needs_rows(i)) {
+            Order::ByRows
+        } else {
+            Order::AtOnce
+        }
+    }
+
+    /// Whether an instruction loads the same for each row of a block, as the lanes it is.
+    fn repeats(&self, i: usize) -> bool {
+        let Instr::Load(o) = self.instrs[i].0 else { return false };
+        let operand = &self.operands[o];
+        let lies = operand.mode == Mode::SameRow && self.columns.is_multiple_of(LANES);
+        lies && matches!(operand.dtype, DType::F32 | DType::I32)
+    }
+
+    /// Whether an instruction loads what can only be compiled row by row, or by columns.
     fn needs_rows(&self, i: usize) -> bool {
         let Instr::Load(o) = self.instrs[i].0 else { return false };
         let operand = &self.operands[o];
@@ -131,8 +171,13 @@ impl Moving<'_> {
     }
 
     /// Which instructions the machine computes: those that are not moving, that cannot be compiled, and what these need.
-    fn before(&self, by_rows: bool) -> Vec<bool> {
-        let compiled = |i| self.moving[i] && (self.can_be_compiled(i) || (by_rows && self.needs_rows(i)));
+    fn before(&self, order: Order) -> Vec<bool> {
+        let so = |i: usize| match order {
+            Order::AtOnce => false,
+            Order::ByRows => self.needs_rows(i),
+            Order::ByColumns => self.repeats(i),
+        };
+        let compiled = |i: usize| self.moving[i] && (self.can_be_compiled(i) || so(i));
         let mut before: Vec<bool> = (0..self.instrs.len()).map(|i| !compiled(i)).collect();
         for i in (0..before.len()).rev().filter(|i| self.moving[*i]).collect::<Vec<_>>() {
             if before[i] {
@@ -165,6 +210,7 @@ pub const TABLE: usize = 40;
 
 struct Lowering<'a> {
     of: &'a Moving<'a>,
+    order: Order,
     before: &'a [bool],
     tape: Tape,
     formats: Vec<Format>,
@@ -192,7 +238,8 @@ impl Lowering<'_> {
                 false => (value, Format::Lanes),
             });
         }
-        (Source { ops: self.tape.finish(), inputs: self.formats, results }, self.inputs)
+        let step = if self.order == Order::ByColumns { self.of.columns.max(LANES) } else { LANES };
+        (Source { ops: self.tape.finish(), inputs: self.formats, results, step }, self.inputs)
     }
 
     /// An input for what the machine has computed; a constant is one.
@@ -202,10 +249,11 @@ impl Lowering<'_> {
         }
         values[i] = Some(match self.of.instrs[i] {
             (Instr::Constant(c), dtype) => self.tape.record(Op::Constant(super::lanes::constant(c, dtype))),
-            _ => match self.of.uniform[i] {
-                true => self.input(Origin::Uniform(i), Format::Splat),
-                false => self.input(Origin::Register(i), Format::Lanes),
-            },
+            _ if self.of.uniform[i] => self.input(Origin::Uniform(i), Format::Splat),
+            _ if self.order == Order::ByColumns && !self.of.moving[i] => {
+                self.input(Origin::Register(i), Format::Repeated)
+            }
+            _ => self.input(Origin::Register(i), Format::Lanes),
         });
     }
 
@@ -224,6 +272,7 @@ impl Lowering<'_> {
             let format = match (operand.mode, operand.dtype) {
                 (Mode::Given, _) => Format::Lanes,
                 (_, DType::F32 | DType::I32) if one => Format::Splat,
+                (Mode::SameRow, DType::F32 | DType::I32) if self.order == Order::ByColumns => Format::Repeated,
                 (_, DType::F32 | DType::I32) => Format::Lanes,
                 (_, DType::Bf16) if one => Format::SplatBf16,
                 (_, DType::Bf16) => Format::Bf16,
