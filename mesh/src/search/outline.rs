@@ -93,8 +93,8 @@ pub enum Form {
     Reduce,
     /// An op.
     Op,
-    /// An op with a loop behind it.
-    Epilogue,
+    /// An op with a loop behind it, which reduces some of its results or not.
+    Epilogue(bool),
     /// Steps of these kinds, slice by slice.
     Band(Vec<usize>),
 }
@@ -391,7 +391,8 @@ impl<'a> Outline<'a> {
             fuse::Kind::Map => (form, behind) = (Form::Map, &group.instrs[..]),
             fuse::Kind::Reduce => (form, behind) = (Form::Reduce, &group.instrs[..]),
             fuse::Kind::Epilogue => {
-                (form, then) = (Form::Epilogue, Some(kind_of(self, group.outputs[0])));
+                let reduces = !fused.sums_of(group).0.is_empty();
+                (form, then) = (Form::Epilogue(reduces), Some(kind_of(self, group.outputs[0])));
                 behind = &group.instrs[1..];
             }
             fuse::Kind::Band(members, _) => {

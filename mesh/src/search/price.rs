@@ -438,15 +438,18 @@ impl<'a> Prices<'a> {
                 self.seconds("reduce", "default", cost, DType::F32)
             }
             Form::Op => self.op(w.kind, &p, way, [result(kind, &p), 0.0]),
-            Form::Epilogue => {
+            Form::Epilogue(reduces) => {
                 let at = &self.node(w.then.unwrap_or(w.kind), way).at.clone();
                 let bytes = self.bytes(&w.loads, at, way) + stored(self, at);
-                if p.is_whole() {
+                // Not behind a halo.
+                let together = !reduces || !self.inputs(w.kind, &p, way)[0].moved;
+                if p.is_whole() && together {
                     return self.op(w.kind, &p, way, [bytes, each(w, at)]);
                 }
-                // What is finished by others is stored first.
+                // What is finished by others is stored first, and so is what a step of its own reduces.
                 let cost = Cost { flops: each(w, at), bytes: bytes + own(kind, &p) };
-                self.op(w.kind, &p, way, [result(kind, &p), 0.0]) + self.seconds("map", "default", cost, DType::F32)
+                let class = if *reduces { "reduce" } else { "map" };
+                self.op(w.kind, &p, way, [result(kind, &p), 0.0]) + self.seconds(class, "default", cost, DType::F32)
             }
             Form::Band(members) => self.band(w, members, way),
         }
@@ -464,7 +467,7 @@ impl<'a> Prices<'a> {
         for m in works {
             let (kind, p) = (&outline.kinds[m.kind], self.node(m.kind, way));
             let loop_at = m.then.map_or_else(|| p.clone(), |then| self.node(then, way));
-            if matches!(m.form, Form::Op | Form::Epilogue) {
+            if matches!(m.form, Form::Op | Form::Epilogue(_)) {
                 flops += own_flops(kind, &p);
                 dtype = half_factors(kind).unwrap_or(dtype);
             }

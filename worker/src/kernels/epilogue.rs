@@ -24,6 +24,9 @@ pub struct Epilogue {
     sums: Option<Sums>,
 }
 
+/// Results that an epilogue reduces at most; fusion joins fewer.
+const SUMS: usize = 16;
+
 /// What an epilogue reduces.
 struct Sums {
     fold: Fold,
@@ -54,6 +57,7 @@ impl Epilogue {
         let (machine, sums) = match of {
             plan::Epilogue::Map(nest) => (Machine::new(nest, isa, given(0), |_| true).0, None),
             plan::Epilogue::Reduce(r) => {
+                assert!(r.sums() <= SUMS, "an epilogue of {} sums", r.sums());
                 let machine = Machine::new(&r.nest, isa, given(r.sums()), collapses(&r.reduced)).0;
                 let (fold, rest) = (Fold::new(isa, r.f, machine.summed()[0].1), r.rest(2));
                 let chunks = r.chunks().last_chunk::<2>().cloned().expect("planes are reduced");
@@ -196,9 +200,10 @@ impl Epilogue {
         let bytes = self.sum_bytes(sums).iter().sum();
         // SAFETY: by this function's contract; the sums lie in the scratch's first part.
         unsafe {
-            let parts: Vec<*const u8> = (0..count).map(|r| scratch.add(r * sums.size).cast_const().cast()).collect();
+            let part = |r: usize| scratch.wrapping_add(r * sums.size).cast_const().cast();
+            let parts: [*const u8; SUMS] = std::array::from_fn(part);
             let rest = scratch.cast::<u8>().add(bytes);
-            sums.finish.run(pool, &parts, &to[to.len() - count..], rest, cx);
+            sums.finish.run(pool, &parts[..count], &to[to.len() - count..], rest, cx);
         }
     }
 }
