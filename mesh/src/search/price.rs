@@ -440,16 +440,16 @@ impl<'a> Prices<'a> {
             Form::Op => self.op(w.kind, &p, way, [result(kind, &p), 0.0]),
             Form::Epilogue(reduces) => {
                 let at = &self.node(w.then.unwrap_or(w.kind), way).at.clone();
-                let bytes = self.bytes(&w.loads, at, way) + stored(self, at);
-                // Not behind a halo.
-                let together = !reduces || !self.inputs(w.kind, &p, way)[0].moved;
-                if p.is_whole() && together {
-                    return self.op(w.kind, &p, way, [bytes, each(w, at)]);
+                let (loads, stores) = (self.bytes(&w.loads, at, way), stored(self, at));
+                let is_moved = *reduces && self.inputs(w.kind, &p, way)[0].moved;
+                if p.is_whole() && !is_moved {
+                    return self.op(w.kind, &p, way, [loads + stores, each(w, at)]);
                 }
-                // What is finished by others is stored first, and so is what a step of its own reduces.
-                let cost = Cost { flops: each(w, at), bytes: bytes + own(kind, &p) };
+                // What is finished by others is stored first; sums behind what is moved read what was stored.
+                let (first, read) = if p.is_whole() { (stores, 0.0) } else { (result(kind, &p), own(kind, &p)) };
                 let class = if *reduces { "reduce" } else { "map" };
-                self.op(w.kind, &p, way, [result(kind, &p), 0.0]) + self.seconds(class, "default", cost, DType::F32)
+                let cost = Cost { flops: each(w, at), bytes: loads + stores + read };
+                self.op(w.kind, &p, way, [first, 0.0]) + self.seconds(class, "default", cost, DType::F32)
             }
             Form::Band(members) => self.band(w, members, way),
         }
