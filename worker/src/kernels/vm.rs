@@ -362,6 +362,10 @@ impl Evaluation<'_> {
         [rows, columns]: [usize; 2],
         results: impl Iterator<Item = *mut u8>,
     ) {
+        // It counts rows down to none.
+        if rows * columns == 0 {
+            return;
+        }
         let m = self.machine;
         let (entries, inputs) = (native.bytes.len(), native.inputs.len());
         let (pointers, further) = self.table[..2 * entries].split_at_mut(entries);
