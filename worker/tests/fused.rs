@@ -266,3 +266,28 @@ proptest! {
         }
     }
 }
+
+/// Sums of many leaves beside each other, of as many columns as are summed up leaf by leaf: their rows are more than a thread's
+/// workspace holds.
+#[test]
+fn many_chunks_of_wide_rows_fit_into_the_workspace() {
+    let (rows, columns) = (128, 8192);
+    let access = Access { dtype: DType::F32, offset: 0, strides: vec![columns, 1] };
+    let body = Body { instrs: vec![(Instr::Load(0), DType::F32)], results: vec![0] };
+    let nest = Loop { extents: vec![rows, columns], origin: vec![0; 2], operands: vec![access], body: body.into() };
+    let tree = Tree { dims: vec![TreeDim { size: rows, chunks: 64 }], first: None };
+    let owned = tree.root().chunks;
+    let sum = Reduction { nest, reduced: vec![true, false], stored: 0, f: ReduceFn::Sum, tree, owned };
+    // Whole numbers, whose sums are exact in any order.
+    let x: Vec<f32> = (0..rows * columns).map(|i| (i / columns * (i % columns % 5)) as f32).collect();
+    for isa in Isa::available() {
+        let plan = ReducePlan::with_isa(&sum, isa);
+        let mut scratch = vec![0u64; plan.scratch_bytes() / 8 + 1];
+        let mut y = vec![0.0f32; columns];
+        let (from, to) = ([x.as_ptr().cast()], [y.as_mut_ptr().cast()]);
+        // SAFETY: the operand holds what the loop reaches, and there is room for the sums and the scratch.
+        unsafe { plan.run(&Pool::new(2, None), &from, &to, scratch.as_mut_ptr().cast(), CX) };
+        let wanted = |c: usize| ((rows - 1) * rows / 2 * (c % 5)) as f32;
+        assert!(y.iter().enumerate().all(|(c, y)| *y == wanted(c)), "{isa:?}");
+    }
+}

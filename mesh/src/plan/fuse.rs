@@ -4,7 +4,7 @@
 //! it would be broadcast there (and so computed again for every repetition), or computing it several times costs
 //! more than storing it. Chains end in maps or in reductions; reductions over the same loops share one pass, and so does a map
 //! with the reductions of what it stores. A map of what a product gives is the product's epilogue, and so are, behind a
-//! convolution, reductions over its innermost spatial dimension.
+//! convolution, reductions over planes and maybe more.
 //! None of this changes a bit: an element's arithmetic is the same wherever it is done.
 
 mod share;
